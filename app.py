@@ -1,0 +1,76 @@
+"""The application: wiring only. `create_app(settings)` gives a Flask app; `python app.py` serves one.
+
+Importing this module starts nothing and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from flask_openapi3 import Info, OpenAPI
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+import huggingface
+from config import Settings
+from huggingface.api.errors import on_invalid_body
+from huggingface.api.schemas import ErrorAnswer
+from huggingface.api.system import VERSION
+from huggingface.records import LoadOptions
+
+
+def create_app(settings: Settings | None = None) -> OpenAPI:
+    """A new app with services of its own; `huggingface.close(app)` ends them."""
+    settings = settings or Settings()
+    app = OpenAPI(
+        __name__,
+        info=Info(title="Local LLM", version=VERSION, description="Hugging Face models on your own machine."),
+        doc_ui=False,
+        responses={400: ErrorAnswer, 500: ErrorAnswer},
+        validation_error_status=400,
+        validation_error_model=ErrorAnswer,
+        validation_error_callback=on_invalid_body,
+        static_folder=None,
+    )
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    huggingface.init_app(
+        app,
+        registry=settings.registry,
+        options=LoadOptions(
+            models_dir=settings.models_dir,
+            device=settings.device,
+            allow_pickle=settings.allow_pickle,
+            trust_remote_code=settings.trust_remote_code,
+        ),
+        busy_timeout=settings.busy_timeout,
+        allowed_hosts=settings.allowed_hosts,
+    )
+    return app
+
+
+def main() -> None:
+    """Serve until interrupted or told to stop (SIGTERM)."""
+    from server import serve
+
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        sys.exit("Wrong setting:\n" + "\n".join(f"  {_name(problem)}: {problem['msg']}" for problem in error.errors()))
+    # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app = create_app(settings)
+    try:
+        serve(app, settings)
+    finally:
+        huggingface.close(app)
+
+
+def _name(problem: ErrorDetails) -> str:
+    return "LOCAL_LLM_" + "_".join(str(part) for part in problem["loc"]).upper()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Every setting of the server, in one table; the only reader of the environment and of `.env`.
+
+A setting `name` is the environment variable `LOCAL_LLM_NAME`. The rest of the project gets values as arguments.
+Variables of other libraries (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, …) are theirs and are not read here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Settings(BaseSettings):
+    """The server's settings; a wrong value stops the start with a message that names it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LOCAL_LLM_", env_file=ROOT / ".env", extra="ignore", frozen=True, protected_namespaces=()
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on. The default is reachable from this machine only.")
+    port: int = Field(5000, ge=0, le=65535, description="TCP port to listen on; 0 takes any free one.")
+    registry: Path = Field(
+        ROOT / "data" / "models.json",
+        description="The JSON file that holds the registered models. Default: `data/models.json`.",
+    )
+    models_dir: Path = Field(
+        ROOT / "data" / "models",
+        description="Folder of local models, each as `<org>/<name>`; it comes before the Hub. Default: `data/models`.",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="Where models run: `auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.",
+    )
+    threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
+    connection_limit: int = Field(
+        1000, ge=1, description="Connections held open at once; keep it well above `threads`."
+    )
+    max_body_bytes: int = Field(16 * 1024**2, ge=1024, description="Largest request body accepted, in bytes.")
+    busy_timeout: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds that unloading or removing a model waits for those who use it, before it is refused.",
+    )
+    allow_pickle: bool = Field(
+        False, description="Load weights from pickle files too. Unpickling runs code: only for files that you trust."
+    )
+    trust_remote_code: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(), description="Model ids, separated by commas, whose own Python code may run here."
+    )
+    allowed_hosts: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Further names, separated by commas, under which browsers and clients may address this server.",
+    )
+    log_level: str = Field(
+        "INFO",
+        pattern=r"^(DEBUG|INFO|WARNING|ERROR)$",
+        description="What the log on the terminal shows: `DEBUG`, `INFO`, `WARNING`, `ERROR`.",
+    )
+
+    @field_validator("trust_remote_code", "allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return frozenset(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("registry", "models_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()

@@ -1,0 +1,49 @@
+"""The `huggingface` package: its services on a Flask app, and its routes under `/api/huggingface`.
+
+`init_app` builds the registry and the manager and registers the blueprints; `close` ends them. Importing the package
+imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flask_openapi3 import OpenAPI
+
+from .api import cache, docs, inference, models, system
+from .api.errors import init_errors
+from .api.guard import init_guard
+from .api.services import EXTENSION, Services
+from .api.wire import JSONProvider, JSONRequest
+from .manager import ModelManager
+from .records import LoadOptions
+from .registry import ModelRegistry
+
+
+def init_app(
+    app: OpenAPI, *, registry: Path, options: LoadOptions, busy_timeout: float, allowed_hosts: Iterable[str] = ()
+) -> None:
+    """Put the services on `app` and register the routes.
+
+    `registry` is the JSON file, `options` say how models are loaded, `busy_timeout` is how many seconds an unload waits
+    for the model's users, `allowed_hosts` are names under which the server may be addressed besides the local ones.
+    """
+    records = ModelRegistry(registry)
+    manager = ModelManager(records, options, busy_timeout=busy_timeout)
+    app.extensions[EXTENSION] = Services(records, manager, options)
+    app.request_class = JSONRequest
+    app.json = JSONProvider(app)
+    app.url_map.merge_slashes = False
+    init_guard(app, allowed_hosts)
+    init_errors(app)
+    for blueprint in (system.root, models.blueprint, inference.blueprint, cache.blueprint, system.blueprint):
+        app.register_api(blueprint)
+    app.register_blueprint(docs.blueprint)
+
+
+def close(app: OpenAPI) -> None:
+    """Cancel all work, empty the memory, and write what the registry still holds back. Safe to call twice."""
+    services: Services = app.extensions[EXTENSION]
+    services.manager.close()
+    services.registry.close()

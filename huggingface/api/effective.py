@@ -1,0 +1,90 @@
+"""Which parameters are in effect: the request's over the model's registered ones over the documented defaults.
+
+Pure functions over plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..records import ModelRecord
+from ..tasks import GENERATION_TASKS, MODEL_TYPES, canonical_task
+from .parameters import TASK_PARAMETERS, GenerationParameters, validate
+
+# Section 2.1 of the API document.
+GENERATE_DEFAULTS: Mapping[str, Any] = {
+    "max_new_tokens": 100,
+    "temperature": 0.7,
+    "do_sample": True,
+    "top_p": 0.9,
+    "top_k": 50,
+    "repetition_penalty": 1.1,
+}
+
+# Two ways to say one thing. transformers lets the first of each pair win wherever it comes from; here the one that was
+# asked for nearer to the request wins, so that neither is accepted and then ignored.
+_SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers' values, later layers over earlier ones, keys in the order they first appear."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for pair in _SAME:
+            if any(name in layer for name in pair):
+                for name in pair:
+                    result.pop(name, None)
+        result.update(layer)
+    return result
+
+
+def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The effective parameters of `/generate`; a temperature of 0 means greedy, and is shown so.
+
+    Raises:
+        InvalidRequest: what was asked does not go together with what is registered or the default; names the field.
+    """
+    registered = {name: value for name, value in record.parameters.items() if name in GenerationParameters.model_fields}
+    effective = merge(GENERATE_DEFAULTS, registered, asked)
+    if effective["temperature"] == 0:
+        effective["do_sample"] = False
+    validate(GenerationParameters, effective)  # each layer was valid by itself; together they must be as well
+    return effective
+
+
+def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The effective parameters of a task: registered ones count for the model's own task and for tasks that write.
+
+    Elsewhere a name may mean something else (`top_k` of a generation is not that of fill-mask).
+    """
+    name = canonical_task(task)
+    registered: dict[str, Any] = {}
+    if name == MODEL_TYPES[record.model_type].task or name in GENERATION_TASKS:
+        known = TASK_PARAMETERS[name].model_fields
+        registered = {key: value for key, value in record.parameters.items() if key in known}
+    return validate(TASK_PARAMETERS[name], merge(registered, asked))
+
+
+def check_task_parameters(task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters asked of a task, checked; `task` is a canonical name.
+
+    Raises:
+        InvalidRequest: naming the field that is unknown, missing or wrong.
+    """
+    return validate(TASK_PARAMETERS[task], asked)
+
+
+def check_registered(model_type: str, parameters: Mapping[str, Any]) -> None:
+    """See that a model of this type can have these default parameters: its task's own, and those of a generation.
+
+    Raises:
+        InvalidRequest: naming the field that is unknown or wrong, as `parameters.<name>`.
+    """
+    own = TASK_PARAMETERS[MODEL_TYPES[model_type].task]
+    # What a task requires of each request need not be a default of the model.
+    required = {name: "label" for name, field in own.model_fields.items() if field.is_required()}
+    mine = {name: value for name, value in parameters.items() if name in own.model_fields}
+    validate(own, required | mine, "parameters.")
+    rest = {name: value for name, value in parameters.items() if name not in own.model_fields}
+    validate(GenerationParameters, rest, "parameters.")

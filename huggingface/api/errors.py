@@ -1,0 +1,100 @@
+"""The one table from error to status, and the one shape of an error's body: `{"success": false, "error": "…"}`.
+
+The handlers sit on the app, because a blueprint's never see the 404 or 405 of an unknown route.
+A failure that nobody foresaw is a 500 that says nothing private; the log has the traceback under the same reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
+
+from .. import errors
+from .parameters import request_error
+
+logger = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.LocalLLMError], int] = {
+    errors.InvalidRequest: 400,
+    errors.DependencyMissing: 400,
+    errors.ModelNotFound: 404,
+    errors.ModelExists: 409,
+    errors.ModelDisabled: 409,
+    errors.ModelBusy: 409,
+    errors.RegistryError: 500,
+    errors.RegistryBusy: 503,
+    errors.StorageFull: 507,
+    errors.LoadError: 500,
+    errors.FilesMissing: 404,
+    errors.FilesGated: 403,
+    errors.FilesRefused: 403,
+    errors.FilesCorrupt: 422,
+    errors.ModelUnsupported: 422,
+    errors.HubUnreachable: 503,
+    errors.OutOfMemory: 507,
+    errors.GenerationFailed: 500,
+    errors.Cancelled: 503,
+    errors.LocalLLMError: 500,
+}
+
+
+def status_of(error: errors.LocalLLMError) -> int:
+    """The HTTP status of an error: that of the nearest kind in the table."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def body(message: str) -> dict[str, Any]:
+    """The documented body of every failure."""
+    return {"success": False, "error": message}
+
+
+def init_errors(app: Flask) -> None:
+    """Give every failure of `app`, routing errors included, the documented body."""
+    app.register_error_handler(errors.LocalLLMError, _own)
+    app.register_error_handler(HTTPException, _http)
+    app.register_error_handler(Exception, _unforeseen)
+
+
+def on_invalid_body(error: ValidationError) -> Response:
+    """What flask-openapi3 calls when a body, path or query does not fit its pydantic model."""
+    raise request_error(error) from error
+
+
+def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
+    status = status_of(error)
+    if status >= 500:
+        logger.error("%s %s: %s", request.method, request.path, error, exc_info=error)
+    response = jsonify(body(str(error)))
+    if status == 503:
+        response.headers["Retry-After"] = "1"
+    return response, status
+
+
+def _http(error: HTTPException) -> tuple[Response, int]:
+    status = error.code or 500
+    if isinstance(error, InternalServerError):
+        return _unforeseen(error.original_exception or error)
+    if isinstance(error, NotFound):
+        message = f"No such route: {request.method} {request.path}"
+    elif isinstance(error, MethodNotAllowed):
+        message = f"Method {request.method} is not allowed for {request.path}"
+    elif isinstance(error, RequestEntityTooLarge):
+        message = f"The request body is larger than {request.max_content_length} bytes"
+    else:
+        message = error.description or error.name
+    response = jsonify(body(message))
+    for name, value in error.get_headers(request.environ):
+        if name.lower() not in ("content-type", "content-length"):
+            response.headers[name] = value
+    return response, status
+
+
+def _unforeseen(error: BaseException) -> tuple[Response, int]:
+    reference = secrets.token_hex(4)
+    logger.error("%s %s failed [%s]", request.method, request.path, reference, exc_info=error)
+    return jsonify(body(f"Internal server error; the server's log has the details under {reference}")), 500

@@ -1,0 +1,311 @@
+"""The contract as pydantic models: what a body may hold, and what an answer holds.
+
+The routes validate with these models and the OpenAPI document is made from them, so the two cannot differ.
+Nothing here works on a model or a file. Unknown fields are refused, and values are not converted from other types.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+
+from .parameters import GenerationParameters
+
+_MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
+
+
+class Strict(BaseModel):
+    """A body or query that takes what it names and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """A response."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    success: Literal[True] = True
+
+
+class ErrorAnswer(BaseModel):
+    """Every failure, whatever its status."""
+
+    success: Literal[False] = False
+    error: str = Field(description="What went wrong and what to do about it.")
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+class ModelPath(BaseModel):
+    """A model in a path; a slash in the id may be written raw or as `%2F`."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str = Field(description=_MODEL_ID_TEXT)
+
+
+class TypeQuery(Strict):
+    """Filter of the model list."""
+
+    type: str | None = Field(None, description="Only models of this type.")
+
+
+class NewModel(Strict):
+    """A model to register."""
+
+    model_id: str = Field(description=_MODEL_ID_TEXT, examples=["microsoft/DialoGPT-medium"])
+    name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
+    model_type: str = Field(description="What the model is for.", examples=["conversational"])
+    description: str = Field("", description="Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Default parameters: of `/generate`, and of `/pipeline` for the model's own task.",
+        examples=[{"max_new_tokens": 100, "temperature": 0.7}],
+    )
+
+
+class ModelChanges(Strict):
+    """What to change of a registered model. A field that is left out stays as it is.
+
+    `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
+    """
+
+    name: str = Field("", min_length=1, description="Display name.")
+    model_type: str = Field("", description="What the model is for.")
+    description: str = Field("", description="Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Replaces all default parameters.")
+    status: Literal["available", "disabled"] = Field("available", description="A disabled model is not loaded or used.")
+    last_used: str | None = Field(None, description="When the model was last used (ISO 8601, UTC), or null.")
+    model_id: str = Field("", description="Protected.")
+    added_date: str = Field("", description="Protected.")
+    usage_count: int = Field(0, description="Protected.")
+
+
+class LoadBody(Strict):
+    """How to load."""
+
+    force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
+
+
+class ModelInfo(BaseModel):
+    """A model in short."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    name: str
+    model_type: str
+
+
+class Model(ModelInfo):
+    """A registered model. Dates are ISO 8601 in UTC, with microseconds."""
+
+    description: str
+    parameters: dict[str, Any]
+    added_date: str
+    last_used: str | None
+    usage_count: int
+    status: Literal["available", "disabled"]
+
+
+class ModelsAnswer(Answer):
+    """The registered models."""
+
+    models: list[Model]
+    count: int
+
+
+class ModelAnswer(Answer):
+    """A registered model."""
+
+    model: Model
+
+
+class ChangedAnswer(ModelAnswer):
+    """A registered model after the change."""
+
+    message: str
+
+
+class ModelsData(BaseModel):
+    """The registry's content, as its file holds it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    models: list[Model]
+    last_updated: str
+    count: int
+
+
+class RemovedAnswer(Answer):
+    """The registry without the removed model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    message: str
+    models_data: ModelsData
+
+
+class LoadedAnswer(Answer):
+    """The model is in memory."""
+
+    message: str
+    model_info: ModelInfo
+    device: str = Field(examples=["cpu", "cuda:0"])
+
+
+# Inference ------------------------------------------------------------------------------------------------------------
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateBody(GenerationParameters):
+    """Text to continue, or a chat to answer, and how. Give exactly one of `prompt` and `messages`.
+
+    What is left out comes from the model's registered parameters, then from the defaults named here.
+    """
+
+    model_id: str = Field(description=_MODEL_ID_TEXT)
+    prompt: str | None = Field(
+        None, description="Input text. For a conversational model it is the user's turn of a new chat."
+    )
+    messages: list[Message] | None = Field(None, min_length=1, description="A chat, oldest turn first.")
+
+
+class GenerateAnswer(Answer):
+    """The new text."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    response: str = Field(description="The new text only, without the prompt.")
+    responses: list[str] | None = Field(None, description="All texts, where `num_return_sequences` asks for several.")
+    model_used: str
+    prompt: str | None = Field(None, description="The prompt as sent.")
+    messages: list[Message] | None = Field(None, description="The messages as sent.")
+    parameters: dict[str, Any] = Field(description="The parameters that were in effect.")
+    model_info: ModelInfo
+
+
+class PipelineBody(BaseModel):
+    """A task for a model. Every further field is a parameter of the task; one that it does not have is refused."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    model_id: str = Field(description=_MODEL_ID_TEXT)
+    task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
+    inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
+
+
+class PipelineAnswer(Answer):
+    """What the task gives, as `transformers` gives it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    results: Any
+    model_used: str
+    task: str
+    inputs: Any
+    model_info: ModelInfo
+
+
+# System ---------------------------------------------------------------------------------------------------------------
+
+
+class CacheQuery(Strict):
+    """Which model to take out of memory."""
+
+    model_id: str | None = Field(None, description="Only this model; all models where it is left out.")
+
+
+class CachedModel(BaseModel):
+    """A model in memory."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    loaded_at: str
+    device: str
+    model_type: str
+
+
+class CacheAnswer(Answer):
+    """What is in memory."""
+
+    cached_models: dict[str, CachedModel]
+    cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
+    total_cached: int = Field(description="Models in memory.")
+
+
+class MessageAnswer(Answer):
+    """It is done."""
+
+    message: str
+
+
+class MostUsed(BaseModel):
+    """The model with the most generate and pipeline calls."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    name: str
+    usage_count: int
+
+
+class Statistics(BaseModel):
+    """Sums over the registry."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    total_models: int
+    total_usage: int
+    model_types: dict[str, int]
+    last_updated: str | None
+    most_used: MostUsed | None
+
+
+class StatisticsAnswer(Answer):
+    """Usage statistics."""
+
+    statistics: Statistics
+
+
+class ModelTypesAnswer(Answer):
+    """The types of the registered models, each once, sorted."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_types: list[str]
+
+
+class Dependencies(BaseModel):
+    """What can be imported, and used, here."""
+
+    transformers: bool
+    torch: bool
+    cuda_available: bool
+
+
+class DependenciesAnswer(Answer):
+    """Whether models can be run here."""
+
+    dependencies: Dependencies
+
+
+class ServerAnswer(Answer):
+    """What is running."""
+
+    name: str
+    version: str
+    uptime_seconds: float
+    device: str = Field(description="Where models are put.")
+    loaded_models: list[str]
+    warnings: list[str] = Field(description="What the person who runs this server should know.")
+    documentation: str = Field(description="Path of the interactive API page.")

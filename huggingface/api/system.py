@@ -1,0 +1,69 @@
+"""Routes about the server itself: what it is, what was used, and whether models can be run here."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+from flask_openapi3 import APIBlueprint, Tag
+
+from ..devices import cuda_available, resolve_device
+from . import schemas
+from .services import services
+
+VERSION = "0.1.0"
+_TAG = Tag(name="System", description="The server itself.")
+root = APIBlueprint("root", __name__, abp_tags=[_TAG])
+blueprint = APIBlueprint("system", __name__, url_prefix="/api/huggingface", abp_tags=[_TAG])
+
+
+@root.get("/", responses={200: schemas.ServerAnswer})
+def show_server() -> dict[str, Any]:
+    """Show what is running."""
+    present = services()
+    return {
+        "success": True,
+        "name": "Local LLM",
+        "version": VERSION,
+        "uptime_seconds": round(time.monotonic() - present.started, 3),
+        "device": resolve_device(present.options.device),
+        "loaded_models": list(present.manager.loaded()),
+        "warnings": present.registry.warnings,
+        "documentation": "/docs",
+    }
+
+
+@blueprint.get("/statistics", responses={200: schemas.StatisticsAnswer})
+def show_statistics() -> dict[str, Any]:
+    """Show how much the registered models were used."""
+    return {"success": True, "statistics": services().registry.statistics()}
+
+
+@blueprint.get("/model-types", responses={200: schemas.ModelTypesAnswer})
+def list_model_types() -> dict[str, Any]:
+    """List the types of the registered models."""
+    return {"success": True, "model_types": services().registry.model_types()}
+
+
+@blueprint.get("/dependencies", responses={200: schemas.DependenciesAnswer})
+def show_dependencies() -> dict[str, Any]:
+    """Show whether models can be run here. The first call imports the libraries, which takes seconds."""
+    torch = _importable("torch")
+    return {
+        "success": True,
+        "dependencies": {
+            "transformers": _importable("transformers"),
+            "torch": torch,
+            "cuda_available": torch and cuda_available(),
+        },
+    }
+
+
+def _importable(name: str) -> bool:
+    """Whether the package can really be imported: an installed one may still be broken."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):  # OSError: a shared library that it needs is missing
+        return False
+    return True

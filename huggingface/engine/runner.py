@@ -1,0 +1,191 @@
+"""The tensors of generation: a request becomes token ids, `model.generate` continues them, and ids become text.
+
+Runs on the engine's thread only. It changes neither the model nor its tokenizer, so that whoever else uses the same
+weights sees them as they were loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from ..errors import Cancelled, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory
+from ..records import Chunk, FinishReason, GenerationRequest, Usage
+from .sampling import SeededDraws
+
+# Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
+_SAMPLING_ONLY = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+)
+
+
+class _GivenUp(StoppingCriteria):  # type: ignore[misc]
+    """Ends every row as soon as the caller has given up."""
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
+
+
+class TransformersRunner:
+    """Generates with a transformers model's own `generate`, one request at a time."""
+
+    def __init__(self, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model_id = model_id
+        self._model = model
+        self._tokenizer = tokenizer
+        self._decodes_prompt = not model.config.is_encoder_decoder
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def generate(
+        self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
+    ) -> None:
+        """Generate for `request`; `emit` gets one chunk for each returned sequence, the last one with the counts.
+
+        Raises:
+            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
+            Cancelled: `cancelled()` turned true meanwhile.
+            OutOfMemory: the device had no room for it.
+            GenerationFailed: the model raised.
+        """
+        try:
+            self._generate(request, emit, cancelled)
+        except LocalLLMError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"Not enough memory to generate with model '{self._model_id}'") from error
+        except Exception as error:
+            if "allocate memory" in str(error):  # what torch's CPU allocator says
+                raise OutOfMemory(f"Not enough memory to generate with model '{self._model_id}'") from error
+            raise GenerationFailed(f"Model '{self._model_id}' failed to generate ({type(error).__name__})") from error
+
+    def _generate(
+        self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
+    ) -> None:
+        inputs = self.encode(request)
+        prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
+        arguments = self._arguments(request.parameters, prompt_tokens)
+        criteria = StoppingCriteriaList([_GivenUp(cancelled)])
+        try:
+            with torch.inference_mode(), self._draws(request.parameters):
+                output = self._model.generate(**inputs, **arguments, stopping_criteria=criteria)
+        except ValueError as error:  # how `generate` refuses arguments that do not go together
+            raise InvalidRequest(f"Invalid generation parameters: {error}") from error
+        if cancelled():
+            raise Cancelled("The request was cancelled")
+        rows = [self._finish(self._new_tokens(row, prompt_tokens), request.parameters) for row in output.tolist()]
+        usage = Usage(prompt_tokens, sum(count for _, _, count in rows))
+        for index, (text, reason, _) in enumerate(rows):
+            emit(Chunk(text, index, reason, usage if index == len(rows) - 1 else None))
+
+    def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
+        """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
+
+        Raises:
+            InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
+        """
+        if request.messages is not None:
+            ids = self._encode_messages(request.messages)
+        else:
+            ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
+        field = "prompt" if request.messages is None else "messages"
+        if self._context is not None and len(ids) > self._context:
+            raise InvalidRequest(
+                f"Invalid value for field '{field}': {len(ids)} tokens, but the context of model "
+                f"'{self._model_id}' holds {self._context}",
+                field,
+            )
+        if not ids:
+            if self._model.generation_config.bos_token_id is None:
+                raise InvalidRequest(
+                    f"Invalid value for field '{field}': empty, and model '{self._model_id}' has no token to begin",
+                    field,
+                )
+            return {}
+        input_ids = torch.tensor([ids], device=self._model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def _encode_messages(self, messages: Any) -> list[int]:
+        """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
+        if self._tokenizer.chat_template is None:
+            end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
+            turns: list[str] = [message["content"] for message in messages]
+            # An encoder-decoder's tokenizer ends the text itself.
+            text = end.join(turns) + (end if self._decodes_prompt else "")
+            ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
+            return ids
+        # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
+        continued = messages[-1]["role"] == "assistant"
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequest(
+                f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {error}",
+                "messages",
+            ) from error
+        return ids
+
+    def _arguments(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
+        """The keyword arguments of `generate` that honour `parameters`."""
+        arguments = {name: value for name, value in parameters.items() if name != "seed"}
+        if not arguments.get("do_sample"):
+            arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
+        if arguments.get("stop_strings"):
+            arguments["tokenizer"] = self._tokenizer
+        new_tokens = self.room(prompt_tokens)
+        if new_tokens is not None and "max_new_tokens" in arguments:
+            arguments["max_new_tokens"] = min(arguments["max_new_tokens"], new_tokens)
+        if self._model.generation_config.pad_token_id is None:
+            pad = self._tokenizer.pad_token_id
+            ends = self._ends(parameters)
+            arguments["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
+        return arguments
+
+    def room(self, prompt_tokens: int) -> int | None:
+        """How many new tokens fit behind a prompt of `prompt_tokens`; None where the model sets no limit.
+
+        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
+        has a context of its own, which its start token shares.
+        """
+        if self._context is None:
+            return None
+        return self._context - (prompt_tokens if self._decodes_prompt and prompt_tokens else 1) + 1
+
+    def _draws(self, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        seed = parameters.get("seed")
+        return nullcontext() if seed is None else SeededDraws(seed, self._model.device)
+
+    def _ends(self, parameters: Mapping[str, Any]) -> frozenset[int]:
+        """The token ids that end a text: the request's, else the model's."""
+        ends = parameters.get("eos_token_id", self._model.generation_config.eos_token_id)
+        if ends is None:
+            return frozenset()
+        return frozenset(ends) if isinstance(ends, list) else frozenset({ends})
+
+    def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
+        """The ids of a returned row that were made, without the prompt or the one token that started it."""
+        return row[prompt_tokens if self._decodes_prompt and prompt_tokens else 1 :]
+
+    def _finish(self, ids: list[int], parameters: Mapping[str, Any]) -> tuple[str, FinishReason, int]:
+        """Text, why it ended, and how many tokens were made (the end token included, padding after it not)."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        ends = self._ends(parameters)
+        count = next((index + 1 for index, token in enumerate(ids) if token in ends), None)
+        stops = parameters.get("stop_strings") or []
+        found = [text.index(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
+        if found:
+            text = text[: min(found)]
+        reason: FinishReason = "stop" if found or count is not None else "length"
+        return text, reason, len(ids) if count is None else count

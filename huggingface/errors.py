@@ -1,0 +1,152 @@
+"""The one tree of errors: what can go wrong, in the project's own words.
+
+Errors are raised where they happen and know nothing of HTTP; `api/errors.py` holds the one table that gives each a
+status. A message is written for the user who caused it: it names the field or the model and says what to do.
+It must hold nothing private (no path of this machine, no token). Any thread may raise any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LocalLLMError(Exception):
+    """Root of every error that this project raises on purpose; `str(error)` is the message for the user."""
+
+
+# What the caller sent -------------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(LocalLLMError):
+    """The request asks for something that cannot be honoured; `field` names the part at fault, where there is one."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class MissingField(InvalidRequest):
+    """A required field is absent."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"Missing required field: {field}", field)
+
+
+class UnknownField(InvalidRequest):
+    """A field that nothing here honours."""
+
+    def __init__(self, field: str, known: Iterable[str] = ()) -> None:
+        names = ", ".join(sorted(known))
+        super().__init__(f"Unknown field: {field}" + (f". Accepted here: {names}" if names else ""), field)
+
+
+class InvalidModelId(InvalidRequest):
+    """The id is not one that the Hub would accept, so neither a folder nor a repository can carry it."""
+
+
+class ProtectedField(InvalidRequest):
+    """An update tries to change a field that only the server sets."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"Field '{field}' is protected and cannot be updated", field)
+
+
+class UnsupportedTask(InvalidRequest):
+    """The model cannot do what is asked of it; the message lists the tasks that it can do."""
+
+    def __init__(self, model_id: str, task: str, supported: Iterable[str]) -> None:
+        names = ", ".join(supported) or "none of this server's tasks"
+        super().__init__(f"Model '{model_id}' cannot do '{task}'. It can do: {names}", "task")
+
+
+class DependencyMissing(LocalLLMError):
+    """Torch or transformers cannot be imported in this environment."""
+
+    def __init__(self) -> None:
+        super().__init__("Transformers library not available. Please install: pip install transformers torch")
+
+
+# What the registry holds ----------------------------------------------------------------------------------------------
+
+
+class ModelNotFound(LocalLLMError):
+    """No model of that id is registered."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"Model '{model_id}' not found")
+
+
+class ModelExists(LocalLLMError):
+    """A model of that id is registered already."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"Model '{model_id}' already exists")
+
+
+class ModelDisabled(LocalLLMError):
+    """The record's status says that the model is not to be used."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"Model '{model_id}' is disabled; set its status to 'available' to use it")
+
+
+class RegistryError(LocalLLMError):
+    """The registry's file could not be read or written; nothing was changed."""
+
+
+class RegistryBusy(RegistryError):
+    """Another process held the registry's lock for too long; nothing was changed, and a retry may succeed."""
+
+
+class StorageFull(RegistryError):
+    """The disk has no room for the change; nothing was changed."""
+
+
+# A model's files and memory -------------------------------------------------------------------------------------------
+
+
+class LoadError(LocalLLMError):
+    """A registered model could not be brought into memory; the message names it and says what to do."""
+
+
+class FilesMissing(LoadError):
+    """Neither a folder of the models folder nor a Hub repository carries the id, or a needed file is not in it."""
+
+
+class FilesGated(LoadError):
+    """The Hub refuses the files: the repository is gated or private and no accepted token was given."""
+
+
+class HubUnreachable(LoadError):
+    """The files are not here, and the Hub cannot be asked: offline by choice or by circumstance."""
+
+
+class FilesCorrupt(LoadError):
+    """The files are there but are damaged, incomplete, or do not fit together."""
+
+
+class FilesRefused(LoadError):
+    """The files could be loaded only by running code that the settings do not allow: pickles, or remote code."""
+
+
+class ModelUnsupported(LoadError):
+    """The files are sound, but the installed libraries do not know such a model."""
+
+
+class OutOfMemory(LoadError):
+    """The device has not enough memory for what was asked."""
+
+
+class ModelBusy(LocalLLMError):
+    """The model is in use, and whoever uses it did not finish within the time allowed."""
+
+
+# Work in progress -----------------------------------------------------------------------------------------------------
+
+
+class GenerationFailed(LocalLLMError):
+    """A step of the model raised; only the request concerned is failed."""
+
+
+class Cancelled(LocalLLMError):
+    """The work was given up on request: by its caller, or because the model is being taken out of memory."""

@@ -1,0 +1,353 @@
+"""The registry: which models are registered, kept in one JSON file that several processes may share.
+
+A change is on the disk before its method returns; usage counters follow within `usage_delay`. Reads see what any
+process wrote. Any thread may call anything here. It knows records and errors, nothing of HTTP, models in memory or
+tasks. How the file is locked and replaced is in `registry_file.py`, what is in it in `registry_content.py`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from .errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
+from .records import ModelRecord, check_model_id, timestamp
+from .registry_content import FIELDS, Content, Corrupt, encode, parse, same_json, stored_value
+from .registry_file import RegistryFile, Signature, Version
+
+_LOG = logging.getLogger(__name__)
+
+PROTECTED_FIELDS = ("model_id", "added_date", "usage_count")
+CHANGEABLE_FIELDS = ("name", "model_type", "description", "parameters", "status", "last_used")
+
+_SETTLE_SECONDS = 0.1  # an editor that writes in place is given this long to finish, again after each of its writes
+_SETTLE_TRIES = 20
+_RETRY_AT_LEAST = 0.1  # seconds between attempts to write usage counters that failed
+_RETRY_AT_MOST = 30.0
+
+
+class _Use(NamedTuple):
+    """Uses of the model added at `added_date` that the file does not count yet."""
+
+    added_date: str
+    times: int
+    last_used: str
+
+
+def _used(record: ModelRecord, use: _Use | None) -> ModelRecord:
+    """The record with uses that its file does not count yet, if they are of this very registration."""
+    if use is None or use.added_date != record.added_date:
+        return record
+    return replace(
+        record, usage_count=record.usage_count + use.times, last_used=max(record.last_used or "", use.last_used)
+    )
+
+
+def _with_uses(content: Content, uses: Mapping[str, _Use]) -> list[ModelRecord]:
+    """The content's records, each with its uses."""
+    if not uses:
+        return list(content.records.values())
+    return [_used(record, uses.get(record.model_id)) for record in content.records.values()]
+
+
+class ModelRegistry:
+    """The registered models, in the file at `path` (the document's `models_data`); a missing file is an empty registry.
+
+    Every method that reads or writes raises RegistryError where the file cannot be read, RegistryBusy where another
+    writer keeps it locked, StorageFull where a change has no room; nothing is changed then. A corrupt file is renamed,
+    reported in `warnings` and the log, and the registry goes on empty. Records are shared between callers: their
+    `parameters` are to be copied before they are changed.
+    """
+
+    def __init__(self, path: Path, *, lock_timeout: float = 10.0, usage_delay: float = 1.0) -> None:
+        """Touches no file and starts no thread yet.
+
+        Args:
+            path: the JSON file; a symbolic link is written through. Its folder is made at the first change.
+            lock_timeout: seconds that a change waits for other writers.
+            usage_delay: seconds by which a usage counter on the disk may be late.
+        """
+        self._file = RegistryFile(path, lock_timeout=lock_timeout)
+        self._usage_delay = usage_delay
+        self._warnings: list[str] = []
+        self._content: Content | None = None
+        self._version: Version | None = None  # of the file, that `_content` was read from or written to
+        self._start_process()
+        if hasattr(os, "register_at_fork"):
+            method = weakref.WeakMethod(self._start_process)
+            os.register_at_fork(after_in_child=lambda: (start := method()) and start())
+
+    def _start_process(self) -> None:
+        """What a forked child must not share: pending uses are the parent's to write, and its threads are gone."""
+        self._file.after_fork()
+        self._mutex = threading.Lock()  # guards every field; held for memory, a read or a rename only
+        self._wake = threading.Condition(self._mutex)
+        self._pending: dict[str, _Use] = {}
+        self._writer: threading.Thread | None = None
+        self._stopping = False
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def list(self, model_type: str | None = None) -> builtins.list[ModelRecord]:
+        """All records, or those of one type, in the order in which they were added."""
+        records = _with_uses(*self._snapshot())
+        return records if model_type is None else [record for record in records if record.model_type == model_type]
+
+    def get(self, model_id: str) -> ModelRecord:
+        """The record of `model_id`. Raises ModelNotFound."""
+        content, uses = self._snapshot()
+        if model_id not in content.records:
+            raise ModelNotFound(model_id)
+        return _used(content.records[model_id], uses.get(model_id))
+
+    def model_types(self) -> builtins.list[str]:
+        """The types of the registered models, each once, sorted."""
+        return sorted({record.model_type for record in self._snapshot()[0].records.values()})
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts over all models, as the API shows them.
+
+        `last_updated` is null until something is written. `most_used` is null until something is used; of several with
+        the same count it is the one used last, and of those the one added first.
+        """
+        content, uses = self._snapshot()
+        records = _with_uses(content, uses)
+        most = max(records, key=lambda record: (record.usage_count, record.last_used or ""), default=None)
+        updated = [content.last_updated or "", *(use.last_used for use in uses.values())]
+        return {
+            "total_models": len(records),
+            "total_usage": sum(record.usage_count for record in records),
+            "model_types": dict(Counter(record.model_type for record in records)),
+            "last_updated": max(updated) or None,
+            "most_used": None
+            if most is None or most.usage_count == 0
+            else {"model_id": most.model_id, "name": most.name, "usage_count": most.usage_count},
+        }
+
+    @property
+    def warnings(self) -> builtins.list[str]:
+        """What a user should know of the file, such as a corrupt one set aside; empty until the file was first read."""
+        with self._mutex:
+            return [*self._warnings]
+
+    # Changing ---------------------------------------------------------------------------------------------------------
+
+    def add(self, record: ModelRecord) -> ModelRecord:
+        """Register a model; returns its record as stored.
+
+        Raises:
+            ModelExists: the id is registered. InvalidModelId, InvalidRequest: a field that the file could not hold.
+        """
+        check_model_id(record.model_id)
+        added = ModelRecord(**{name: stored_value(name, getattr(record, name)) for name in FIELDS})
+
+        def edit(records: dict[str, ModelRecord]) -> None:
+            if added.model_id in records:
+                raise ModelExists(added.model_id)
+            records[added.model_id] = added
+
+        self._change(edit)
+        return added
+
+    def update(self, model_id: str, changes: Mapping[str, Any]) -> ModelRecord:
+        """Replace whole fields of a record; returns it as it now is. What is given as it stands is not written.
+
+        Raises:
+            ModelNotFound. UnknownField, InvalidRequest: a name or a value that a record cannot have.
+            ProtectedField: another value for a field that only the server sets.
+        """
+        for name in changes:
+            if name not in FIELDS:
+                raise UnknownField(name, CHANGEABLE_FIELDS)
+        wanted = {name: stored_value(name, value) for name, value in changes.items() if name in CHANGEABLE_FIELDS}
+        result: ModelRecord
+
+        def edit(records: dict[str, ModelRecord]) -> None:
+            nonlocal result
+            if model_id not in records:
+                raise ModelNotFound(model_id)
+            result = records[model_id]
+            for name in PROTECTED_FIELDS:
+                if name in changes and changes[name] != getattr(result, name):
+                    raise ProtectedField(name)
+            different = {name: value for name, value in wanted.items() if not same_json(value, getattr(result, name))}
+            if different:
+                result = records[model_id] = replace(result, **different)
+
+        self._change(edit)
+        return result
+
+    def remove(self, model_id: str) -> dict[str, Any]:
+        """Remove a model; returns the new content as the document's `models_data`. Raises ModelNotFound."""
+
+        def edit(records: dict[str, ModelRecord]) -> None:
+            if records.pop(model_id, None) is None:
+                raise ModelNotFound(model_id)
+
+        content = self._change(edit)
+        return {
+            "models": [record.to_dict() for record in content.records.values()],
+            "last_updated": content.last_updated,
+            "count": len(content.records),
+        }
+
+    def record_use(self, model_id: str) -> None:
+        """Count one use, now: for this process at once, for others when it is written. A removed model is ignored."""
+        with suppress(RegistryError):  # an answer must not fail for its count: the last known records will do
+            self._snapshot()
+        with self._mutex:
+            record = self._content.records.get(model_id) if self._content else None
+            if record is None:
+                return
+            if not self._pending:
+                self._wake.notify_all()
+            pending = self._pending.get(model_id)
+            times = pending.times if pending and pending.added_date == record.added_date else 0
+            self._pending[model_id] = _Use(record.added_date, times + 1, timestamp())
+            if self._writer is None or not self._writer.is_alive():
+                self._writer = threading.Thread(target=self._write_behind, name="registry-usage", daemon=True)
+                self._writer.start()
+
+    def close(self) -> None:
+        """Write the pending counters, stop the thread, let go of the file. Another call of anything reopens."""
+        with self._mutex:
+            self._stopping = True
+            self._wake.notify_all()
+            writer = self._writer
+        if writer is not None:
+            writer.join()
+        with self._mutex:
+            self._stopping, self._writer = False, None
+        if not self._flush():
+            _LOG.error("The registry is closed, and usage counters are lost if the process ends now")
+        with self._mutex:
+            self._content = self._version = None
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> tuple[Content, dict[str, _Use]]:
+        """The file's present content, and the uses that it does not count yet, of one moment."""
+        try:
+            return self._read()
+        except Corrupt as reason:
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(self._file.locked())
+                except RegistryError as error:
+                    raise self._stays_corrupt(reason, error) from error
+                return self._read_or_set_aside()
+
+    def _read(self) -> tuple[Content, dict[str, _Use]]:
+        """As `_snapshot`; parses only what changed since. Raises Corrupt."""
+        with self._mutex:
+            signature = self._file.signature()
+            if self._content is None or signature != (self._version.signature if self._version else None):
+                present = self._file.read()
+                if present is None:
+                    self._version, self._content = None, Content()
+                else:
+                    version, data = present
+                    self._content = parse(data, version.signature.mtime)
+                    self._version = version
+            return self._content, {**self._pending}
+
+    def _read_or_set_aside(self) -> tuple[Content, dict[str, _Use]]:
+        """As `_snapshot`, for the holder of the file's lock, who may rename a corrupt file."""
+        seen: Signature | None = None
+        for _ in range(_SETTLE_TRIES):
+            try:
+                return self._read()
+            except Corrupt as found:
+                reason, corrupt = found, self._file.signature()
+            if corrupt is not None and corrupt == seen:
+                break
+            seen = corrupt
+            time.sleep(_SETTLE_SECONDS)
+        try:
+            aside = self._file.set_aside()
+        except RegistryError as error:
+            raise self._stays_corrupt(reason, error) from error
+        warning = (
+            f"The registry file '{self._file.name}' was corrupt ({reason}). It was set aside as '{aside}', "
+            "and the registry goes on without the models in it."
+        )
+        _LOG.error("%s", warning)
+        with self._mutex:
+            self._warnings.append(warning)
+        return self._read()
+
+    def _stays_corrupt(self, reason: Corrupt, error: RegistryError) -> RegistryError:
+        return type(error)(f"The registry file '{self._file.name}' is corrupt ({reason}), and it stays. {error}")
+
+    def _change(self, edit: Callable[[dict[str, ModelRecord]], None]) -> Content:
+        """Apply `edit` to the present records and write them, pending uses included, if that makes a difference."""
+        with self._file.locked():
+            content, uses = self._read_or_set_aside()
+            records = dict(content.records)
+            for model_id, use in uses.items():
+                if model_id in records:
+                    records[model_id] = _used(records[model_id], use)
+            edit(records)
+            # By identity: 1 equals True, yet one in the place of the other is a change.
+            if len(records) == len(content.records) and all(
+                records.get(model_id) is record for model_id, record in content.records.items()
+            ):
+                with self._mutex:
+                    self._settle(uses)  # what is left are uses of models that are gone
+                return content
+            extras = {model_id: extra for model_id, extra in content.record_extras.items() if model_id in records}
+            changed = Content(records, timestamp(), extras, content.file_extras)
+            try:
+                data = encode(changed)
+            except orjson.JSONEncodeError as error:
+                raise RegistryError(f"The registry file '{self._file.name}' cannot be written: {error}") from error
+            with self._file.staged(data) as publish, self._mutex:
+                self._version = publish()
+                self._content = changed
+                self._settle(uses)
+            return changed
+
+    def _settle(self, written: Mapping[str, _Use]) -> None:
+        """Forget the uses that are written or void; the caller holds the mutex."""
+        for model_id, use in written.items():
+            pending = self._pending.get(model_id)
+            if pending is None or pending.added_date != use.added_date:
+                continue
+            if pending.times == use.times:
+                del self._pending[model_id]
+            else:
+                self._pending[model_id] = pending._replace(times=pending.times - use.times)
+
+    def _flush(self) -> bool:
+        """Write the pending uses, if any; on failure keep them, and return False."""
+        with self._mutex:
+            if not self._pending:
+                return True
+        try:
+            self._change(lambda _records: None)
+        except RegistryError as error:
+            _LOG.warning("Usage counters could not be written yet, and are kept: %s", error)
+            return False
+        return True
+
+    def _write_behind(self) -> None:
+        """The usage thread: writes what was counted, a little before it would be late, until `close`."""
+        prompt = pause = self._usage_delay * 0.8
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self._pending)
+                if self._wake.wait_for(lambda: self._stopping, timeout=pause):
+                    return
+            pause = prompt if self._flush() else min(max(2 * pause, _RETRY_AT_LEAST), max(prompt, _RETRY_AT_MOST))

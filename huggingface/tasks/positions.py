@@ -1,0 +1,36 @@
+"""How many tokens a model can read: the size of its table of positions, for models that have one.
+
+A position beyond the table is an IndexError on a CPU and the end of the process on a GPU, so it is looked up before.
+Called on the model's worker thread. Must not know tasks, JSON or HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What transformers' models call the module that holds a vector for each position.
+_NAMES = frozenset(
+    {"wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "embed_position"}
+)
+
+
+def max_positions(model: Any) -> int | None:
+    """The longest sequence, in tokens, that `model` (a `PreTrainedModel`) has positions for.
+
+    None where positions are computed and so have no end in the weights (rotary, relative, ALiBi). Of an encoder-decoder
+    model it is the encoder's, the first in module order.
+    """
+    from torch import nn
+
+    if getattr(model.config, "reset_position_index_per_cell", False):  # TAPAS counts from zero in each cell
+        return None
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in _NAMES or not isinstance(module, nn.Embedding):
+            continue
+        rows = module.num_embeddings
+        if type(module) is not nn.Embedding:  # BART, OPT: `offset` rows stand before the first position
+            return rows - int(getattr(module, "offset", 0))
+        if module.padding_idx is not None:  # RoBERTa: positions begin after the padding index
+            return rows - module.padding_idx - 1
+        return rows
+    return None

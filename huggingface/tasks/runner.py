@@ -1,0 +1,230 @@
+"""Runs tasks on one loaded model: the same weights under every pipeline, results as plain JSON values.
+
+A TaskRunner is called on its model's single worker thread only; `opened` may be read from any. It owns the pipelines
+and a tokenizer of its own, which they may set up as they like. Must not know the registry, HTTP or pydantic.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
+from . import GENERATION_TASKS, Head, canonical_task, supported_tasks
+from . import inputs as shapes
+from .generation import check_sequences, generation_arguments
+from .json_values import json_value
+
+
+class TaskRunner:
+    """What one loaded model can be asked besides `/generate`."""
+
+    def __init__(self, model_id: str, model: Any, tokenizer: Any, head: Head) -> None:
+        """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed."""
+        self._model_id = model_id
+        self._model = model
+        self._shared_tokenizer = tokenizer
+        self._own_tokenizer: Any = None
+        self._head: Head = head
+        self._supported: tuple[str, ...] | None = None
+        self._pipelines: dict[str, Any] = {}
+        self._opened: tuple[str, ...] = ()
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """The tasks that were run since the model was loaded, as they were named; all translations count as one."""
+        return self._opened
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """The tasks that this very model can do; asking the first time may run the model on a token or two."""
+        if self._supported is None:
+            self._supported = self._find_supported()
+        return self._supported
+
+    def run(
+        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
+    ) -> Any:
+        """Do `task` on `inputs`, one item or a list, as transformers' pipeline of that name would; JSON values.
+
+        `parameters` are those of `TASK_PARAMETERS`, validated. `cancelled` is asked between items, between the
+        pieces of one, and between tokens.
+
+        Raises:
+            InvalidRequest: the inputs or a parameter cannot be used with this model, or it cannot do the task.
+            Cancelled: `cancelled` said so.
+            GenerationFailed, OutOfMemory: the model failed.
+        """
+        name = canonical_task(task)
+        if name not in map(canonical_task, self.supported):
+            raise UnsupportedTask(self._model_id, task, self.supported)
+        try:
+            result = json_value(self._dispatch(task, name, inputs, dict(parameters), cancelled))
+        except LocalLLMError:
+            raise
+        except Exception as error:
+            raise self._failure(task, parameters, error) from error
+        opened = name if task.startswith("translation_") else task
+        if opened not in self._opened:
+            self._opened = (*self._opened, opened)
+        return result
+
+    def _dispatch(
+        self, task: str, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]
+    ) -> Any:
+        if name in GENERATION_TASKS:
+            parameters = generation_arguments(parameters, self._model)
+        if name == "text-generation":
+            return self._generate(inputs, parameters, cancelled)
+        if name in GENERATION_TASKS:
+            from .text2text import Text2Text
+
+            return Text2Text(self._model, self._tokenizer, task)(inputs, cancelled=cancelled, **parameters)
+        if name == "question-answering":
+            from .question_answering import QuestionAnswering
+
+            return QuestionAnswering(self._model, self._tokenizer)(inputs, cancelled=cancelled, **parameters)
+        check = _CHECKS[name]
+        if parameters.get("is_split_into_words"):
+            check = shapes.words
+        inputs = check(inputs)
+        self._check_parameters(name, inputs, parameters)
+        return self._call(name, inputs, parameters, cancelled)
+
+    def _generate(self, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
+        inputs = shapes.prompts_or_chats(inputs)
+        if shapes.is_chat(inputs):
+            if getattr(self._tokenizer, "chat_template", None) is None:
+                raise shapes.refuse("inputs", "is a chat, but the model has no chat template; give it a text")
+            for field in ("prefix", "add_special_tokens"):
+                if field in parameters:
+                    raise shapes.refuse(field, "cannot be used with a chat, which the model's template lays out")
+        elif "continue_final_message" in parameters:
+            raise shapes.refuse("continue_final_message", "can be used with a chat only")
+        check_sequences(parameters, self._model, do_sample=True, num_beams=1)
+        if (
+            "stop_strings" in parameters
+        ):  # the pipeline hands over the tokenizer, which these need, under this name only
+            parameters["stop_sequence"] = parameters.pop("stop_strings")
+        elif "stop_sequence" not in parameters and self._model.generation_config.stop_strings is not None:
+            parameters["stop_sequence"] = self._model.generation_config.stop_strings
+        if "max_length" in parameters:
+            # Without a word on truncation a length would cut the prompt in silence.
+            parameters.setdefault("truncation", False)
+        return self._call("text-generation", inputs, parameters, cancelled)
+
+    def _check_parameters(self, name: str, inputs: Any, parameters: dict[str, Any]) -> None:
+        """Refuse what only this model's tokenizer and vocabulary can tell to be wrong."""
+        tokenizer = self._tokenizer
+        if name == "zero-shot-classification" and "candidate_labels" not in parameters:
+            raise MissingField("candidate_labels")
+        if name == "fill-mask":
+            vocabulary = self._model.config.get_text_config().vocab_size
+            if parameters.get("top_k", 1) > vocabulary:
+                raise shapes.refuse("top_k", f"must be at most {vocabulary}, the size of the model's vocabulary")
+            targets = parameters.get("targets", [])
+            for target in [targets] if isinstance(targets, str) else targets:
+                if not tokenizer.encode(target, add_special_tokens=False):
+                    raise shapes.refuse("targets", f"'{target}' holds no token of the model's vocabulary")
+        if "stride" in parameters:
+            room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+            if parameters["stride"] >= room:
+                raise shapes.refuse("stride", f"must be less than {room}, the tokens that fit into one piece")
+        pair = name == "text-classification" and any(
+            isinstance(item, dict) for item in (inputs if isinstance(inputs, list) else [inputs])
+        )
+        special = tokenizer.num_special_tokens_to_add(pair=pair)
+        for field, arguments in (
+            ("max_length", parameters),
+            ("tokenizer_kwargs.max_length", parameters.get("tokenizer_kwargs", {})),
+            ("tokenize_kwargs.max_length", parameters.get("tokenize_kwargs", {})),
+        ):
+            if arguments.get("max_length", special + 1) <= special and arguments.get("add_special_tokens", True):
+                raise shapes.refuse(field, f"must be more than {special}, the special tokens of an input")
+
+    def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
+        if name not in self._pipelines:
+            from .pipelines import open_pipeline
+
+            model = self._model.base_model if name == "feature-extraction" else self._model
+            self._pipelines[name] = open_pipeline(name, model, self._tokenizer)
+        pipeline = self._pipelines[name]
+        pipeline.call_count = 0  # it counts calls only to complain of many
+        pipeline.cancelled = cancelled
+        try:
+            return pipeline(inputs, **parameters)
+        finally:
+            del pipeline.cancelled  # it may hold on to the whole request
+
+    @property
+    def _tokenizer(self) -> Any:
+        """A copy: pipelines set its padding, and two threads cannot use one at the same moment ("Already borrowed")."""
+        if self._own_tokenizer is None:
+            self._own_tokenizer = copy.deepcopy(self._shared_tokenizer)
+        return self._own_tokenizer
+
+    def _find_supported(self) -> tuple[str, ...]:
+        names = list(supported_tasks(self._head))
+        mask = getattr(self._shared_tokenizer, "mask_token_id", None) is not None
+        if self._head == "seq2seq-lm":
+            from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+            if mask and type(self._model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+                names.append("fill-mask")
+            names.append("feature-extraction")
+        elif not mask and "fill-mask" in names:
+            names.remove("fill-mask")
+        if "feature-extraction" in names and not self._gives_features():
+            names.remove("feature-extraction")
+        return tuple(names)
+
+    def _gives_features(self) -> bool:
+        """Whether the model under the head can be run on a text alone; an encoder-decoder is tried on one token."""
+        base = self._model.base_model
+        if base is self._model and self._head != "base":
+            return False
+        if not self._model.config.is_encoder_decoder:
+            return True
+        import torch
+
+        token = torch.zeros((1, 1), dtype=torch.long, device=base.device)
+        try:
+            with torch.no_grad():
+                base(input_ids=token)
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # no decoder_input_ids, said in as many ways as there are models
+            return False
+        return True
+
+    def _failure(self, task: str, parameters: Mapping[str, Any], error: Exception) -> LocalLLMError:
+        """What a failure inside transformers means to the caller."""
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return OutOfMemory(f"Not enough memory on the device for '{task}' on model '{self._model_id}'")
+        reason = str(error)
+        if type(error).__name__ == "PipelineException" and "mask_token" in reason:
+            mask = self._shared_tokenizer.mask_token
+            return shapes.refuse("inputs", f"must hold the model's mask token {mask}")
+        if isinstance(error, ValueError | TypeError | AssertionError):
+            for field in parameters:
+                if f"`{field}`" in reason or f"{field}=" in reason:
+                    return shapes.refuse(field, reason)
+        return GenerationFailed(f"Model '{self._model_id}' failed to do '{task}'")
+
+
+_CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "fill-mask": shapes.nonempty_texts,
+        "text-classification": shapes.texts_or_pairs,
+        "token-classification": shapes.texts,
+        "zero-shot-classification": shapes.nonempty_texts,
+        "feature-extraction": shapes.texts,
+        "table-question-answering": shapes.tables,
+    }
+)

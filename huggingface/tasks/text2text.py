@@ -1,0 +1,367 @@
+"""The tasks of encoder-decoder models, as transformers 4.57.6 had them: text to text, summaries, translations.
+
+transformers 5 removed these pipelines; here is their behaviour, on the model and tokenizer that are handed in and are
+never changed. Called on the model's worker thread, the only one that may use this tokenizer meanwhile.
+Must not know HTTP, the registry, nor how the model was loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import Cancelled, InvalidRequest, UnknownField
+from . import inputs as check
+from .positions import max_positions
+
+# What each task calls its answer (4.57.6: `return_name` of the three pipelines in text2text_generation.py).
+_KEYS = {"text2text-generation": "generated_text", "summarization": "summary_text", "translation": "translation_text"}
+_TRANSLATION = re.compile(r"translation(?:_(?P<source>.+)_to_(?P<target>.+))?")
+
+# What the pipelines ask for where the model and its caller leave it open (`_default_generation_config`).
+_PIPELINE_DEFAULTS = {"max_new_tokens": 256, "num_beams": 4}
+
+# GenerationConfig's own defaults in 4.57.6, where they are not None. transformers 5 has None instead, but "is it still
+# the default?" is a question that 4.57.6 asks to decide which of two settings wins.
+_GLOBAL_DEFAULTS: Mapping[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "early_stopping": False,
+    "do_sample": False,
+    "num_beams": 1,
+    "use_cache": True,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+}
+
+# Parameters of the pipelines themselves; every other is one of `generate`.
+_OWN_PARAMETERS = frozenset(
+    {"truncation", "clean_up_tokenization_spaces", "stop_sequence", "prefix", "return_text", "return_tensors"}
+)
+_LANGUAGES = frozenset({"src_lang", "tgt_lang"})
+# Settings that change the kind of what `generate` returns, not the text.
+_NOT_TEXT = frozenset({"return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}) | {
+    "output_hidden_states"
+}
+_TRUNCATION = (True, False, "longest_first", "only_first", "do_not_truncate")
+
+
+def _never() -> bool:
+    return False
+
+
+class Text2Text:
+    """One task on one model: `Text2Text(model, tokenizer, "summarization")("A long text ...")`.
+
+    `model` is a `PreTrainedModel` with a language-modelling head over an encoder and a decoder, on any device;
+    `tokenizer` its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `cancelled` is asked between texts and
+    between tokens. Behaves as 4.57.6's `Text2TextGenerationPipeline`, `SummarizationPipeline`, `TranslationPipeline`.
+
+    Raises:
+        InvalidRequest: on `task`, when it is none of these.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, task: str, cancelled: Callable[[], bool] = _never) -> None:
+        translation = _TRANSLATION.fullmatch(task)
+        name = "translation" if translation else task
+        if name not in _KEYS:
+            raise InvalidRequest(f"Invalid value for field 'task': unknown task '{task}'", "task")
+        specific: Mapping[str, Any] = getattr(model.config, "task_specific_params", None) or {}
+        if task == "translation":
+            # 4.57.6's `pipeline()` takes the first translation that the model's config tells about.
+            task = next((key for key in specific if key.startswith("translation")), task)
+            translation = _TRANSLATION.fullmatch(task)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._cancelled = cancelled
+        self._name = name
+        self._key = _KEYS[name]
+        self._task_parameters: Mapping[str, Any] = specific.get(task) or {}
+        self._pair = (translation["source"], translation["target"]) if translation else (None, None)
+        self._by_language = name == "translation" and hasattr(tokenizer, "_build_translation_inputs")
+        self._decoder_positions = max_positions(model.get_decoder())
+
+    def __call__(
+        self, inputs: str | list[str], *, cancelled: Callable[[], bool] | None = None, **parameters: Any
+    ) -> list[Any]:
+        """Answer `inputs`, one text or a list of them, with `[{"<task>_text": ...}, ...]`.
+
+        For one text: a list with one answer for each of `num_return_sequences`. For a list: a list with one answer
+        each or, where several are asked for, a list of such lists. `parameters` are those of the pipelines
+        (`truncation`, `clean_up_tokenization_spaces`, `stop_sequence`, `prefix`, for translation `src_lang` and
+        `tgt_lang`) and those of `generate` (`max_length`, `num_beams`, ...).
+
+        Raises:
+            InvalidRequest: naming the field that cannot be honoured.
+            Cancelled: once `cancelled` answers True.
+        """
+        given = check.texts(inputs)
+        stop = cancelled or self._cancelled
+        own = {name: value for name, value in parameters.items() if name in _OWN_PARAMETERS | _LANGUAGES}
+        asked = self._generation_parameters(parameters)
+        self._check_own(own)
+        if own.get("stop_sequence") is not None:
+            asked["eos_token_id"] = self._first_token(own["stop_sequence"])
+        if self._by_language and "forced_bos_token_id" in asked:
+            raise check.refuse("forced_bos_token_id", "the target language sets it: give tgt_lang only")
+        settings = self._settings(asked)
+        answers = []
+        for index, text in enumerate([given] if isinstance(given, str) else given):
+            if stop():
+                raise Cancelled
+            field = "inputs" if isinstance(given, str) else f"inputs.{index}"
+            answers.append(self._answer(text, field, own, asked, settings, stop))
+        if isinstance(given, str):
+            return answers[0]
+        return [each[0] for each in answers] if all(len(each) == 1 for each in answers) else answers
+
+    # What is asked for -----------------------------------------------------------------------------------------------
+
+    def _generation_parameters(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that are `generate`'s, a copy; refuses by name what neither it nor the task knows."""
+        from transformers import GenerationConfig
+
+        honoured = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _NOT_TEXT
+        honoured -= {"transformers_version"}
+        known = honoured | _OWN_PARAMETERS | (_LANGUAGES if self._name == "translation" else frozenset())
+        for name in parameters:
+            if name not in known:
+                raise UnknownField(name, known)
+        asked = {name: copy.deepcopy(value) for name, value in parameters.items() if name in honoured}
+        if asked.get("temperature") == 0:  # no randomness: upstream's sampler cannot divide by it
+            asked |= {"do_sample": False, "temperature": 1.0}
+        for name in ("max_new_tokens", "max_length"):
+            value = asked.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise check.refuse(name, "must be a whole number of at least 1")
+        return asked
+
+    def _check_own(self, own: Mapping[str, Any]) -> None:
+        if own.get("return_tensors"):
+            raise check.refuse("return_tensors", "tensors cannot travel as JSON")
+        if own.get("return_text") is False:
+            raise check.refuse("return_text", "without the text there is no answer")
+        truncation = own.get("truncation")
+        if truncation is not None and truncation not in _TRUNCATION:
+            choices = ", ".join(str(choice).lower() for choice in _TRUNCATION)
+            raise check.refuse("truncation", f"must be one of {choices}")
+        for name in ("stop_sequence", "prefix", *_LANGUAGES):
+            if own.get(name) is not None:
+                check.text(own[name], name)
+        for name in sorted(_LANGUAGES):
+            if own.get(name) is not None and not self._by_language:
+                reason = "this model's tokenizer knows no language codes"
+                raise check.refuse(
+                    name, f"{reason}; name the languages in the task (translation_en_to_fr) if it has it"
+                )
+
+    def _first_token(self, stop_sequence: str) -> int:
+        """The token that ends the text for `stop_sequence`: its first one, as `_sanitize_parameters` takes it."""
+        ids = self._tokenizer.encode(stop_sequence, add_special_tokens=False)
+        if not ids:
+            raise check.refuse("stop_sequence", "must hold at least one token")
+        return int(ids[0])
+
+    def _settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting of `generate` that is not its default, by 4.57.6's order of precedence.
+
+        That order is, strongest first: what is `asked`; the config's `task_specific_params`; the pipeline's 256 new
+        tokens and 4 beams; the model's `generation_config` (`Pipeline.__init__` and
+        `GenerationMixin._prepare_generation_config`). Two settings go around it: the model's `max_length` beats the
+        pipeline's 256 new tokens, and a value that is set to a global default gives way to the model's own.
+        One thing is not as upstream: there the 256 new tokens also override a `max_length` that was asked for.
+        """
+        from transformers import GenerationConfig
+
+        model = {
+            name: value
+            for name, value in self._model.generation_config.to_dict().items()
+            if not name.startswith("_")
+            and name != "transformers_version"
+            and value is not None
+            and value != _GLOBAL_DEFAULTS.get(name)
+        }
+        settings: dict[str, Any] = {**model, **_PIPELINE_DEFAULTS}
+        if "max_length" in model:
+            settings["max_new_tokens"] = None
+        if model.get("temperature") == 0:
+            settings["do_sample"] = False
+        names = vars(GenerationConfig())
+        task = {name: value for name, value in self._task_parameters.items() if name in names}
+        settings.update(copy.deepcopy(task))
+        if settings.get("pad_token_id") is None and self._tokenizer.pad_token_id is not None:
+            settings["pad_token_id"] = self._tokenizer.pad_token_id
+        if _since_4_50(self._model.generation_config.transformers_version):
+            for name, value in model.items():
+                default = _GLOBAL_DEFAULTS.get(name)
+                if settings.get(name, default) == default:
+                    settings[name] = value
+        for source in (task, asked):
+            if source.get("max_length") is not None and source.get("max_new_tokens") is None:
+                settings["max_new_tokens"] = None
+            settings.update(source if source is asked else {})
+        if settings.get("max_new_tokens") is not None:
+            # The same limit as a length (the decoder starts from one token): `generate` warns where both are set.
+            settings["max_length"] = settings["max_new_tokens"] + 1
+            settings["max_new_tokens"] = None
+        return settings
+
+    # From text to text -----------------------------------------------------------------------------------------------
+
+    def _answer(
+        self,
+        text: str,
+        field: str,
+        own: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        cancelled: Callable[[], bool],
+    ) -> list[dict[str, str]]:
+        import torch
+
+        encoded = self._encode(text, own)
+        encoded.pop("token_type_ids", None)  # some tokenizers make them, no `generate` takes them
+        forced = {"forced_bos_token_id": encoded.pop("forced_bos_token_id")} if self._by_language else {}
+        self._check_length(int(encoded["input_ids"].shape[-1]), field)
+        tensors = {name: value.to(self._model.device) for name, value in encoded.items()}
+        with torch.inference_mode(), _blaming(asked):
+            rows = self._generate(tensors, {**settings, **forced}, cancelled)
+        answers = [self._tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
+        if own.get("clean_up_tokenization_spaces"):
+            # Not by `decode`: transformers 5 does it for some kinds of tokenizer only.
+            answers = [self._tokenizer.clean_up_tokenization(answer) for answer in answers]
+        return [{self._key: answer} for answer in answers]
+
+    def _encode(self, text: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's inputs as tensors, and for a tokenizer with language codes the first token of the answer."""
+        truncation = own.get("truncation")
+        how = {"truncation": False if truncation is None else truncation, "return_tensors": "pt"}
+        asked_prefix = own.get("prefix")
+        if not self._by_language:
+            prefix = self._task_parameters.get("prefix", getattr(self._model.config, "prefix", None))
+            return dict(self._tokenizer(((prefix or "") if asked_prefix is None else asked_prefix) + text, **how))
+        source, target = self._languages(own)
+        with _restored(self._tokenizer):
+            how |= {"src_lang": source, "tgt_lang": target}
+            return dict(self._tokenizer._build_translation_inputs((asked_prefix or "") + text, **how))
+
+    def _languages(self, own: Mapping[str, Any]) -> tuple[str, str]:
+        """The two codes, from the parameters or else from the task's name; each must be one that the tokenizer has."""
+        pair = []
+        for name, of_task in zip(("src_lang", "tgt_lang"), self._pair, strict=True):
+            code = own.get(name) or of_task
+            if code is None:
+                reason = "this model translates between many languages: give src_lang and tgt_lang"
+                raise InvalidRequest(f"Missing required field: {name}; {reason}", name)
+            codes = _language_codes(self._tokenizer)
+            if code not in codes and f"__{code}__" not in codes:
+                known = ", ".join(sorted(codes))
+                raise check.refuse(name, f"unknown language code '{code}'. This model knows: {known}")
+            pair.append(code)
+        return pair[0], pair[1]
+
+    def _check_length(self, length: int, field: str) -> None:
+        limit = max_positions(self._model.get_encoder())
+        if length == 0:
+            raise check.refuse(field, "holds no token that the model knows")
+        if limit is not None and length > limit:
+            reason = f"has {length} tokens, and the model reads at most {limit}; shorten it, or set truncation to true"
+            raise check.refuse(field, reason)
+
+    def _generate(self, tensors: Mapping[str, Any], settings: Mapping[str, Any], cancelled: Callable[[], bool]) -> Any:
+        """The tokens of each answer, `(num_return_sequences, length)`."""
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        config = GenerationConfig()
+        for name, value in settings.items():
+            setattr(config, name, value)
+        # Where the config has None, `generate` takes the model's own value; only an argument can say None.
+        model = self._model.generation_config
+        none = {
+            name: None for name, value in settings.items() if value is None and getattr(model, name, None) is not None
+        }
+        reader = {"tokenizer": self._tokenizer} if settings.get("stop_strings") else {}
+        watch = _Watch(cancelled, self._decoder_positions, settings.get("max_length"))
+        criteria = StoppingCriteriaList([watch])
+        return self._model.generate(**tensors, generation_config=config, stopping_criteria=criteria, **none, **reader)
+
+
+class _Watch:
+    """A stopping criterion that never stops but raises: for who gave up, and before the positions run out."""
+
+    def __init__(self, cancelled: Callable[[], bool], positions: int | None, max_length: int | None) -> None:
+        self._cancelled = cancelled
+        self._positions = positions
+        self._max_length = max_length
+
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
+        if self._cancelled():
+            raise Cancelled
+        length = input_ids.shape[1]
+        if self._positions is not None and self._positions < length < (self._max_length or length + 1):
+            reason = f"the answer is longer than the {self._positions} tokens that the model can write"
+            raise check.refuse("max_new_tokens", reason)
+        return input_ids.new_zeros(input_ids.shape[0], dtype=bool)
+
+
+def _since_4_50(version: str | None) -> bool:
+    """Whether a `generation_config.json` of that version falls back on the model's values (unsaid: it does)."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= (4, 50)
+
+
+def _language_codes(tokenizer: Any) -> set[str]:
+    """The codes that `tokenizer` has tokens for (mBART, M2M100, NLLB, PLBart, SeamlessM4T)."""
+    table = getattr(tokenizer, "lang_code_to_id", None)
+    if table is None:
+        roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        table = set(tokenizer.all_special_tokens) - {getattr(tokenizer, f"{role}_token", None) for role in roles}
+    if hasattr(tokenizer, "get_lang_id"):  # M2M100 keeps its codes outside the vocabulary
+        return set(table)
+    return {code for code in table if tokenizer.convert_tokens_to_ids(code) not in (None, tokenizer.unk_token_id)}
+
+
+@contextmanager
+def _restored(tokenizer: Any) -> Iterator[None]:
+    """Give the tokenizer its languages back: building the inputs of a translation sets them."""
+    before = {name: getattr(tokenizer, name, None) for name in sorted(_LANGUAGES)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if getattr(tokenizer, name, None) != value:
+                setattr(tokenizer, name, value)
+
+
+@contextmanager
+def _blaming(asked: Mapping[str, Any]) -> Iterator[None]:
+    """Turn `generate`'s refusal of a parameter into one that names it; other errors pass."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        blamed = next((name for name in asked if re.search(rf"\b{name}\b", str(error))), None)
+        if blamed is None:
+            raise
+        raise InvalidRequest(f"Invalid value for field '{blamed}': {error}", blamed) from error

@@ -1,0 +1,84 @@
+"""The production server around the app: waitress, its limits, its signals, and what it prints at the start.
+
+Knows sockets and threads; nothing of models. Errors that waitress answers by itself (a malformed request line, a body
+beyond any limit) get the documented JSON body here, because they never reach the app.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+from flask import Flask
+from waitress.channel import HTTPChannel
+from waitress.server import MultiSocketServer, create_server
+from waitress.task import ErrorTask
+
+from config import Settings
+
+# Beyond the app's own limit, so that the app can answer a body that is too large after its sender has finished sending;
+# a client that is cut off in mid-sending sees a broken connection instead of the answer.
+_BODY_SLACK = 16
+
+
+class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
+    """Answers a request that waitress refuses by itself, in the documented shape."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = json.dumps({"success": False, "error": f"{error.reason}: {error.body}"}).encode()
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    error_task_class = _JSONErrorTask
+
+
+def serve(app: Flask, settings: Settings) -> None:
+    """Serve `app` until SIGINT or SIGTERM; then no new request is taken, and those that run get seconds to end."""
+    server = create_server(
+        app,
+        host=settings.host,
+        port=settings.port,
+        threads=settings.threads,
+        connection_limit=settings.connection_limit,
+        channel_request_lookahead=1,  # lets a route ask whether its client is still there
+        max_request_body_size=settings.max_body_bytes * _BODY_SLACK,
+        ident="local-llm",
+        clear_untrusted_proxy_headers=True,
+    )
+    addresses = _use_channel(server)
+    signal.signal(signal.SIGTERM, _stop)
+    host, port = addresses[0]
+    url = f"http://{'localhost' if host in ('127.0.0.1', '::1', '0.0.0.0', '::') else host}:{port}"  # noqa: S104
+    print(f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n", flush=True)  # noqa: T201
+    server.run()
+
+
+def _use_channel(server: Any) -> list[tuple[str, int]]:
+    """Have every listening socket use our channel; returns their addresses."""
+    if not isinstance(server, MultiSocketServer):
+        server.channel_class = _Channel
+        return [(server.effective_host, server.effective_port)]
+    for listener in server.map.values():
+        if hasattr(listener, "channel_class"):
+            listener.channel_class = _Channel
+    return list(server.effective_listen)
+
+
+def _stop(*_: object) -> None:
+    # waitress ends its loop, and its threads, on this exception.
+    raise SystemExit(0)
+
+
+def _example(url: str) -> str:
+    return (
+        f"  curl -X POST {url}/api/huggingface/generate \\\n"
+        '    -H "Content-Type: application/json" \\\n'
+        '    -d \'{"model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "prompt": "Hello, how are you?"}\''
+    )

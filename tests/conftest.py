@@ -1,0 +1,150 @@
+"""What the tests share: the tiny models, apps on them, and a live server in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import tiny_models
+
+import huggingface
+from app import create_app
+from config import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder; `tiny` puts models into it."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny(models_dir: Path) -> Callable[[str], str]:
+    """Builds a tiny model by its short name, once, and gives its id."""
+    lock = threading.Lock()
+
+    def build(name: str) -> str:
+        with lock:
+            return tiny_models.build(models_dir, name)
+
+    return build
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models_dir: Path) -> Settings:
+    """Settings of an app with a registry of its own and the shared models folder."""
+    return Settings(
+        _env_file=None, registry=tmp_path / "models.json", models_dir=models_dir, device="cpu", busy_timeout=5
+    )
+
+
+@pytest.fixture
+def app(settings: Settings) -> Iterator[Any]:
+    """An app, closed at the end of the test."""
+    app = create_app(settings)
+    yield app
+    huggingface.close(app)
+
+
+@pytest.fixture
+def client(app: Any) -> Any:
+    """Flask's test client on the app."""
+    return app.test_client()
+
+
+class Server:
+    """A running `python app.py`, and calls to it."""
+
+    def __init__(self, directory: Path, models_dir: Path, **environment: str) -> None:
+        self.registry = directory / "models.json"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("LOCAL_LLM_")},
+            "LOCAL_LLM_PORT": "0",
+            "LOCAL_LLM_REGISTRY": str(self.registry),
+            "LOCAL_LLM_MODELS_DIR": str(models_dir),
+            "LOCAL_LLM_DEVICE": "cpu",
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        }
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py")],
+            cwd=directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(started,))
+        self._reader.start()
+        started.wait(60)
+        found = re.search(r"http://[^\s/]+:\d+", "\n".join(self.lines))
+        assert found, "the server did not start:\n" + "\n".join(self.lines)
+        self.url = found[0]
+        self.api = f"{self.url}/api/huggingface"
+
+    def _read(self, started: threading.Event) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if "Local LLM is at" in line:
+                started.set()
+        started.set()
+
+    def call(self, method: str, path: str, **arguments: Any) -> requests.Response:
+        """A request to a route under `/api/huggingface`."""
+        return requests.request(method, f"{self.api}{path}", timeout=120, **arguments)
+
+    def add(self, model_id: str, model_type: str, **fields: Any) -> None:
+        """Register a model, if it is not registered already."""
+        body = {"model_id": model_id, "name": model_id, "model_type": model_type, **fields}
+        assert self.call("POST", "/models", json=body).status_code in (200, 409)
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """End the process and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            self._reader.join(10)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """A live server that many tests share; a test registers the models it needs."""
+    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, models_dir: Path) -> Iterator[Callable[..., Server]]:
+    """Starts live servers with settings of the test's own; they are stopped at its end."""
+    servers: list[Server] = []
+
+    def start(directory: Path = tmp_path, **environment: str) -> Server:
+        servers.append(Server(directory, models_dir, **environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
