@@ -18,6 +18,7 @@ from config import Settings
 from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
+from huggingface.memory import keep_few_arenas
 from huggingface.records import LoadOptions
 
 
@@ -61,8 +62,11 @@ def main() -> None:
     # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_few_arenas()
     app = create_app(settings)
     try:
+        if settings.import_at_start:
+            huggingface.import_libraries(app, delay=1.0)  # the server answers first
         serve(app, settings)
     finally:
         huggingface.close(app)

@@ -42,6 +42,9 @@ class Settings(BaseSettings):
         1000, ge=1, description="Connections held open at once; keep it well above `threads`."
     )
     max_body_bytes: int = Field(16 * 1024**2, ge=1024, description="Largest request body accepted, in bytes.")
+    import_at_start: bool = Field(
+        True, description="Import torch and transformers in the background right after the start, before any model asks."
+    )
     busy_timeout: float = Field(
         30.0,
         ge=0,

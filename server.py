@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from typing import Any
 
 from flask import Flask
@@ -20,6 +21,8 @@ from config import Settings
 # Beyond the app's own limit, so that the app can answer a body that is too large after its sender has finished sending;
 # a client that is cut off in mid-sending sees a broken connection instead of the answer.
 _BODY_SLACK = 16
+
+_LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that this machine calls localhost
 
 
 class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
@@ -41,7 +44,19 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
 def serve(app: Flask, settings: Settings) -> None:
     """Serve `app` until SIGINT or SIGTERM; then no new request is taken, and those that run get seconds to end."""
-    server = create_server(
+    try:
+        server = _listen(app, settings)
+    except OSError as error:
+        sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}")
+    host, port = _use_channel(server)[0]
+    signal.signal(signal.SIGTERM, _stop)
+    url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
+    print(f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n", flush=True)  # noqa: T201
+    server.run()
+
+
+def _listen(app: Flask, settings: Settings) -> Any:
+    return create_server(
         app,
         host=settings.host,
         port=settings.port,
@@ -52,12 +67,6 @@ def serve(app: Flask, settings: Settings) -> None:
         ident="local-llm",
         clear_untrusted_proxy_headers=True,
     )
-    addresses = _use_channel(server)
-    signal.signal(signal.SIGTERM, _stop)
-    host, port = addresses[0]
-    url = f"http://{'localhost' if host in ('127.0.0.1', '::1', '0.0.0.0', '::') else host}:{port}"  # noqa: S104
-    print(f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n", flush=True)  # noqa: T201
-    server.run()
 
 
 def _use_channel(server: Any) -> list[tuple[str, int]]:

@@ -42,6 +42,12 @@ def init_app(
     app.register_blueprint(docs.blueprint)
 
 
+def import_libraries(app: OpenAPI, delay: float) -> None:
+    """Import torch and transformers in the background, `delay` seconds from now."""
+    services: Services = app.extensions[EXTENSION]
+    services.manager.import_libraries(delay)
+
+
 def close(app: OpenAPI) -> None:
     """Cancel all work, empty the memory, and write what the registry still holds back. Safe to call twice."""
     services: Services = app.extensions[EXTENSION]

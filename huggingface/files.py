@@ -1,216 +1,266 @@
-"""From a model's id to a folder with its files: the models folder first, then the Hub and its cache.
+"""A model's folder: where it is in the models folder, and whether what lies in it can be loaded without harm.
 
-The Hub is `huggingface_hub`'s: its cache, token, offline switch and `HF_ENDPOINT`. Any thread may call this; nothing
-here imports torch or reads weights beyond their headers. Every failure is a `LoadError` that names the model, says what
-to do, and holds no path of this machine.
+Reads configs, indexes and headers, never the weights themselves; imports neither torch nor transformers, and never uses
+the network. Any thread may call this. It must not know the Hub: a folder of its cache is a folder like any other.
+Every failure is a `LoadError` that names the model, says what to do, and holds no path of this machine.
 """
 
 from __future__ import annotations
 
-import errno
+import fnmatch
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from .errors import (
-    FilesCorrupt,
-    FilesGated,
-    FilesMissing,
-    FilesRefused,
-    HubUnreachable,
-    LoadError,
-)
+from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError
 
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# JSON that transformers reads without a word when it is damaged, or with one that helps nobody.
+_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_VOCABULARIES = (".json", ".txt", ".model", ".spm", ".tiktoken", ".codes")
+# A whole vocabulary in one file, whatever class of tokenizer reads it.
+_WORDS = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE = 1024  # bytes; Git LFS keeps its pointers below
 _ABSOLUTE_PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+")
+_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
 
 
 def local_folder(models_dir: Path, model_id: str) -> Path | None:
     """The model's folder in the models folder, or None where there is none and the Hub is to be asked.
 
-    `model_id` has been checked as a Hub id. A folder without any file (`org` for the id `org`) is not a model's.
-    """
-    folder = models_dir / model_id
-    if folder.is_dir() and any(entry.is_file() for entry in folder.iterdir()):
-        return folder
-    return None
-
-
-def fetch(model_id: str, *, allow_pickle: bool) -> Path:
-    """Bring config and weights from the Hub into its cache, as far as they are not there; returns the cached folder.
+    `model_id` has been checked as a Hub id. For an id without an organization, a folder that holds folders only is not
+    a model's, but that of an organization of this name.
 
     Raises:
-        FilesMissing, FilesGated, HubUnreachable, FilesRefused, LoadError: as their names say.
+        FilesMissing: there is a link of this name that leads nowhere, or a folder that may not be read.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    absent: list[EntryNotFoundError] = []
-
-    def find(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(model_id, name))
-        except EntryNotFoundError as error:
-            absent.append(error)
+    folder = models_dir / model_id
+    try:
+        if not folder.is_dir():
+            if folder.is_symlink():
+                raise FilesMissing(f"Model '{model_id}': its folder in the models folder is a link that leads nowhere")
             return None
-
-    with hub_errors(model_id):
-        for _ in range(2):  # once more if the repository changed in between
-            folder = Path(hf_hub_download(model_id, "config.json")).parent
-            find("generation_config.json")
-            absent.clear()
-            weights = next((path for name in _SAFETENSORS if (path := find(name))), None)
-            if weights is None and allow_pickle:
-                weights = next((path for name in _PICKLES if (path := find(name))), None)
-            if weights is None:
-                unknown = [error for error in absent if isinstance(error, LocalEntryNotFoundError)]
-                if unknown:  # not in the cache, and nobody to ask
-                    raise unknown[0]
-                raise _no_weights(model_id)
-            names = _shards(model_id, weights) if weights.suffix == ".json" else []
-            parts = [Path(hf_hub_download(model_id, name)) for name in names]
-            if all(path.parent == folder for path in [weights, *parts]):
-                return folder
-    raise HubUnreachable(f"Model '{model_id}' changed on the Hub while it was downloaded; try again")
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise FilesMissing(f"Model '{model_id}': its folder cannot be read ({error.strerror})") from error
+    if "/" not in model_id and not any(entry.is_file() for entry in entries):
+        return None
+    return folder
 
 
-def check(model_id: str, folder: Path, *, allow_pickle: bool) -> None:
-    """See that `folder` holds a config and whole weights, reading no more than headers.
+def read_config(model_id: str, folder: Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        FilesMissing: there is none. FilesCorrupt: it is not a JSON object.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise FilesMissing(
+                f"Model '{model_id}' is an adapter (LoRA) without its base model; merge the two and save them as one"
+            )
+        raise FilesMissing(f"Model '{model_id}': its folder holds no config.json; put the complete model there")
+    return _read_object(model_id, folder / "config.json")
+
+
+def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """See that `folder` holds a config and whole weights, and nothing that would run code against the settings.
+
+    Returns the content of `config.json`; reads no more of the weights than their headers.
 
     Raises:
         FilesMissing: no config, or no weights.
-        FilesRefused: the only weights are pickles, and `allow_pickle` is off.
+        FilesRefused: the only weights are pickles and `allow_pickle` is off, or `code_modules` names another id that is
+            not among `trusted` while this one is.
         FilesCorrupt: a part is missing, damaged or cut short.
     """
-    if not (folder / "config.json").is_file():
-        raise FilesMissing(f"Model '{model_id}': its folder holds no config.json; copy the complete model there")
-    weights = next((path for name in _SAFETENSORS if (path := folder / name).is_file()), None)
-    if weights is None:
-        pickles = [name for name in _PICKLES if (folder / name).is_file()]
-        if not pickles:
-            raise FilesMissing(f"Model '{model_id}': its folder holds no weights (model.safetensors)")
-        if not allow_pickle:
-            raise _no_weights(model_id)
+    config = read_config(model_id, folder)
+    _check_tokenizer_files(model_id, folder)
+    for name in _JSON_FILES:
+        if (folder / name).is_file():
+            _read_object(model_id, folder / name)
+    if model_id in trusted:
+        for owner in code_modules(folder, model_id):
+            if owner not in trusted:
+                raise FilesRefused(
+                    f"Model '{model_id}' needs Python code of the repository '{owner}'. If you have read that code and "
+                    f"trust it, add {owner} to LOCAL_LLM_TRUST_REMOTE_CODE"
+                )
+    names = weight_names(config, model_id, allow_pickle=allow_pickle)
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        if any((folder / name).is_file() for name in PICKLES):
+            raise only_pickles(model_id)
+        raise FilesMissing(
+            f"Model '{model_id}': its folder holds no weights ({SAFETENSORS[0]}); put the complete model there"
+        )
+    for name in shards(model_id, folder, first) if first.endswith(".json") else [first]:
+        if not (folder / name).is_file():
+            raise FilesCorrupt(f"Model '{model_id}': the part {name} of its weights is missing; download it again")
+        if _is_pointer(folder / name):
+            raise _pointer(model_id, name)
+        if name.endswith(".safetensors") and not is_whole(folder / name):
+            raise FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
+    return config
+
+
+def _check_tokenizer_files(model_id: str, folder: Path) -> None:
+    """Refuse Git LFS pointers, which some tokenizers would read as a vocabulary. A whole tokenizer.json is enough."""
+    if (folder / "tokenizer.json").is_file() and not _is_pointer(folder / "tokenizer.json"):
         return
-    names = _shards(model_id, weights) if weights.suffix == ".json" else [weights.name]
-    for name in names:
-        _check_safetensors(model_id, folder / name)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _VOCABULARIES and path.is_file() and _is_pointer(path):
+            raise _pointer(model_id, path.name)
 
 
-def _check_safetensors(model_id: str, path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+def weight_names(config: dict[str, Any], model_id: str, *, allow_pickle: bool) -> tuple[str, ...]:
+    """The files that the weights may be in or be listed in, in the order in which transformers takes them.
 
-    if not path.is_file():
-        raise FilesCorrupt(f"Model '{model_id}': the part {path.name} of its weights is missing; download it again")
+    Raises:
+        FilesRefused: the config names a file of its own choice that is not a safetensors file in the model's folder.
+    """
+    own = config.get("transformers_weights")
+    if own is not None:
+        kinds = (".safetensors", ".safetensors.index.json")
+        if not (isinstance(own, str) and _is_inside(own) and own.endswith(kinds)):
+            raise FilesRefused(
+                f"Model '{model_id}': its config names weights that are no safetensors file of its folder"
+            )
+        return (own,)
+    return (*SAFETENSORS, *PICKLES) if allow_pickle else SAFETENSORS
+
+
+def shards(model_id: str, folder: Path, index: str) -> list[str]:
+    """The file names that an index of weights lists, each once.
+
+    Raises:
+        FilesCorrupt: it is damaged, or lists what is not a file of its kind within the folder.
+    """
     try:
-        with safe_open(path, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise FilesCorrupt(
-            f"Model '{model_id}': {path.name} is damaged or incomplete (or only a Git LFS pointer); download it again"
-        ) from error
-
-
-def _shards(model_id: str, index: Path) -> list[str]:
-    """The file names that an index of weights lists, each once."""
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FilesCorrupt(f"Model '{model_id}': {index.name} is damaged; download it again") from error
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise FilesCorrupt(f"Model '{model_id}': {index.name} names files outside the model's folder")
+        names = sorted(set(json.loads((folder / index).read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise FilesCorrupt(f"Model '{model_id}': {index} is damaged; download it again") from error
+    # transformers reads as a pickle whatever is not called a safetensors file, in whichever index it stands.
+    kind = ".safetensors" if ".safetensors." in index else ".bin"
+    if not names or not all(isinstance(name, str) and _is_inside(name) for name in names):
+        raise FilesCorrupt(f"Model '{model_id}': {index} lists files outside the model's folder, or none at all")
+    if not all(name.endswith(kind) for name in names):
+        raise FilesCorrupt(f"Model '{model_id}': {index} lists files of another kind than {kind}")
     return names
 
 
-def _no_weights(model_id: str) -> FilesRefused:
-    return FilesRefused(
-        f"Model '{model_id}' has no safetensors weights. Pickle weights (pytorch_model.bin) can run any code when they "
-        "are loaded; if it has them and you trust them, set LOCAL_LLM_ALLOW_PICKLE=true"
-    )
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file has a sound header, and the length that it tells."""
+    from safetensors import SafetensorError, safe_open
 
-
-@contextmanager
-def hub_errors(model_id: str) -> Iterator[None]:
-    """Turn whatever a call to the Hub raises within the block into a `LoadError` for the user."""
     try:
-        yield
-    except LoadError:
-        raise
-    except Exception as error:
-        raise _hub_error(model_id, error) from error
+        with safe_open(path, framework="np"):
+            return True
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
-def _hub_error(model_id: str, error: BaseException) -> LoadError:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
+def only_pickles(model_id: str) -> FilesRefused:
+    """The refusal of a model whose weights are pickles."""
+    return FilesRefused(
+        f"Model '{model_id}' has no safetensors weights, only pickles (pytorch_model.bin), which can run any code when "
+        "they are loaded. If you trust them, set LOCAL_LLM_ALLOW_PICKLE=true"
     )
 
-    causes = list(_chain(error))
 
-    def caused_by(*kinds: type[BaseException]) -> BaseException | None:
-        return next((cause for cause in causes if isinstance(cause, kinds)), None)
-
-    if caused_by(GatedRepoError):
-        return FilesGated(
-            f"Model '{model_id}' is gated on the Hub: accept its terms on its page there, then set HF_TOKEN to a token "
-            "of that account"
-        )
-    if caused_by(RepositoryNotFoundError):
-        return FilesMissing(
-            f"Model '{model_id}' has no folder in the models folder and no repository on the Hub that this server may "
-            "read. Check the id; if the repository is private, set HF_TOKEN"
-        )
-    if missing := caused_by(RemoteEntryNotFoundError):
-        name = getattr(getattr(missing, "response", None), "url", None)
-        wanted = str(name).rsplit("/", 1)[-1] if name else "a needed file"
-        return FilesMissing(
-            f"Model '{model_id}': its repository on the Hub lacks {wanted}, so it cannot be loaded here"
-        )
-    full = next((cause for cause in causes if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)), None)
-    if full is not None:
-        return LoadError(f"Model '{model_id}' could not be downloaded: the disk is full")
-    if constants.HF_HUB_OFFLINE or caused_by(OfflineModeIsEnabled):
-        return HubUnreachable(
-            f"Model '{model_id}' is not (completely) on this machine, and the Hub is switched off (HF_HUB_OFFLINE). "
-            "Put its files into the models folder, or allow the download"
-        )
-    response = getattr(caused_by(HfHubHTTPError), "response", None)
-    if response is not None and response.status_code in (401, 403):
-        return FilesGated(f"Model '{model_id}': the Hub refuses access ({response.status_code}); set HF_TOKEN")
-    if response is not None:
-        return HubUnreachable(
-            f"Model '{model_id}' could not be downloaded: the Hub answered {response.status_code}; try again later"
-        )
-    if caused_by(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
-        type(cause).__module__.startswith(("httpx", "httpcore")) for cause in causes
-    ):
-        return HubUnreachable(
-            f"Model '{model_id}' is not (completely) on this machine, and the Hub cannot be reached. "
-            "Check the connection, or put its files into the models folder"
-        )
-    return LoadError(f"Model '{model_id}' could not be downloaded: {public(error)}")
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is any file that tells of a tokenizer; some kinds, which read bytes, have no more than a config."""
+    patterns = ("tokenizer*", "vocab*", *_WORDS)
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+def lacking_vocabulary(folder: Path, names: Mapping[str, str]) -> str | None:
+    """Which file a tokenizer needs and does not find, or None where it has all.
+
+    `names` are its class's `vocab_files_names`; one of the files is enough, except that merges and their vocabulary are
+    one vocabulary together.
+    """
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if not names or any(fnmatch.fnmatchcase(name, word) for name in present for word in _WORDS):
+        return None
+    pair = {names[key] for key in ("vocab_file", "merges_file") if "merges_file" in names and key in names}
+    if pair & present:
+        return next(iter(sorted(pair - present)), None)
+    return None if present & set(names.values()) else names.get("tokenizer_file") or sorted(names.values())[0]
+
+
+def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:
+    """The Python modules (without `.py`) that the folder's `auto_map`s name, by the repository that holds them.
+
+    That is `model_id` itself, unless an entry names another (`owner/name--module.Class`).
+    """
+    modules: dict[str, list[str]] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        mapping = _read_object(model_id, folder / name).get("auto_map") or {}
+        for reference in _strings(mapping):
+            owner, _, target = reference.rpartition("--")
+            module = target.rpartition(".")[0]
+            known = modules.setdefault(owner or model_id, [])
+            if re.fullmatch(r"\w+", module) and module not in known:
+                known.append(module)
+    return modules
+
+
+def relative_imports(source: str) -> list[str]:
+    """The sibling modules that Python `source` imports, as transformers finds them."""
+    return [first or second for first, second in _IMPORT.findall(source)]
 
 
 def public(error: BaseException) -> str:
     """An error's first line, fit for a client: file names keep their last part only."""
     lines = str(error).strip().splitlines()
     return _ABSOLUTE_PATH.sub("", lines[0])[:300] if lines else type(error).__name__
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _read_object(model_id: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if _is_pointer(path):
+            raise _pointer(model_id, path.name) from error
+        raise FilesCorrupt(f"Model '{model_id}': {path.name} is damaged (not JSON); download it again") from error
+    except OSError as error:
+        raise LoadError(f"Model '{model_id}': {path.name} cannot be read ({error.strerror})") from error
+    if not isinstance(value, dict):
+        raise FilesCorrupt(f"Model '{model_id}': {path.name} is damaged (not a JSON object); download it again")
+    return value
+
+
+def _pointer(model_id: str, name: str) -> FilesCorrupt:
+    return FilesCorrupt(
+        f"Model '{model_id}': {name} is only a Git LFS pointer, not the file itself; fetch it (git lfs pull)"
+    )
+
+
+def _is_pointer(path: Path) -> bool:
+    if path.stat().st_size > _POINTER_SIZE:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name within a folder stays within it, on any system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not re.search(r"[\\:\0]", name) and "/" not in parts and ".." not in parts

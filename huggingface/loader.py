@@ -6,10 +6,9 @@ the registry, the manager or HTTP.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
-import sys
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,17 +19,30 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from . import files
+from . import files, hub
 from .devices import resolve_device
 from .engine.engine import Engine
 from .engine.runner import TransformersRunner
 from .engine.ticket import Ticket
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, OutOfMemory, UnsupportedTask
+from .errors import (
+    Cancelled,
+    FilesCorrupt,
+    FilesMissing,
+    FilesRefused,
+    LoadError,
+    ModelUnsupported,
+    OutOfMemory,
+    UnsupportedTask,
+)
+from .memory import release_freed
 from .records import GenerationRequest, LoadOptions, ModelRecord, timestamp
-from .tasks import HEADS, MODEL_TYPES, Head, supported_tasks
+from .tasks import HEADS, MODEL_TYPES, Head
 from .tasks.runner import TaskRunner
 
 logger = logging.getLogger(__name__)
+
+# How transformers says that it lacks an optional package, where it does not raise an ImportError.
+_INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
 
 # transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
 # built at once. Files are fetched outside of it: a slow download holds nobody up.
@@ -78,18 +90,14 @@ class LoadedModel:
         self.head = head
         self.device = str(model.device)
         self.loaded_at = timestamp()
-        self._tasks = TaskRunner(model_id, model, tokenizer, head)
-        self._engine = Engine(model_id, TransformersRunner(model_id, model, tokenizer))
-
-    @property
-    def supported_tasks(self) -> tuple[str, ...]:
-        """The tasks that `run` takes, by the names a caller may use."""
-        return supported_tasks(self.head)
+        self._tasks: TaskRunner | None = TaskRunner(model_id, model, tokenizer, head)
+        self._engine: Engine | None = Engine(model_id, TransformersRunner(model_id, model, tokenizer))
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
         """The tasks that were run since the load, whose pipelines are kept."""
-        return self._tasks.opened
+        tasks = self._tasks
+        return () if tasks is None else tasks.opened
 
     def generate(self, request: GenerationRequest) -> Ticket:
         """Queue a generation; its ticket gives the text, and the errors of `TransformersRunner.generate`.
@@ -97,9 +105,10 @@ class LoadedModel:
         Raises:
             UnsupportedTask: the model has no head that generates text.
         """
+        engine, tasks = self._open()
         if self.head not in ("causal-lm", "seq2seq-lm"):
-            raise UnsupportedTask(self.model_id, "generate", self.supported_tasks)
-        return self._engine.submit(request)
+            raise UnsupportedTask(self.model_id, "generate", engine.call(lambda _: tasks.supported))
+        return engine.submit(request)
 
     def run(
         self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
@@ -110,21 +119,26 @@ class LoadedModel:
             UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
             Cancelled: `cancelled()` turned true, or the model is being unloaded.
         """
-        tasks = self._tasks
-        return self._engine.call(lambda gone: tasks.run(task, inputs, parameters, gone), cancelled)
+        engine, tasks = self._open()
+        return engine.call(lambda gone: tasks.run(task, inputs, parameters, gone), cancelled)
+
+    def _open(self) -> tuple[Engine, TaskRunner]:
+        engine, tasks = self._engine, self._tasks
+        if engine is None or tasks is None:
+            raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
+        return engine, tasks
 
     def close(self) -> None:
         """Cancel what runs, and give the memory back to the system. The model cannot be used afterwards."""
-        self._engine.close()
-        del self._engine, self._tasks
+        engine, self._engine, self._tasks = self._engine, None, None
+        if engine is None:
+            return
+        engine.close()
+        del engine
         gc.collect()  # pipelines, models and their modules refer to each other in circles
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        if sys.platform == "linux":
-            # glibc keeps freed memory for itself until it is told otherwise.
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
+        release_freed()
 
 
 def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
@@ -136,16 +150,16 @@ def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
         LoadError: one of its kinds, with a message that names the model and says what to do.
     """
     model_id = record.model_id
-    trusted = model_id in options.trust_remote_code
+    allow_pickle, trusted_ids = options.allow_pickle, options.trust_remote_code
+    trusted = model_id in trusted_ids
     device = resolve_device(options.device)
     folder = files.local_folder(options.models_dir, model_id)
     if folder is None:
-        folder = files.fetch(model_id, allow_pickle=options.allow_pickle)
-        with files.hub_errors(model_id):  # transformers knows which files a tokenizer needs; they join the others
-            transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=trusted)
-    files.check(model_id, folder, allow_pickle=options.allow_pickle)
+        folder = hub.fetch(model_id, allow_pickle=allow_pickle, trusted=trusted_ids)
+    # From here on everything is read from the folder, and the network is not touched.
+    files.check(model_id, folder, allow_pickle=allow_pickle, trusted=trusted_ids)
     config = _read_config(model_id, folder, trusted)
-    tokenizer = _read_tokenizer(model_id, folder, trusted)
+    tokenizer = _read_tokenizer(model_id, folder, config, trusted)
     wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
     head = _head(model_id, config, wanted)
     with _BUILDING:
@@ -155,74 +169,92 @@ def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
 
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:
-        raise _config_error(model_id, error) from error
+        raise _refusal(model_id, error, "config.json", trusted) from error
+    # transformers knows some models by this name, and it shall not matter to it where the files lie.
+    config.name_or_path = model_id
+    return config
 
 
-def _config_error(model_id: str, error: Exception) -> LoadError:
+def _read_tokenizer(model_id: str, folder: Path, config: Any, trusted: bool) -> Any:
+    if not files.has_tokenizer(folder):
+        raise FilesMissing(
+            f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trusted, local_files_only=True
+        )
+    except Exception as error:
+        raise _refusal(model_id, error, "its tokenizer", trusted) from error
+    # Where a vocabulary lacks, transformers makes a tokenizer that knows no word.
+    names = getattr(tokenizer, "vocab_files_names", {})
+    lacking = files.lacking_vocabulary(folder, names)
+    if lacking:
+        raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
+    return tokenizer
+
+
+def _refusal(model_id: str, error: Exception, part: str, trusted: bool) -> LoadError:
+    """What an error of transformers in reading `part` of a model means to the user."""
     message = str(error)
     if "trust_remote_code" in message:
         return FilesRefused(
             f"Model '{model_id}' needs Python code of its own repository. If you have read that code and trust it, set "
             f"LOCAL_LLM_TRUST_REMOTE_CODE={model_id}"
         )
-    if "not a valid JSON" in message or isinstance(error, UnicodeDecodeError):
-        return FilesCorrupt(f"Model '{model_id}': config.json is damaged; download it again")
-    if isinstance(error, ImportError):
-        return ModelUnsupported(f"Model '{model_id}' needs a package that is not installed: {files.public(error)}")
-    if "model_type" in message or "architecture" in message or isinstance(error, KeyError):
+    if part == "config.json" and ("model_type" in message or "does not recognize" in message):
         return ModelUnsupported(
-            f"Model '{model_id}': transformers {transformers.__version__} does not know this kind of model"
+            f"Model '{model_id}': transformers {transformers.__version__} does not know this kind of model (model_type "
+            "in config.json)"
         )
-    return FilesCorrupt(f"Model '{model_id}': config.json cannot be used: {files.public(error)}")
-
-
-def _read_tokenizer(model_id: str, folder: Path, trusted: bool) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-    except ImportError as error:
-        raise ModelUnsupported(
-            f"Model '{model_id}': its tokenizer needs a package that is not installed: {files.public(error)}"
-        ) from error
-    except Exception as error:
-        if any(folder.glob("*token*")) or any(folder.glob("*vocab*")) or any(folder.glob("*.model")):
-            raise FilesCorrupt(
-                f"Model '{model_id}': its tokenizer files are damaged or incomplete; download them again"
-            ) from error
-        raise FilesMissing(f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json)") from error
+    if isinstance(error, ImportError) or _INSTALL.search(message):
+        return ModelUnsupported(
+            f"Model '{model_id}': {part} needs a package that is not installed: {files.public(error)}"
+        )
+    logger.info("%s of %s cannot be used", part, model_id, exc_info=error)
+    return FilesCorrupt(
+        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({files.public(error)})"
+    )
 
 
 def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
     """The head that the weights have: the first of `wanted` where they have several, or do not say."""
 
-    def known_to(head: Head) -> bool:
-        return config.model_type in _HEADS[head].names
-
-    def carries(head: Head, architecture: str) -> bool:
+    def classes(head: Head) -> tuple[str, ...]:
         names = _HEADS[head].names.get(config.model_type, ())
-        return architecture in ((names,) if isinstance(names, str) else names)
+        return (names,) if isinstance(names, str) else names
 
     order = [*wanted, *(head for head in HEADS if head not in wanted)]
-    if wanted == ("base",) and known_to("base"):  # hidden states: as AutoModel reads any checkpoint, without its head
+    if wanted == ("base",) and classes("base"):  # hidden states: as AutoModel reads any checkpoint, without its head
         return "base"
+    remote = getattr(config, "auto_map", None) or {}
     for architecture in config.architectures or ():
+        # BART is one class for filling masks and for generating; the latter's tasks include the former.
+        if "masked-lm" in wanted and architecture in classes("seq2seq-lm"):
+            return "seq2seq-lm"
         for head in order:
-            if carries(head, architecture):
+            if architecture in classes(head):
                 return head
-        remote = getattr(config, "auto_map", None) or {}
         for head in order:
             if _HEADS[head].auto_class.__name__ in remote:
                 return head
         # Older names: a pretraining or language-model head has the weights of the plain one.
         if architecture.endswith(("ForPreTraining", "LMHeadModel")):
             for head in order:
-                if head in ("masked-lm", "causal-lm", "seq2seq-lm") and known_to(head):
+                if head in ("masked-lm", "causal-lm", "seq2seq-lm") and classes(head):
                     return head
     if not config.architectures:
-        for head in wanted:
-            if known_to(head):
+        generates: tuple[Head, ...] = ("seq2seq-lm",) if config.is_encoder_decoder else ()
+        for head in [*wanted, *generates]:
+            if classes(head):
                 return head
+        if not remote:
+            raise ModelUnsupported(
+                f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
+                f"and a {config.model_type} has none that fits the model's type"
+            )
     raise ModelUnsupported(
         f"Model '{model_id}' is a {', '.join(config.architectures or [config.model_type])}, "
         "which does none of this server's text tasks"
@@ -240,6 +272,7 @@ def _read_model(
             use_safetensors=None if options.allow_pickle else True,
             trust_remote_code=trusted,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported in the info, and refused below in words of our own
             output_loading_info=True,
         )
         _check_weights(model_id, head, info)
@@ -248,14 +281,10 @@ def _read_model(
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
-    except ImportError as error:
-        raise ModelUnsupported(
-            f"Model '{model_id}' needs a package that is not installed: {files.public(error)}"
-        ) from error
     except Exception as error:
         if "allocate memory" in str(error):  # what torch's CPU allocator says
             raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
-        raise FilesCorrupt(f"Model '{model_id}' could not be read: {files.public(error)}") from error
+        raise _refusal(model_id, error, "its weights or its config.json", trusted) from error
 
 
 def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:
@@ -266,10 +295,11 @@ def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]])
     missing = sorted(str(key) for key in info["missing_keys"])
     if head == "base":
         missing = [key for key in missing if not key.startswith("pooler.")]
-    mismatched = [str(key) for key in info["mismatched_keys"]]
+    # Of a tensor that does not fit: its name, its shape in the file, and the shape that the model needs.
+    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing or mismatched:
         names = ", ".join([*missing, *mismatched][:3])
         raise FilesCorrupt(
-            f"Model '{model_id}': its weights do not fill the model ({len(missing) + len(mismatched)} tensors missing "
-            f"or of another shape, such as {names}); they are incomplete or belong to another model"
+            f"Model '{model_id}': its weights do not fill the model ({len(missing)} tensors missing, {len(mismatched)} "
+            f"of another shape, such as {names}); they are incomplete, or belong to another model than its config.json"
         )

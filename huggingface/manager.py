@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import Cancelled, DependencyMissing, ModelBusy, ModelDisabled
+from .libraries import import_library
 from .records import LoadOptions, ModelRecord
 from .registry import ModelRegistry
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .loader import LoadedModel
 
 logger = logging.getLogger(__name__)
+
+_LOADER = f"{__package__}.loader"
 
 
 @dataclass(slots=True)
@@ -46,6 +49,16 @@ class ModelManager:
         self._changed = threading.Condition()
         self._slots: dict[str, _Slot] = {}  # never shrinks: a slot may be waited for, and an empty one is tiny
         self._closed = False
+        self._importing: threading.Timer | None = None
+
+    def import_libraries(self, delay: float) -> None:
+        """Import what loading needs, in the background, `delay` seconds from now: the first load need not wait for it.
+
+        Where it cannot be imported, the first load says so.
+        """
+        self._importing = threading.Timer(delay, _try_import)
+        self._importing.name = "import-libraries"
+        self._importing.start()
 
     @contextmanager
     def lease(self, model_id: str) -> Iterator[LoadedModel]:
@@ -132,6 +145,9 @@ class ModelManager:
             self._changed.notify_all()
         for model in models:
             model.close()
+        if self._importing is not None:
+            self._importing.cancel()
+            self._importing.join()  # an interpreter that ends in the middle of an import may crash
 
     def _acquire(self, model_id: str) -> tuple[_Slot, LoadedModel]:
         """The model's slot, counted as in use, and the model in it."""
@@ -174,13 +190,9 @@ class ModelManager:
             loading.set_exception(failure)
 
     def _read(self, record: ModelRecord) -> LoadedModel:
-        try:
-            from . import loader
-        except ImportError as error:
-            logger.warning("torch or transformers cannot be imported: %s", error)
-            raise DependencyMissing from error
+        loader = import_library(_LOADER)
         started = time.monotonic()
-        model = loader.load(record, self._options)
+        model: LoadedModel = loader.load(record, self._options)
         logger.info("loaded %s on %s in %.1f s", record.model_id, model.device, time.monotonic() - started)
         return model
 
@@ -219,3 +231,8 @@ class ModelManager:
         if record.status == "disabled":
             raise ModelDisabled(model_id)
         return record
+
+
+def _try_import() -> None:
+    with suppress(DependencyMissing):
+        import_library(_LOADER)

@@ -38,7 +38,7 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 REQUIRED_FIELDS = ("model_id", "name", "model_type")
 
 
-class Corrupt(Exception):  # noqa: N818 - the registry deals with it; nobody else sees it
+class Corrupt(Exception):
     """The file is there and can be read, but it is no registry; the text says why."""
 
 

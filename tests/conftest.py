@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 import requests
+
+# Before torch is imported: the models are tiny, and the tests share the cores with the servers they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import tiny_models
 
 import huggingface
@@ -29,6 +33,14 @@ STARTER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder; `tiny` puts models into it."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def starter_models_dir() -> Path:
+    """The models folder with the starter model, which `make test` brings."""
+    folder = ROOT / "data" / "models"
+    assert (folder / STARTER / "model.safetensors").is_file(), "run `make starter` first"
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +88,7 @@ class Server:
             "LOCAL_LLM_REGISTRY": str(self.registry),
             "LOCAL_LLM_MODELS_DIR": str(models_dir),
             "LOCAL_LLM_DEVICE": "cpu",
+            "LOCAL_LLM_IMPORT_AT_START": "false",
             "PYTHONUNBUFFERED": "1",
             **environment,
         }

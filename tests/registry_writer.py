@@ -1,9 +1,10 @@
-"""A process that writes to a registry from several threads, and tells which changes were acknowledged.
+"""Processes that write to a registry from several threads, and tell which changes were acknowledged.
 
-`python registry_writer.py FILE NAME THREADS WRITES`: says `ready`, waits for a line, then every thread makes WRITES
-changes to models of its own and counts a use of the shared model after each. Each change is a JSON line when it begins
-and another one when it is acknowledged, written whole with one system call, so that a kill cannot tear one. The test
-that kills it runs the same `write` beside it.
+`python registry_writer.py FILE NAME THREADS WRITES`: for each line that comes in, a new process in which every thread
+makes WRITES changes to models of its own and counts a use of the shared model after each. Each change is a JSON line
+when it begins and another one when it is acknowledged, written whole with one system call, so that a kill cannot tear
+one. Processes are forked, since starting one takes longer than the writing. The test that kills them runs the same
+`write` beside them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,17 @@ def work(registry: ModelRegistry, owner: str, writes: int, say: Callable[..., No
         registry.record_use(SHARED_MODEL)
 
 
+def main(path: str, name: str, threads: int, writes: int) -> None:
+    """A new writing process for each line, one at a time."""
+    while sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            say(state="started", pid=os.getpid())
+            write(Path(path), name, threads, writes, say)
+            os._exit(0)
+        os.waitpid(child, 0)
+        say(state="ended")
+
+
 if __name__ == "__main__":
-    say(state="ready")
-    sys.stdin.readline()
-    write(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), say)
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -31,10 +31,11 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers' values, later layers over earlier ones, keys in the order they first appear."""
     result: dict[str, Any] = {}
     for layer in layers:
-        for pair in _SAME:
-            if any(name in layer for name in pair):
-                for name in pair:
-                    result.pop(name, None)
+        for one, other in _SAME:
+            if one in layer:
+                result.pop(other, None)
+            if other in layer:
+                result.pop(one, None)
         result.update(layer)
     return result
 

@@ -31,6 +31,7 @@ _MOST_SEQUENCES = 1024  # each one multiplies the memory of a step
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+AnyText = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
@@ -181,7 +182,7 @@ class TextGenerationParameters(CommonGeneration):
 
     guidance_scale: float = _maybe("Above 1 binds the text more closely to the prompt.", ge=1, le=100)
     return_full_text: bool = _maybe("Give the prompt and the new text (default), or the new text only.")
-    prefix: str = _maybe("Text put before each prompt; it is not part of the answer.")
+    prefix: AnyText = _maybe("Text put before each prompt; it is not part of the answer.")
     stop_sequence: Text | Texts = _maybe("The same as `stop_strings`.")
     truncation: bool = _maybe("Cut a prompt that is longer than the tokenizer's limit.")
     handle_long_generation: Literal["hole"] = _maybe(
@@ -208,7 +209,7 @@ class Text2TextParameters(CommonGeneration):
     decoder_start_token_id: TokenId = _maybe("Token that the decoder starts from.")
     truncation: bool = _maybe("Cut an input that is longer than the tokenizer's limit.")
     clean_up_tokenization_spaces: bool = _maybe("Remove the spaces that tokens leave before punctuation.")
-    prefix: str = _maybe("Text put before each input, in place of the model's own prefix for the task.")
+    prefix: AnyText = _maybe("Text put before each input, in place of the model's own prefix for the task.")
     stop_sequence: Text = _maybe("Stop at the first token of this text.")
 
 
@@ -226,7 +227,7 @@ class QuestionAnsweringParameters(Parameters):
     doc_stride: int = _maybe("Tokens that two pieces of a long context share.", ge=0, le=_LARGEST)
     max_answer_len: Count = _maybe("Longest answer, in tokens.")
     max_seq_len: Count = _maybe("Longest piece, question and context together, in tokens.")
-    max_question_len: Count = _maybe("Tokens of the question that are kept.")
+    max_question_len: Count = _maybe("Longest question, in tokens; a longer one is refused.")
     handle_impossible_answer: bool = _maybe("Allow the empty answer.")
     align_to_words: bool = _maybe("Widen an answer to whole words.")
 
@@ -274,10 +275,10 @@ class TokenClassificationParameters(Parameters):
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = _maybe(
         "How tokens are joined into entities."
     )
-    ignore_labels: list[str] = _maybe('Labels left out of the answer (default `["O"]`).')
+    ignore_labels: list[AnyText] = _maybe('Labels left out of the answer (default `["O"]`).')
     stride: int = _maybe("Split a long text; neighbouring pieces share this many tokens.", ge=0, le=_LARGEST)
     is_split_into_words: bool = _maybe("Each input is a list of words.")
-    delimiter: str = _maybe("What stands between words given as a list (default: a space).")
+    delimiter: AnyText = _maybe("What stands between words given as a list (default: a space).")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -357,7 +358,7 @@ TASK_PARAMETERS: Mapping[str, type[Parameters]] = MappingProxyType(
 )
 
 
-def validate(model_cls: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def validate(model_cls: type[BaseModel], values: Mapping[str, Any], prefix: AnyText = "") -> dict[str, Any]:
     """Check `values` against `model_cls` and return those that were given, as plain JSON values.
 
     `prefix` goes before a field's name in messages (`parameters.` gives `parameters.top_p`).

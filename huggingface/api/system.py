@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from typing import Any
 
 from flask_openapi3 import APIBlueprint, Tag
 
 from ..devices import cuda_available, resolve_device
+from ..errors import DependencyMissing
+from ..libraries import import_library
 from . import schemas
 from .services import services
 
@@ -63,7 +64,7 @@ def show_dependencies() -> dict[str, Any]:
 def _importable(name: str) -> bool:
     """Whether the package can really be imported: an installed one may still be broken."""
     try:
-        importlib.import_module(name)
-    except (ImportError, OSError):  # OSError: a shared library that it needs is missing
+        import_library(name)
+    except DependencyMissing:
         return False
     return True

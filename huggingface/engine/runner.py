@@ -25,13 +25,15 @@ _SAMPLING_ONLY = frozenset(
 
 
 class _GivenUp(StoppingCriteria):  # type: ignore[misc]
-    """Ends every row as soon as the caller has given up."""
+    """Ends the work as soon as the caller has given up: by raising, because a beam search goes on past a stop."""
 
     def __init__(self, cancelled: Callable[[], bool]) -> None:
         self._cancelled = cancelled
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
+        if self._cancelled():
+            raise Cancelled("The request was cancelled")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class TransformersRunner:
@@ -78,8 +80,6 @@ class TransformersRunner:
                 output = self._model.generate(**inputs, **arguments, stopping_criteria=criteria)
         except ValueError as error:  # how `generate` refuses arguments that do not go together
             raise InvalidRequest(f"Invalid generation parameters: {error}") from error
-        if cancelled():
-            raise Cancelled("The request was cancelled")
         rows = [self._finish(self._new_tokens(row, prompt_tokens), request.parameters) for row in output.tolist()]
         usage = Usage(prompt_tokens, sum(count for _, _, count in rows))
         for index, (text, reason, _) in enumerate(rows):

@@ -43,7 +43,14 @@ class Guard:
             raise refuse("inputs", "holds no token")
         if self.limit is not None and tokens > self.limit:
             raise refuse("inputs", f"{tokens} tokens, but the model can read at most {self.limit}")
-        return super().forward(model_inputs, **parameters)  # type: ignore[misc]
+        try:
+            return super().forward(model_inputs, **parameters)  # type: ignore[misc]
+        except IndexError as error:  # positions that are not found by their name, on a CPU
+            config = self.model.config.get_text_config()  # type: ignore[attr-defined]
+            most = getattr(config, "max_position_embeddings", None)
+            if most is None or tokens <= most:
+                raise
+            raise refuse("inputs", f"{tokens} tokens, but the model can read at most {most}") from error
 
 
 class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
@@ -89,7 +96,7 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
         elif "max_length" in asked:
             field = "max_length"
             total = prefix + asked["max_length"]
-            added["max_new_tokens"] = None
+            added.update(max_length=total, max_new_tokens=None)
         else:
             field = ""
             new = config.max_new_tokens
@@ -112,14 +119,15 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
 
     def _least(self, tokens: int, prefix: int, total: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         if "min_new_tokens" in asked:
-            field, other, least = "min_new_tokens", "min_length", tokens + asked["min_new_tokens"]
+            field, least, added = "min_new_tokens", tokens + asked["min_new_tokens"], {"min_length": None}
         elif "min_length" in asked:
-            field, other, least = "min_length", "min_new_tokens", prefix + asked["min_length"]
+            field, least = "min_length", prefix + asked["min_length"]
+            added = {"min_length": least, "min_new_tokens": None}
         else:
             return {}
         if least > total:
             raise refuse(field, f"asks for {least} tokens with the prompt, but the text may have at most {total}")
-        return {other: None}
+        return added
 
 
 class FillMask(Guard, FillMaskPipeline):  # type: ignore[misc]

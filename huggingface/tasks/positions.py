@@ -13,6 +13,9 @@ _NAMES = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "embed_position"}
 )
 
+# Where a model also sees or hears, the places in a picture are not those in a text.
+_NOT_TEXT = ("vision", "visual", "image", "audio")
+
 
 def max_positions(model: Any) -> int | None:
     """The longest sequence, in tokens, that `model` (a `PreTrainedModel`) has positions for.
@@ -26,6 +29,8 @@ def max_positions(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         if name.rpartition(".")[2] not in _NAMES or not isinstance(module, nn.Embedding):
+            continue
+        if any(other in name for other in _NOT_TEXT):
             continue
         rows = module.num_embeddings
         if type(module) is not nn.Embedding:  # BART, OPT: `offset` rows stand before the first position

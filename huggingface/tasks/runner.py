@@ -103,10 +103,11 @@ class TaskRunner:
                     raise shapes.refuse(field, "cannot be used with a chat, which the model's template lays out")
         elif "continue_final_message" in parameters:
             raise shapes.refuse("continue_final_message", "can be used with a chat only")
+        if parameters.get("clean_up_tokenization_spaces") and _is_byte_pair(self._tokenizer):
+            raise shapes.refuse("clean_up_tokenization_spaces", "must be false: this model's tokens leave none")
         check_sequences(parameters, self._model, do_sample=True, num_beams=1)
-        if (
-            "stop_strings" in parameters
-        ):  # the pipeline hands over the tokenizer, which these need, under this name only
+        # Under this name only does the pipeline hand over the tokenizer, without which no text can be looked for.
+        if "stop_strings" in parameters:
             parameters["stop_sequence"] = parameters.pop("stop_strings")
         elif "stop_sequence" not in parameters and self._model.generation_config.stop_strings is not None:
             parameters["stop_sequence"] = self._model.generation_config.stop_strings
@@ -132,17 +133,14 @@ class TaskRunner:
             room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
             if parameters["stride"] >= room:
                 raise shapes.refuse("stride", f"must be less than {room}, the tokens that fit into one piece")
-        pair = name == "text-classification" and any(
-            isinstance(item, dict) for item in (inputs if isinstance(inputs, list) else [inputs])
-        )
-        special = tokenizer.num_special_tokens_to_add(pair=pair)
-        for field, arguments in (
-            ("max_length", parameters),
-            ("tokenizer_kwargs.max_length", parameters.get("tokenizer_kwargs", {})),
-            ("tokenize_kwargs.max_length", parameters.get("tokenize_kwargs", {})),
-        ):
-            if arguments.get("max_length", special + 1) <= special and arguments.get("add_special_tokens", True):
-                raise shapes.refuse(field, f"must be more than {special}, the special tokens of an input")
+        for field in ("", "tokenizer_kwargs.", "tokenize_kwargs."):
+            arguments = parameters.get(field[:-1], {}) if field else parameters
+            if "max_length" not in arguments or not arguments.get("add_special_tokens", True):
+                continue
+            pair = any(isinstance(item, dict) for item in (inputs if isinstance(inputs, list) else [inputs]))
+            special = tokenizer.num_special_tokens_to_add(pair=pair)
+            if arguments["max_length"] <= special:
+                raise shapes.refuse(field + "max_length", f"must exceed the {special} special tokens of an input")
 
     def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
         if name not in self._pipelines:
@@ -205,9 +203,9 @@ class TaskRunner:
         """What a failure inside transformers means to the caller."""
         import torch
 
-        if isinstance(error, torch.OutOfMemoryError):
-            return OutOfMemory(f"Not enough memory on the device for '{task}' on model '{self._model_id}'")
         reason = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+            return OutOfMemory(f"Not enough memory on the device for '{task}' on model '{self._model_id}'")
         if type(error).__name__ == "PipelineException" and "mask_token" in reason:
             mask = self._shared_tokenizer.mask_token
             return shapes.refuse("inputs", f"must hold the model's mask token {mask}")
@@ -216,6 +214,13 @@ class TaskRunner:
                 if f"`{field}`" in reason or f"{field}=" in reason:
                     return shapes.refuse(field, reason)
         return GenerationFailed(f"Model '{self._model_id}' failed to do '{task}'")
+
+
+def _is_byte_pair(tokenizer: Any) -> bool:
+    """Whether transformers 5 leaves the tokenizer's spaces alone whatever is asked."""
+    kept = not getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return kept and backend is not None and type(backend.model).__name__ == "BPE"
 
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(

@@ -195,14 +195,7 @@ class Text2Text:
         """
         from transformers import GenerationConfig
 
-        model = {
-            name: value
-            for name, value in self._model.generation_config.to_dict().items()
-            if not name.startswith("_")
-            and name != "transformers_version"
-            and value is not None
-            and value != _GLOBAL_DEFAULTS.get(name)
-        }
+        model = self._model_settings()
         settings: dict[str, Any] = {**model, **_PIPELINE_DEFAULTS}
         if "max_length" in model:
             settings["max_new_tokens"] = None
@@ -227,6 +220,20 @@ class Text2Text:
             settings["max_length"] = settings["max_new_tokens"] + 1
             settings["max_new_tokens"] = None
         return settings
+
+    def _model_settings(self) -> dict[str, Any]:
+        """What the model's own `generation_config` sets to other than the default."""
+        generation = self._model.generation_config
+        values = {name: value for name, value in generation.to_dict().items() if not name.startswith("_")}
+        values.pop("transformers_version", None)
+        if getattr(generation, "_from_model_config", False):
+            # Where a repository has no generation_config.json, transformers 5 reads config.json as it stands; 4.57.6
+            # took the config object, with what its class says where the file is silent (BART's last token is </s>).
+            missing = [name for name, value in values.items() if value is None and name not in _NOT_TEXT]
+            values |= {name: copy.deepcopy(getattr(self._model.config, name, None)) for name in missing}
+        return {
+            name: value for name, value in values.items() if value is not None and value != _GLOBAL_DEFAULTS.get(name)
+        }
 
     # From text to text -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,35 @@
+"""Importing torch and transformers: late, and by one thread at a time.
+
+Their packages fill themselves in bit by bit; a second thread that imports them meanwhile finds modules without the
+names it needs. Everything in this project that imports them outside of the loader goes through here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from types import ModuleType
+
+from .errors import DependencyMissing
+
+logger = logging.getLogger(__name__)
+
+# What is imported belongs to the process, and so does the right to import it.
+_IMPORTING = threading.Lock()
+
+
+def import_library(name: str) -> ModuleType:
+    """The module `name` (`torch`, or one of ours that needs it).
+
+    Raises:
+        DependencyMissing: torch or transformers is not installed, or is broken.
+    """
+    with _IMPORTING:
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
+            if (getattr(error, "name", None) or "").startswith(f"{__package__}."):
+                raise  # one of our own modules: a fault of this project, not of the installation
+            logger.warning("%s cannot be imported: %s", name, error)
+            raise DependencyMissing from error

@@ -1,0 +1,157 @@
+"""The API described to machines and to people: `/openapi.json` is valid and whole, `/docs` needs no internet."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+METHODS = {"GET", "POST", "PUT", "DELETE", "PATCH"}
+UNDESCRIBED = {"/openapi.json", "/docs", "/docs/static/{filename}"}  # the description itself
+
+
+@pytest.fixture
+def document(client: Any) -> dict[str, Any]:
+    """The document as served."""
+    response = client.get("/openapi.json")
+    assert response.status_code == 200
+    return response.json
+
+
+def resolve(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema itself, where it is a reference."""
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    return schema
+
+
+def body_of(document: dict[str, Any], method: str, path: str) -> dict[str, Any]:
+    """The schema of a route's request body."""
+    content = document["paths"][path][method]["requestBody"]["content"]
+    return resolve(document, content["application/json"]["schema"])
+
+
+def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1")
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_the_document_describes_every_route_and_no_other(app: Any, document: dict[str, Any]) -> None:
+    routes = set()
+    for rule in app.url_map.iter_rules():
+        path = re.sub(r"<(?:[^:<>]+:)?([^<>]+)>", r"{\1}", rule.rule)
+        routes |= {(path, method) for method in rule.methods & METHODS if path not in UNDESCRIBED}
+    described = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
+    assert described == routes
+
+
+def test_every_route_says_in_a_sentence_what_it_does_and_describes_its_success(document: dict[str, Any]) -> None:
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert operation["summary"], (method, path)
+            content = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            assert "success" in resolve(document, content)["properties"], (method, path)
+
+
+def test_every_error_is_described_in_the_one_documented_shape(document: dict[str, Any]) -> None:
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            failures = {status: answer for status, answer in operation["responses"].items() if status >= "400"}
+            assert "400" in failures, (method, path)
+            for answer in failures.values():
+                schema = resolve(document, answer["content"]["application/json"]["schema"])
+                assert set(schema["properties"]) == {"success", "error"}
+                assert schema["properties"]["success"]["const"] is False
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "required", "optional"),
+    [
+        ("post", "/api/huggingface/models", {"model_id", "name", "model_type"}, {"description", "parameters"}),
+        (
+            "put",
+            "/api/huggingface/models/{model_id}",
+            set(),
+            {"name", "model_type", "description", "parameters", "status"},
+        ),
+        ("post", "/api/huggingface/models/{model_id}/load", set(), {"force_reload"}),
+        (
+            "post",
+            "/api/huggingface/generate",
+            {"model_id"},
+            {
+                "prompt",
+                "messages",
+                "max_new_tokens",
+                "temperature",
+                "do_sample",
+                "top_p",
+                "top_k",
+                "repetition_penalty",
+            },
+        ),
+        ("post", "/api/huggingface/pipeline", {"model_id", "task", "inputs"}, set()),
+    ],
+)
+def test_every_field_of_a_body_is_there_with_a_description(
+    document: dict[str, Any], method: str, path: str, required: set[str], optional: set[str]
+) -> None:
+    schema = body_of(document, method, path)
+    assert set(schema.get("required", ())) == required
+    assert required | optional <= set(schema["properties"])
+    for name, field in schema["properties"].items():
+        assert resolve(document, field).get("description"), name
+
+
+def test_a_body_that_may_be_left_out_is_not_described_as_required(document: dict[str, Any]) -> None:
+    load = document["paths"]["/api/huggingface/models/{model_id}/load"]["post"]
+    assert not load["requestBody"].get("required", False)
+
+
+def test_the_documented_filters_are_described(document: dict[str, Any]) -> None:
+    for method, path, name in (
+        ("get", "/api/huggingface/models", "type"),
+        ("delete", "/api/huggingface/cache", "model_id"),
+    ):
+        [query] = [field for field in document["paths"][path][method]["parameters"] if field["in"] == "query"]
+        assert query["name"] == name
+        assert query["description"]
+        assert query["required"] is False
+
+
+class _References(HTMLParser):
+    """Collects what a page loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_the_page_needs_nothing_from_another_host(client: Any) -> None:
+    response = client.get("/docs")
+    assert response.status_code == 200
+    assert response.mimetype == "text/html"
+    page = _References()
+    page.feed(response.text)
+    assert len(page.found) >= 3
+    assert "://" not in response.text
+    for reference in page.found:
+        assert not urlsplit(reference).netloc, reference
+        with client.get(urljoin("/docs", reference)) as loaded:
+            assert loaded.status_code == 200, reference
+            assert len(loaded.data) > 200, reference
+            if loaded.mimetype == "text/css":  # it loads more by itself
+                loads = re.findall(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)", loaded.text)
+                assert all(part.startswith("data:") for parts in loads for part in parts if part), reference
+
+
+def test_the_page_shows_this_servers_document(client: Any) -> None:
+    [address] = re.findall(r'url: "([^"]+)"', client.get("/docs").text)
+    assert client.get(address).json["info"]["title"] == "Local LLM"
