@@ -29,7 +29,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         __name__,
         info=Info(title="Local LLM", version=VERSION, description="Hugging Face models on your own machine."),
         doc_ui=False,
-        responses={400: ErrorAnswer, 500: ErrorAnswer},
+        security_schemes={},
         validation_error_status=400,
         validation_error_model=ErrorAnswer,
         validation_error_callback=on_invalid_body,
@@ -65,8 +65,7 @@ def main() -> None:
     keep_few_arenas()
     app = create_app(settings)
     try:
-        if settings.import_at_start:
-            huggingface.import_libraries(app, delay=1.0)  # the server answers first
+        huggingface.start(app, import_delay=1.0 if settings.import_at_start else None)  # the server answers first
         serve(app, settings)
     finally:
         huggingface.close(app)

@@ -6,6 +6,7 @@ imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from .api.errors import init_errors
 from .api.guard import init_guard
 from .api.services import EXTENSION, Services
 from .api.wire import JSONProvider, JSONRequest
+from .errors import RegistryError
 from .manager import ModelManager
 from .records import LoadOptions
 from .registry import ModelRegistry
+
+logger = logging.getLogger(__name__)
 
 
 def init_app(
@@ -42,10 +46,21 @@ def init_app(
     app.register_blueprint(docs.blueprint)
 
 
-def import_libraries(app: OpenAPI, delay: float) -> None:
-    """Import torch and transformers in the background, `delay` seconds from now."""
+def start(app: OpenAPI, import_delay: float | None) -> None:
+    """What a server does before it serves: read the registry, so that a damaged file is told of now and not later.
+
+    `import_delay` is how many seconds from now torch and transformers are imported in the background; None leaves that
+    to the first load.
+    """
     services: Services = app.extensions[EXTENSION]
-    services.manager.import_libraries(delay)
+    try:
+        count = len(services.registry.list())
+    except RegistryError as error:
+        logger.error("%s", error)  # the routes that need the registry say so too; the others work
+    else:
+        logger.info("%d models registered", count)
+    if import_delay is not None:
+        services.manager.import_libraries(import_delay)
 
 
 def close(app: OpenAPI) -> None:

@@ -171,7 +171,7 @@ def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:
-        raise _refusal(model_id, error, "config.json", trusted) from error
+        raise _refusal(model_id, error, "config.json") from error
     # transformers knows some models by this name, and it shall not matter to it where the files lie.
     config.name_or_path = model_id
     return config
@@ -187,7 +187,7 @@ def _read_tokenizer(model_id: str, folder: Path, config: Any, trusted: bool) -> 
             folder, config=config, trust_remote_code=trusted, local_files_only=True
         )
     except Exception as error:
-        raise _refusal(model_id, error, "its tokenizer", trusted) from error
+        raise _refusal(model_id, error, "its tokenizer") from error
     # Where a vocabulary lacks, transformers makes a tokenizer that knows no word.
     names = getattr(tokenizer, "vocab_files_names", {})
     lacking = files.lacking_vocabulary(folder, names)
@@ -196,7 +196,7 @@ def _read_tokenizer(model_id: str, folder: Path, config: Any, trusted: bool) -> 
     return tokenizer
 
 
-def _refusal(model_id: str, error: Exception, part: str, trusted: bool) -> LoadError:
+def _refusal(model_id: str, error: Exception, part: str) -> LoadError:
     """What an error of transformers in reading `part` of a model means to the user."""
     message = str(error)
     if "trust_remote_code" in message:
@@ -284,7 +284,7 @@ def _read_model(
     except Exception as error:
         if "allocate memory" in str(error):  # what torch's CPU allocator says
             raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
-        raise _refusal(model_id, error, "its weights or its config.json", trusted) from error
+        raise _refusal(model_id, error, "its weights or its config.json") from error
 
 
 def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:

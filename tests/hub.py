@@ -55,6 +55,7 @@ class Repository:
     api: bool = True  # whether /api/models knows it; small Hubs serve files only
     codes: bool = True  # whether a 404 says why (X-Error-Code); small Hubs do not
     tokens: frozenset[str] = frozenset()  # who may read it, where it is gated or private
+    silent: frozenset[str] = frozenset()  # files about which no question is ever answered
     stall: frozenset[str] = frozenset()  # files whose download sends its headers and nothing more
     # By a file's name: after how many bytes of any answer the connection breaks; the statuses of its next downloads;
     # what is sent in its stead under its true checksum; a size that is announced and is not true.
@@ -212,6 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
         name, commit = found["file"], repository.commit
         if found["revision"] not in ("main", commit):
             return self._refuse(404, "RevisionNotFound", repository)
+        if name in repository.silent:
+            self.close_connection = True
+            return self.server.hub.wait_stalled(60)
         path = repository.files().get(name)
         if path is None:
             return self._refuse(404, "EntryNotFound", repository)

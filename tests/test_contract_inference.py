@@ -150,6 +150,44 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_its_name(api: Server,
         assert field in bad(api.call("POST", "/models", json={**fields, "parameters": {field: value}}), 400)
 
 
+@pytest.mark.parametrize(
+    ("field", "source"),
+    [
+        ("prompt", {"prompt": None}),
+        ("prompt", {"prompt": 5}),
+        ("messages", {"messages": None}),
+        ("messages", {"messages": []}),
+        ("messages", {"messages": [{"role": "user"}]}),
+        ("messages", {"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}),
+    ],
+)
+def test_a_prompt_or_chat_that_is_none_is_refused_by_its_name(api: Server, field: str, source: dict[str, Any]) -> None:
+    add_gpt2(api)
+    assert field in bad(api.call("POST", "/generate", json={"model_id": "gpt2", **source}), 400)
+
+
+def test_a_chat_is_answered_and_shown_as_it_was_sent(api: Server) -> None:
+    api.add("microsoft/DialoGPT-medium", "conversational")
+    messages = [
+        {"role": "user", "content": "How do you do?"},
+        {"role": "assistant", "content": "Good, thank you."},
+        {"role": "user", "content": "What is your name?"},
+    ]
+    request = {"model_id": "microsoft/DialoGPT-medium", "max_new_tokens": 6, "do_sample": False}
+    body = good(api.call("POST", "/generate", json={**request, "messages": messages}))
+    assert list(body) == ["success", "response", "model_used", "messages", "parameters", "model_info"]
+    assert body["messages"] == messages
+    # A prompt is a chat of one turn; each turn ends with the end-of-text token, as nothing here has a template.
+    one = good(api.call("POST", "/generate", json={**request, "messages": messages[:1]}))
+    assert (
+        good(api.call("POST", "/generate", json={**request, "prompt": "How do you do?"}))["response"] == one["response"]
+    )
+    joined = "".join(f"{message['content']}<|endoftext|>" for message in messages)
+    api.add("tiny/dialogpt", "text-generation")  # the same weights, under a type that takes the prompt as it is
+    plain = {**request, "model_id": "tiny/dialogpt", "prompt": joined}
+    assert good(api.call("POST", "/generate", json=plain))["response"] == body["response"]
+
+
 def test_a_task_that_does_not_exist_is_refused_with_those_that_do(api: Server) -> None:
     add_gpt2(api)
     message = bad(api.call("POST", "/pipeline", json={"model_id": "gpt2", "task": "sing", "inputs": "La"}), 400)

@@ -72,7 +72,8 @@ def test_every_setting_stands_in_the_readme_and_in_the_example_file_with_its_def
     [row] = [row for row in rows() if row[0] == variable]
     assert row[1] == default_of(name)
     assert row[2]
-    assert f"#{variable}={default_of(name)}" in (ROOT / ".env.example").read_text("utf-8").splitlines()
+    example = (ROOT / ".env.example").read_text("utf-8").splitlines()
+    assert f"#{variable}={default_of(name)}" in example, f".env.example lacks {variable}"
 
 
 def test_no_document_tells_of_a_setting_that_is_not_there() -> None:

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 from conftest import Server
-from hub import Hub, Repository
+from hub_place import Place, load, refused, sent, works
 
 TOKEN = "hf_token_of_the_tests"
-
-
-class Place:
-    """A Hub with repositories, and servers that know it only; they share its cache, their models folder is empty."""
-
-    def __init__(self, directory: Path, built: Path) -> None:
-        self.directory, self.built = directory, built
-        self.home, self.local = directory / "home", directory / "local"
-        (directory / "hub").mkdir()
-        self.local.mkdir()
-        self.hub = Hub(directory / "hub")
-        self.servers: list[Server] = []
-
-    def publish(self, model_id: str, name: str = "gpt2") -> Repository:
-        """Put a copy of a tiny model on the Hub."""
-        tiny_models.build(self.built, name)
-        shutil.copytree(self.built / "tiny" / name, self.hub.root / model_id)
-        return self.hub.repository(model_id)
-
-    def serve(self, home: Path | None = None, **environment: str) -> Server:
-        """A server; `home` is another cache than the shared one."""
-        directory = self.directory / f"server-{len(self.servers)}"
-        directory.mkdir()
-        environment = self.hub.environment(home or self.home, **environment)
-        self.servers.append(Server(directory, self.local, **environment))
-        return self.servers[-1]
-
-    def cached(self, model_id: str) -> Path:
-        """The folder that the Hub's cache keeps for the model."""
-        return self.home / "hub" / f"models--{model_id.replace('/', '--')}"
-
-    def snapshot(self, model_id: str) -> Path:
-        """The cached files of the one commit that is in the cache."""
-        (folder,) = (self.cached(model_id) / "snapshots").iterdir()
-        return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,41 +25,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterato
     with place.hub:
         yield place
         for server in place.servers:
-            server.stop()
+            server.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def server(place: Place) -> Server:
     """A server that may ask the Hub, without a token."""
     return place.serve()
-
-
-def load(server: Server, model_id: str, model_type: str = "text-generation") -> Any:
-    server.add(model_id, model_type)
-    return server.call("POST", f"/models/{model_id}/load", json={"force_reload": True})
-
-
-def works(server: Server, model_id: str, model_type: str = "text-generation") -> str:
-    """Load the model, generate, and return the text."""
-    answer = load(server, model_id, model_type)
-    assert answer.status_code == 200, answer.text
-    body = {"model_id": model_id, "prompt": "The little harbour", "max_new_tokens": 4, "do_sample": False}
-    answer = server.call("POST", "/generate", json=body)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["response"])
-
-
-def refused(answer: Any, status: int, model_id: str, *words: str) -> str:
-    """Check that the answer is a clear error that names the model and holds nothing private; returns its message."""
-    assert answer.status_code == status, answer.text
-    assert answer.json()["success"] is False
-    message = str(answer.json()["error"])
-    assert f"'{model_id}'" in message
-    for word in words:
-        assert word in message
-    assert "Traceback" not in message
-    assert not re.search(r"/(tmp|home|root|usr|work|var)\b", message)
-    return message
 
 
 def test_a_hub_model_is_downloaded_once_and_then_comes_from_the_cache(place: Place, server: Server) -> None:
@@ -178,7 +115,7 @@ def test_weights_in_several_files_are_fetched_and_a_lost_one_is_fetched_again(pl
     part.unlink()
     with place.hub.recording() as made:
         assert works(server, "org/sharded") == whole
-    assert {request.file for request in made if request.method == "GET" and "/api/" not in request.path} == {part.name}
+    assert set(sent(made)) == {part.name}
 
 
 def test_a_damaged_file_of_the_cache_is_fetched_again(place: Place, server: Server) -> None:
@@ -198,8 +135,7 @@ def test_a_repository_that_changes_is_taken_anew_at_the_next_load(place: Place, 
     )
     with place.hub.recording() as made:
         works(server, "org/changing")
-    sent = [request.file for request in made if request.method == "GET" and "/api/" not in request.path]
-    assert sent == ["generation_config.json"]
+    assert sent(made) == ["generation_config.json"]
 
 
 def test_a_small_hub_without_an_api_and_without_error_codes_is_enough(place: Place, server: Server) -> None:
@@ -230,12 +166,19 @@ def test_an_unknown_id_is_a_404_that_says_what_to_check(place: Place, server: Se
     refused(load(server, "org/CACHED"), 404, "org/CACHED", "Check the id")  # upper and lower case are two ids
 
 
-def test_gated_and_private_repositories_need_a_token_that_is_sent_to_the_hub_only(place: Place, server: Server) -> None:
+@pytest.fixture(scope="module")
+def admitted(place: Place) -> Server:
+    """A server with a token, and with ids whose code may run."""
+    return place.serve(HF_TOKEN=TOKEN, LOCAL_LLM_TRUST_REMOTE_CODE="org/code, small/code")
+
+
+def test_gated_and_private_repositories_need_a_token_that_is_sent_to_the_hub_only(
+    place: Place, server: Server, admitted: Server
+) -> None:
     place.publish("org/gated").gated = True
     place.publish("org/private").private = True
     refused(load(server, "org/gated"), 403, "org/gated", "accept its terms", "HF_TOKEN")
     refused(load(server, "org/private"), 404, "org/private", "HF_TOKEN")
-    admitted = place.serve(HF_TOKEN=TOKEN)
     refused(load(admitted, "org/gated"), 403, "org/gated", "accept its terms")
     for model_id in ("org/gated", "org/private"):
         place.hub.repository(model_id).tokens = frozenset({TOKEN})
@@ -244,6 +187,58 @@ def test_gated_and_private_repositories_need_a_token_that_is_sent_to_the_hub_onl
     assert TOKEN in tokens
     assert {request.token for request in place.hub.requests if request.path.startswith("/cdn/")} == {None}
     assert TOKEN not in "\n".join(admitted.lines)
+
+
+@pytest.mark.parametrize("model_id", ["org/code", "small/code"])
+def test_code_of_a_trusted_repository_is_fetched_with_what_it_imports(
+    place: Place, server: Server, admitted: Server, model_id: str
+) -> None:
+    repository = place.publish(model_id)
+    repository.api = repository.codes = model_id == "org/code"
+    folder, kind = repository.folder, f"kind_of_{model_id.split('/')[0]}"
+    (folder / "names.py").write_text(f"KIND = '{kind}'\n")
+    (folder / "configuration.py").write_text(
+        "from transformers import GPT2Config\nfrom .names import KIND\n"
+        "class OwnConfig(GPT2Config):\n    model_type = KIND\n"
+    )
+    (folder / "modeling.py").write_text(
+        "from transformers import GPT2LMHeadModel\nfrom .configuration import OwnConfig\n"
+        "class OwnModel(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
+    )
+    (folder / "unrelated.py").write_text("raise RuntimeError\n")
+    code = {"AutoConfig": "configuration.OwnConfig", "AutoModelForCausalLM": "modeling.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": code}))
+    refused(load(server, model_id), 403, model_id, f"LOCAL_LLM_TRUST_REMOTE_CODE={model_id}")
+    assert not [name for name in place.hub.downloads(model_id) if name.endswith(".py")]
+    assert works(admitted, model_id)
+    with place.hub.recording() as made:
+        assert works(admitted, model_id)
+    assert sent(made) == []
+    assert "unrelated.py" not in place.hub.downloads(model_id)
+
+
+def test_a_server_killed_in_a_download_leaves_nothing_that_is_taken_for_a_model(place: Place, server: Server) -> None:
+    repository = place.publish("org/killed")
+    repository.stall = frozenset({"model.safetensors"})
+    victim = place.serve(HF_HUB_DOWNLOAD_TIMEOUT="60")
+    victim.add("org/killed", "text-generation")
+
+    def call() -> None:
+        with pytest.raises(OSError):
+            load(victim, "org/killed")
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    deadline = time.monotonic() + 60
+    while "model.safetensors" not in place.hub.downloads("org/killed") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.stop(signal.SIGKILL)
+    caller.join(30)
+    repository.stall = frozenset()
+    with place.hub.recording() as made:
+        assert works(server, "org/killed")
+    assert sent(made) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -261,8 +256,7 @@ def test_a_hub_that_fails_on_a_file_is_a_503_and_the_next_load_fetches_only_what
     refused(load(server, "org/fails"), 503, "org/fails", "503", "try again")
     with place.hub.recording() as made:
         assert works(server, "org/fails")
-    files = [request.file for request in made if request.method == "GET" and "/api/" not in request.path]
-    assert set(files) == {"model.safetensors"}
+    assert set(sent(made)) == {"model.safetensors"}
 
 
 def test_a_broken_connection_is_resumed_where_it_broke(place: Place, server: Server) -> None:
@@ -290,11 +284,11 @@ def test_a_download_that_ends_short_or_is_not_what_the_hub_says_is_never_loaded(
     assert works(server, "org/wrong")
 
 
-def test_a_hub_that_falls_silent_in_a_download_is_given_up(place: Place, server: Server) -> None:
-    place.publish("org/silent").stall = frozenset({"config.json"})
+def test_a_hub_that_falls_silent_is_given_up_within_seconds(place: Place, server: Server) -> None:
+    place.publish("org/silent").silent = frozenset({"tokenizer.json"})
     started = time.monotonic()
     refused(load(server, "org/silent"), 503, "org/silent", "cannot be reached")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 10
 
 
 @pytest.fixture(scope="module")

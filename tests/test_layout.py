@@ -20,14 +20,16 @@ from conftest import ROOT
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "devices": set(),
+    "memory": set(),
+    "libraries": {"errors"},
     "records": {"errors"},
     "registry": {"records", "errors"},
     "files": {"records", "errors"},
     "tasks": {"records", "errors"},
     "engine": {"records", "errors"},
-    "loader": {"files", "devices", "tasks", "engine", "records", "errors"},
-    "manager": {"registry", "loader", "records", "errors"},
-    "api": {"manager", "registry", "devices", "tasks", "engine", "records", "errors"},
+    "loader": {"files", "devices", "memory", "tasks", "engine", "records", "errors"},
+    "manager": {"registry", "loader", "libraries", "records", "errors"},
+    "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "records", "errors"},
     "": {"api", "manager", "registry", "records"},
 }
 PARTS = {"registry_content": "registry", "registry_file": "registry", "hub": "files", "hub_errors": "files"}
@@ -158,6 +160,16 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     assert not wrong
 
 
+def test_a_module_is_imported_by_a_computed_name_in_one_place_only() -> None:
+    wrong = []
+    for file, tree in sources().items():
+        for node in ast.walk(tree):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            if name in ("import_module", "__import__") and file != "huggingface/libraries.py":
+                wrong.append(f"{file}:{node.lineno}")
+    assert not wrong
+
+
 def test_the_manager_imports_the_loader_only_when_a_model_is_loaded() -> None:
     of_loader = [
         found for found in all_imports() if room_of(found.module) == "loader" and found.file != "huggingface/loader.py"
@@ -178,12 +190,7 @@ def test_the_api_knows_of_tasks_only_their_names_and_of_the_engine_only_its_tick
 
 
 def test_the_leaves_import_nothing_but_the_standard_library() -> None:
-    leaves = {
-        "huggingface/errors.py",
-        "huggingface/records.py",
-        "huggingface/devices.py",
-        "huggingface/tasks/__init__.py",
-    }
+    leaves = {f"huggingface/{name}.py" for name in ("errors", "records", "devices", "memory", "tasks/__init__")}
     found = [found for found in all_imports() if found.file in leaves]
     assert {item.file for item in found} == leaves
     known = {*sys.stdlib_module_names, "huggingface"}

@@ -148,6 +148,20 @@ def test_sigterm_in_the_middle_of_a_generation_ends_it(start_server: Any, tiny: 
     thread.join(20)
 
 
+def test_a_damaged_registry_is_told_of_at_the_start(start_server: Any, tmp_path: Path) -> None:
+    """The server starts on a corrupt file, says under which name it was set aside, and nothing of it is lost."""
+    (tmp_path / "models.json").write_text('{"models": [{"model_id": "gp')
+    server = start_server()
+    [warning] = requests.get(server.url, timeout=10).json()["warnings"]
+    [aside] = tmp_path.glob("models.json.corrupt-*")
+    assert aside.name in warning
+    assert str(tmp_path) not in warning
+    assert aside.read_text() == '{"models": [{"model_id": "gp'
+    assert any(aside.name in line for line in server.lines)
+    server.add("gpt2", "text-generation")
+    assert server.call("GET", "/models").json()["count"] == 1
+
+
 def test_a_second_server_on_the_port_says_so(start_server: Any) -> None:
     """A port that is taken is said in one line, without a traceback."""
     server = start_server()

@@ -449,6 +449,18 @@ def _roberta(architecture: str, auto: str) -> Callable[[Path], None]:
     return make
 
 
+def _canine(folder: Path) -> None:
+    """CANINE reads characters, with a tokenizer that is written in Python and has no files."""
+    _tokenizer_config(folder, "CanineTokenizer", model_max_length=2048)
+    shape = {
+        key: value for key, value in _BERT_SHAPE.items() if key not in ("max_position_embeddings", "type_vocab_size")
+    }
+    more = {"max_position_embeddings": 2048, "type_vocab_size": 16, "bos_token_id": 57344, "eos_token_id": 57345}
+    hashes = {"num_hash_functions": 4, "num_hash_buckets": 64, "local_transformer_stride": 16}
+    config = _config("CanineForQuestionAnswering", "canine", **shape, **more, **hashes, downsampling_rate=4)
+    _save(folder, "AutoModelForQuestionAnswering", config)
+
+
 def _tapas(folder: Path) -> None:
     rows = len(_wordpiece(folder, ["[EMPTY]"]))
     (folder / "tokenizer.json").unlink()  # TAPAS reads tables in Python, from vocab.txt
@@ -499,6 +511,7 @@ MODELS: Mapping[str, Callable[[Path], None]] = {
     ),
     "bert-qa": _bert("BertForQuestionAnswering", "AutoModelForQuestionAnswering"),
     "roberta-qa": _roberta("RobertaForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    "canine-qa": _canine,
     "bert-embed": _bert("BertModel", "AutoModel"),
     "tapas": _tapas,
 }

@@ -15,6 +15,7 @@ blueprint = APIBlueprint(
     __name__,
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Cache", description="The models in memory.")],
+    abp_responses={**schemas.FAILURES},
 )
 
 

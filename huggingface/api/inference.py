@@ -24,7 +24,7 @@ blueprint = APIBlueprint(
     __name__,
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Inference", description="Generating text, and running tasks.")],
-    abp_responses={404: schemas.ErrorAnswer, 503: schemas.ErrorAnswer},
+    abp_responses={**schemas.FAILURES, 404: schemas.ErrorAnswer, 503: schemas.ErrorAnswer},
 )
 
 _LOOK_FOR_CLIENT = 0.2  # seconds between two looks at whether the client is still there

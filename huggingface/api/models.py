@@ -21,7 +21,7 @@ blueprint = APIBlueprint(
     __name__,
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Models", description="Which models are registered, and bringing them into memory.")],
-    abp_responses={404: schemas.ErrorAnswer},
+    abp_responses={**schemas.FAILURES, 404: schemas.ErrorAnswer},
 )
 
 

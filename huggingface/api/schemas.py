@@ -6,11 +6,13 @@ Nothing here works on a model or a file. Unknown fields are refused, and values 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
-from .parameters import GenerationParameters
+from ..tasks import TASKS
+from .parameters import TASK_PARAMETERS, GenerationParameters
 
 _MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 
@@ -36,7 +38,21 @@ class ErrorAnswer(BaseModel):
     error: str = Field(description="What went wrong and what to do about it.")
 
 
+# What every route may answer besides what it is for.
+FAILURES: dict[int | str, type[BaseModel]] = {400: ErrorAnswer, 403: ErrorAnswer, 500: ErrorAnswer}
+
+
 # Models ---------------------------------------------------------------------------------------------------------------
+
+
+def _timestamp(value: str) -> str:
+    try:
+        date = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("must be an ISO 8601 date and time") from None
+    if date.tzinfo is not None:
+        date = date.astimezone(UTC).replace(tzinfo=None)
+    return date.isoformat(timespec="microseconds")
 
 
 class ModelPath(BaseModel):
@@ -67,25 +83,41 @@ class NewModel(Strict):
     )
 
 
+def _unchanged(description: str, **constraints: Any) -> Any:
+    """A field that stays as it is unless it is given; its default is never read."""
+    return Field(default=None, description=description, **constraints)
+
+
+def _drop_defaults(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        del field["default"]
+
+
 class ModelChanges(Strict):
     """What to change of a registered model. A field that is left out stays as it is.
 
     `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
     """
 
-    name: str = Field("", min_length=1, description="Display name.")
-    model_type: str = Field("", description="What the model is for.")
-    description: str = Field("", description="Anything that helps to tell the model from others.")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Replaces all default parameters.")
-    status: Literal["available", "disabled"] = Field("available", description="A disabled model is not loaded or used.")
-    last_used: str | None = Field(None, description="When the model was last used (ISO 8601, UTC), or null.")
-    model_id: str = Field("", description="Protected.")
-    added_date: str = Field("", description="Protected.")
-    usage_count: int = Field(0, description="Protected.")
+    model_config = ConfigDict(json_schema_extra=_drop_defaults)
+
+    name: str = _unchanged("Display name.", min_length=1)
+    model_type: str = _unchanged("What the model is for.")
+    description: str = _unchanged("Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = _unchanged("Replaces all default parameters.")
+    status: Literal["available", "disabled"] = _unchanged("A disabled model is not loaded or used.")
+    last_used: Annotated[str, AfterValidator(_timestamp)] | None = _unchanged(
+        description="When the model was last used (ISO 8601, UTC), or null."
+    )
+    model_id: str = _unchanged("Protected.")
+    added_date: str = _unchanged("Protected.")
+    usage_count: int = _unchanged("Protected.")
 
 
 class LoadBody(Strict):
     """How to load."""
+
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
 
@@ -202,6 +234,21 @@ class PipelineBody(BaseModel):
     model_id: str = Field(description=_MODEL_ID_TEXT)
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
+        schema = super().model_json_schema(*arguments, **options)
+        schema["anyOf"] = []
+        for name, parameters in TASK_PARAMETERS.items():
+            fields = parameters.model_json_schema(*arguments, **options)
+            schema.setdefault("$defs", {}).update(fields.get("$defs", {}))
+            task: dict[str, Any] = {"enum": [*TASKS[name].aliases, name]}
+            if name == "translation":
+                task = {"anyOf": [task, {"pattern": "^translation_[^_]+_to_[^_]+$"}]}
+            branch = {"title": name, "properties": {"task": task, **fields["properties"]}}
+            schema["anyOf"].append({**branch, "required": ["task", *fields.get("required", [])]})
+        return schema
 
 
 class PipelineAnswer(Answer):

@@ -15,8 +15,10 @@ from .services import services
 
 VERSION = "0.1.0"
 _TAG = Tag(name="System", description="The server itself.")
-root = APIBlueprint("root", __name__, abp_tags=[_TAG])
-blueprint = APIBlueprint("system", __name__, url_prefix="/api/huggingface", abp_tags=[_TAG])
+root = APIBlueprint("root", __name__, abp_tags=[_TAG], abp_responses={**schemas.FAILURES})
+blueprint = APIBlueprint(
+    "system", __name__, url_prefix="/api/huggingface", abp_tags=[_TAG], abp_responses={**schemas.FAILURES}
+)
 
 
 @root.get("/", responses={200: schemas.ServerAnswer})

@@ -63,8 +63,8 @@ class Piece:
 def pieces(tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: Options) -> Iterator[Piece]:
     """`example` in pieces of at most `max_seq_len` tokens (4.57.6: `QuestionAnsweringPipeline.preprocess`).
 
-    `names` are the inputs that the model takes, `segments` whether it tells two texts apart. Neighbours share `doc_stride` tokens; with a tokenizer written in
-    Python they begin `doc_stride` tokens apart.
+    `names` are the inputs that the model takes, `segments` whether it tells two texts apart. Neighbours share
+    `doc_stride` tokens; with a tokenizer written in Python they begin `doc_stride` tokens apart.
 
     Raises:
         InvalidRequest: where the lengths leave no room for the context.
