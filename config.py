@@ -43,7 +43,8 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(16 * 1024**2, ge=1024, description="Largest request body accepted, in bytes.")
     import_at_start: bool = Field(
-        True, description="Import torch and transformers in the background right after the start, before any model asks."
+        True,
+        description="Import torch and transformers in the background right after the start, before any model asks.",
     )
     busy_timeout: float = Field(
         30.0,

@@ -180,18 +180,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def lacking_vocabulary(folder: Path, names: Mapping[str, str]) -> str | None:
-    """Which file a tokenizer needs and does not find, or None where it has all.
+    """Which file a tokenizer needs and does not find, or None where there is one to read its vocabulary from.
 
-    `names` are its class's `vocab_files_names`; one of the files is enough, except that merges and their vocabulary are
-    one vocabulary together.
+    `names` are its class's `vocab_files_names`; there are none for tokenizers that read bytes.
     """
     present = {path.name for path in folder.iterdir() if path.is_file()}
-    if not names or any(fnmatch.fnmatchcase(name, word) for name in present for word in _WORDS):
+    if not names or present & set(names.values()):
         return None
-    pair = {names[key] for key in ("vocab_file", "merges_file") if "merges_file" in names and key in names}
-    if pair & present:
-        return next(iter(sorted(pair - present)), None)
-    return None if present & set(names.values()) else names.get("tokenizer_file") or sorted(names.values())[0]
+    if any(fnmatch.fnmatchcase(name, word) for name in present for word in _WORDS):
+        return None
+    return names.get("tokenizer_file") or min(names.values())
 
 
 def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:

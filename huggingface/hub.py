@@ -93,10 +93,10 @@ def _weights(repository: _Repository, folder: Path, allow_pickle: bool) -> list[
     names = files.weight_names(files.read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
     first = next((path for name in names if (path := repository.find(name))), None)
     if first is None:
-        if not repository.online:
-            repository.fail()
         if any(repository.find(name, ask_only=True) for name in files.PICKLES):
             raise files.only_pickles(model_id)
+        if not repository.online:
+            repository.fail()
         raise FilesMissing(
             f"Model '{model_id}': its repository on the Hub holds no weights of a kind known here (model.safetensors)"
         )

@@ -188,10 +188,8 @@ def _read_tokenizer(model_id: str, folder: Path, config: Any, trusted: bool) -> 
         )
     except Exception as error:
         raise _refusal(model_id, error, "its tokenizer") from error
-    # Where a vocabulary lacks, transformers makes a tokenizer that knows no word.
-    names = getattr(tokenizer, "vocab_files_names", {})
-    lacking = files.lacking_vocabulary(folder, names)
-    if lacking:
+    # Where there is no vocabulary, transformers makes a tokenizer that knows no word.
+    if lacking := files.lacking_vocabulary(folder, getattr(tokenizer, "vocab_files_names", {})):
         raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
     return tokenizer
 

@@ -394,4 +394,4 @@ def test_a_path_that_could_leave_the_models_folder_is_refused(server: Server, pa
 def test_the_server_of_these_tests_still_serves(place: Place, server: Server) -> None:
     place.publish("org/last")
     assert works(server, "org/last")
-    assert not any("Traceback" in line and "Internal" in line for line in server.lines)
+    assert not [line for line in server.lines if " failed [" in line]  # no failure was one that nobody foresaw

@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "loader": {"files", "devices", "memory", "tasks", "engine", "records", "errors"},
     "manager": {"registry", "loader", "libraries", "records", "errors"},
     "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "records", "errors"},
-    "": {"api", "manager", "registry", "records"},
+    "": {"api", "manager", "registry", "records", "errors"},
 }
 PARTS = {"registry_content": "registry", "registry_file": "registry", "hub": "files", "hub_errors": "files"}
 

@@ -137,7 +137,7 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
     "no-tokenizer": (remove("*token*", "vocab*", "merges*"), 404, "no tokenizer"),
     "no-vocabulary": (remove("tokenizer.json", "vocab*", "merges*"), 404, "its tokenizer lacks"),
     "no-merges": (remove("tokenizer.json", "merges*"), 422, "tokenizer"),
-    "no-words": (remove("tokenizer.json", "vocab*"), 404, "its tokenizer lacks vocab.json"),
+    "no-words": (remove("tokenizer.json", "vocab*"), 422, "tokenizer"),
     "tokenizer-broken": (write("tokenizer.json", '{"version": "1.0", "model": {}}'), 422, "tokenizer"),
     "tokenizer-not-json": (chain(remove("vocab*", "merges*"), write("tokenizer.json", "{")), 422, "tokenizer"),
     "tokenizer-pointer": (write("tokenizer.json", POINTER), 422, "git lfs pull"),

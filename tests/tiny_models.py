@@ -456,7 +456,7 @@ def _canine(folder: Path) -> None:
         key: value for key, value in _BERT_SHAPE.items() if key not in ("max_position_embeddings", "type_vocab_size")
     }
     more = {"max_position_embeddings": 2048, "type_vocab_size": 16, "bos_token_id": 57344, "eos_token_id": 57345}
-    hashes = {"num_hash_functions": 4, "num_hash_buckets": 64, "local_transformer_stride": 16}
+    hashes = {"num_hash_functions": 4, "num_hash_buckets": 2048, "local_transformer_stride": 16}
     config = _config("CanineForQuestionAnswering", "canine", **shape, **more, **hashes, downsampling_rate=4)
     _save(folder, "AutoModelForQuestionAnswering", config)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from ..tasks import TASKS
+from .effective import GENERATE_DEFAULTS
 from .parameters import TASK_PARAMETERS, GenerationParameters
 
 _MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
@@ -55,6 +56,16 @@ def _timestamp(value: str) -> str:
     return date.isoformat(timespec="microseconds")
 
 
+def _optional(description: str, **constraints: Any) -> Any:
+    """A field that need not be given; its default stands for that, is never read, and is refused from a caller."""
+    return Field(default=None, description=description, **constraints)
+
+
+def _drop_defaults(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        del field["default"]
+
+
 class ModelPath(BaseModel):
     """A model in a path; a slash in the id may be written raw or as `%2F`."""
 
@@ -83,16 +94,6 @@ class NewModel(Strict):
     )
 
 
-def _unchanged(description: str, **constraints: Any) -> Any:
-    """A field that stays as it is unless it is given; its default is never read."""
-    return Field(default=None, description=description, **constraints)
-
-
-def _drop_defaults(schema: dict[str, Any]) -> None:
-    for field in schema["properties"].values():
-        del field["default"]
-
-
 class ModelChanges(Strict):
     """What to change of a registered model. A field that is left out stays as it is.
 
@@ -101,17 +102,17 @@ class ModelChanges(Strict):
 
     model_config = ConfigDict(json_schema_extra=_drop_defaults)
 
-    name: str = _unchanged("Display name.", min_length=1)
-    model_type: str = _unchanged("What the model is for.")
-    description: str = _unchanged("Anything that helps to tell the model from others.")
-    parameters: dict[str, Any] = _unchanged("Replaces all default parameters.")
-    status: Literal["available", "disabled"] = _unchanged("A disabled model is not loaded or used.")
-    last_used: Annotated[str, AfterValidator(_timestamp)] | None = _unchanged(
-        description="When the model was last used (ISO 8601, UTC), or null."
+    name: str = _optional("Display name.", min_length=1)
+    model_type: str = _optional("What the model is for.")
+    description: str = _optional("Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = _optional("Replaces all default parameters.")
+    status: Literal["available", "disabled"] = _optional("A disabled model is not loaded or used.")
+    last_used: Annotated[str, AfterValidator(_timestamp)] | None = _optional(
+        "When the model was last used (ISO 8601, UTC), or null."
     )
-    model_id: str = _unchanged("Protected.")
-    added_date: str = _unchanged("Protected.")
-    usage_count: int = _unchanged("Protected.")
+    model_id: str = _optional("Protected.")
+    added_date: str = _optional("Protected.")
+    usage_count: int = _optional("Protected.")
 
 
 class LoadBody(Strict):
@@ -206,10 +207,16 @@ class GenerateBody(GenerationParameters):
     """
 
     model_id: str = Field(description=_MODEL_ID_TEXT)
-    prompt: str | None = Field(
-        None, description="Input text. For a conversational model it is the user's turn of a new chat."
-    )
-    messages: list[Message] | None = Field(None, min_length=1, description="A chat, oldest turn first.")
+    prompt: str = _optional("Input text. For a conversational model it is the user's turn of a new chat.")
+    messages: list[Message] = _optional("A chat, oldest turn first.", min_length=1)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, with the defaults that are in effect where a model has none of its own."""
+        schema = super().model_json_schema(*arguments, **options)
+        for name, value in GENERATE_DEFAULTS.items():
+            schema["properties"][name]["default"] = value
+        return schema
 
 
 class GenerateAnswer(Answer):
