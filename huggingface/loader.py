@@ -83,12 +83,12 @@ class LoadedModel:
     Any thread may call it; the work runs on the model's own thread, one piece after another.
     """
 
-    def __init__(self, record: ModelRecord, model: Any, tokenizer: Any, head: Head) -> None:
+    def __init__(self, record: ModelRecord, model: Any, tokenizer: Any, head: Head, device: str) -> None:
         model_id = record.model_id
         self.model_id = model_id
         self.model_type = record.model_type
         self.head = head
-        self.device = str(model.device)
+        self.device = device
         self.loaded_at = timestamp()
         self._tasks: TaskRunner | None = TaskRunner(model_id, model, tokenizer, head)
         self._engine: Engine | None = Engine(model_id, TransformersRunner(model_id, model, tokenizer))
@@ -164,7 +164,7 @@ def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     head = _head(model_id, config, wanted)
     with _BUILDING:
         model = _read_model(model_id, folder, config, head, device, options, trusted)
-    return LoadedModel(record, model, tokenizer, head)
+    return LoadedModel(record, model, tokenizer, head, device)
 
 
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:

@@ -187,7 +187,7 @@ class LoadedAnswer(Answer):
 
     message: str
     model_info: ModelInfo
-    device: str = Field(examples=["cpu", "cuda:0"])
+    device: str = Field(examples=["cpu", "cuda", "cuda:1"])
 
 
 # Inference ------------------------------------------------------------------------------------------------------------

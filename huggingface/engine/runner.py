@@ -44,7 +44,8 @@ class TransformersRunner:
         self._model = model
         self._tokenizer = tokenizer
         self._decodes_prompt = not model.config.is_encoder_decoder
-        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._context: int | None = context if context and context > 0 else None  # XLNet says -1: no limit
 
     def generate(
         self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
