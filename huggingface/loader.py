@@ -141,6 +141,11 @@ class LoadedModel:
         release_freed()
 
 
+def warm_up() -> None:
+    """Have torch set up its threads and its math library, which it does at the first product of some size."""
+    torch.mm(torch.ones(64, 576), torch.ones(576, 1536))
+
+
 def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     """Bring a registered model into memory: from the models folder, else from the Hub.
 

@@ -235,4 +235,4 @@ class ModelManager:
 
 def _try_import() -> None:
     with suppress(DependencyMissing):
-        import_library(_LOADER)
+        import_library(_LOADER).warm_up()

@@ -8,167 +8,28 @@ By hand: `python tests/tiny_models.py ROOT [NAME ...]`.
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import re
 import shutil
 import sys
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ORG = "tiny"
-ROWS = 512  # tokens of a byte-level vocabulary
-
-TEXT = """
-The little harbour town wakes before the sun. Fishermen carry their nets down to the water while the bakers light the
-ovens. In 1999 the old lighthouse was painted white and red, and since then visitors have come from Paris, London and
-Berlin to see it. Anna Schmidt keeps the keys. She was born in Hamburg, but she has lived near the sea for forty years.
-Every morning she climbs the one hundred and twenty stairs, cleans the glass, and writes the weather in a blue book.
-A small museum tells the story of the ships that were lost on the rocks, and of the people who saved the sailors.
-Models of language read many books and learn which word may follow another word. What is the capital of France? The
-capital of France is Paris. Who wrote the letter? The letter was written by John Smith, a teacher at the university.
-How many stairs are there? How do you do? My name is Sarah and I live in London. Summarize the following text: the
-committee agreed on Monday that the bridge must be closed for repairs during the summer, because the iron has become
-weak. Translate English to German: the house is wonderful. Das Haus ist wunderbar. La maison est magnifique. The quick
-brown fox jumps over the lazy dog. I love this movie, it is great and beautiful! This film is terrible, boring and far
-too long. Would you like some tea or coffee? Yes, please; two cups with milk and no sugar. The company Apple sold three
-million phones last year, said its president in New York. Water boils at one hundred degrees. The moon moves around
-the earth, and the earth moves around the sun. Good night, and thank you for everything.
-"""
-
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+from tiny_tokenizers import (
+    CHATML,
+    ROWS,
+    byte_level,
+    metaspace_pieces,
+    sentencepiece_model,
+    unigram,
+    wordpiece,
+    write_json,
 )
 
-# Tokenizers -----------------------------------------------------------------------------------------------------------
-
-
-def _lines() -> list[str]:
-    return [line for line in TEXT.strip().splitlines() if line]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _byte_level(folder: Path, specials: list[str], post_processor: Callable[[Any], Any]) -> Any:
-    """Train a byte-level BPE tokenizer (GPT-2's kind) and write it as `tokenizer.json`, `vocab.json`, `merges.txt`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=ROWS, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_lines(), trainer)
-    tokenizer.add_special_tokens([AddedToken(text, lstrip=text == "<mask>") for text in specials])
-    tokenizer.post_processor = post_processor(tokenizer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))
-    return tokenizer
-
-
-def _wordpiece(folder: Path, extra: list[str]) -> list[str]:
-    """Write a lower-casing WordPiece tokenizer (BERT's kind), `tokenizer.json` and `vocab.txt`; return its vocabulary.
-
-    The pieces are the letters, and the text's words and word endings, most frequent first: the trainer of
-    `tokenizers` breaks ties by chance.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    words = Counter(re.findall(r"[a-z]+", TEXT.lower()))
-    whole = [word for word, count in words.items() if count > 1 or len(word) < 5]
-    ends = Counter("##" + word[-size:] for word in words for size in (2, 3) if len(word) > size + 1)
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
-    pieces = [
-        *letters,
-        *("##" + letter for letter in letters),
-        *whole,
-        *(end for end, count in ends.items() if count > 2),
-    ]
-    vocabulary = list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *extra, *pieces]))
-    tokenizer = Tokenizer(models.WordPiece({piece: rank for rank, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.add_special_tokens(vocabulary[: 5 + len(extra)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(text, vocabulary.index(text)) for text in ("[CLS]", "[SEP]")],
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary), encoding="utf-8")
-    return vocabulary
-
-
-def _metaspace_pieces(size: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Pieces of SentencePiece's form, most basic first, and the merges that make them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["▁", "é", "ü", "ß"]
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
-    tokenizer.train_from_iterator(_lines(), trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    return pieces, [(left, right) for left, right in model["merges"]]
-
-
-def _unigram(folder: Path, before: list[str], after: list[str], template: Mapping[str, Any]) -> list[str]:
-    """Write a Unigram `tokenizer.json` (T5, mBART) and return its vocabulary: `before`, the pieces, `after`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    pieces, _ = _metaspace_pieces(280)
-    scored = [(piece, -5.0 - rank / 128) for rank, piece in enumerate(pieces)]
-    vocabulary = [(token, 0.0) for token in before] + scored + [(token, 0.0) for token in after]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=before.index("<unk>"), byte_fallback=False))
-    if template.get("collapse_spaces"):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " ")])
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    else:
-        split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens([*before, *after])
-    marks = [(token, tokenizer.token_to_id(token)) for token in template["tokens"]]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template["single"], pair=template["pair"], special_tokens=marks
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return [token for token, _ in vocabulary]
-
-
-def _sentencepiece(path: Path, size: int) -> list[str]:
-    """Train a SentencePiece model by counting pairs, write it to `path`, and return its pieces."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_lines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=size,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-
-
-# Weights --------------------------------------------------------------------------------------------------------------
-
+ORG = "tiny"
 
 # How wide the uniform values of a matrix are: the first pattern found in the parameter's name decides. Sharp attention
 # and weak feed-forward layers (whose mean is a constant) make greedy text depend on the prompt and on what came before.
@@ -185,8 +46,7 @@ _WIDTHS = (
 def _fill(model: Any) -> None:
     """Give each parameter the values that its name says: uniform, so that no machine's arithmetic is involved.
 
-    Tables that a model computes (sinusoidal positions: no gradient) stay. An end-of-sequence bias, where the family
-    has one, lets some beams end early.
+    Computed tables (no gradient) stay. An end-of-sequence bias, where there is one, lets some beams end early.
     """
     import torch
 
@@ -210,7 +70,7 @@ def _save(folder: Path, auto: str, config: dict[str, Any]) -> None:
     import torch
     import transformers
 
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     loaded = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, auto).from_config(loaded, dtype=torch.float32).eval()
     _fill(model)
@@ -226,11 +86,11 @@ def _config(architecture: str, model_type: str, **values: Any) -> dict[str, Any]
 
 
 def _generation(folder: Path, **values: Any) -> None:
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **values})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **values})
 
 
 def _tokenizer_config(folder: Path, tokenizer_class: str, **values: Any) -> None:
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class, **values})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class, **values})
 
 
 # Builders -------------------------------------------------------------------------------------------------------------
@@ -240,7 +100,7 @@ def _gpt2(folder: Path) -> None:
     from tokenizers import processors
 
     end = "<|endoftext|>"
-    tokenizer = _byte_level(folder, [end], lambda _: processors.ByteLevel(trim_offsets=False))
+    tokenizer = byte_level(folder, [end], lambda _: processors.ByteLevel(trim_offsets=False))
     marks = {"bos_token": end, "eos_token": end, "unk_token": end}
     _tokenizer_config(folder, "GPT2Tokenizer", model_max_length=256, add_prefix_space=False, **marks)
     ids = {"bos_token_id": tokenizer.token_to_id(end), "eos_token_id": tokenizer.token_to_id(end)}
@@ -258,7 +118,7 @@ def _llama(folder: Path) -> None:
         return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=mark)
 
     specials = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = _byte_level(folder, specials, begin)
+    tokenizer = byte_level(folder, specials, begin)
     marks = {"bos_token": specials[0], "eos_token": specials[2], "pad_token": specials[2]}
     _tokenizer_config(folder, "PreTrainedTokenizerFast", model_max_length=512, chat_template=CHATML, **marks)
     ids = {f"{role}_token_id": tokenizer.token_to_id(marks[f"{role}_token"]) for role in ("bos", "eos")}
@@ -290,7 +150,7 @@ def _roberta_tokens(folder: Path, tokenizer_class: str) -> None:
         return processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
 
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    _byte_level(folder, specials, surround)
+    byte_level(folder, specials, surround)
     marks = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
     more = {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
     _tokenizer_config(folder, tokenizer_class, model_max_length=512, add_prefix_space=False, **marks, **more)
@@ -309,7 +169,7 @@ def _bart(folder: Path) -> None:
 def _t5(folder: Path) -> None:
     extra = [f"<extra_id_{index}>" for index in reversed(range(10))]
     template = {"single": "$A </s>", "pair": "$A </s> $B </s>", "tokens": ["</s>"]}
-    tokens = _unigram(folder, ["<pad>", "</s>", "<unk>"], extra, template)
+    tokens = unigram(folder, ["<pad>", "</s>", "<unk>"], extra, template)
     marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 10}
     _tokenizer_config(folder, "T5Tokenizer", model_max_length=512, additional_special_tokens=extra, **marks)
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
@@ -332,10 +192,10 @@ def _t5(folder: Path) -> None:
 
 
 def _marian(folder: Path) -> None:
-    pieces = _sentencepiece(folder / "source.spm", 300)
+    pieces = sentencepiece_model(folder / "source.spm", 300)
     shutil.copy(folder / "source.spm", folder / "target.spm")
     tokens = ["</s>", "<unk>", *(piece for piece in pieces if piece not in ("</s>", "<unk>", "<s>")), "<pad>"]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     languages = {"source_lang": "en", "target_lang": "de"}
     _tokenizer_config(folder, "MarianTokenizer", model_max_length=512, **languages, **marks)
@@ -360,7 +220,7 @@ def _language_coded(folder: Path, kind: str) -> None:
     if kind == "MBart50":
         around = {"single": "en_XX $A </s>", "pair": "en_XX $A $B </s>", "collapse_spaces": True}
     around["tokens"] = ["</s>", "en_XX"]
-    tokens = _unigram(folder, before, [*codes, "<mask>"], around)
+    tokens = unigram(folder, before, [*codes, "<mask>"], around)
     marks = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "src_lang": "en_XX"}
     more = {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>", "additional_special_tokens": codes}
     _tokenizer_config(folder, f"{kind}Tokenizer", model_max_length=256, **marks, **more)
@@ -372,10 +232,10 @@ def _language_coded(folder: Path, kind: str) -> None:
 
 
 def _m2m100(folder: Path) -> None:
-    pieces = _sentencepiece(folder / "sentencepiece.bpe.model", 300)
+    pieces = sentencepiece_model(folder / "sentencepiece.bpe.model", 300)
     marks = ["<s>", "<pad>", "</s>", "<unk>"]
     tokens = [*marks, *(piece for piece in pieces if piece not in marks)]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     names = {f"{role}_token": mark for role, mark in zip(("bos", "pad", "eos", "unk"), marks, strict=True)}
     _tokenizer_config(folder, "M2M100Tokenizer", model_max_length=256, sep_token="</s>", **names)
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
@@ -389,7 +249,7 @@ def _nllb(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     codes = ["eng_Latn", "deu_Latn", "fra_Latn", "zho_Hans", "spa_Latn"]
-    before, (pieces, merges) = ["<s>", "<pad>", "</s>", "<unk>"], _metaspace_pieces(280)
+    before, (pieces, merges) = ["<s>", "<pad>", "</s>", "<unk>"], metaspace_pieces(280)
     vocabulary = {token: index for index, token in enumerate([*before, *pieces])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -423,7 +283,7 @@ _BERT_SHAPE = {
 
 def _bert(architecture: str, auto: str, labels: tuple[str, ...] = ()) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        rows = len(_wordpiece(folder, []))
+        rows = len(wordpiece(folder, []))
         names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
         kind = "DistilBertTokenizer" if architecture.startswith("DistilBert") else "BertTokenizer"
         _tokenizer_config(folder, kind, model_max_length=512, do_lower_case=True, mask_token="[MASK]", **names)
@@ -462,7 +322,7 @@ def _canine(folder: Path) -> None:
 
 
 def _tapas(folder: Path) -> None:
-    rows = len(_wordpiece(folder, ["[EMPTY]"]))
+    rows = len(wordpiece(folder, ["[EMPTY]"]))
     (folder / "tokenizer.json").unlink()  # TAPAS reads tables in Python, from vocab.txt
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     more = {"mask_token": "[MASK]", "empty_token": "[EMPTY]", "do_lower_case": True, "model_max_length": 512}
@@ -475,14 +335,6 @@ def _tapas(folder: Path) -> None:
     _save(folder, "AutoModelForTableQuestionAnswering", config)
 
 
-def _mbart(folder: Path) -> None:
-    _language_coded(folder, "MBart")
-
-
-def _mbart50(folder: Path) -> None:
-    _language_coded(folder, "MBart50")
-
-
 MODELS: Mapping[str, Callable[[Path], None]] = {
     "gpt2": _gpt2,
     "dialogpt": _gpt2,
@@ -490,8 +342,8 @@ MODELS: Mapping[str, Callable[[Path], None]] = {
     "bart": _bart,
     "t5": _t5,
     "marian": _marian,
-    "mbart": _mbart,
-    "mbart50": _mbart50,
+    "mbart": partial(_language_coded, kind="MBart"),
+    "mbart50": partial(_language_coded, kind="MBart50"),
     "m2m100": _m2m100,
     "nllb": _nllb,
     "bert-mlm": _bert("BertForMaskedLM", "AutoModelForMaskedLM"),
@@ -539,11 +391,9 @@ def build(root: Path, name: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Build the named models (all of them, if none is named) under the folder given first."""
-    root = Path(arguments[0])
     for name in arguments[1:] or MODELS:
-        print(build(root, name))
+        print(build(Path(arguments[0]), name))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main(sys.argv[1:])

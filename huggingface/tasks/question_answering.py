@@ -103,8 +103,13 @@ class QuestionAnswering:
             raise check.refuse("max_seq_len", reason)
         if "use_cache" in self._accepted:
             tensors["use_cache"] = False
-        with torch.inference_mode():
-            output = self._model(**tensors)
+        try:
+            with torch.inference_mode():
+                output = self._model(**tensors)
+        except IndexError as error:
+            if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
+                raise
+            raise check.refuse("max_seq_len", f"makes pieces of {length} tokens, more than the model reads") from error
         shut = _open(piece) == 0
         both = []
         for logits in (output["start_logits"], output["end_logits"]):

@@ -191,7 +191,8 @@ class Text2Text:
         tokens and 4 beams; the model's `generation_config` (`Pipeline.__init__` and
         `GenerationMixin._prepare_generation_config`). Two settings go around it: the model's `max_length` beats the
         pipeline's 256 new tokens, and a value that is set to a global default gives way to the model's own.
-        One thing is not as upstream: there the 256 new tokens also override a `max_length` that was asked for.
+        One thing is not as upstream: there the 256 new tokens also override a `max_length` that was asked for. That of
+        `task_specific_params` is overridden here too.
         """
         from transformers import GenerationConfig
 
@@ -211,14 +212,17 @@ class Text2Text:
                 default = _GLOBAL_DEFAULTS.get(name)
                 if settings.get(name, default) == default:
                     settings[name] = value
-        for source in (task, asked):
-            if source.get("max_length") is not None and source.get("max_new_tokens") is None:
-                settings["max_new_tokens"] = None
-            settings.update(source if source is asked else {})
+        if asked.get("max_length") is not None and asked.get("max_new_tokens") is None:
+            settings["max_new_tokens"] = None
+        settings.update(asked)
         if settings.get("max_new_tokens") is not None:
             # The same limit as a length (the decoder starts from one token): `generate` warns where both are set.
             settings["max_length"] = settings["max_new_tokens"] + 1
             settings["max_new_tokens"] = None
+        longest = settings.get("max_length")
+        for name, least in (("min_length", longest), ("min_new_tokens", longest and longest - 1)):
+            if least is not None and (settings.get(name) or 0) > least:
+                settings[name] = least  # to the same effect: `generate` warns of a least length beyond the greatest
         return settings
 
     def _model_settings(self) -> dict[str, Any]:
@@ -253,8 +257,13 @@ class Text2Text:
         forced = {"forced_bos_token_id": encoded.pop("forced_bos_token_id")} if self._by_language else {}
         self._check_length(int(encoded["input_ids"].shape[-1]), field)
         tensors = {name: value.to(self._model.device) for name, value in encoded.items()}
-        with torch.inference_mode(), _blaming(asked):
-            rows = self._generate(tensors, {**settings, **forced}, cancelled)
+        try:
+            with torch.inference_mode(), _blaming(asked):
+                rows = self._generate(tensors, {**settings, **forced}, cancelled)
+        except IndexError as error:
+            if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
+                raise
+            raise check.refuse(field, "is longer than the model reads, or its answer than it writes") from error
         answers = [self._tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
         if own.get("clean_up_tokenization_spaces"):
             # Not by `decode`: transformers 5 does it for some kinds of tokenizer only.
@@ -368,7 +377,14 @@ def _blaming(asked: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        blamed = next((name for name in asked if re.search(rf"\b{name}\b", str(error))), None)
+        message = str(error)
+        # By its name, where it stands first; or by the last words of it: `penalty` for repetition_penalty.
+        named = {found.start(): name for name in asked if (found := re.search(rf"\b{name}\b", message))}
+        ends = re.findall(r"`(\w+)`", message)
+        meant = (
+            name for name in asked if any(name.endswith(f"_{end}") for end in ends) and str(asked[name]) in message
+        )
+        blamed = named[min(named)] if named else next(meant, None)
         if blamed is None:
             raise
         raise InvalidRequest(f"Invalid value for field '{blamed}': {error}", blamed) from error

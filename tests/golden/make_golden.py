@@ -6,8 +6,8 @@ Run by a person, in an environment of its own, on the tiny models that `tests/ti
     python tests/tiny_models.py MODELS_ROOT                       (in the project's own environment)
     python tests/golden/make_golden.py MODELS_ROOT tests/golden/tasks.json
 
-Without `sacremoses`, as the project's environment is. One thing is changed on purpose: where a `max_length` is asked
-for, by the call or by the model's `task_specific_params`, the pipeline's own 256 new tokens are taken back.
+Without `sacremoses`, as the project's environment is. One thing is changed on purpose: where the call asks for a
+`max_length`, the pipeline's own 256 new tokens are taken back.
 """
 
 from __future__ import annotations
@@ -145,15 +145,26 @@ def _question_cases() -> list[Case]:
             (model, "question-answering", {"question": ["Who?", "Where?"], "context": [TOWN, FOX]}, {"top_k": 2}),
             (model, "question-answering", {"question": "?", "context": "x"}, {"top_k": 3}),
         ]
-    # A tokenizer written in Python cannot say where every candidate is, and 4.57.6 then fails: not for these.
-    return [case for case in cases if case[0] != "canine-qa" or case[3].get("top_k", 1) <= 5]
+    return [case for case in cases if _worth_its_time(case, far)]
+
+
+def _worth_its_time(case: Case, far: Any) -> bool:
+    """Whether the case tells something that others do not; and one that 4.57.6 can answer.
+
+    CANINE's tokenizer, written in Python, cannot say where every candidate is: with many of them, 4.57.6 fails. Its
+    tokens are characters, so a long context is many pieces.
+    """
+    model, _, inputs, parameters = case
+    if model == "canine-qa":
+        few = parameters.get("top_k", 1) <= 5
+        return few and (inputs != far or (parameters.get("max_seq_len") is None and parameters.get("top_k", 1) > 1))
+    return inputs != far or parameters.get("top_k") != 1000
 
 
 def _ask(pipeline: Any, task: str, inputs: Any, parameters: dict[str, Any]) -> Any:
     if task == "question-answering":
         return pipeline(**inputs, **parameters) if isinstance(inputs, dict) else pipeline(inputs, **parameters)
-    specific = (pipeline.model.config.task_specific_params or {}).get(pipeline.task, {})
-    if "max_new_tokens" not in parameters and (parameters.get("max_length") or specific.get("max_length")):
+    if "max_new_tokens" not in parameters and parameters.get("max_length"):
         parameters = {**parameters, "max_new_tokens": None}
     return pipeline(inputs, **parameters)
 
