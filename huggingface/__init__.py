@@ -66,5 +66,7 @@ def start(app: OpenAPI, import_delay: float | None) -> None:
 def close(app: OpenAPI) -> None:
     """Cancel all work, empty the memory, and write what the registry still holds back. Safe to call twice."""
     services: Services = app.extensions[EXTENSION]
-    services.manager.close()
-    services.registry.close()
+    try:
+        services.manager.close()
+    finally:
+        services.registry.close()

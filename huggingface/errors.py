@@ -133,6 +133,10 @@ class ModelUnsupported(LoadError):
     """The files are sound, but the installed libraries do not know such a model."""
 
 
+class DeviceMissing(LoadError):
+    """The device that the settings name is not there."""
+
+
 class OutOfMemory(LoadError):
     """The device has not enough memory for what was asked."""
 
@@ -150,3 +154,6 @@ class GenerationFailed(LocalLLMError):
 
 class Cancelled(LocalLLMError):
     """The work was given up on request: by its caller, or because the model is being taken out of memory."""
+
+    def __init__(self, message: str = "The request was cancelled, or the server is stopping") -> None:
+        super().__init__(message)

@@ -216,10 +216,17 @@ def relative_imports(source: str) -> list[str]:
     return [first or second for first, second in _IMPORT.findall(source)]
 
 
-def public(error: BaseException) -> str:
-    """An error's first line, fit for a client: file names keep their last part only."""
+def public(error: BaseException, *folders: Path) -> str:
+    """An error's first line, fit for a client: file names keep their last part only.
+
+    `folders` are those whose names the error may hold; a name with a space in it is recognized only so.
+    """
     lines = str(error).strip().splitlines()
-    return _ABSOLUTE_PATH.sub("", lines[0])[:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    for folder in folders:
+        lines[0] = lines[0].replace(f"{folder}/", "").replace(str(folder), folder.name)
+    return _ABSOLUTE_PATH.sub("", lines[0])[:300]
 
 
 def _strings(value: Any) -> Iterator[str]:

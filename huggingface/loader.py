@@ -26,6 +26,7 @@ from .engine.runner import TransformersRunner
 from .engine.ticket import Ticket
 from .errors import (
     Cancelled,
+    DeviceMissing,
     FilesCorrupt,
     FilesMissing,
     FilesRefused,
@@ -34,9 +35,11 @@ from .errors import (
     OutOfMemory,
     UnsupportedTask,
 )
-from .memory import release_freed
+from .memory import forget_frames, release_freed
 from .records import GenerationRequest, LoadOptions, ModelRecord, timestamp
 from .tasks import HEADS, MODEL_TYPES, Head
+from .tasks.generation import generation_arguments
+from .tasks.positions import max_positions
 from .tasks.runner import TaskRunner
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,14 @@ class LoadedModel:
         self.device = device
         self.loaded_at = timestamp()
         self._tasks: TaskRunner | None = TaskRunner(model_id, model, tokenizer, head)
-        self._engine: Engine | None = Engine(model_id, TransformersRunner(model_id, model, tokenizer))
+        runner = TransformersRunner(
+            model_id,
+            model,
+            tokenizer,
+            contexts=_contexts(model),
+            arguments=lambda given: generation_arguments(given, model),
+        )
+        self._engine: Engine | None = Engine(model_id, runner)
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
@@ -99,8 +109,10 @@ class LoadedModel:
         tasks = self._tasks
         return () if tasks is None else tasks.opened
 
-    def generate(self, request: GenerationRequest) -> Ticket:
+    def generate(self, request: GenerationRequest, cancelled: Callable[[], bool] = lambda: False) -> Ticket:
         """Queue a generation; its ticket gives the text, and the errors of `TransformersRunner.generate`.
+
+        It is given up when `cancelled()`, which is asked at every step, or when the ticket is cancelled.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
@@ -108,7 +120,7 @@ class LoadedModel:
         engine, tasks = self._open()
         if self.head not in ("causal-lm", "seq2seq-lm"):
             raise UnsupportedTask(self.model_id, "generate", engine.call(lambda _: tasks.supported))
-        return engine.submit(request)
+        return engine.submit(request, cancelled)
 
     def run(
         self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
@@ -135,10 +147,7 @@ class LoadedModel:
             return
         engine.close()
         del engine
-        gc.collect()  # pipelines, models and their modules refer to each other in circles
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        release_freed()
+        _free()
 
 
 def warm_up() -> None:
@@ -154,10 +163,20 @@ def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     Raises:
         LoadError: one of its kinds, with a message that names the model and says what to do.
     """
+    try:
+        return _load(record, options)
+    except LoadError as error:
+        forget_frames(error)  # they hold whatever was read so far
+        _free()
+        raise
+
+
+def _load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     model_id = record.model_id
     allow_pickle, trusted_ids = options.allow_pickle, options.trust_remote_code
     trusted = model_id in trusted_ids
     device = resolve_device(options.device)
+    _check_device(device)
     folder = files.local_folder(options.models_dir, model_id)
     if folder is None:
         folder = hub.fetch(model_id, allow_pickle=allow_pickle, trusted=trusted_ids)
@@ -172,11 +191,41 @@ def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     return LoadedModel(record, model, tokenizer, head, device)
 
 
+def _free() -> None:
+    """Give back what was let go of: models and pipelines refer to each other in circles, and allocators keep memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    release_freed()
+
+
+def _contexts(model: Any) -> tuple[int | None, int | None]:
+    """How many tokens the model can read, and how many it can have in what it writes: its weights or its config say."""
+    reads = max_positions(model)
+    if reads is None:
+        said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        reads = said if said and said > 0 else None  # XLNet says -1: no limit
+    if not model.config.is_encoder_decoder:
+        return reads, reads
+    return reads, max_positions(model.get_decoder())
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeviceMissing(
+            f"The device '{device}' is not to be had here; choose another one in the server's setting LOCAL_LLM_DEVICE"
+        ) from error
+
+
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:
-        raise _refusal(model_id, error, "config.json") from error
+        raise _refusal(model_id, folder, error, "config.json") from error
     # transformers knows some models by this name, and it shall not matter to it where the files lie.
     config.name_or_path = model_id
     return config
@@ -192,14 +241,14 @@ def _read_tokenizer(model_id: str, folder: Path, config: Any, trusted: bool) -> 
             folder, config=config, trust_remote_code=trusted, local_files_only=True
         )
     except Exception as error:
-        raise _refusal(model_id, error, "its tokenizer") from error
+        raise _refusal(model_id, folder, error, "its tokenizer") from error
     # Where there is no vocabulary, transformers makes a tokenizer that knows no word.
     if lacking := files.lacking_vocabulary(folder, getattr(tokenizer, "vocab_files_names", {})):
         raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
     return tokenizer
 
 
-def _refusal(model_id: str, error: Exception, part: str) -> LoadError:
+def _refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadError:
     """What an error of transformers in reading `part` of a model means to the user."""
     message = str(error)
     if "trust_remote_code" in message:
@@ -214,11 +263,11 @@ def _refusal(model_id: str, error: Exception, part: str) -> LoadError:
         )
     if isinstance(error, ImportError) or _INSTALL.search(message):
         return ModelUnsupported(
-            f"Model '{model_id}': {part} needs a package that is not installed: {files.public(error)}"
+            f"Model '{model_id}': {part} needs a package that is not installed: {files.public(error, folder)}"
         )
     logger.info("%s of %s cannot be used", part, model_id, exc_info=error)
     return FilesCorrupt(
-        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({files.public(error)})"
+        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({files.public(error, folder)})"
     )
 
 
@@ -287,7 +336,7 @@ def _read_model(
     except Exception as error:
         if "allocate memory" in str(error):  # what torch's CPU allocator says
             raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
-        raise _refusal(model_id, error, "its weights or its config.json") from error
+        raise _refusal(model_id, folder, error, "its weights or its config.json") from error
 
 
 def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:

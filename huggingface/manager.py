@@ -87,7 +87,10 @@ class ModelManager:
             with self._alone(model_id) as slot:
                 record = self._usable_record(model_id)
                 self._drop(slot)
-                slot.model = self._read(record)
+                loading: Future[None] = Future()
+                slot.loading = loading
+                self._load(record, slot, loading)
+                loading.result()
         with self.lease(model_id) as model:
             return model
 
@@ -108,7 +111,9 @@ class ModelManager:
         """
         deadline = time.monotonic() + self._busy_timeout
         busy = []
-        for model_id in self.loaded():
+        with self._changed:
+            present = [name for name, slot in self._slots.items() if slot.model is not None or slot.loading is not None]
+        for model_id in present:
             try:
                 with self._alone(model_id, deadline) as slot:
                     self._drop(slot)
@@ -160,13 +165,17 @@ class ModelManager:
                 if slot.reserved:
                     self._changed.wait_for(lambda slot=slot: not slot.reserved)  # type: ignore[misc]
                     continue
-                if slot.model is not None:
+                stale = slot.model is not None and slot.model.model_type != record.model_type
+                if slot.model is not None and not stale:
                     slot.users += 1
                     return slot, slot.model
                 loading = slot.loading
                 mine = loading is None
-                if loading is None:
+                if loading is None and not stale:
                     loading = slot.loading = Future()
+            if stale or loading is None:
+                self._drop_stale(record)  # its type was changed, and with it perhaps the head to load
+                continue
             if mine:
                 self._load(record, slot, loading)
             loading.result()
@@ -179,10 +188,11 @@ class ModelManager:
         except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
             failure = error
         with self._changed:
-            slot.model = None if self._closed else model
+            late = self._closed
+            slot.model = None if late else model
             slot.loading = None
             self._changed.notify_all()
-        if model is not None and slot.model is None:
+        if late and model is not None:
             model.close()
         if failure is None:
             loading.set_result(None)
@@ -218,6 +228,12 @@ class ModelManager:
             with self._changed:
                 slot.reserved = False
                 self._changed.notify_all()
+
+    def _drop_stale(self, record: ModelRecord) -> None:
+        """Take a model out of memory that was loaded as another type than it has now."""
+        with self._alone(record.model_id) as slot:
+            if slot.model is not None and slot.model.model_type != record.model_type:
+                self._drop(slot)
 
     def _drop(self, slot: _Slot) -> None:
         """Empty a slot that this thread has alone."""

@@ -1,12 +1,13 @@
-"""Giving freed memory back to the system, which glibc's allocator does not do by itself.
+"""Giving memory back: what caught errors still hold, and what glibc's allocator keeps after it was freed.
 
-Standard library only; does nothing where the C library is another one. Any thread may call it.
+Standard library only; what concerns glibc does nothing under another C library. Any thread may call it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import traceback
 
 _M_ARENA_MAX = -8  # malloc.h
 
@@ -26,6 +27,19 @@ def release_freed() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the local variables that a caught error and its causes hold by their tracebacks.
+
+    An error raised within a model holds its activations, and one raised within a load the model itself; kept for its
+    reader, it would keep them too. The traceback stays fit for a log.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _glibc(name: str) -> ctypes._NamedFuncPointer | None:

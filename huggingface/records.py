@@ -109,12 +109,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of generated text; the last one of a request carries why it ended, and the counts.
+    """A piece of generated text; the last one of a request carries why it ended, the counts, and what was in effect.
 
-    `index` tells which of several returned sequences the text belongs to.
+    `index` tells which of several returned sequences the text belongs to. `parameters` are the request's, as far as the
+    model has room for them.
     """
 
     text: str
     index: int = 0
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    parameters: Mapping[str, Any] | None = None

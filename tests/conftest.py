@@ -18,6 +18,9 @@ import requests
 
 # Before torch is imported: the models are tiny, and the tests share the cores with the servers they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests' settings are their own.
+for _name in [name for name in os.environ if name.startswith("LOCAL_LLM_")]:
+    del os.environ[_name]
 
 import tiny_models
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
+
+from huggingface import loader
+from huggingface.errors import Cancelled
+from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
 
 DEFAULTS = {
     "max_new_tokens": 100,
@@ -235,3 +242,57 @@ def test_every_call_is_counted(client: Any, generate: Any, tiny: Any) -> None:
     last = client.get(path).get_json()["model"]
     assert last["usage_count"] == 3
     assert last["last_used"] > first["last_used"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "field"),
+    [
+        ("gpt2", {"min_new_tokens": 300, "max_new_tokens": 400}, "min_new_tokens"),
+        ("gpt2", {"max_length": 400, "min_length": 350}, "min_length"),
+        ("gpt2", {"max_length": 2}, "max_length"),
+        ("bart", {"max_length": 3000, "min_length": 2900}, "min_length"),
+        ("gpt2", {"forced_eos_token_id": 100_000}, "forced_eos_token_id"),
+        ("gpt2", {"eos_token_id": 100_000}, "eos_token_id"),
+        ("gpt2", {"suppress_tokens": list(range(2000))}, "suppress_tokens"),
+        ("gpt2", {"forced_bos_token_id": 3}, "forced_bos_token_id"),
+        ("t5", {"guidance_scale": 2.0}, "guidance_scale"),
+        ("gpt2", {"stop_strings": "x" * 1000}, "stop_strings"),
+    ],
+)
+def test_what_this_model_cannot_honour_is_refused_by_name(
+    name: str, body: dict[str, Any], field: str, generate: Any
+) -> None:
+    """Limits that only the model knows (its context, its vocabulary, its kind) are a 400 that names the field."""
+    assert field in generate(name, prompt="The cat sat on the mat", status=400, **body)["error"]
+
+
+def test_a_vocabulary_cannot_be_banned_altogether(generate: Any, models_dir: Path, tiny: Any) -> None:
+    """Where no token is left to generate, nothing is drawn from nothing: the request is refused."""
+    config = json.loads((models_dir / tiny("gpt2") / "config.json").read_text())
+    tokens = [token for token in range(config["vocab_size"]) if token != config["eos_token_id"]]
+    body = {"prompt": "x", "suppress_tokens": tokens}
+    assert "suppress_tokens" in generate("gpt2", status=400, min_new_tokens=2, **body)["error"]
+    assert generate("gpt2", **body)["response"] == ""
+
+
+def test_the_answer_shows_how_many_tokens_there_was_room_for(generate: Any) -> None:
+    """`max_new_tokens` beyond the context is cut to the room behind the prompt, and shown so."""
+    parameters = generate("gpt2", prompt="The cat", do_sample=False, max_new_tokens=5000)["parameters"]
+    assert 200 < parameters["max_new_tokens"] <= 256
+
+
+def test_a_request_that_was_given_up_holds_no_memory(models_dir: Path, tiny: Any) -> None:
+    """The cache of a cancelled generation is gone with it, without waiting for the garbage collector."""
+    record = ModelRecord(tiny("gpt2"), "x", "text-generation")
+    model = loader.load(record, LoadOptions(models_dir, "cpu"))
+    asked = itertools.count()
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(Cancelled):
+            list(model.generate(GenerationRequest({"max_new_tokens": 50}, prompt="x"), lambda: next(asked) > 5))
+        assert next(asked) > 5
+        assert not [thing for thing in gc.get_objects() if type(thing) is DynamicCache]
+    finally:
+        gc.enable()
+        model.close()

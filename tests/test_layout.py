@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"records", "errors"},
     "files": {"records", "errors"},
     "tasks": {"records", "errors"},
-    "engine": {"records", "errors"},
+    "engine": {"memory", "records", "errors"},
     "loader": {"files", "devices", "memory", "tasks", "engine", "records", "errors"},
     "manager": {"registry", "loader", "libraries", "records", "errors"},
     "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "records", "errors"},

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+import huggingface
+from app import create_app
+from config import Settings
 
 API = "/api/huggingface"
 BODIES = ["/models", "/generate", "/pipeline", "/models/tiny/gpt2/load"]
@@ -251,3 +256,46 @@ def test_numbers_of_any_size_come_back_as_they_were_sent(registered: Any) -> Non
     refused(registered.post(f"{API}/pipeline", json=body), 400, "inputs")
     body = {"model_id": "tiny/gpt2", "prompt": "x", "seed": 2**80}
     refused(registered.post(f"{API}/generate", json=body), 400, "seed")
+
+
+def test_a_key_given_twice_among_many_is_found_at_once(registered: Any) -> None:
+    """A body of very many keys costs no more than its size."""
+    body = "{" + ",".join(f'"key{index}": 1' for index in range(60_000)) + ',"key59999": 2}'
+    started = time.monotonic()
+    refused(registered.post(f"{API}/generate", data=body, content_type="application/json"), 400, "key59999")
+    assert time.monotonic() - started < 2
+
+
+def test_a_body_where_none_is_read_is_refused(registered: Any) -> None:
+    """DELETE /cache takes the model from the query; a body that names one does not clear all the others."""
+    assert registered.post(f"{API}/models/tiny/gpt2/load").status_code == 200
+    refused(registered.delete(f"{API}/cache", json={"model_id": "other"}), 400, "model_id")
+    assert registered.get(f"{API}/cache").get_json()["total_cached"] == 1
+
+
+def test_a_changed_type_reaches_a_model_in_memory(registered: Any) -> None:
+    """A model that is given another type is loaded anew where the old one had no head for it."""
+    assert registered.put(f"{API}/models/tiny/gpt2", json={"model_type": "feature-extraction"}).status_code == 200
+    assert registered.post(f"{API}/models/tiny/gpt2/load").status_code == 200
+    body = {"model_id": "tiny/gpt2", "prompt": "x", "max_new_tokens": 1}
+    refused(registered.post(f"{API}/generate", json=body), 400, "feature-extraction")
+    assert registered.put(f"{API}/models/tiny/gpt2", json={"model_type": "text-generation"}).status_code == 200
+    assert registered.post(f"{API}/generate", json=body).status_code == 200
+
+
+def test_a_type_from_another_version_is_no_failure(registered: Any, settings: Any) -> None:
+    """A registry file whose model has an unknown type is served as far as that goes, and never answers 500."""
+    settings.registry.write_text(settings.registry.read_text().replace('"text-generation"', '"poetry"'))
+    body = {"model_id": "tiny/gpt2", "task": "text-generation", "inputs": "x", "max_new_tokens": 1}
+    assert registered.post(f"{API}/pipeline", json=body).status_code == 200
+    refused(registered.put(f"{API}/models/tiny/gpt2", json={"parameters": {"top_k": 3}}), 400, "model_type")
+
+
+def test_a_device_that_is_not_there_is_named(models_dir: Any, tmp_path: Any, tiny: Any) -> None:
+    """A setting that names a device this machine lacks is told as such, not as a damaged model."""
+    app = create_app(Settings(_env_file=None, registry=tmp_path / "r.json", models_dir=models_dir, device="cuda:77"))
+    client = app.test_client()
+    body = {"model_id": tiny("gpt2"), "name": "x", "model_type": "text-generation"}
+    assert client.post(f"{API}/models", json=body).status_code == 200
+    refused(client.post(f"{API}/models/tiny/gpt2/load"), 503, "LOCAL_LLM_DEVICE", "cuda:77")
+    huggingface.close(app)

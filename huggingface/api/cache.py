@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..errors import ModelNotFound
+from ..errors import InvalidRequest, ModelNotFound
 from . import schemas
 from .services import services
 
@@ -42,6 +43,8 @@ def show_cache() -> dict[str, Any]:
 @blueprint.delete("/cache", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer})
 def clear_cache(query: schemas.CacheQuery) -> dict[str, Any]:
     """Take models out of memory, after those who use them are done."""
+    if request.get_json():
+        raise InvalidRequest("DELETE takes no body here; name the model in the query: ?model_id=", "model_id")
     manager = services().manager
     if query.model_id is None:
         manager.unload_all()

@@ -61,7 +61,8 @@ def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) ->
     """
     name = canonical_task(task)
     registered: dict[str, Any] = {}
-    if name == MODEL_TYPES[record.model_type].task or name in GENERATION_TASKS:
+    own = MODEL_TYPES.get(record.model_type)  # a file written by hand or by a later version may have another
+    if name in GENERATION_TASKS or (own is not None and name == own.task):
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
     return validate(TASK_PARAMETERS[name], merge(registered, asked))

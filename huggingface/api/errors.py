@@ -36,6 +36,7 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
     errors.FilesCorrupt: 422,
     errors.ModelUnsupported: 422,
     errors.HubUnreachable: 503,
+    errors.DeviceMissing: 503,
     errors.OutOfMemory: 507,
     errors.GenerationFailed: 500,
     errors.Cancelled: 503,
@@ -67,8 +68,10 @@ def on_invalid_body(error: ValidationError) -> Response:
 
 def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
     status = status_of(error)
-    if status >= 500:
+    if status == 500:
         logger.error("%s %s: %s", request.method, request.path, error, exc_info=error)
+    elif status > 500:
+        logger.info("%s %s: %s", request.method, request.path, error)
     response = jsonify(body(str(error)))
     if status == 503:
         response.headers["Retry-After"] = "1"

@@ -11,7 +11,6 @@ from typing import Any
 from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..engine.ticket import Ticket
 from ..errors import InvalidRequest, MissingField
 from ..records import Chunk, GenerationRequest, ModelRecord
 from ..tasks import canonical_task
@@ -27,8 +26,6 @@ blueprint = APIBlueprint(
     abp_responses={**schemas.FAILURES, 404: schemas.ErrorAnswer, 503: schemas.ErrorAnswer},
 )
 
-_LOOK_FOR_CLIENT = 0.2  # seconds between two looks at whether the client is still there
-
 
 @blueprint.post("/generate", responses={200: schemas.GenerateAnswer})
 def generate(body: schemas.GenerateBody) -> dict[str, Any]:
@@ -41,9 +38,9 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any]:
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
     with manager.lease(record.model_id) as model:
-        chunks = collect(model.generate(_request(record, source, parameters)), _client_gone())
+        chunks = list(model.generate(_request(record, source, parameters), _client_gone()))
     registry.record_use(record.model_id)
-    return _generated(record, source, parameters, chunks)
+    return _generated(record, source, chunks)
 
 
 @blueprint.post("/pipeline", responses={200: schemas.PipelineAnswer})
@@ -66,21 +63,6 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     }
 
 
-def collect(ticket: Ticket, gone: Callable[[], bool]) -> list[Chunk]:
-    """All chunks of a ticket; it is cancelled when `gone()`, or when this thread is interrupted."""
-    chunks: list[Chunk] = []
-    try:
-        while True:
-            if not ticket.wait(_LOOK_FOR_CLIENT) and gone():
-                ticket.cancel()
-            elif (chunk := next(ticket, None)) is not None:
-                chunks.append(chunk)
-            else:
-                return chunks
-    finally:
-        ticket.cancel()
-
-
 def _client_gone() -> Callable[[], bool]:
     """Tells, from any thread, whether the client of this request has hung up; never, where the server can't tell."""
     check: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
@@ -94,9 +76,7 @@ def _request(record: ModelRecord, source: dict[str, Any], parameters: dict[str, 
     return GenerationRequest(parameters, **source)
 
 
-def _generated(
-    record: ModelRecord, source: dict[str, Any], parameters: dict[str, Any], chunks: list[Chunk]
-) -> dict[str, Any]:
+def _generated(record: ModelRecord, source: dict[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
     texts = [""] * (1 + max(chunk.index for chunk in chunks))
     for chunk in chunks:
         texts[chunk.index] += chunk.text
@@ -106,6 +86,6 @@ def _generated(
         **({"responses": texts} if len(texts) > 1 else {}),
         "model_used": record.model_id,
         **source,
-        "parameters": parameters,
+        "parameters": chunks[-1].parameters,
         "model_info": record.summary(),
     }

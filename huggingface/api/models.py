@@ -55,7 +55,7 @@ def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[st
     changes = body.model_dump(exclude_unset=True)
     record = registry.get(path.model_id)
     model_type = changes.get("model_type", record.model_type)
-    if "model_type" in changes and model_type != record.model_type:
+    if "parameters" in changes or model_type != record.model_type:
         _check_type(model_type)
     if "parameters" in changes:
         check_registered(model_type, changes["parameters"])

@@ -34,6 +34,9 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 AnyText = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
+# Matching costs a pass over the vocabulary for every character.
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = Annotated[list[Stop], Field(min_length=1, max_length=64)]
 
 
 def _maybe(description: str, **constraints: Any) -> Any:
@@ -71,7 +74,7 @@ class CommonGeneration(Parameters):
     min_new_tokens: int = _maybe("No end of text before this many new tokens.", ge=0, le=_LARGEST)
     min_length: int = _maybe("No end of text before this length, as `max_length`.", ge=0, le=_LARGEST)
     max_time: float = _maybe("Seconds after which no further token is begun.", gt=0)
-    stop_strings: Text | Texts = _maybe("Text, or several, at which generation stops; it is kept.")
+    stop_strings: Stop | Stops = _maybe("Text, or several, at which generation stops; it is kept.")
     eos_token_id: TokenId | TokenIds = _maybe("Token, or several, at which generation stops.")
     do_sample: bool = _maybe("Draw each token at random by its probability; false takes the likeliest.")
     temperature: float = _maybe("Below 1 sharpens, above 1 flattens the choice; 0 is greedy.", ge=0)
@@ -172,6 +175,7 @@ class CommonGeneration(Parameters):
 class GenerationParameters(CommonGeneration):
     """The parameters of `/generate`, and of a registered model's defaults."""
 
+    stop_strings: Stop | Stops = _maybe("Text, or several, at which generation stops; it is left out of the answer.")
     forced_bos_token_id: TokenId = _maybe("First token of the answer (encoder-decoder models only).")
     guidance_scale: float = _maybe("Above 1 binds the text to the prompt (decoder-only models).", ge=1, le=100)
     seed: int = _maybe("Starts the random draws, so that an answer can be had again.", ge=0, lt=2**63)
@@ -183,7 +187,7 @@ class TextGenerationParameters(CommonGeneration):
     guidance_scale: float = _maybe("Above 1 binds the text more closely to the prompt.", ge=1, le=100)
     return_full_text: bool = _maybe("Give the prompt and the new text (default), or the new text only.")
     prefix: AnyText = _maybe("Text put before each prompt; it is not part of the answer.")
-    stop_sequence: Text | Texts = _maybe("The same as `stop_strings`.")
+    stop_sequence: Stop | Stops = _maybe("The same as `stop_strings`.")
     truncation: bool = _maybe("Cut a prompt that is longer than the tokenizer's limit.")
     handle_long_generation: Literal["hole"] = _maybe(
         "`hole`: drop the start of a prompt that leaves no room for the new tokens."
@@ -210,7 +214,7 @@ class Text2TextParameters(CommonGeneration):
     truncation: bool = _maybe("Cut an input that is longer than the tokenizer's limit.")
     clean_up_tokenization_spaces: bool = _maybe("Remove the spaces that tokens leave before punctuation.")
     prefix: AnyText = _maybe("Text put before each input, in place of the model's own prefix for the task.")
-    stop_sequence: Text = _maybe("Stop at the first token of this text.")
+    stop_sequence: Stop = _maybe("Stop at the first token of this text.")
 
 
 class TranslationParameters(Text2TextParameters):

@@ -54,11 +54,11 @@ class JSONRequest(Request):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"Field given twice: {twice}", twice)
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise InvalidRequest(f"Field given twice: {name[:100]}", name)
+        result[name] = value
     return result
 
 

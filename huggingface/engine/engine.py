@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from ..errors import Cancelled
+from ..memory import forget_frames
 from ..records import Chunk, GenerationRequest
 from .ticket import Ticket
 
@@ -35,14 +36,14 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{name}")
         self._closing = threading.Event()
 
-    def submit(self, request: GenerationRequest) -> Ticket:
-        """Queue `request` and return its ticket at once.
+    def submit(self, request: GenerationRequest, cancelled: Callable[[], bool] = lambda: False) -> Ticket:
+        """Queue `request` and return its ticket at once; it is given up when `cancelled()`, asked at every step.
 
         Raises:
             Cancelled: the engine is being closed.
         """
         ticket = Ticket()
-        self._start(self._generate, request, ticket)
+        self._start(self._generate, request, ticket, cancelled)
         return ticket
 
     def call(self, work: Callable[[Callable[[], bool]], T], cancelled: Callable[[], bool] = lambda: False) -> T:
@@ -59,7 +60,7 @@ class Engine:
 
         def run() -> T:
             if gone():
-                raise Cancelled("The request was cancelled")
+                raise Cancelled
             return work(gone)
 
         return self._start(run).result()
@@ -72,18 +73,21 @@ class Engine:
     def _start(self, work: Callable[..., T], *arguments: object) -> Future[T]:
         try:
             return self._thread.submit(work, *arguments)
-        except RuntimeError as error:  # the executor's word for "shut down"
+        except RuntimeError as error:
+            if not self._closing.is_set():  # no thread could be started
+                raise
             raise Cancelled("The model is being taken out of memory") from error
 
-    def _generate(self, request: GenerationRequest, ticket: Ticket) -> None:
+    def _generate(self, request: GenerationRequest, ticket: Ticket, cancelled: Callable[[], bool]) -> None:
         def gone() -> bool:
-            return ticket.cancelled() or self._closing.is_set()
+            return ticket.cancelled() or cancelled() or self._closing.is_set()
 
         try:
             if gone():
-                raise Cancelled("The request was cancelled")
+                raise Cancelled
             self._runner.generate(request, ticket.put, gone)
         except BaseException as error:  # noqa: BLE001 - it is raised again where the ticket is read
+            forget_frames(error)
             ticket.finish(error)
         else:
             ticket.finish()

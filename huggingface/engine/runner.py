@@ -36,16 +36,33 @@ class _GivenUp(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def _refuse(field: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
+
+
 class TransformersRunner:
     """Generates with a transformers model's own `generate`, one request at a time."""
 
-    def __init__(self, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        contexts: tuple[int | None, int | None],
+        arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
+        """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
+        begins with the prompt); None for no limit.
+
+        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
+        """
         self._model_id = model_id
         self._model = model
         self._tokenizer = tokenizer
-        self._decodes_prompt = not model.config.is_encoder_decoder
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._context: int | None = context if context and context > 0 else None  # XLNet says -1: no limit
+        self._reads_answer = not model.config.is_encoder_decoder
+        self._context, self._answer_context = contexts
+        self._prepare = arguments
 
     def generate(
         self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
@@ -74,17 +91,22 @@ class TransformersRunner:
     ) -> None:
         inputs = self.encode(request)
         prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
-        arguments = self._arguments(request.parameters, prompt_tokens)
+        parameters = self._fit(request.parameters, prompt_tokens)
+        arguments = self._arguments(parameters)
         criteria = StoppingCriteriaList([_GivenUp(cancelled)])
         try:
-            with torch.inference_mode(), self._draws(request.parameters):
+            with torch.inference_mode(), self._draws(parameters):
                 output = self._model.generate(**inputs, **arguments, stopping_criteria=criteria)
         except ValueError as error:  # how `generate` refuses arguments that do not go together
-            raise InvalidRequest(f"Invalid generation parameters: {error}") from error
-        rows = [self._finish(self._new_tokens(row, prompt_tokens), request.parameters) for row in output.tolist()]
+            field = next((name for name in parameters if f"`{name}`" in str(error) or f"{name}=" in str(error)), None)
+            where = f"value for field '{field}'" if field else "generation parameters"
+            raise InvalidRequest(f"Invalid {where}: {error}", field) from error
+        rows = [self._finish(self._new_tokens(row, prompt_tokens), parameters) for row in output.tolist()]
         usage = Usage(prompt_tokens, sum(count for _, _, count in rows))
-        for index, (text, reason, _) in enumerate(rows):
-            emit(Chunk(text, index, reason, usage if index == len(rows) - 1 else None))
+        for index, (text, reason, _) in enumerate(rows[:-1]):
+            emit(Chunk(text, index, reason))
+        text, reason, _ = rows[-1]
+        emit(Chunk(text, len(rows) - 1, reason, usage, parameters))
 
     def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
         """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
@@ -98,11 +120,8 @@ class TransformersRunner:
             ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
         field = "prompt" if request.messages is None else "messages"
         if self._context is not None and len(ids) > self._context:
-            raise InvalidRequest(
-                f"Invalid value for field '{field}': {len(ids)} tokens, but the context of model "
-                f"'{self._model_id}' holds {self._context}",
-                field,
-            )
+            reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
+            raise _refuse(field, reason)
         if not ids:
             if self._model.generation_config.bos_token_id is None:
                 raise InvalidRequest(
@@ -119,7 +138,7 @@ class TransformersRunner:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
             turns: list[str] = [message["content"] for message in messages]
             # An encoder-decoder's tokenizer ends the text itself.
-            text = end.join(turns) + (end if self._decodes_prompt else "")
+            text = end.join(turns) + (end if self._reads_answer else "")
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
             return ids
         # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
@@ -138,31 +157,48 @@ class TransformersRunner:
             ) from error
         return ids
 
-    def _arguments(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
+    def _fit(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
+        """The parameters with the most tokens cut to what the context has room for behind the prompt.
+
+        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
+        has a context of its own, which its start token shares.
+
+        Raises:
+            InvalidRequest: the least length asked for does not fit, or the prompt fills the greatest.
+        """
+        fitted = dict(parameters)
+        before = prompt_tokens if self._reads_answer and prompt_tokens else 1
+        if fitted.get("max_length", before + 1) <= before:
+            raise _refuse("max_length", f"leaves no room for new tokens behind the {before} that are there")
+        if self._answer_context is None:
+            return fitted
+        room = self._answer_context - before + 1
+        for name, most in (("max_new_tokens", room), ("max_length", before + room)):
+            if name in fitted:
+                fitted[name] = min(fitted[name], most)
+        for name, most in (("min_new_tokens", room), ("min_length", before + room)):
+            if fitted.get(name, 0) > most:
+                raise _refuse(
+                    name, f"must be at most {most}, all that a context of {self._answer_context} tokens holds"
+                )
+        return fitted
+
+    def _arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `generate` that honour `parameters`."""
-        arguments = {name: value for name, value in parameters.items() if name != "seed"}
+        foreign = "forced_bos_token_id" if self._reads_answer else "guidance_scale"
+        if foreign in parameters:
+            kind = "encoder-decoder" if self._reads_answer else "decoder-only"
+            raise _refuse(foreign, f"is honoured by {kind} models only")
+        arguments = self._prepare({name: value for name, value in parameters.items() if name != "seed"})
         if not arguments.get("do_sample"):
             arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
         if arguments.get("stop_strings"):
             arguments["tokenizer"] = self._tokenizer
-        new_tokens = self.room(prompt_tokens)
-        if new_tokens is not None and "max_new_tokens" in arguments:
-            arguments["max_new_tokens"] = min(arguments["max_new_tokens"], new_tokens)
         if self._model.generation_config.pad_token_id is None:
             pad = self._tokenizer.pad_token_id
             ends = self._ends(parameters)
             arguments["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
         return arguments
-
-    def room(self, prompt_tokens: int) -> int | None:
-        """How many new tokens fit behind a prompt of `prompt_tokens`; None where the model sets no limit.
-
-        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
-        has a context of its own, which its start token shares.
-        """
-        if self._context is None:
-            return None
-        return self._context - (prompt_tokens if self._decodes_prompt and prompt_tokens else 1) + 1
 
     def _draws(self, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]:
         seed = parameters.get("seed")
@@ -177,7 +213,7 @@ class TransformersRunner:
 
     def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
         """The ids of a returned row that were made, without the prompt or the one token that started it."""
-        return row[prompt_tokens if self._decodes_prompt and prompt_tokens else 1 :]
+        return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
 
     def _finish(self, ids: list[int], parameters: Mapping[str, Any]) -> tuple[str, FinishReason, int]:
         """Text, why it ended, and how many tokens were made (the end token included, padding after it not)."""

@@ -43,6 +43,9 @@ def generation_arguments(parameters: Mapping[str, Any], model: Any) -> dict[str,
                 raise refuse(field, f"token {token} is not in the model's vocabulary of {vocabulary}")
     banned = set(arguments.get("suppress_tokens", ()))
     banned.update(run[0] for run in arguments.get("bad_words_ids", ()) if len(run) == 1)
+    if arguments.get("min_new_tokens") or arguments.get("min_length"):  # then the end is banned too, at first
+        ends = arguments.get("eos_token_id", model.generation_config.eos_token_id)
+        banned.update(_token_ids("", ends))
     if len(banned) >= vocabulary:
         raise refuse("suppress_tokens", "leaves no token to generate")
     if "exponential_decay_length_penalty" in arguments:
@@ -90,7 +93,7 @@ def stop_when(cancelled: Callable[[], bool]) -> Any:
             import torch
 
             if cancelled():
-                raise Cancelled("The request was cancelled")
+                raise Cancelled
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return StoppingCriteriaList([Asking()])

@@ -37,7 +37,7 @@ class Guard:
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
         """`Pipeline.forward` of one item (or one piece of one), unless cancelled, empty or too long."""
         if self.cancelled():
-            raise Cancelled("The request was cancelled")
+            raise Cancelled
         tokens = model_inputs["input_ids"].shape[-1]
         if tokens == 0 and not self.reads_nothing:
             raise refuse("inputs", "holds no token")
