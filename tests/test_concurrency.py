@@ -70,17 +70,18 @@ def test_a_load_holds_nobody_else_up(start_server: Any, tiny: Any, stalled_hub: 
 
 
 def test_clearing_a_model_in_use_waits_for_its_users(server: Any, tiny: Any) -> None:
-    """DELETE /cache lets a running generation finish, and then the model is gone."""
+    """DELETE /cache lets running and waiting generations finish, and then the model is gone."""
     model_id = tiny("llama")
     server.add(model_id, "text-generation")
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
     alone = server.call("POST", "/generate", json=body).json()["response"]
-    thread, results = in_thread(lambda: server.call("POST", "/generate", json=body))
+    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(3)]
     time.sleep(1)
     assert server.call("DELETE", "/cache", params={"model_id": model_id}).status_code == 200
     assert model_id not in server.call("GET", "/cache").json()["cached_models"]
-    thread.join(60)
-    assert results[0].json()["response"] == alone
+    for thread, results in users:
+        thread.join(60)
+        assert results[0].json()["response"] == alone
 
 
 def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny: Any) -> None:
@@ -89,22 +90,22 @@ def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny:
     model_id = tiny("llama")
     server.add(model_id, "text-generation")
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
-    thread, results = in_thread(
-        lambda: server.call("POST", "/generate", json={"model_id": model_id, "prompt": "The cat", **LONG})
-    )
+    body = {"model_id": model_id, "prompt": "The cat", **LONG}
+    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(4)]
     time.sleep(1)
-    for method, path, body in (
+    for method, path, arguments in (
         ("DELETE", f"/cache?model_id={model_id}", None),
         ("DELETE", "/cache", None),
         ("DELETE", f"/models/{model_id}", None),
         ("POST", f"/models/{model_id}/load", {"force_reload": True}),
     ):
-        answer = server.call(method, path, json=body)
+        answer = server.call(method, path, json=arguments)
         assert answer.status_code == 409, answer.text
         assert model_id in answer.json()["error"]
-    assert not results, "the generation was to run during all of this"
-    thread.join(60)
-    assert results[0].status_code == 200
+    assert not all(results for _, results in users), "the generations were to run during all of this"
+    for thread, results in users:
+        thread.join(60)
+        assert results[0].status_code == 200
     assert model_id in server.call("GET", "/cache").json()["cached_models"]
     assert server.call("DELETE", f"/models/{model_id}").status_code == 200
     assert server.call("GET", "/cache").json()["total_cached"] == 0
