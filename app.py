@@ -46,6 +46,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
             trust_remote_code=settings.trust_remote_code,
         ),
         busy_timeout=settings.busy_timeout,
+        threads=settings.threads,
         allowed_hosts=settings.allowed_hosts,
     )
     return app

@@ -15,6 +15,7 @@ from flask import Flask
 from waitress.channel import HTTPChannel
 from waitress.server import MultiSocketServer, create_server
 from waitress.task import ErrorTask
+from waitress.utilities import RequestEntityTooLarge
 
 from config import Settings
 
@@ -30,7 +31,11 @@ class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        body = json.dumps({"success": False, "error": f"{error.reason}: {error.body}"}).encode()
+        message = f"{error.reason}: {error.body}"
+        if isinstance(error, RequestEntityTooLarge):
+            limit = self.channel.server.adj.max_request_body_size // _BODY_SLACK
+            message = f"The request body is larger than {limit} bytes"
+        body = json.dumps({"success": False, "error": message}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
@@ -46,8 +51,9 @@ def serve(app: Flask, settings: Settings) -> None:
     """Serve `app` until SIGINT or SIGTERM; then no new request is taken, and those that run get seconds to end."""
     try:
         server = _listen(app, settings)
-    except OSError as error:
-        sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}")
+    except (OSError, ValueError) as error:  # ValueError: what waitress says of a name that it cannot resolve
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {reason}")
     host, port = _use_channel(server)[0]
     signal.signal(signal.SIGTERM, _stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"

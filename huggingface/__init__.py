@@ -7,6 +7,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .api import cache, docs, inference, models, system
 from .api.errors import init_errors
 from .api.guard import init_guard
 from .api.services import EXTENSION, Services
-from .api.wire import JSONProvider, JSONRequest
+from .api.wire import JSONProvider, JSONRequest, check_query
 from .errors import RegistryError
 from .manager import ModelManager
 from .records import LoadOptions
@@ -26,19 +27,28 @@ logger = logging.getLogger(__name__)
 
 
 def init_app(
-    app: OpenAPI, *, registry: Path, options: LoadOptions, busy_timeout: float, allowed_hosts: Iterable[str] = ()
+    app: OpenAPI,
+    *,
+    registry: Path,
+    options: LoadOptions,
+    busy_timeout: float,
+    threads: int,
+    allowed_hosts: Iterable[str] = (),
 ) -> None:
     """Put the services on `app` and register the routes.
 
     `registry` is the JSON file, `options` say how models are loaded, `busy_timeout` is how many seconds an unload waits
-    for the model's users, `allowed_hosts` are names under which the server may be addressed besides the local ones.
+    for the model's users, `threads` are those that serve requests (an eighth of them is kept for those that need no
+    model), `allowed_hosts` are names under which the server may be addressed besides the local ones.
     """
     records = ModelRegistry(registry)
     manager = ModelManager(records, options, busy_timeout=busy_timeout)
-    app.extensions[EXTENSION] = Services(records, manager, options)
+    places = threading.BoundedSemaphore(max(1, threads - max(1, threads // 8)))
+    app.extensions[EXTENSION] = Services(records, manager, options, places)
     app.request_class = JSONRequest
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
+    app.before_request(check_query)
     init_guard(app, allowed_hosts)
     init_errors(app)
     for blueprint in (system.root, models.blueprint, inference.blueprint, cache.blueprint, system.blueprint):

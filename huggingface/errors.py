@@ -145,6 +145,13 @@ class ModelBusy(LocalLLMError):
     """The model is in use, and whoever uses it did not finish within the time allowed."""
 
 
+class ServerFull(LocalLLMError):
+    """As many requests wait for models as may; the others shall still find a thread for what needs no model."""
+
+    def __init__(self) -> None:
+        super().__init__("Too many requests are waiting for models; try again later")
+
+
 # Work in progress -----------------------------------------------------------------------------------------------------
 
 

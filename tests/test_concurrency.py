@@ -181,3 +181,25 @@ def test_a_storm_of_mixed_calls_breaks_nothing(start_server: Any, tiny: Any) -> 
     assert all(len(answers) == 1 for answers in expected.values()), expected
     assert server.call("DELETE", "/cache").status_code == 200
     assert server.call("GET", "/cache").json()["total_cached"] == 0
+
+
+def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server: Any, tiny: Any) -> None:
+    """With every place taken by long generations, one more is a 503 at once, and other routes answer as ever."""
+    server = start_server(LOCAL_LLM_THREADS="8")
+    model_id = tiny("llama")
+    server.add(model_id, "text-generation")
+    assert server.call("POST", f"/models/{model_id}/load").status_code == 200
+    body = {"model_id": model_id, "prompt": "The cat", **LONG}
+    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(7)]
+    time.sleep(1)
+    started = time.monotonic()
+    full = server.call("POST", "/generate", json=body)
+    assert (full.status_code, full.json()["success"]) == (503, False)
+    assert int(full.headers["Retry-After"]) >= 1
+    for path in ("/models", "/cache", "/statistics"):
+        assert server.call("GET", path).status_code == 200
+    assert time.monotonic() - started < 2
+    assert not all(results for _, results in users), "the generations were to run during all of this"
+    for thread, results in users:
+        thread.join(100)
+        assert results[0].status_code == 200

@@ -296,3 +296,38 @@ def test_a_request_that_was_given_up_holds_no_memory(models_dir: Path, tiny: Any
     finally:
         gc.enable()
         model.close()
+
+
+@pytest.mark.parametrize(
+    ("registered", "asked", "expected"),
+    [
+        ({"temperature": 0}, {"do_sample": True}, {"do_sample": True, "temperature": 0.7}),
+        ({"temperature": 0}, {}, {"do_sample": False}),
+        ({"min_new_tokens": 50}, {"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"num_beams": 3, "num_return_sequences": 3}, {"num_beams": 1, "do_sample": False}, {"num_beams": 1}),
+        ({"max_length": 30}, {"max_new_tokens": 5}, {"max_new_tokens": 5}),
+    ],
+)
+def test_what_is_asked_wins_over_what_is_registered(
+    client: Any, tiny: Any, registered: dict[str, Any], asked: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """A registered parameter that does not go together with the request's gives way to it."""
+    body = {"model_id": tiny("gpt2"), "name": "x", "model_type": "text-generation", "parameters": registered}
+    assert client.post("/api/huggingface/models", json=body).status_code == 200
+    answer = client.post("/api/huggingface/generate", json={"model_id": tiny("gpt2"), "prompt": "The", **asked})
+    effective = answer.get_json()["parameters"]
+    assert expected.items() <= effective.items()
+    assert not ({"min_new_tokens", "num_return_sequences", "max_length"} - set(expected)) & set(effective) - set(asked)
+
+
+def test_a_requested_stop_sequence_replaces_registered_stop_strings(client: Any, tiny: Any) -> None:
+    """Two names of one parameter: the request's counts."""
+    body = {
+        "model_id": tiny("gpt2"),
+        "name": "x",
+        "model_type": "text-generation",
+        "parameters": {"stop_strings": ["q"]},
+    }
+    assert client.post("/api/huggingface/models", json=body).status_code == 200
+    body = {"model_id": tiny("gpt2"), "task": "text-generation", "inputs": "The", "stop_sequence": "e"}
+    assert client.post("/api/huggingface/pipeline", json=body).status_code == 200

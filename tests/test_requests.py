@@ -137,6 +137,7 @@ def test_each_missing_field_is_named(registered: Any, path: str, body: dict[str,
         ("GET", "/models?kind=x", None, "kind"),
         ("GET", "/models?type=fill-mask&page=2", None, "page"),
         ("DELETE", "/cache?id=x", None, "id"),
+        ("GET", "/models?type=fill-mask&type=ner", None, "type"),
     ],
 )
 def test_a_wrong_field_is_named(
@@ -299,3 +300,12 @@ def test_a_device_that_is_not_there_is_named(models_dir: Any, tmp_path: Any, tin
     assert client.post(f"{API}/models", json=body).status_code == 200
     refused(client.post(f"{API}/models/tiny/gpt2/load"), 503, "LOCAL_LLM_DEVICE", "cuda:77")
     huggingface.close(app)
+
+
+def test_a_change_of_type_checks_the_parameters_that_stay(client: Any, tiny: Any) -> None:
+    """Parameters that a new model of that type could not have are not carried over to it either."""
+    body = {"model_id": tiny("gpt2"), "name": "x", "model_type": "text-classification", "parameters": {"top_k": None}}
+    assert client.post(f"{API}/models", json=body).status_code == 200
+    refused(client.put(f"{API}/models/tiny/gpt2", json={"model_type": "text-generation"}), 400, "parameters.top_k")
+    change = {"model_type": "text-generation", "parameters": {"top_k": 5}}
+    assert client.put(f"{API}/models/tiny/gpt2", json=change).status_code == 200

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import InvalidRequest
 from ..records import ModelRecord
 from ..tasks import GENERATION_TASKS, MODEL_TYPES, canonical_task
-from .parameters import TASK_PARAMETERS, GenerationParameters, validate
+from .parameters import TASK_PARAMETERS, GenerationParameters, Parameters, validate
 
 # Section 2.1 of the API document.
 GENERATE_DEFAULTS: Mapping[str, Any] = {
@@ -24,7 +25,7 @@ GENERATE_DEFAULTS: Mapping[str, Any] = {
 
 # Two ways to say one thing. transformers lets the first of each pair win wherever it comes from; here the one that was
 # asked for nearer to the request wins, so that neither is accepted and then ignored.
-_SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
+_SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"), ("stop_strings", "stop_sequence"))
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +41,21 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _agreed(known: type[Parameters], effective: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The effective parameters without those, not asked for, that do not go together with what was asked for.
+
+    Raises:
+        InvalidRequest: it is what was asked for that cannot be; names the field.
+    """
+    while True:
+        try:
+            return validate(known, effective)
+        except InvalidRequest as error:
+            if error.field in asked or error.field not in effective:
+                raise
+            effective = {name: value for name, value in effective.items() if name != error.field}
+
+
 def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The effective parameters of `/generate`; a temperature of 0 means greedy, and is shown so.
 
@@ -48,10 +64,11 @@ def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict
     """
     registered = {name: value for name, value in record.parameters.items() if name in GenerationParameters.model_fields}
     effective = merge(GENERATE_DEFAULTS, registered, asked)
+    if effective["temperature"] == 0 and asked.get("do_sample") and "temperature" not in asked:
+        effective["temperature"] = GENERATE_DEFAULTS["temperature"]  # sampling was asked for, a temperature was not
     if effective["temperature"] == 0:
         effective["do_sample"] = False
-    validate(GenerationParameters, effective)  # each layer was valid by itself; together they must be as well
-    return effective
+    return _agreed(GenerationParameters, effective, asked)
 
 
 def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +82,7 @@ def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) ->
     if name in GENERATION_TASKS or (own is not None and name == own.task):
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
-    return validate(TASK_PARAMETERS[name], merge(registered, asked))
+    return _agreed(TASK_PARAMETERS[name], merge(registered, asked), asked)
 
 
 def check_task_parameters(task: str, asked: Mapping[str, Any]) -> dict[str, Any]:

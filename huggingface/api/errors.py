@@ -38,6 +38,7 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
     errors.HubUnreachable: 503,
     errors.DeviceMissing: 503,
     errors.OutOfMemory: 507,
+    errors.ServerFull: 503,
     errors.GenerationFailed: 500,
     errors.Cancelled: 503,
     errors.LocalLLMError: 500,

@@ -16,14 +16,14 @@ from ..records import Chunk, GenerationRequest, ModelRecord
 from ..tasks import canonical_task
 from . import schemas
 from .effective import check_task_parameters, generation_parameters, task_parameters
-from .services import services
+from .services import admitted, services
 
 blueprint = APIBlueprint(
     "inference",
     __name__,
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Inference", description="Generating text, and running tasks.")],
-    abp_responses={**schemas.FAILURES, 404: schemas.ErrorAnswer, 503: schemas.ErrorAnswer},
+    abp_responses={**schemas.FAILURES, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
 )
 
 
@@ -37,7 +37,7 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any]:
     registry, manager = services().registry, services().manager
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
-    with manager.lease(record.model_id) as model:
+    with admitted(), manager.lease(record.model_id) as model:
         chunks = list(model.generate(_request(record, source, parameters), _client_gone()))
     registry.record_use(record.model_id)
     return _generated(record, source, chunks)
@@ -50,7 +50,7 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     record = registry.get(body.model_id)
     task = canonical_task(body.task)
     asked = check_task_parameters(task, body.model_extra or {})
-    with manager.lease(record.model_id) as model:
+    with admitted(), manager.lease(record.model_id) as model:
         results = model.run(body.task, body.inputs, task_parameters(record, task, asked), _client_gone())
     registry.record_use(record.model_id)
     return {

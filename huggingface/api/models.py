@@ -14,14 +14,14 @@ from ..errors import InvalidRequest
 from ..tasks import MODEL_TYPES
 from . import schemas
 from .effective import check_registered
-from .services import services
+from .services import admitted, services
 
 blueprint = APIBlueprint(
     "models",
     __name__,
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Models", description="Which models are registered, and bringing them into memory.")],
-    abp_responses={**schemas.FAILURES, 404: schemas.ErrorAnswer},
+    abp_responses={**schemas.FAILURES, **schemas.REGISTRY_FAILURES},
 )
 
 
@@ -32,7 +32,7 @@ def list_models(query: schemas.TypeQuery) -> dict[str, Any]:
     return {"success": True, "models": models, "count": len(models)}
 
 
-@blueprint.post("/models", responses={200: schemas.ChangedAnswer, 409: schemas.ErrorAnswer})
+@blueprint.post("/models", responses={200: schemas.ChangedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer})
 def add_model(body: schemas.NewModel) -> dict[str, Any]:
     """Register a model. Nothing is downloaded or loaded yet."""
     records.check_model_id(body.model_id)
@@ -48,7 +48,7 @@ def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     return {"success": True, "model": services().registry.get(path.model_id).to_dict()}
 
 
-@blueprint.put("/models/<path:model_id>", responses={200: schemas.ChangedAnswer})
+@blueprint.put("/models/<path:model_id>", responses={200: schemas.ChangedAnswer, **schemas.BODY_FAILURES})
 def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[str, Any]:
     """Change a model. Fields that are left out stay; `parameters` are replaced as a whole."""
     registry = services().registry
@@ -57,8 +57,7 @@ def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[st
     model_type = changes.get("model_type", record.model_type)
     if "parameters" in changes or model_type != record.model_type:
         _check_type(model_type)
-    if "parameters" in changes:
-        check_registered(model_type, changes["parameters"])
+        check_registered(model_type, changes.get("parameters", record.parameters))
     return _changed(registry.update(path.model_id, changes), "updated")
 
 
@@ -69,11 +68,15 @@ def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
     return {"success": True, "message": f"Model '{path.model_id}' removed successfully", "models_data": data}
 
 
-@blueprint.post("/models/<path:model_id>/load", responses={200: schemas.LoadedAnswer, 409: schemas.ErrorAnswer})
+@blueprint.post(
+    "/models/<path:model_id>/load",
+    responses={200: schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
+)
 def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any]:
     """Bring a model into memory. The body may be left out."""
     record = services().registry.get(path.model_id)
-    model = services().manager.load(path.model_id, force_reload=body.force_reload)
+    with admitted():
+        model = services().manager.load(path.model_id, force_reload=body.force_reload)
     return {
         "success": True,
         "message": f"Model '{path.model_id}' loaded successfully",

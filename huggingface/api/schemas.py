@@ -39,8 +39,12 @@ class ErrorAnswer(BaseModel):
     error: str = Field(description="What went wrong and what to do about it.")
 
 
-# What every route may answer besides what it is for.
-FAILURES: dict[int | str, type[BaseModel]] = {400: ErrorAnswer, 403: ErrorAnswer, 500: ErrorAnswer}
+# What routes may answer besides what they are for: any of them, those with a body, those of the registry, and those
+# that bring a model into memory.
+FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((400, 403, 500), ErrorAnswer)
+BODY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((413, 415), ErrorAnswer)
+REGISTRY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 503, 507), ErrorAnswer)
+MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422, 503, 507), ErrorAnswer)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------

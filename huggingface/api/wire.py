@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 import orjson
-from flask import Request, Response
+from flask import Request, Response, request
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import UnsupportedMediaType
 
@@ -51,6 +51,17 @@ class JSONRequest(Request):
         if not isinstance(value, dict):
             raise InvalidRequest("The request body must be a JSON object")
         return value
+
+
+def check_query() -> None:
+    """Refuse a query that gives a field twice, of which one would be dropped in silence.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    for name, values in request.args.lists():
+        if len(values) > 1:
+            raise InvalidRequest(f"Field given twice: {name[:100]}", name)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -97,6 +97,10 @@ class TransformersRunner:
         try:
             with torch.inference_mode(), self._draws(parameters):
                 output = self._model.generate(**inputs, **arguments, stopping_criteria=criteria)
+        except IndexError as error:
+            if "out of range in self" not in str(error):  # a table of the model's has no such row
+                raise
+            raise _refuse("max_new_tokens", "asks for more tokens than the model has positions for") from error
         except ValueError as error:  # how `generate` refuses arguments that do not go together
             field = next((name for name in parameters if f"`{name}`" in str(error) or f"{name}=" in str(error)), None)
             where = f"value for field '{field}'" if field else "generation parameters"

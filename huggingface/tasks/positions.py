@@ -33,6 +33,8 @@ def max_positions(model: Any) -> int | None:
         if any(other in name for other in _NOT_TEXT):
             continue
         rows = module.num_embeddings
+        if type(module).__name__.startswith("ProphetNet"):  # positions begin after the padding index
+            return rows - int(module.padding_idx or 0) - 1
         if type(module) is not nn.Embedding:  # BART, OPT: `offset` rows stand before the first position
             return rows - int(getattr(module, "offset", 0))
         if module.padding_idx is not None:  # RoBERTa: positions begin after the padding index
