@@ -118,8 +118,9 @@ def encode(content: Content) -> bytes:
     """
     extras = content.record_extras
     document = {
+        # orjson writes a dataclass as its fields: ten thousand dicts less for the garbage collector.
         "models": [
-            {**record.to_dict(), **extras[model_id]} if model_id in extras else record.to_dict()
+            {**record.to_dict(), **extras[model_id]} if model_id in extras else record
             for model_id, record in content.records.items()
         ],
         "last_updated": content.last_updated,

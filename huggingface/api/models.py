@@ -28,7 +28,7 @@ blueprint = APIBlueprint(
 @blueprint.get("/models", responses={200: schemas.ModelsAnswer})
 def list_models(query: schemas.TypeQuery) -> dict[str, Any]:
     """List the registered models."""
-    models = [record.to_dict() for record in services().registry.list(query.type)]
+    models = services().registry.list(query.type)  # the encoder writes a record as its fields
     return {"success": True, "models": models, "count": len(models)}
 
 
