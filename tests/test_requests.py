@@ -309,3 +309,15 @@ def test_a_change_of_type_checks_the_parameters_that_stay(client: Any, tiny: Any
     refused(client.put(f"{API}/models/tiny/gpt2", json={"model_type": "text-generation"}), 400, "parameters.top_k")
     change = {"model_type": "text-generation", "parameters": {"top_k": 5}}
     assert client.put(f"{API}/models/tiny/gpt2", json=change).status_code == 200
+
+
+def test_registered_labels_serve_requests_that_name_none(client: Any, tiny: Any) -> None:
+    """What a task requires may be registered with the model; a request's own value wins."""
+    labels = {"candidate_labels": ["cats", "cars"]}
+    body = {"model_id": tiny("bert-nli"), "name": "x", "model_type": "zero-shot-classification", "parameters": labels}
+    assert client.post(f"{API}/models", json=body).status_code == 200
+    body = {"model_id": tiny("bert-nli"), "task": "zero-shot-classification", "inputs": "A cat sat."}
+    results = client.post(f"{API}/pipeline", json=body).get_json()["results"]
+    assert sorted(results["labels"]) == ["cars", "cats"]
+    results = client.post(f"{API}/pipeline", json={**body, "candidate_labels": ["a", "b"]}).get_json()["results"]
+    assert sorted(results["labels"]) == ["a", "b"]

@@ -49,7 +49,8 @@ def _agreed(known: type[Parameters], effective: dict[str, Any], asked: Mapping[s
     """
     while True:
         try:
-            return validate(known, effective)
+            checked = validate(known, effective)
+            return {name: checked[name] for name in effective}  # in the documented order
         except InvalidRequest as error:
             if error.field in asked or error.field not in effective:
                 raise
@@ -75,6 +76,9 @@ def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) ->
     """The effective parameters of a task: registered ones count for the model's own task and for tasks that write.
 
     Elsewhere a name may mean something else (`top_k` of a generation is not that of fill-mask).
+
+    Raises:
+        InvalidRequest: naming the field that is unknown, missing or wrong.
     """
     name = canonical_task(task)
     registered: dict[str, Any] = {}
@@ -83,15 +87,6 @@ def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) ->
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
     return _agreed(TASK_PARAMETERS[name], merge(registered, asked), asked)
-
-
-def check_task_parameters(task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters asked of a task, checked; `task` is a canonical name.
-
-    Raises:
-        InvalidRequest: naming the field that is unknown, missing or wrong.
-    """
-    return validate(TASK_PARAMETERS[task], asked)
 
 
 def check_registered(model_type: str, parameters: Mapping[str, Any]) -> None:

@@ -13,9 +13,8 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from ..errors import InvalidRequest, MissingField
 from ..records import Chunk, GenerationRequest, ModelRecord
-from ..tasks import canonical_task
 from . import schemas
-from .effective import check_task_parameters, generation_parameters, task_parameters
+from .effective import generation_parameters, task_parameters
 from .services import admitted, services
 
 blueprint = APIBlueprint(
@@ -48,10 +47,9 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     """Run a task. The model is loaded if it is not in memory."""
     registry, manager = services().registry, services().manager
     record = registry.get(body.model_id)
-    task = canonical_task(body.task)
-    asked = check_task_parameters(task, body.model_extra or {})
+    parameters = task_parameters(record, body.task, body.model_extra or {})
     with admitted(), manager.lease(record.model_id) as model:
-        results = model.run(body.task, body.inputs, task_parameters(record, task, asked), _client_gone())
+        results = model.run(body.task, body.inputs, parameters, _client_gone())
     registry.record_use(record.model_id)
     return {
         "success": True,
