@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
 from flask_openapi3 import Info, OpenAPI
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 import huggingface
-from config import Settings
+from config import Settings, read_settings
 from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
@@ -56,10 +53,7 @@ def main() -> None:
     """Serve until interrupted or told to stop (SIGTERM)."""
     from server import serve
 
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        sys.exit("Wrong setting:\n" + "\n".join(f"  {_name(problem)}: {problem['msg']}" for problem in error.errors()))
+    settings = read_settings()
     # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -70,10 +64,6 @@ def main() -> None:
         serve(app, settings)
     finally:
         huggingface.close(app)
-
-
-def _name(problem: ErrorDetails) -> str:
-    return "LOCAL_LLM_" + "_".join(str(part) for part in problem["loc"]).upper()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Variables of other libraries (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, …) 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -83,3 +84,13 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+
+def read_settings() -> Settings:
+    """The settings of this process; a wrong one ends it with a line that names it."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        names = ["LOCAL_LLM_" + "_".join(str(part) for part in problem["loc"]).upper() for problem in error.errors()]
+        lines = [f"  {name}: {problem['msg']}" for name, problem in zip(names, error.errors(), strict=True)]
+        sys.exit("\n".join(["Wrong setting:", *lines]))

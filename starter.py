@@ -83,12 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _configured_models_dir() -> Path:
-    from config import Settings
+    from config import read_settings
 
-    try:
-        return Settings().models_dir
-    except ValueError as error:  # pydantic's ValidationError is one, and names the setting
-        raise StarterError(f"a setting is wrong. {error}") from error
+    return read_settings().models_dir
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,21 @@ def test_a_requested_stop_sequence_replaces_registered_stop_strings(client: Any,
     assert client.post("/api/huggingface/models", json=body).status_code == 200
     body = {"model_id": tiny("gpt2"), "task": "text-generation", "inputs": "The", "stop_sequence": "e"}
     assert client.post("/api/huggingface/pipeline", json=body).status_code == 200
+
+
+def test_a_models_own_stop_strings_are_honoured(client: Any, generate: Any, models_dir: Path, tiny: Any) -> None:
+    """Stop strings of a model's `generation_config.json` end its texts, and are left out of them like a request's."""
+    options = {"do_sample": False, "max_new_tokens": 20}
+    whole = generate("gpt2", prompt="The cat sat on", **options)["response"]
+    stop = whole[5:7]
+    folder = models_dir / "tiny" / "gpt2-stops"
+    shutil.copytree(models_dir / tiny("gpt2"), folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "stop_strings": [stop]}))
+    body = {"model_id": "tiny/gpt2-stops", "name": "x", "model_type": "text-generation"}
+    assert client.post("/api/huggingface/models", json=body).status_code == 200
+    answer = client.post(
+        "/api/huggingface/generate", json={"model_id": "tiny/gpt2-stops", "prompt": "The cat sat on", **options}
+    )
+    assert answer.status_code == 200, answer.get_data(as_text=True)
+    assert answer.get_json()["response"] == whole[: whole.index(stop)]

@@ -20,6 +20,8 @@ import pytest
 import requests
 from conftest import ROOT, STARTER
 
+from config import Settings
+
 MISSING = "Transformers library not available. Please install: pip install transformers torch"
 
 
@@ -218,3 +220,16 @@ def test_memory_comes_back_after_an_unload(start_server: Any, tiny: Any, starter
         assert process.memory_info().rss > before + 400e6
         assert server.call("DELETE", path).status_code == 200
         assert process.memory_info().rss < before * 1.1
+
+
+def test_settings_come_from_the_environment_over_a_file_over_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of `.env` sets what the environment does not; everything else has its default."""
+    file = tmp_path / ".env"
+    file.write_text("LOCAL_LLM_PORT=5001\nLOCAL_LLM_THREADS=9\nLOCAL_LLM_TRUST_REMOTE_CODE=a/b, c\nOTHER=1\n")
+    monkeypatch.setenv("LOCAL_LLM_PORT", "5002")
+    settings = Settings(_env_file=file)
+    assert (settings.port, settings.threads, settings.host) == (5002, 9, "127.0.0.1")
+    assert settings.trust_remote_code == {"a/b", "c"}
+    assert Settings.model_config["env_file"] == ROOT / ".env"

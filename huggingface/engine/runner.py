@@ -32,7 +32,7 @@ class _GivenUp(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if self._cancelled():
-            raise Cancelled("The request was cancelled")
+            raise Cancelled
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -196,7 +196,7 @@ class TransformersRunner:
         arguments = self._prepare({name: value for name, value in parameters.items() if name != "seed"})
         if not arguments.get("do_sample"):
             arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
-        if arguments.get("stop_strings"):
+        if self._stops(parameters):
             arguments["tokenizer"] = self._tokenizer
         if self._model.generation_config.pad_token_id is None:
             pad = self._tokenizer.pad_token_id
@@ -215,6 +215,11 @@ class TransformersRunner:
             return frozenset()
         return frozenset(ends) if isinstance(ends, list) else frozenset({ends})
 
+    def _stops(self, parameters: Mapping[str, Any]) -> list[str]:
+        """The strings that end a text: the request's, else the model's."""
+        stops = parameters.get("stop_strings", self._model.generation_config.stop_strings)
+        return [stops] if isinstance(stops, str) else list(stops or ())
+
     def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
         """The ids of a returned row that were made, without the prompt or the one token that started it."""
         return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
@@ -224,8 +229,7 @@ class TransformersRunner:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         ends = self._ends(parameters)
         count = next((index + 1 for index, token in enumerate(ids) if token in ends), None)
-        stops = parameters.get("stop_strings") or []
-        found = [text.index(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
+        found = [text.index(stop) for stop in self._stops(parameters) if stop in text]
         if found:
             text = text[: min(found)]
         reason: FinishReason = "stop" if found or count is not None else "length"
