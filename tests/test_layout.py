@@ -45,10 +45,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "flask_openapi3": ("app.py", "huggingface/__init__.py", "huggingface/api/*.py"),
     "werkzeug": ("huggingface/api/*.py",),
     "waitress": ("server.py",),
-    # app.py, to say which setting is wrong.
     "pydantic": (
         "config.py",
-        "app.py",
         *(f"huggingface/api/{name}.py" for name in ("schemas", "parameters", "errors")),
     ),
     "pydantic_settings": ("config.py",),
