@@ -9,11 +9,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
+BENCH := .venv-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test format starter clean
+.PHONY: help run test format starter bench clean
 
 help: ## Show this list
 	@echo "Usage: make COMMAND [PYTHON=python3.12]"
@@ -35,8 +36,11 @@ format: $(STAMPS)/dev ## Format the code, and mend what the linter can mend
 starter: $(STAMPS)/run $(STAMPS)/starter ## Only bring the starter model into the models folder
 	@$(PY) starter.py
 
+bench: starter $(STAMPS)/dev $(BENCH)/.stamps/serve $(BENCH)/.stamps/llama-cpp ## Measure against other servers (ARGS="--quick")
+	$(PY) -m benchmarks $(ARGS)
+
 clean: ## Remove the virtual environment and the caches (models and the registry stay)
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -62,3 +66,19 @@ $(STAMPS)/dev: requirements-dev.txt $(STAMPS)/run
 	@echo "Installing what the checks and tests need"
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
+
+# The servers that `bench` compares with, each in an environment of its own.
+$(BENCH)/.stamps/serve: benchmarks/requirements-serve.txt $(STAMPS)/venv
+	@echo "Installing transformers serve to compare with (the first time this takes minutes)"
+	@$(PY) -m venv $(BENCH)/serve
+	$(BENCH)/serve/bin/python -m pip --disable-pip-version-check --no-input install -r $<
+	@mkdir -p $(@D)
+	@touch $@
+
+# It is built from source. Where that fails it takes no part, and the next `make bench` tries again.
+$(BENCH)/.stamps/llama-cpp: benchmarks/requirements-llama-cpp.txt $(STAMPS)/venv
+	@echo "Building llama-cpp-python's server to compare with (the first time this takes minutes)"
+	@$(PY) -m venv $(BENCH)/llama-cpp
+	@mkdir -p $(@D)
+	@if CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BENCH)/llama-cpp/bin/python -m pip --disable-pip-version-check --no-input install -r $<; then touch $@; \
+	  else echo "llama-cpp-python could not be built, and takes no part" >&2; fi
