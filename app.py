@@ -16,7 +16,7 @@ from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
 from huggingface.memory import keep_few_arenas
-from huggingface.records import LoadOptions
+from huggingface.records import EngineOptions, LoadOptions
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
@@ -41,6 +41,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
             device=settings.device,
             allow_pickle=settings.allow_pickle,
             trust_remote_code=settings.trust_remote_code,
+            engine=EngineOptions(settings.max_batch, settings.max_queue, settings.kv_cache_bytes),
         ),
         busy_timeout=settings.busy_timeout,
         threads=settings.threads,

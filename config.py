@@ -47,6 +47,15 @@ class Settings(BaseSettings):
         True,
         description="Import torch and transformers in the background right after the start, before any model asks.",
     )
+    max_batch: int = Field(64, ge=1, le=1024, description="Sequences that one model computes in one batch.")
+    max_queue: int = Field(
+        64, ge=0, description="Requests that wait for one model beyond those it works on; one more is a 503 at once."
+    )
+    kv_cache_bytes: int = Field(
+        2 * 1024**3,
+        ge=1024**2,
+        description="Most memory for one model's KV cache, in bytes. It grows by need, and is measured before.",
+    )
     busy_timeout: float = Field(
         30.0,
         ge=0,

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from flask_openapi3 import OpenAPI
 
-from .api import cache, docs, inference, models, system
+from .api import cache, docs, inference, models, requests, system
 from .api.errors import init_errors
 from .api.guard import init_guard
+from .api.inflight import Requests
+from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
 from .api.wire import JSONProvider, JSONRequest, check_query
 from .errors import RegistryError
@@ -44,15 +46,17 @@ def init_app(
     records = ModelRegistry(registry)
     manager = ModelManager(records, options, busy_timeout=busy_timeout)
     places = threading.BoundedSemaphore(max(1, threads - max(1, threads // 8)))
-    app.extensions[EXTENSION] = Services(records, manager, options, places)
+    app.extensions[EXTENSION] = Services(records, manager, options, Requests(), places)
     app.request_class = JSONRequest
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
     app.before_request(check_query)
     init_guard(app, allowed_hosts)
     init_errors(app)
-    for blueprint in (system.root, models.blueprint, inference.blueprint, cache.blueprint, system.blueprint):
-        app.register_api(blueprint)
+    init_request_ids(app)
+    for routes in (system, models, inference, requests, cache):
+        app.register_api(routes.blueprint)
+    app.register_api(system.root)
     app.register_blueprint(docs.blueprint)
 
 

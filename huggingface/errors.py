@@ -156,11 +156,49 @@ class ServerFull(LocalLLMError):
 
 
 class GenerationFailed(LocalLLMError):
-    """A step of the model raised; only the request concerned is failed."""
+    """A step of the model raised, or gave no numbers; only the requests concerned are failed."""
+
+
+class EngineFailed(LocalLLMError):
+    """What computes for the model is broken for good; the next request loads the model anew."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"Model '{model_id}' failed and is out of service; the next request loads it anew")
+
+
+class QueueFull(LocalLLMError):
+    """As many requests wait for this model as may; `retry_after` is in how many seconds there should be room."""
+
+    def __init__(self, model_id: str, waiting: int, retry_after: int) -> None:
+        super().__init__(
+            f"The queue of model '{model_id}' is full: {waiting} requests wait. Try again in {retry_after} s"
+        )
+        self.retry_after = retry_after
 
 
 class Cancelled(LocalLLMError):
-    """The work was given up on request: by its caller, or because the model is being taken out of memory."""
+    """The work was given up: its client has left, or the model is being taken out of memory."""
 
     def __init__(self, message: str = "The request was cancelled, or the server is stopping") -> None:
         super().__init__(message)
+
+
+class RequestCancelled(Cancelled):
+    """Somebody cancelled the request by its id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"Request '{request_id}' was cancelled")
+
+
+class DeadlineExceeded(Cancelled):
+    """The request's own `timeout` ran out before its answer was ready."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request did not end within its timeout of {seconds:g} s")
+
+
+class RequestNotFound(LocalLLMError):
+    """No request of that id waits or runs."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"Request '{request_id}' not found")

@@ -10,6 +10,7 @@ import gc
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,12 @@ from transformers.models.auto import modeling_auto as auto
 
 from . import files, hub
 from .devices import resolve_device
+from .engine.batch import TransformersBatch, sequence_of
 from .engine.engine import Engine
-from .engine.runner import TransformersRunner
+from .engine.parity import batch_runner
+from .engine.prepare import Preparer
+from .engine.runner import BatchRunner, NotBatchable
+from .engine.solo import Solo
 from .engine.ticket import Ticket
 from .errors import (
     Cancelled,
@@ -36,7 +41,7 @@ from .errors import (
     UnsupportedTask,
 )
 from .memory import forget_frames, release_freed
-from .records import GenerationRequest, LoadOptions, ModelRecord, timestamp
+from .records import EngineOptions, EngineStatus, GenerationRequest, LoadOptions, ModelRecord, timestamp
 from .tasks import HEADS, MODEL_TYPES, Head
 from .tasks.generation import generation_arguments
 from .tasks.positions import max_positions
@@ -46,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 # How transformers says that it lacks an optional package, where it does not raise an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
+
+_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 # transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
 # built at once. Files are fetched outside of it: a slow download holds nobody up.
@@ -80,74 +87,140 @@ _HEADS: Mapping[Head, _HeadClass] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a model in memory is made of; let go of as a whole."""
+
+    engine: Engine
+    tasks: TaskRunner
+    preparer: Preparer
+    solo: Solo
+    tokenizer: Any
+    batched: bool
+
+
 class LoadedModel:
     """A model in memory: one set of weights that serves every generation and every task of its head.
 
-    Any thread may call it; the work runs on the model's own thread, one piece after another.
+    Any thread may call it; the work runs on the model's own thread, many generations in one batch.
     """
 
-    def __init__(self, record: ModelRecord, model: Any, tokenizer: Any, head: Head, device: str) -> None:
+    def __init__(
+        self, record: ModelRecord, model: Any, tokenizer: Any, head: Head, device: str, options: EngineOptions
+    ) -> None:
         model_id = record.model_id
         self.model_id = model_id
         self.model_type = record.model_type
         self.head = head
         self.device = device
         self.loaded_at = timestamp()
-        self._tasks: TaskRunner | None = TaskRunner(model_id, model, tokenizer, head)
-        runner = TransformersRunner(
+        runner, reason = _batch_runner(model, head)
+        batch = None if runner is None else TransformersBatch(model_id, runner, options)
+        tasks = TaskRunner(model_id, model, tokenizer, head)
+        engine = Engine(model_id, batch, tasks, options, reason)
+        preparer = Preparer(
             model_id,
             model,
             tokenizer,
             contexts=_contexts(model),
             arguments=lambda given: generation_arguments(given, model),
         )
-        self._engine: Engine | None = Engine(model_id, runner)
+        solo = Solo(model_id, model, tokenizer)
+        self._parts: _Parts | None = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None)
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
         """The tasks that were run since the load, whose pipelines are kept."""
-        tasks = self._tasks
-        return () if tasks is None else tasks.opened
+        parts = self._parts
+        return () if parts is None else parts.tasks.opened
 
-    def generate(self, request: GenerationRequest, cancelled: Callable[[], bool] = lambda: False) -> Ticket:
-        """Queue a generation; its ticket gives the text, and the errors of `TransformersRunner.generate`.
+    @property
+    def status(self) -> EngineStatus | None:
+        """What its engine is doing; None where it has been taken out of memory."""
+        parts = self._parts
+        return None if parts is None else parts.engine.status()
 
-        It is given up when `cancelled()`, which is asked at every step, or when the ticket is cancelled.
+    @property
+    def failed(self) -> bool:
+        """Whether its engine is broken, so that it is to be loaded anew."""
+        parts = self._parts
+        return parts is not None and parts.engine.failed
+
+    def generate(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> Ticket:
+        """Queue a generation; its ticket gives the text, and the errors of what computes it.
+
+        It is given up when `gone()`, which is asked at every step, or when the ticket is cancelled.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
+            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
+            QueueFull, OutOfMemory, EngineFailed, Cancelled: it was not taken into the queue.
         """
-        engine, tasks = self._open()
+        parts = self._open()
         if self.head not in ("causal-lm", "seq2seq-lm"):
-            raise UnsupportedTask(self.model_id, "generate", engine.call(lambda _: tasks.supported))
-        return engine.submit(request, cancelled)
+            raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
+        submitted = time.monotonic()
+        prepared = parts.preparer.prepare(request)
+        ticket = Ticket(prepared.prompt_tokens, parts.engine.wake)
+        if parts.batched and prepared.settled is not None:
+            parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, gone, request.streams))
+        else:
+            parts.engine.submit_job(
+                ticket,
+                lambda given_up: parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up),
+                gone,
+            )
+        return ticket
 
     def run(
-        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
+        self, task: str, inputs: Any, parameters: Mapping[str, Any], gone: Callable[[], bool] = lambda: False
     ) -> Any:
-        """Run a task and return its result as JSON values; waits for its turn and until it is done.
+        """Run a task and return its result as JSON values; it is batched with whoever else asks at the time.
 
         Raises:
             UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
-            Cancelled: `cancelled()` turned true, or the model is being unloaded.
+            QueueFull: as many calls wait as may.
+            Cancelled: `gone()` turned true, or the model is being unloaded.
         """
-        engine, tasks = self._open()
-        return engine.call(lambda gone: tasks.run(task, inputs, parameters, gone), cancelled)
+        parts = self._open()
+        parts.engine.check_queue_for_task()
+        call = parts.tasks.submit(task, inputs, parameters, gone)
+        parts.engine.wake()
+        while True:
+            try:
+                return call.result(_LOOK_AGAIN)
+            except TimeoutError:
+                if gone():
+                    call.cancel()
+                    raise Cancelled from None
 
-    def _open(self) -> tuple[Engine, TaskRunner]:
-        engine, tasks = self._engine, self._tasks
-        if engine is None or tasks is None:
+    def _open(self) -> _Parts:
+        parts = self._parts
+        if parts is None:
             raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
-        return engine, tasks
+        return parts
 
     def close(self) -> None:
         """Cancel what runs, and give the memory back to the system. The model cannot be used afterwards."""
-        engine, self._engine, self._tasks = self._engine, None, None
-        if engine is None:
+        parts, self._parts = self._parts, None
+        if parts is None:
             return
-        engine.close()
-        del engine
+        parts.engine.close()
+        del parts
         _free()
+
+
+def _batch_runner(model: Any, head: Head) -> tuple[BatchRunner | None, str | None]:
+    """What serves the model in a batch, or why it is served one request at a time."""
+    if head == "seq2seq-lm":
+        return None, "it is an encoder-decoder"
+    if head != "causal-lm":
+        return None, "it does not generate text"
+    try:
+        return batch_runner(model), None
+    except NotBatchable as error:
+        logger.info("%s is served one request at a time: %s", model.config.name_or_path, error)
+        return None, str(error)
 
 
 def warm_up() -> None:
@@ -188,7 +261,7 @@ def _load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     head = _head(model_id, config, wanted)
     with _BUILDING:
         model = _read_model(model_id, folder, config, head, device, options, trusted)
-    return LoadedModel(record, model, tokenizer, head, device)
+    return LoadedModel(record, model, tokenizer, head, device, options.engine)
 
 
 def _free() -> None:

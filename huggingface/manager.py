@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOADER = f"{__package__}.loader"
+
+_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 
 @dataclass(slots=True)
@@ -61,15 +63,15 @@ class ModelManager:
         self._importing.start()
 
     @contextmanager
-    def lease(self, model_id: str) -> Iterator[LoadedModel]:
+    def lease(self, model_id: str, gone: Callable[[], bool] = lambda: False) -> Iterator[LoadedModel]:
         """The model, loaded if it was not, and kept in memory until the block ends.
 
         Raises:
             ModelNotFound, ModelDisabled: the registry says so.
             DependencyMissing, LoadError: it could not be loaded; everyone who waited for it is told the same.
-            Cancelled: the server is shutting down.
+            Cancelled: the server is shutting down, or `gone()` turned true while somebody else loaded it.
         """
-        slot, model = self._acquire(model_id)
+        slot, model = self._acquire(model_id, gone)
         try:
             yield model
         finally:
@@ -154,7 +156,7 @@ class ModelManager:
             self._importing.cancel()
             self._importing.join()  # an interpreter that ends in the middle of an import may crash
 
-    def _acquire(self, model_id: str) -> tuple[_Slot, LoadedModel]:
+    def _acquire(self, model_id: str, gone: Callable[[], bool]) -> tuple[_Slot, LoadedModel]:
         """The model's slot, counted as in use, and the model in it."""
         while True:
             record = self._usable_record(model_id)  # looked up in every round: a wait may have been for its removal
@@ -163,9 +165,11 @@ class ModelManager:
                     raise Cancelled("The server is shutting down")
                 slot = self._slots.setdefault(model_id, _Slot())
                 if slot.reserved:
-                    self._changed.wait_for(lambda slot=slot: not slot.reserved)  # type: ignore[misc]
+                    self._changed.wait_for(lambda slot=slot: not slot.reserved, _LOOK_AGAIN)  # type: ignore[misc]
+                    if gone():
+                        raise Cancelled
                     continue
-                stale = slot.model is not None and slot.model.model_type != record.model_type
+                stale = slot.model is not None and _is_stale(slot.model, record)
                 if slot.model is not None and not stale:
                     slot.users += 1
                     return slot, slot.model
@@ -174,11 +178,16 @@ class ModelManager:
                 if loading is None and not stale:
                     loading = slot.loading = Future()
             if stale or loading is None:
-                self._drop_stale(record)  # its type was changed, and with it perhaps the head to load
+                self._drop_stale(record)
                 continue
             if mine:
                 self._load(record, slot, loading)
+            while not wait([loading], _LOOK_AGAIN).done:
+                if gone():
+                    raise Cancelled
             loading.result()
+            if gone():
+                raise Cancelled
 
     def _load(self, record: ModelRecord, slot: _Slot, loading: Future[None]) -> None:
         """Fill `slot`, and settle `loading` for all who wait for it."""
@@ -230,9 +239,9 @@ class ModelManager:
                 self._changed.notify_all()
 
     def _drop_stale(self, record: ModelRecord) -> None:
-        """Take a model out of memory that was loaded as another type than it has now."""
+        """Take a model out of memory that is to be loaded anew."""
         with self._alone(record.model_id) as slot:
-            if slot.model is not None and slot.model.model_type != record.model_type:
+            if slot.model is not None and _is_stale(slot.model, record):
                 self._drop(slot)
 
     def _drop(self, slot: _Slot) -> None:
@@ -247,6 +256,11 @@ class ModelManager:
         if record.status == "disabled":
             raise ModelDisabled(model_id)
         return record
+
+
+def _is_stale(model: LoadedModel, record: ModelRecord) -> bool:
+    """Whether a model was loaded as another type than it has now (perhaps with another head), or its engine broke."""
+    return model.model_type != record.model_type or model.failed
 
 
 def _try_import() -> None:

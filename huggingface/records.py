@@ -85,9 +85,10 @@ class LoadOptions:
     device: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: frozenset[str] = frozenset()
+    engine: EngineOptions = field(default_factory=lambda: EngineOptions())
 
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +100,43 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in seconds from its arrival at the model.
+
+    `tokens_per_second` is from the end of its wait in the queue to its end.
+    """
+
+    queue: float
+    first_token: float
+    total: float
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, submitted: float, started: float, first: float, ended: float, tokens: int) -> Timings:
+        """From four readings of `time.monotonic`, and how many tokens were made."""
+        rate = tokens / max(ended - started, 1e-6)
+        return cls(
+            round(started - submitted, 6), round(first - submitted, 6), round(ended - submitted, 6), round(rate, 3)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What to generate from, and how: exactly one of `prompt` and `messages`, and the effective parameters."""
+    """What to generate from, and how: exactly one of `prompt` and `messages`, and the effective parameters.
+
+    `streams` tells whether text is wanted as it is made; else the last chunk holds all of it.
+    """
 
     parameters: Mapping[str, Any]
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of generated text; the last one of a request carries why it ended, the counts, and what was in effect.
+    """A piece of generated text; the last one of a sequence carries why it ended and the whole text, and the last one
+    of a request the counts, the times and what was in effect.
 
     `index` tells which of several returned sequences the text belongs to. `parameters` are the request's, as far as the
     model has room for them.
@@ -120,3 +147,30 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     parameters: Mapping[str, Any] | None = None
+    timings: Timings | None = None
+    whole: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much a model's engine may take on: sequences in one batch, requests that wait, and bytes of KV cache."""
+
+    max_batch: int = 64
+    max_queue: int = 64
+    kv_cache_bytes: int = 2 * 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What an engine is doing. `mode` is `batched`, or `one at a time` with the `reason` why."""
+
+    state: Literal["running", "failed"]
+    mode: Literal["batched", "one at a time"]
+    reason: str | None
+    running: int
+    waiting: int
+    tasks: int
+    slots: int
+    resting_slots: int
+    kv_cache_bytes: int
+    kv_cache_limit: int

@@ -11,6 +11,9 @@ import pytest
 from conftest import Server
 from documented import TIME, TYPES, add_gpt2, bad, emptied, good
 
+# What `/generate` tells beyond the document.
+BEYOND = ("finish_reason", "usage", "timings")
+
 
 @pytest.fixture
 def api(server: Server, models_dir: Path, tiny: Callable[[str], str]) -> Server:
@@ -33,7 +36,7 @@ def test_generate_answers_with_the_new_text_and_how_it_was_made(api: Server) -> 
         "repetition_penalty": 1.2,
     }
     body = good(api.call("POST", "/generate", json={"model_id": "gpt2", "prompt": prompt, **asked}))
-    assert list(body) == ["success", "response", "model_used", "prompt", "parameters", "model_info"]
+    assert list(body) == ["success", "response", "model_used", "prompt", "parameters", "model_info", *BEYOND]
     assert body["model_used"] == "gpt2"
     assert body["prompt"] == prompt
     assert list(body["parameters"].items()) == list(asked.items())
@@ -175,7 +178,7 @@ def test_a_chat_is_answered_and_shown_as_it_was_sent(api: Server) -> None:
     ]
     request = {"model_id": "microsoft/DialoGPT-medium", "max_new_tokens": 6, "do_sample": False}
     body = good(api.call("POST", "/generate", json={**request, "messages": messages}))
-    assert list(body) == ["success", "response", "model_used", "messages", "parameters", "model_info"]
+    assert list(body) == ["success", "response", "model_used", "messages", "parameters", "model_info", *BEYOND]
     assert body["messages"] == messages
     # A prompt is a chat of one turn; each turn ends with the end-of-text token, as nothing here has a template.
     one = good(api.call("POST", "/generate", json={**request, "messages": messages[:1]}))

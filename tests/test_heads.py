@@ -111,7 +111,7 @@ def test_every_family_loads_whole_from_half_precision_without_metadata(root: Pat
     if architecture == "MarianMTModel":
         model_type = "translation"
     model = load(root, model_id, model_type)
-    loaded = model._tasks._model
+    loaded = model._parts.tasks._model
     assert loaded.dtype == torch.float32
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name.removeprefix("model.") if model.head == "base" else name]), (
@@ -151,7 +151,7 @@ def test_generation_values_in_an_old_config_act_as_transformers_lets_them(
     kind = transformers.AutoModelForCausalLM if name == "gpt2" else transformers.AutoModelForSeq2SeqLM
     plain, tokenizer = kind.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
     model = load(root, model_id, "text-generation" if name == "gpt2" else "text2text-generation")
-    loaded = model._tasks._model
+    loaded = model._parts.tasks._model
     assert loaded.generation_config.to_dict() == plain.generation_config.to_dict()
     for key, value in legacy.get("task_specific_params", {}).items():  # which the tasks read by themselves
         assert loaded.config.task_specific_params[key] == value

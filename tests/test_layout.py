@@ -38,7 +38,10 @@ PARTS = {"registry_content": "registry", "registry_file": "registry", "hub": "fi
 TORCH = (
     "huggingface/loader.py",
     "huggingface/tasks/[!_]*.py",
-    *(f"huggingface/engine/{name}.py" for name in ("cache", "runner", "sampling")),
+    *(
+        f"huggingface/engine/{name}.py"
+        for name in ("batch", "cache", "failures", "parity", "prepare", "runner", "sampling", "solo", "twin")
+    ),
 )
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "flask": ("app.py", "server.py", "huggingface/__init__.py", "huggingface/api/*.py"),

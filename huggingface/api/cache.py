@@ -32,6 +32,7 @@ def show_cache() -> dict[str, Any]:
                 "loaded_at": model.loaded_at,
                 "device": model.device,
                 "model_type": types.get(model_id, model.model_type),
+                "engine": model.status,  # the encoder writes it as its fields
             }
             for model_id, model in loaded.items()
         },

@@ -39,7 +39,12 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
     errors.DeviceMissing: 503,
     errors.OutOfMemory: 507,
     errors.ServerFull: 503,
+    errors.QueueFull: 503,
+    errors.RequestNotFound: 404,
     errors.GenerationFailed: 500,
+    errors.EngineFailed: 503,
+    errors.RequestCancelled: 499,  # nginx's "client closed request": nobody else has a number for it
+    errors.DeadlineExceeded: 504,
     errors.Cancelled: 503,
     errors.LocalLLMError: 500,
 }
@@ -67,15 +72,21 @@ def on_invalid_body(error: ValidationError) -> Response:
     raise request_error(error) from error
 
 
-def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
+def log(error: errors.LocalLLMError) -> int:
+    """Log an error as its status deserves, and return that."""
     status = status_of(error)
     if status == 500:
         logger.error("%s %s: %s", request.method, request.path, error, exc_info=error)
     elif status > 500:
         logger.info("%s %s: %s", request.method, request.path, error)
+    return status
+
+
+def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
+    status = log(error)
     response = jsonify(body(str(error)))
     if status == 503:
-        response.headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = str(getattr(error, "retry_after", 1))
     return response, status
 
 

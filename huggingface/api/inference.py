@@ -5,17 +5,22 @@ Every view is parse, call, shape. A client that hangs up while it waits is notic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
-from flask import request
+from flask import Response, g, request
 from flask_openapi3 import APIBlueprint, Tag
 
 from ..errors import InvalidRequest, MissingField
 from ..records import Chunk, GenerationRequest, ModelRecord
 from . import schemas
 from .effective import generation_parameters, task_parameters
+from .inflight import InFlight
+from .requests import client_request_id
 from .services import admitted, services
+from .sse import event_stream
 
 blueprint = APIBlueprint(
     "inference",
@@ -27,29 +32,41 @@ blueprint = APIBlueprint(
 
 
 @blueprint.post("/generate", responses={200: schemas.GenerateAnswer})
-def generate(body: schemas.GenerateBody) -> dict[str, Any]:
-    """Generate text. The model is loaded if it is not in memory."""
+def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
+    """Generate text. The model is loaded if it is not in memory.
+
+    With `stream` the answer is server-sent events: `{"index", "text"}` for each piece of text, `{"request_id",
+    "position"}` for a place in the queue, and last this very answer, or an error's body.
+    """
     fields = body.model_dump(exclude_unset=True)
     source: dict[str, Any] = {name: fields.pop(name) for name in ("prompt", "messages") if name in fields}
     if len(source) != 1:
         raise MissingField("prompt") if not source else InvalidRequest("Give prompt or messages, not both", "messages")
-    registry, manager = services().registry, services().manager
+    streams, timeout = fields.pop("stream", False), fields.pop("timeout", None)
+    registry = services().registry
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
-    with admitted(), manager.lease(record.model_id) as model:
-        chunks = list(model.generate(_request(record, source, parameters), _client_gone()))
-    registry.record_use(record.model_id)
-    return _generated(record, source, chunks)
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(_lent(record, "generate", timeout, streams))
+        ticket = flight.attach(model.generate(_request(record, source, parameters, streams), flight.gone))
+
+        def answer(chunks: list[Chunk]) -> dict[str, Any]:
+            registry.record_use(record.model_id)
+            return _generated(record, source, chunks)
+
+        if not streams:
+            return answer(list(flight.chunks()))
+        return event_stream(flight, ticket, answer, stack.pop_all().close)
 
 
 @blueprint.post("/pipeline", responses={200: schemas.PipelineAnswer})
 def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     """Run a task. The model is loaded if it is not in memory."""
-    registry, manager = services().registry, services().manager
+    registry = services().registry
     record = registry.get(body.model_id)
     parameters = task_parameters(record, body.task, body.model_extra or {})
-    with admitted(), manager.lease(record.model_id) as model:
-        results = model.run(body.task, body.inputs, parameters, _client_gone())
+    with _lent(record, body.task, body.timeout) as (flight, model):
+        results = model.run(body.task, body.inputs, parameters, flight.gone)
     registry.record_use(record.model_id)
     return {
         "success": True,
@@ -61,29 +78,52 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     }
 
 
-def _client_gone() -> Callable[[], bool]:
-    """Tells, from any thread, whether the client of this request has hung up; never, where the server can't tell."""
-    check: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-    return check
+@contextmanager
+def _lent(
+    record: ModelRecord, task: str, timeout: float | None, streams: bool = False
+) -> Iterator[tuple[InFlight, Any]]:
+    """The present request, listed, and its model, loaded and kept in memory until the block ends."""
+    present = services()
+    flight = InFlight(
+        record.model_id,
+        task,
+        disconnected=request.environ.get("waitress.client_disconnected", lambda: False),
+        client_id=client_request_id(),
+        timeout=timeout,
+        stream=streams,
+    )
+    g.request_id = flight.request_id
+    with present.requests.hold(flight), admitted(), present.manager.lease(record.model_id, flight.gone) as model:
+        flight.leased()
+        yield flight, model
 
 
-def _request(record: ModelRecord, source: dict[str, Any], parameters: dict[str, Any]) -> GenerationRequest:
+def _request(
+    record: ModelRecord, source: dict[str, Any], parameters: dict[str, Any], streams: bool
+) -> GenerationRequest:
     """What to generate from; the prompt of a conversational model is the user's turn of a chat."""
     if record.model_type == "conversational" and "prompt" in source:
-        return GenerationRequest(parameters, messages=[{"role": "user", "content": source["prompt"]}])
-    return GenerationRequest(parameters, **source)
+        source = {"messages": [{"role": "user", "content": source["prompt"]}]}
+    return GenerationRequest(parameters, **source, streams=streams)
 
 
 def _generated(record: ModelRecord, source: dict[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
-    texts = [""] * (1 + max(chunk.index for chunk in chunks))
-    for chunk in chunks:
-        texts[chunk.index] += chunk.text
+    """The documented answer, from the chunks of which each is its sequence's last."""
+    last = sorted((chunk for chunk in chunks if chunk.finish_reason is not None), key=lambda chunk: chunk.index)
+    texts, reasons = [chunk.whole for chunk in last], [chunk.finish_reason for chunk in last]
+    several = len(texts) > 1
+    usage, timings = last[-1].usage, last[-1].timings
+    assert usage is not None  # noqa: S101 - the last chunk of a request has it
     return {
         "success": True,
         "response": texts[0],
-        **({"responses": texts} if len(texts) > 1 else {}),
+        **({"responses": texts} if several else {}),
         "model_used": record.model_id,
         **source,
-        "parameters": chunks[-1].parameters,
+        "parameters": last[-1].parameters,
         "model_info": record.summary(),
+        "finish_reason": reasons[0],
+        **({"finish_reasons": reasons} if several else {}),
+        "usage": {**asdict(usage), "total_tokens": usage.prompt_tokens + usage.completion_tokens},
+        "timings": timings,  # the encoder writes it as its fields
     }

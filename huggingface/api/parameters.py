@@ -31,6 +31,8 @@ _MOST_SEQUENCES = 1024  # each one multiplies the memory of a step
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # JSON has no other keys than strings
+Bias = Annotated[float, Field(ge=-100, le=100)]
 AnyText = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
@@ -178,6 +180,11 @@ class GenerationParameters(CommonGeneration):
     stop_strings: Stop | Stops = _maybe("Text, or several, at which generation stops; it is left out of the answer.")
     forced_bos_token_id: TokenId = _maybe("First token of the answer (encoder-decoder models only).")
     guidance_scale: float = _maybe("Above 1 binds the text to the prompt (decoder-only models).", ge=1, le=100)
+    presence_penalty: float = _maybe(
+        "Taken from the logit of every token made so far, prompt not counted.", ge=-2, le=2
+    )
+    frequency_penalty: float = _maybe("The same, for each time that the token was made.", ge=-2, le=2)
+    logit_bias: dict[TokenKey, Bias] = _maybe('Added to the logits of tokens: `{"token id": bias}`.', min_length=1)
     seed: int = _maybe("Starts the random draws, so that an answer can be had again.", ge=0, lt=2**63)
 
 

@@ -44,7 +44,7 @@ class ErrorAnswer(BaseModel):
 FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((400, 403, 500), ErrorAnswer)
 BODY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((413, 415), ErrorAnswer)
 REGISTRY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 503, 507), ErrorAnswer)
-MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422, 503, 507), ErrorAnswer)
+MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422, 499, 503, 504, 507), ErrorAnswer)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -213,6 +213,8 @@ class GenerateBody(GenerationParameters):
     model_id: str = Field(description=_MODEL_ID_TEXT)
     prompt: str = _optional("Input text. For a conversational model it is the user's turn of a new chat.")
     messages: list[Message] = _optional("A chat, oldest turn first.", min_length=1)
+    stream: bool = _optional("Send the text as it is made, as server-sent events.")
+    timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -221,6 +223,23 @@ class GenerateBody(GenerationParameters):
         for name, value in GENERATE_DEFAULTS.items():
             schema["properties"][name]["default"] = value
         return schema
+
+
+class Usage(BaseModel):
+    """Tokens, counted by the model's own tokenizer, special ones included."""
+
+    prompt_tokens: int
+    completion_tokens: int = Field(description="Of all returned texts together.")
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Where the time went, in seconds since the request reached the model."""
+
+    queue: float = Field(description="Until it was let into the batch.")
+    first_token: float = Field(description="Until its first token was made.")
+    total: float = Field(description="Until its last token was made.")
+    tokens_per_second: float = Field(description="Tokens made, by the time after the queue.")
 
 
 class GenerateAnswer(Answer):
@@ -235,6 +254,12 @@ class GenerateAnswer(Answer):
     messages: list[Message] | None = Field(None, description="The messages as sent.")
     parameters: dict[str, Any] = Field(description="The parameters that were in effect.")
     model_info: ModelInfo
+    finish_reason: Literal["stop", "length"] = Field(
+        description="`stop`: an end token or a stop string came; `length`: a limit was reached."
+    )
+    finish_reasons: list[Literal["stop", "length"]] | None = Field(None, description="One for each of `responses`.")
+    usage: Usage
+    timings: Timings
 
 
 class PipelineBody(BaseModel):
@@ -245,11 +270,13 @@ class PipelineBody(BaseModel):
     model_id: str = Field(description=_MODEL_ID_TEXT)
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
+    timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
         """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
         schema = super().model_json_schema(*arguments, **options)
+        del schema["properties"]["timeout"]["default"]  # none is given: it stands for that
         schema["anyOf"] = []
         for name, parameters in TASK_PARAMETERS.items():
             fields = parameters.model_json_schema(*arguments, **options)
@@ -283,6 +310,21 @@ class CacheQuery(Strict):
     model_id: str | None = Field(None, description="Only this model; all models where it is left out.")
 
 
+class EngineState(BaseModel):
+    """What the engine of a model in memory is doing."""
+
+    state: Literal["running", "failed"] = Field(description="`failed`: the next request loads the model anew.")
+    mode: Literal["batched", "one at a time"] = Field(description="How generations are served.")
+    reason: str | None = Field(description="Why one at a time.")
+    running: int = Field(description="Generations that run.")
+    waiting: int = Field(description="Generations that wait.")
+    tasks: int = Field(description="Task calls that run or wait.")
+    slots: int = Field(description="Slots of the KV cache that running generations have.")
+    resting_slots: int = Field(description="Slots kept for prompts that begin alike.")
+    kv_cache_bytes: int = Field(description="Memory taken for the KV cache.")
+    kv_cache_limit: int = Field(description="Most memory that it may take.")
+
+
 class CachedModel(BaseModel):
     """A model in memory."""
 
@@ -291,6 +333,7 @@ class CachedModel(BaseModel):
     loaded_at: str
     device: str
     model_type: str
+    engine: EngineState | None
 
 
 class CacheAnswer(Answer):
@@ -299,6 +342,37 @@ class CacheAnswer(Answer):
     cached_models: dict[str, CachedModel]
     cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
     total_cached: int = Field(description="Models in memory.")
+
+
+class RunningRequest(BaseModel):
+    """A request that waits or runs."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    request_id: str = Field(description="Made by the server; DELETE takes it.")
+    client_request_id: str | None = Field(description="What the client sent as `X-Request-Id`.")
+    model_id: str
+    task: str = Field(description="`generate`, or the task of `/pipeline`.")
+    stream: bool
+    state: Literal["loading", "waiting", "running"] = Field(description="`loading`: until the model is in memory.")
+    position: int | None = Field(description="Its place in the queue, from 1, where it waits.")
+    prompt_tokens: int
+    completion_tokens: int = Field(description="Tokens made so far.")
+    started: str = Field(description="When it arrived: ISO 8601, UTC.")
+    age: float = Field(description="Seconds since then.")
+
+
+class RequestsAnswer(Answer):
+    """The requests that wait or run, oldest first."""
+
+    requests: list[RunningRequest]
+    count: int
+
+
+class RequestPath(BaseModel):
+    """A request in a path."""
+
+    request_id: str = Field(description="The server's name of a request.")
 
 
 class MessageAnswer(Answer):

@@ -18,6 +18,7 @@ from ..errors import ServerFull
 from ..manager import ModelManager
 from ..records import LoadOptions
 from ..registry import ModelRegistry
+from .inflight import Requests
 
 EXTENSION = "local-llm"
 
@@ -29,6 +30,7 @@ class Services:
     registry: ModelRegistry
     manager: ModelManager
     options: LoadOptions
+    requests: Requests
     places: threading.BoundedSemaphore  # of requests that may wait for a model at once
     started: float = field(default_factory=time.monotonic)
 

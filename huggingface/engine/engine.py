@@ -1,93 +1,376 @@
-"""The engine of one loaded model: one thread on which everything that touches its tensors runs, in order of arrival.
+"""The engine of one loaded model: one thread on which everything that touches its tensors runs.
 
-`submit` and `call` may be called from any thread. It decides who is served next and nothing else: what a request
-computes is the runner's business.
+`submit`, `call` and `close` may be called from any thread. The thread repeats `step()`: it decides who is served next,
+has it computed, and hands the results out. What a row computes is the runner's business, what a task does the tasks'.
+Must not know torch, HTTP, JSON or the registry.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from ..errors import Cancelled
+from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, QueueFull
 from ..memory import forget_frames
-from ..records import Chunk, GenerationRequest
+from ..records import EngineOptions, EngineStatus
+from .pace import Pace
+from .scheduler import Row, Scheduler
+from .sequence import Sequence
+from .slots import SlotTable
 from .ticket import Ticket
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Runner(Protocol):
-    """What an engine needs of whatever computes: see `engine.runner.TransformersRunner`."""
+class Batch(Protocol):
+    """What computes rows and draws tokens: see `batch.TransformersBatch`."""
 
-    def generate(
-        self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
-    ) -> None:
-        """Generate for `request`, calling `emit` with each chunk, until done or `cancelled()`."""
+    slots: SlotTable
+
+    def forward(self, rows: Many[Row]) -> Any:
+        """The logits that follow each row's last token."""
+
+    def draw(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
+        """Each row's next token, or why there is none."""
+
+    def close(self) -> None:
+        """Let go of the model and the cache."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of KV cache that are taken."""
+
+
+class Background(Protocol):
+    """Work that is done in bounded pieces between the steps: see `tasks.runner.TaskRunner`."""
+
+    @property
+    def pending(self) -> int:
+        """Calls that wait or run."""
+
+    def step(self) -> bool:
+        """Do one piece; tells whether more is to be done."""
+
+    def close(self) -> None:
+        """Fail what waits."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A piece of work that has the thread to itself, and the ticket of whoever waits for it, if it makes text."""
+
+    run: Callable[[], None]
+    fail: Callable[[BaseException], None]
+    gone: Callable[[], bool]
+    ticket: Ticket | None = None
 
 
 class Engine:
-    """Serves one model's callers, one at a time, on a thread of its own."""
+    """Serves one model's callers: sequences in a batch, everything else between its steps."""
 
-    def __init__(self, name: str, runner: Runner) -> None:
-        self._runner = runner
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{name}")
-        self._closing = threading.Event()
+    def __init__(
+        self, model_id: str, batch: Batch | None, tasks: Background, options: EngineOptions, reason: str | None = None
+    ) -> None:
+        """Without a `batch` each generation is a job of its own; `reason` says why."""
+        self._model_id = model_id
+        self._batch = batch
+        self._tasks = tasks
+        self._options = options
+        self._reason = reason
+        self._scheduler = Scheduler(batch.slots, options.max_batch) if batch is not None else None
+        self._pace = Pace()
+        self._service = 0.0  # running mean of the seconds that a request has a place for
+        self._changed = threading.Condition()
+        self._inbox: deque[Sequence] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._job: _Job | None = None
+        self._closing = False
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name=f"engine-{model_id}")
+        self._thread.start()
 
-    def submit(self, request: GenerationRequest, cancelled: Callable[[], bool] = lambda: False) -> Ticket:
-        """Queue `request` and return its ticket at once; it is given up when `cancelled()`, asked at every step.
+    # From any thread -------------------------------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence for the batch; its ticket tells how it goes.
+
+        Raises:
+            QueueFull: as many wait as may. OutOfMemory: it would not fit into the cache even alone.
+            Cancelled: the engine is being closed. EngineFailed: it is broken.
+        """
+        with self._changed:
+            self._check_open()
+            assert self._scheduler is not None and self._batch is not None  # noqa: S101, PT018 - until it is closed
+            if not self._batch.slots.fits(sequence.need):
+                raise OutOfMemory(
+                    f"Not enough KV cache for {sequence.need} tokens of model '{self._model_id}': "
+                    f"LOCAL_LLM_KV_CACHE_BYTES is {self._options.kv_cache_bytes}"
+                )
+            waiting = self._waiting
+            self._check_queue(waiting, self._scheduler.places)
+            sequence.ticket.position = waiting + 1
+            self._inbox.append(sequence)
+            self._changed.notify_all()
+
+    def submit_job(self, ticket: Ticket, work: Callable[[Callable[[], bool]], None], gone: Callable[[], bool]) -> None:
+        """Queue a generation that has the thread to itself; it gets a function that tells whether to give up.
+
+        Raises: as `submit`.
+        """
+
+        def given_up() -> bool:
+            return ticket.cancelled() or gone() or self._closing
+
+        def run() -> None:
+            ticket.admitted()
+            started = time.monotonic()
+            work(given_up)
+            self._served(time.monotonic() - started)
+            ticket.finish()
+
+        with self._changed:
+            self._check_open()
+            waiting = self._waiting
+            self._check_queue(waiting, 1 if self._job is None else 0)
+            ticket.position = waiting + 1
+            self._jobs.append(_Job(run, ticket.finish, given_up, ticket))
+            self._changed.notify_all()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the engine's thread between steps, and return what it returns, or raise what it raises.
 
         Raises:
             Cancelled: the engine is being closed.
         """
-        ticket = Ticket()
-        self._start(self._generate, request, ticket, cancelled)
-        return ticket
+        future: Future[T] = Future()
+        with self._changed:
+            self._check_open()
+            self._jobs.append(_Job(lambda: future.set_result(work()), future.set_exception, lambda: self._closing))
+            self._changed.notify_all()
+        return future.result()
 
-    def call(self, work: Callable[[Callable[[], bool]], T], cancelled: Callable[[], bool] = lambda: False) -> T:
-        """Run `work` on the engine's thread, between generations, and return what it returns.
+    def check_queue_for_task(self) -> None:
+        """Refuse one more task call where too many wait already.
 
-        `work` gets a function that tells whether to give up; that is so when `cancelled()` is, or the engine closes.
-
-        Raises:
-            Cancelled: it was given up before it was done. Whatever `work` raises is raised here too.
+        Raises: as `submit`.
         """
+        with self._changed:
+            self._check_open()
+            self._check_queue(self._tasks.pending, self._options.max_batch)
 
-        def gone() -> bool:
-            return cancelled() or self._closing.is_set()
-
-        def run() -> T:
-            if gone():
-                raise Cancelled
-            return work(gone)
-
-        return self._start(run).result()
+    def wake(self) -> None:
+        """Say that there is something to do."""
+        with self._changed:
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Cancel whatever waits or runs, and end the thread. Safe to call twice."""
-        self._closing.set()
-        self._thread.shutdown(wait=True)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
-    def _start(self, work: Callable[..., T], *arguments: object) -> Future[T]:
+    @property
+    def failed(self) -> bool:
+        """Whether the engine is broken, and the model is to be loaded anew."""
+        return self._failed
+
+    def status(self) -> EngineStatus:
+        """What it is doing at this moment."""
+        batch, scheduler = self._batch, self._scheduler
+        return EngineStatus(
+            state="failed" if self._failed else "running",
+            mode="batched" if batch is not None else "one at a time",
+            reason=self._reason,
+            running=(len(scheduler.running) if scheduler is not None else 0) + (self._job is not None),
+            waiting=self._waiting,
+            tasks=self._tasks.pending,
+            slots=batch.slots.taken if batch is not None else 0,
+            resting_slots=batch.slots.resting if batch is not None else 0,
+            kv_cache_bytes=batch.allocated_bytes if batch is not None else 0,
+            kv_cache_limit=self._options.kv_cache_bytes if batch is not None else 0,
+        )
+
+    @property
+    def _waiting(self) -> int:
+        scheduler = self._scheduler
+        queued = len(scheduler.waiting) if scheduler is not None else 0
+        return queued + len(self._inbox) + sum(1 for job in self._jobs if job.ticket is not None)
+
+    def _check_open(self) -> None:
+        if self._failed:
+            raise EngineFailed(self._model_id)
+        if self._closing:
+            raise Cancelled(f"Model '{self._model_id}' is being taken out of memory")
+
+    def _check_queue(self, waiting: int, places: int) -> None:
+        if waiting >= self._options.max_queue + places:
+            running = len(self._scheduler.running) if self._scheduler is not None else 1
+            raise QueueFull(self._model_id, waiting, max(1, math.ceil(self._service / max(running, 1))))
+
+    # On the engine's thread ------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Serve everyone once: give up who has gone, let in who waits, and compute a token or a chunk for each."""
+        self._give_up()
+        self._run_job()
+        self._tasks.step()
+        if self._scheduler is None:
+            return
+        self._let_in()
+        budget = self._pace.budget(len(self._scheduler.decoding), len(self._scheduler.prefilling))
+        plan = self._scheduler.plan(budget)
+        started = time.monotonic()
+        self._compute(plan.decode)
+        decoded = time.monotonic()
+        self._compute(plan.prefill)
+        if plan.decode:
+            self._pace.decoded(decoded - started)
+        if plan.prefill:
+            self._pace.prefilled(sum(len(row.tokens) for row in plan.prefill), time.monotonic() - decoded)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
         try:
-            return self._thread.submit(work, *arguments)
-        except RuntimeError as error:
-            if not self._closing.is_set():  # no thread could be started
-                raise
-            raise Cancelled("The model is being taken out of memory") from error
+            while self._wait_for_work():
+                self.step()
+        except BaseException as broken:
+            logger.exception("the engine of %s failed", self._model_id)
+            forget_frames(broken)
+            error = EngineFailed(self._model_id)
+        with self._changed:
+            self._failed = error is not None
+            self._closing = True
+        self._end(error or Cancelled())
 
-    def _generate(self, request: GenerationRequest, ticket: Ticket, cancelled: Callable[[], bool]) -> None:
-        def gone() -> bool:
-            return ticket.cancelled() or cancelled() or self._closing.is_set()
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False when the engine is to be closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._busy)
+            return not self._closing
 
+    @property
+    def _busy(self) -> bool:
+        busy = self._scheduler is not None and (self._scheduler.waiting or self._scheduler.running)
+        return bool(busy or self._inbox or self._jobs or self._tasks.pending)
+
+    def _give_up(self) -> None:
+        """Free what those had who left, who cancelled, or who want no answer any more."""
+        with self._changed:
+            if self._scheduler is not None:
+                self._scheduler.waiting.extend(self._inbox)
+                self._inbox.clear()
+            gone = [job for job in self._jobs if job.gone()]
+            for job in gone:
+                self._jobs.remove(job)
+        for job in gone:
+            job.fail(Cancelled())
+        for sequence in self._everyone():
+            if sequence.ticket.cancelled() or sequence.gone():
+                self._fail(sequence, Cancelled())
+
+    def _run_job(self) -> None:
+        """Do one piece of work that has the thread to itself, if there is one."""
+        with self._changed:
+            self._job = self._jobs.popleft() if self._jobs else None
+        if self._job is None:
+            return
         try:
-            if gone():
-                raise Cancelled
-            self._runner.generate(request, ticket.put, gone)
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the ticket is read
+            self._job.run()
+        except EngineFailed as error:
+            self._job.fail(error)
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
             forget_frames(error)
-            ticket.finish(error)
-        else:
-            ticket.finish()
+            self._job.fail(error)
+        finally:
+            self._job = None
+
+    def _let_in(self) -> None:
+        """Give places and slots to those who wait; whoever does not fit into all the memory there is, is refused."""
+        assert self._scheduler is not None  # noqa: S101 - only called with a batch
+        with self._changed:
+            self._scheduler.admit()
+            for position, sequence in enumerate(self._scheduler.waiting, 1):
+                sequence.ticket.position = position
+            stuck = self._scheduler.waiting[0] if self._scheduler.waiting and not self._scheduler.running else None
+        if stuck is not None:
+            reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
+            self._fail(stuck, OutOfMemory(reason))
+
+    def _compute(self, rows: Many[Row]) -> None:
+        """Compute rows and give each sequence its next token. A failure is pinned on the rows that fail alone, too."""
+        if not rows:
+            return
+        assert self._scheduler is not None and self._batch is not None  # noqa: S101, PT018 - only called with a batch
+        try:
+            logits = self._batch.forward(rows)
+        except EngineFailed:
+            raise
+        except LocalLLMError as error:
+            if len(rows) == 1:
+                self._fail(rows[0].sequence, error, clean=False)
+                return
+            forget_frames(error)
+            for row in rows:
+                self._compute((row,))
+            return
+        self._scheduler.computed(rows)
+        drawn = self._batch.draw(rows, logits)
+        for row, token in zip(rows, drawn, strict=True):
+            if isinstance(token, LocalLLMError):
+                self._fail(row.sequence, token, clean=False)
+            elif row.complete:
+                self._deliver(row.sequence, token)
+
+    def _deliver(self, sequence: Sequence, token: int) -> None:
+        assert self._scheduler is not None  # noqa: S101 - it runs in the batch
+        try:
+            sequence.append(token)
+        except Exception as error:  # a tokenizer may fail on what a model makes
+            logger.exception("the text of a sequence of %s could not be made", self._model_id)
+            self._fail(sequence, error)
+            return
+        if sequence.finished:
+            self._scheduler.drop(sequence)
+            self._served(time.monotonic() - sequence.admitted)
+
+    def _fail(self, sequence: Sequence, error: BaseException, *, clean: bool = True) -> None:
+        assert self._scheduler is not None  # noqa: S101 - only sequences fail here
+        forget_frames(error)
+        with self._changed:
+            self._scheduler.drop(sequence, clean=clean)
+        sequence.ticket.finish(error)
+
+    def _served(self, seconds: float) -> None:
+        self._service = seconds if not self._service else self._service + 0.2 * (seconds - self._service)
+
+    def _everyone(self) -> list[Sequence]:
+        return [] if self._scheduler is None else [*self._scheduler.waiting, *self._scheduler.running]
+
+    def _end(self, error: BaseException) -> None:
+        """Tell everyone that there will be nothing more, and let go of the model."""
+        with self._changed:
+            sequences: Iterable[Sequence] = [*self._everyone(), *self._inbox]
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            self._inbox.clear()
+        for sequence in sequences:
+            sequence.ticket.finish(error)
+        for job in jobs:
+            job.fail(error)
+        self._tasks.close()
+        if self._batch is not None:
+            self._batch.close()
+        self._scheduler = self._batch = None

@@ -1,236 +1,222 @@
-"""The tensors of generation: a request becomes token ids, `model.generate` continues them, and ids become text.
+"""The tensors of the batch: rows of tokens go in, the logits that follow each row come out.
 
-Runs on the engine's thread only. It changes neither the model nor its tokenizer, so that whoever else uses the same
-weights sees them as they were loaded.
+Owns the model's twin and its KV cache. Decoding rows and chunks of prompts are computed alike; each row stands at
+positions of its own. Engine's thread only. Must not know tickets, text or sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
-from ..errors import Cancelled, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory
-from ..records import Chunk, FinishReason, GenerationRequest, Usage
-from .sampling import SeededDraws
+from .cache import Segment, SlotCache, layer_shapes
+from .slots import Slot
+from .twin import attend_by_segments, make_twin, wants_float_masks
 
-# Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
-_SAMPLING_ONLY = frozenset(
-    {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-)
+# Which tokens (`kv`, a row of positions) a new token at position `at` sees, by the kind of layer. The same rules as in
+# transformers.masking_utils: `at` is (rows, new tokens, 1), `kv` is (length), the number is the window's or chunk's.
+_SEES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "full_attention": lambda at, kv, _: kv <= at,
+    "sliding_attention": lambda at, kv, window: (kv <= at) & (kv > at - window),
+    "chunked_attention": lambda at, kv, chunk: (kv <= at) & (kv // chunk == at // chunk),
+}
 
-
-class _GivenUp(StoppingCriteria):  # type: ignore[misc]
-    """Ends the work as soon as the caller has given up: by raising, because a beam search goes on past a stop."""
-
-    def __init__(self, cancelled: Callable[[], bool]) -> None:
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if self._cancelled():
-            raise Cancelled
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+# Rows of one bank are attended to together, up to the longest of them, unless that is a waste.
+_ALIKE_TOKENS = 64
+_ALIKE_SHARE = 1.25
+_PADDING = 1.25  # prompts' chunks are computed together where padding makes the work no larger than this
 
 
-def _refuse(field: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
+class NotBatchable(Exception):
+    """This model's forward pass cannot serve rows at positions of their own; the message says why."""
 
 
-class TransformersRunner:
-    """Generates with a transformers model's own `generate`, one request at a time."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A row of work: `tokens` that follow the `start` ones which the slot holds already."""
 
-    def __init__(
-        self,
-        model_id: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        contexts: tuple[int | None, int | None],
-        arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
-    ) -> None:
-        """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
-        begins with the prompt); None for no limit.
+    slot: Slot
+    tokens: Sequence[int]
+    start: int
 
-        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
-        """
-        self._model_id = model_id
-        self._model = model
-        self._tokenizer = tokenizer
-        self._reads_answer = not model.config.is_encoder_decoder
-        self._context, self._answer_context = contexts
-        self._prepare = arguments
 
-    def generate(
-        self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
-    ) -> None:
-        """Generate for `request`; `emit` gets one chunk for each returned sequence, the last one with the counts.
+class BatchRunner:
+    """Computes rows with a transformers model's own modules."""
+
+    def __init__(self, model: PreTrainedModel, *, by_segments: bool = True) -> None:
+        """Look at what the model keeps and how it masks; whether its numbers are right, `parity.py` finds out.
+
+        Without `by_segments`, or where the model's attention does not allow it, each forward pass serves rows that lie
+        next to each other in one bank, with masks that any model can read.
 
         Raises:
-            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
-            Cancelled: `cancelled()` turned true meanwhile.
-            OutOfMemory: the device had no room for it.
-            GenerationFailed: the model raised.
+            NotBatchable: it keeps something else than keys and values, or has a kind of layer not known here.
         """
+        text = model.config.get_text_config()
+        self._kinds, self._by_kind = _layer_kinds(text)
+        self._numbers = {
+            "sliding_attention": getattr(text, "sliding_window", None) or 0,
+            "chunked_attention": getattr(text, "attention_chunk_size", None) or 0,
+        }
+        self._device = model.device
+        self.cache = SlotCache(_probe(model))
         try:
-            self._generate(request, emit, cancelled)
-        except LocalLLMError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"Not enough memory to generate with model '{self._model_id}'") from error
+            self._twin = make_twin(model)
         except Exception as error:
-            if "allocate memory" in str(error):  # what torch's CPU allocator says
-                raise OutOfMemory(f"Not enough memory to generate with model '{self._model_id}'") from error
-            raise GenerationFailed(f"Model '{self._model_id}' failed to generate ({type(error).__name__})") from error
+            raise NotBatchable("its modules cannot be copied") from error
+        parameters = inspect.signature(self._twin.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._takes_keep = "logits_to_keep" in parameters
+        self._float_masks = wants_float_masks(self._twin)
+        self.by_segments = by_segments and attend_by_segments(self._twin, self.cache)
 
-    def _generate(
-        self, request: GenerationRequest, emit: Callable[[Chunk], None], cancelled: Callable[[], bool]
-    ) -> None:
-        inputs = self.encode(request)
-        prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
-        parameters = self._fit(request.parameters, prompt_tokens)
-        arguments = self._arguments(parameters)
-        criteria = StoppingCriteriaList([_GivenUp(cancelled)])
-        try:
-            with torch.inference_mode(), self._draws(parameters):
-                output = self._model.generate(**inputs, **arguments, stopping_criteria=criteria)
-        except IndexError as error:
-            if "out of range in self" not in str(error):  # a table of the model's has no such row
-                raise
-            raise _refuse("max_new_tokens", "asks for more tokens than the model has positions for") from error
-        except ValueError as error:  # how `generate` refuses arguments that do not go together
-            field = next((name for name in parameters if f"`{name}`" in str(error) or f"{name}=" in str(error)), None)
-            where = f"value for field '{field}'" if field else "generation parameters"
-            raise InvalidRequest(f"Invalid {where}: {error}", field) from error
-        rows = [self._finish(self._new_tokens(row, prompt_tokens), parameters) for row in output.tolist()]
-        usage = Usage(prompt_tokens, sum(count for _, _, count in rows))
-        for index, (text, reason, _) in enumerate(rows[:-1]):
-            emit(Chunk(text, index, reason))
-        text, reason, _ = rows[-1]
-        emit(Chunk(text, len(rows) - 1, reason, usage, parameters))
+    @torch.inference_mode()
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The logits that follow each row's last token, (rows, vocabulary), float32; the cache gets all rows' tokens.
 
-    def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
-        """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
-
-        Raises:
-            InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
+        Rows of one token that stand among the decoding ones must be given in the order of their banks and rows.
         """
-        if request.messages is not None:
-            ids = self._encode_messages(request.messages)
-        else:
-            ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
-        field = "prompt" if request.messages is None else "messages"
-        if self._context is not None and len(ids) > self._context:
-            reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
-            raise _refuse(field, reason)
-        if not ids:
-            if self._model.generation_config.bos_token_id is None:
-                raise InvalidRequest(
-                    f"Invalid value for field '{field}': empty, and model '{self._model_id}' has no token to begin",
-                    field,
-                )
-            return {}
-        input_ids = torch.tensor([ids], device=self._model.device)
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        logits: list[torch.Tensor | None] = [None] * len(pieces)
+        for group in self._groups(pieces):
+            for index, row in zip(group, self._compute([pieces[index] for index in group]), strict=True):
+                logits[index] = row
+        return torch.stack([row for row in logits if row is not None])
 
-    def _encode_messages(self, messages: Any) -> list[int]:
-        """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
-        if self._tokenizer.chat_template is None:
-            end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
-            turns: list[str] = [message["content"] for message in messages]
-            # An encoder-decoder's tokenizer ends the text itself.
-            text = end.join(turns) + (end if self._reads_answer else "")
-            ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
-            return ids
-        # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
-        continued = messages[-1]["role"] == "assistant"
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
-                return_dict=False,
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(
-                f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {error}",
-                "messages",
-            ) from error
-        return ids
+    # Which rows go together ------------------------------------------------------------------------------------------
 
-    def _fit(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
-        """The parameters with the most tokens cut to what the context has room for behind the prompt.
+    def _groups(self, pieces: Sequence[Piece]) -> Iterable[list[int]]:
+        """The rows' indices, in groups that are computed in one forward pass each."""
+        singles = [index for index, piece in enumerate(pieces) if len(piece.tokens) == 1 and piece.slot.decodes]
+        rest = [index for index in range(len(pieces)) if index not in set(singles)]
+        if not self.by_segments:
+            for index in rest:
+                yield [index]
+            yield from (group for group in _split(singles, lambda a, b: _neighbours(pieces[a], pieces[b])))
+            return
+        if singles:
+            yield singles
+        group: list[int] = []
+        total = 0
+        for index in sorted(rest, key=lambda index: -len(pieces[index].tokens)):
+            longest = len(pieces[group[0]].tokens) if group else 0
+            total += len(pieces[index].tokens)
+            if group and longest * (len(group) + 1) > _PADDING * total:
+                yield group
+                group, total = [], len(pieces[index].tokens)
+            group.append(index)
+        if group:
+            yield group
 
-        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
-        has a context of its own, which its start token shares.
+    def _segments(self, pieces: Sequence[Piece], width: int) -> list[Segment]:
+        if width > 1 or not pieces[0].slot.decodes:
+            return [self._segment([piece], index, width) for index, piece in enumerate(pieces)]
+        alike = _alike if self.by_segments else _neighbours
+        groups = _split(range(len(pieces)), lambda a, b: alike(pieces[a], pieces[b]))
+        return [self._segment([pieces[index] for index in group], group[0], None) for group in groups]
 
-        Raises:
-            InvalidRequest: the least length asked for does not fit, or the prompt fills the greatest.
-        """
-        fitted = dict(parameters)
-        before = prompt_tokens if self._reads_answer and prompt_tokens else 1
-        if fitted.get("max_length", before + 1) <= before:
-            raise _refuse("max_length", f"leaves no room for new tokens behind the {before} that are there")
-        if self._answer_context is None:
-            return fitted
-        room = self._answer_context - before + 1
-        for name, most in (("max_new_tokens", room), ("max_length", before + room)):
-            if name in fitted:
-                fitted[name] = min(fitted[name], most)
-        for name, most in (("min_new_tokens", room), ("min_length", before + room)):
-            if fitted.get(name, 0) > most:
-                raise _refuse(
-                    name, f"must be at most {most}, all that a context of {self._answer_context} tokens holds"
-                )
-        return fitted
+    def _segment(self, pieces: Sequence[Piece], first: int, width: int | None) -> Segment:
+        """`pieces` lie side by side in their bank; `width` is that of a prompt's chunk, None for decoding rows."""
+        row, starts = pieces[0].slot.row, [piece.start for piece in pieces]
+        count = len(pieces[0].tokens) if width is not None else None
+        length = max(starts) + (count or 1)
+        # What pads a chunk stands where its last token does: beyond it there may be no position.
+        offsets = torch.arange(width or 1, device=self._device).clamp(max=(count or 1) - 1)
+        positions = torch.tensor(starts, device=self._device)[:, None] + offsets
+        index = torch.arange(row, row + len(pieces), device=self._device)
+        same = count == width if width is not None else min(starts) == max(starts)
+        masks = {kind: self._mask(kind, positions, length, same) for kind in self._kinds}
+        batch = slice(first, first + len(pieces))
+        bank = pieces[0].slot.bank.key
+        return Segment(bank, batch, slice(row, row + len(pieces)), length, positions, index, count, masks)
 
-    def _arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of `generate` that honour `parameters`."""
-        foreign = "forced_bos_token_id" if self._reads_answer else "guidance_scale"
-        if foreign in parameters:
-            kind = "encoder-decoder" if self._reads_answer else "decoder-only"
-            raise _refuse(foreign, f"is honoured by {kind} models only")
-        arguments = self._prepare({name: value for name, value in parameters.items() if name != "seed"})
-        if not arguments.get("do_sample"):
-            arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
-        if self._stops(parameters):
-            arguments["tokenizer"] = self._tokenizer
-        if self._model.generation_config.pad_token_id is None:
-            pad = self._tokenizer.pad_token_id
-            ends = self._ends(parameters)
-            arguments["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
-        return arguments
+    def _mask(self, kind: str, positions: torch.Tensor, length: int, same: bool) -> torch.Tensor | None:
+        """Which tokens are seen, (rows, 1, new tokens, length); None where `sdpa` knows by itself: all, or causally."""
+        number = self._numbers.get(kind, 0)
+        width = positions.shape[1]
+        if self.by_segments and same and width in (1, length) and (kind == "full_attention" or length <= number):
+            return None
+        seen = _SEES[kind](positions[:, :, None], torch.arange(length, device=self._device), number)[:, None]
+        if not self._float_masks:
+            return seen
+        zero = torch.zeros((), dtype=self._twin.dtype, device=self._device)
+        return torch.where(seen, zero, torch.finfo(self._twin.dtype).min)
 
-    def _draws(self, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        seed = parameters.get("seed")
-        return nullcontext() if seed is None else SeededDraws(seed, self._model.device)
+    # One forward pass ------------------------------------------------------------------------------------------------
 
-    def _ends(self, parameters: Mapping[str, Any]) -> frozenset[int]:
-        """The token ids that end a text: the request's, else the model's."""
-        ends = parameters.get("eos_token_id", self._model.generation_config.eos_token_id)
-        if ends is None:
-            return frozenset()
-        return frozenset(ends) if isinstance(ends, list) else frozenset({ends})
+    def _compute(self, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
+        """The logits after each row; all rows have one token, or all are prompts' chunks."""
+        width = max(len(piece.tokens) for piece in pieces)
+        segments = self._segments(pieces, width)
+        self.cache.segments = segments
+        ids = torch.tensor([[*piece.tokens, *[0] * (width - len(piece.tokens))] for piece in pieces])
+        inputs: dict[str, Any] = {"input_ids": ids.to(self._device)}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.cat([segment.positions for segment in segments])
+        handles = self._handles(segments[0], len(pieces))
+        inputs["attention_mask"] = handles if self._by_kind else handles[self._kinds[0]]
+        ends = sorted({len(piece.tokens) - 1 for piece in pieces})
+        if self._takes_keep:
+            inputs["logits_to_keep"] = 1 if ends == [width - 1] else torch.tensor(ends, device=self._device)
+        logits = self._twin(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True).logits.float()
+        if self._takes_keep and len(ends) == 1:
+            return list(logits[:, -1].unbind())
+        places = ends if self._takes_keep else list(range(width))
+        return [row[places.index(len(piece.tokens) - 1)] for row, piece in zip(logits, pieces, strict=True)]
 
-    def _stops(self, parameters: Mapping[str, Any]) -> list[str]:
-        """The strings that end a text: the request's, else the model's."""
-        stops = parameters.get("stop_strings", self._model.generation_config.stop_strings)
-        return [stops] if isinstance(stops, str) else list(stops or ())
+    def _handles(self, segment: Segment, rows: int) -> dict[str, torch.Tensor]:
+        """What the model gets as its masks: those of its one segment, or what stands for those of several."""
+        if not self.by_segments:
+            return {kind: mask for kind, mask in segment.masks.items() if mask is not None}
+        self.cache.handles = {kind: torch.empty((rows, 1, 1, 1), device=self._device) for kind in self._kinds}
+        return dict(self.cache.handles)
 
-    def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
-        """The ids of a returned row that were made, without the prompt or the one token that started it."""
-        return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
 
-    def _finish(self, ids: list[int], parameters: Mapping[str, Any]) -> tuple[str, FinishReason, int]:
-        """Text, why it ended, and how many tokens were made (the end token included, padding after it not)."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        ends = self._ends(parameters)
-        count = next((index + 1 for index, token in enumerate(ids) if token in ends), None)
-        found = [text.index(stop) for stop in self._stops(parameters) if stop in text]
-        if found:
-            text = text[: min(found)]
-        reason: FinishReason = "stop" if found or count is not None else "length"
-        return text, reason, len(ids) if count is None else count
+def _probe(model: PreTrainedModel) -> list[Any]:
+    """What each layer keeps of a token, seen by giving the model one."""
+    inputs = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            cache = model(input_ids=inputs, use_cache=True, return_dict=True).past_key_values
+        return layer_shapes(cache)
+    except Exception as error:
+        raise NotBatchable(f"its cache is not one of keys and values for each token ({error})") from error
+
+
+def _layer_kinds(config: Any) -> tuple[list[str], bool]:
+    """The kinds of layers, and whether the model takes a mask for each: `create_masks_for_generate`'s rules."""
+    named = getattr(config, "layer_types", None)
+    if named is not None:
+        kinds, by_kind = sorted(set(named)), True
+    elif getattr(config, "sliding_window", None) is not None:
+        kinds, by_kind = ["sliding_attention"], False
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kinds, by_kind = ["chunked_attention"], False
+    else:
+        kinds, by_kind = ["full_attention"], False
+    if unknown := [kind for kind in kinds if kind not in _SEES]:
+        raise NotBatchable(f"it has layers of the kind {', '.join(unknown)}")
+    return kinds, by_kind
+
+
+def _neighbours(one: Piece, other: Piece) -> bool:
+    """Whether the second row lies right behind the first one."""
+    return one.slot.bank is other.slot.bank and other.slot.row == one.slot.row + 1
+
+
+def _alike(one: Piece, other: Piece) -> bool:
+    """Whether two rows may be attended to together: neighbours of about one length."""
+    short, long = sorted((one.start, other.start))
+    return _neighbours(one, other) and long <= _ALIKE_SHARE * short + _ALIKE_TOKENS
+
+
+def _split(items: Iterable[int], together: Callable[[int, int], bool]) -> list[list[int]]:
+    """Cut a list where two items that follow each other do not belong together."""
+    listed = list(items)
+    cuts = [index + 1 for index, (a, b) in enumerate(pairwise(listed)) if not together(a, b)]
+    return [listed[start:end] for start, end in pairwise([0, *cuts, len(listed)]) if end > start]

@@ -1,4 +1,8 @@
-"""Draws of one request's own: a seed gives the same text whatever else the process samples meanwhile."""
+"""From logits to tokens, each row by its own parameters and its own random draws.
+
+The rules are transformers' own logits processors, made by `generate` itself for each request; here they are applied to
+the rows of a batch, and tokens are drawn as `generate` draws them. Engine's thread only.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..errors import GenerationFailed, LocalLLMError
+from .failures import typed
 
 
 class SeededDraws(TorchFunctionMode):
@@ -34,3 +42,86 @@ class SeededDraws(TorchFunctionMode):
         if func is torch.multinomial:
             arguments["generator"] = self._generator
         return func(*args, **arguments)
+
+
+class Sampler:
+    """How one sequence's tokens are drawn: its request's processors, and a generator of its own if it has a seed."""
+
+    def __init__(
+        self, prompt: torch.Tensor, most: int, processors: LogitsProcessorList, do_sample: bool, seed: int | None
+    ) -> None:
+        """`prompt` are its token ids, (1, tokens), on the model's device; there may be `most` tokens in all."""
+        self._processors = processors
+        self._do_sample = do_sample
+        self._generator: torch.Generator | None = None
+        if seed is not None:
+            self._generator = torch.Generator(device=prompt.device)
+            self._generator.manual_seed(seed)
+        self.plain = not do_sample and not len(processors)
+        self._count = prompt.shape[1]
+        self._ids = prompt if self.plain else prompt.new_empty((1, max(most, self._count)))
+        if not self.plain:
+            self._ids[:, : self._count] = prompt
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token, (1,), from the logits (1, vocabulary), float32, as `GenerationMixin._sample` draws it."""
+        scores: torch.Tensor = self._processors(self._ids[:, : self._count], logits)
+        if not self._do_sample:
+            token = scores.argmax(-1)
+        else:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self._generator)[:, 0]
+        if self._count < self._ids.shape[1]:
+            self._ids[:, self._count] = token
+            self._count += 1
+        return token
+
+
+def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> list[int | LocalLLMError]:
+    """A token for each row of `logits`, (rows, vocabulary), float32; an error where a row's logits are no numbers."""
+    if not samplers:
+        return []
+    with torch.inference_mode():
+        tokens = logits.argmax(-1)
+        highest = logits.gather(1, tokens[:, None])[:, 0]  # the place of a NaN, where there is one
+        broken = highest.isnan().tolist()
+        failed: dict[int, LocalLLMError] = {}
+        for index, sampler in enumerate(samplers):
+            if broken[index]:
+                failed[index] = GenerationFailed(f"Model '{model_id}' failed to generate (its logits are not numbers)")
+            elif not sampler.plain:
+                try:
+                    with typed(model_id):
+                        tokens[index : index + 1] = sampler.draw(logits[index : index + 1])
+                except LocalLLMError as error:
+                    failed[index] = error
+        return [failed.get(index, token) for index, token in enumerate(tokens.tolist())]
+
+
+class Repeated(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's `presence_penalty` and `frequency_penalty`: taken from the logits of those made so far, prompt apart.
+
+    The first is taken once, the second for each time. Source: "Frequency and presence penalties", OpenAI API reference.
+    """
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`input_ids` (rows, tokens) with the prompt, `scores` (rows, vocabulary)."""
+        made = input_ids[:, self._prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, made, torch.ones_like(made, dtype=scores.dtype))
+        return scores - self._presence * (counts > 0) - self._frequency * counts
+
+
+class Biased(LogitsProcessor):  # type: ignore[misc]
+    """`logit_bias`: added to the logits of the tokens named."""
+
+    def __init__(self, bias: Mapping[int, float], device: torch.device) -> None:
+        self._tokens = torch.tensor(list(bias), dtype=torch.long, device=device)
+        self._values = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """`scores` (rows, vocabulary)."""
+        return scores.index_add(1, self._tokens, self._values.to(scores.dtype).expand(scores.shape[0], -1))

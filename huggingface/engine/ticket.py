@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..records import Chunk
 
@@ -17,15 +17,21 @@ class Ticket(Iterator[Chunk]):
     """The chunks of one request, in the order they are made.
 
     Iteration blocks until the next chunk is there, ends after the last one, and raises the error that ended the
-    request, if one did.
+    request, if one did. `position` is its place in the queue, counted from 1, and None once it runs; `prompt_tokens`
+    and `made` are how many tokens were read, and made so far. These may be read at any time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prompt_tokens: int = 0, on_cancel: Callable[[], None] = lambda: None) -> None:
+        """`on_cancel` is called when the ticket is cancelled, by whoever does it."""
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
         self._done = False
         self._error: BaseException | None = None
         self._cancelled = False
+        self._on_cancel = on_cancel
+        self.position: int | None = None
+        self.prompt_tokens = prompt_tokens
+        self.made = 0
 
     def __next__(self) -> Chunk:
         self.wait()
@@ -44,12 +50,22 @@ class Ticket(Iterator[Chunk]):
     def cancel(self) -> None:
         """Ask that the work be given up; it ends at its next step with `errors.Cancelled`."""
         self._cancelled = True
+        self._on_cancel()
 
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled
 
+    @property
+    def done(self) -> bool:
+        """Whether no further chunk will be made."""
+        return self._done
+
     # The engine's side -----------------------------------------------------------------------------------------------
+
+    def admitted(self) -> None:
+        """Say that it runs from now on."""
+        self.position = None
 
     def put(self, chunk: Chunk) -> None:
         """Deliver a chunk."""
@@ -58,8 +74,11 @@ class Ticket(Iterator[Chunk]):
             self._changed.notify_all()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Say that no chunk will follow, and why if it is for an error."""
+        """Say that no chunk will follow, and why if it is for an error. Only the first call counts."""
         with self._changed:
+            if self._done:
+                return
             self._done = True
             self._error = error
+            self.position = None
             self._changed.notify_all()

@@ -1,19 +1,21 @@
 """question-answering: the stretch of a text that answers a question, as transformers 4.57.6's pipeline found it.
 
 transformers 5 removed that pipeline; here is its behaviour, on the model and tokenizer that are handed in and are
-never changed. Called on the model's worker thread, the only one that may use this tokenizer meanwhile.
+never changed. Called on the model's engine thread, the only one that may use this tokenizer meanwhile.
 Must not know HTTP, the registry, nor how the model was loaded.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, InvalidRequest, UnknownField
 from . import inputs as check
 from .context_pieces import Example, Options, Piece, pieces
+from .json_values import json_value
+from .lane import Lane, Outputs, Tensors
 from .positions import max_positions
 
 if TYPE_CHECKING:
@@ -36,12 +38,20 @@ class QuestionAnswering:
     """
 
     def __init__(self, model: Any, tokenizer: Any, cancelled: Callable[[], bool] = _never) -> None:
-        self._model = model
         self._tokenizer = tokenizer
         self._cancelled = cancelled
-        self._accepted = inspect.signature(model.forward).parameters
-        self._names = [name for name in _input_names(tokenizer) if name in self._accepted]
+        accepted = inspect.signature(model.forward).parameters
+        self._names = [name for name in _input_names(tokenizer) if name in accepted]
         self._segments = getattr(model.config, "type_vocab_size", 2) != 1
+        self._limit = max_positions(model)
+        self.lane = Lane(
+            model,
+            tokenizer,
+            ("start_logits", "end_logits"),
+            device=model.device,
+            per_token=True,
+            fixed={"use_cache": False} if "use_cache" in accepted else {},
+        )
 
     def __call__(self, inputs: Any, *, cancelled: Callable[[], bool] | None = None, **parameters: Any) -> Any:
         """Answer one `{"question", "context"}` or a list of them; `question` alone or both may be lists of texts.
@@ -58,19 +68,51 @@ class QuestionAnswering:
         options = _options(parameters)
         examples = _examples(inputs)
         stop = cancelled or self._cancelled
-        answers = [self._answer(example, options, stop) for example in examples]
+        answers = [self.best(self._read(example, options, stop), options) for example in examples]
         return answers[0] if len(answers) == 1 else answers
 
-    def _answer(self, example: Example, options: Options, cancelled: Callable[[], bool]) -> Any:
-        """The best answers over all pieces of one context (4.57.6: `QuestionAnsweringPipeline.postprocess`)."""
+    def _read(
+        self, example: Example, options: Options, cancelled: Callable[[], bool]
+    ) -> Iterator[tuple[Piece, Outputs]]:
+        for piece in self.pieces(example, options):
+            if cancelled():
+                raise Cancelled
+            try:
+                (outputs,) = self.lane.run([piece.tensors])
+            except IndexError as error:
+                raise self.blame(error, _tokens(piece)) from error
+            assert outputs is not None  # noqa: S101 - a row alone is always believed
+            yield piece, outputs
+
+    def pieces(self, example: Example, options: Options) -> Iterator[Piece]:
+        """What the model reads of one context, none of it longer than it can read."""
+        for piece in pieces(self._tokenizer, self._names, self._segments, example, options):
+            length = _tokens(piece)
+            if self._limit is not None and length > self._limit:
+                reason = f"makes pieces of {length} tokens, and the model reads at most {self._limit}"
+                raise check.refuse("max_seq_len", reason)
+            yield piece
+
+    def blame(self, error: Exception, tokens: int) -> Exception:
+        """What an error of the model on a piece of so many tokens means."""
+        # A position or token beyond the model's table of them.
+        if not isinstance(error, IndexError) or "out of range in self" not in str(error):
+            return error
+        refusal = check.refuse("max_seq_len", f"makes pieces of {tokens} tokens, more than the model reads")
+        refusal.__cause__ = error
+        return refusal
+
+    def best(self, read: Iterable[tuple[Piece, Outputs]], options: Options) -> Any:
+        """The best answers over all pieces of one context (4.57.6: `QuestionAnsweringPipeline.postprocess`).
+
+        `read` has the pieces with their logits for the start and for the end of an answer, (1, length) each.
+        """
         answers: list[dict[str, Any]] = []
         null_score = 1000000.0
         # Some candidates fall together once they are widened to words.
         wanted = options.top_k * 2 + 10 if options.align_to_words else options.top_k
-        for piece in pieces(self._tokenizer, self._names, self._segments, example, options):
-            if cancelled():
-                raise Cancelled
-            start, end = self._probabilities(piece)
+        for piece, (start_logits, end_logits) in read:
+            start, end = _probabilities(piece, start_logits), _probabilities(piece, end_logits)
             if options.handle_impossible_answer:
                 null_score = min(null_score, (start[0, 0] * end[0, 0]).item())
             start[0, 0] = end[0, 0] = 0.0
@@ -90,34 +132,34 @@ class QuestionAnswering:
         best = sorted(answers, key=lambda answer: answer["score"], reverse=True)[: options.top_k]
         return best[0] if len(best) == 1 else best
 
-    def _probabilities(self, piece: Piece) -> tuple[NDArray[Any], NDArray[Any]]:
-        """How likely each token is to begin and to end the answer, (1, length) each; closed tokens have no part."""
-        import numpy as np
-        import torch
 
-        tensors = {name: value.to(self._model.device) for name, value in piece.tensors.items()}
-        length = int(tensors["input_ids"].shape[-1])
-        limit = max_positions(self._model)
-        if limit is not None and length > limit:
-            reason = f"makes pieces of {length} tokens, and the model reads at most {limit}"
-            raise check.refuse("max_seq_len", reason)
-        if "use_cache" in self._accepted:
-            tensors["use_cache"] = False
-        try:
-            with torch.inference_mode():
-                output = self._model(**tensors)
-        except IndexError as error:
-            if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
-                raise
-            raise check.refuse("max_seq_len", f"makes pieces of {length} tokens, more than the model reads") from error
-        shut = _open(piece) == 0
-        both = []
-        for logits in (output["start_logits"], output["end_logits"]):
-            exact = logits.float() if logits.dtype == torch.bfloat16 else logits  # NumPy has no bfloat16
-            masked = np.where(shut, -10000.0, exact.cpu().numpy())
-            weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
-            both.append(weights / weights.sum())
-        return both[0], both[1]
+class QuestionWork:
+    """One call in rows, which are pieces of its contexts: a `batching.Work`."""
+
+    def __init__(self, questions: QuestionAnswering, inputs: Any, parameters: Mapping[str, Any]) -> None:
+        """`inputs` and `parameters` are those of `QuestionAnswering.__call__`, which says what they may be."""
+        self._questions = questions
+        self._options = _options(parameters)
+        self._examples = _examples(inputs)
+        self.lane: Lane = questions.lane
+        self.count = len(self._examples)
+
+    def rows(self, index: int) -> Iterator[tuple[Tensors, Any]]:
+        """The pieces of one context."""
+        for piece in self._questions.pieces(self._examples[index], self._options):
+            yield piece.tensors, piece
+
+    def answer(self, rows: Sequence[tuple[Any, Outputs]]) -> Any:
+        """The best answers to one question."""
+        return json_value(self._questions.best(rows, self._options))
+
+    def whole(self, answers: list[Any]) -> Any:
+        """One question's answers, or a list of those of several."""
+        return answers[0] if len(answers) == 1 else answers
+
+    def blame(self, error: Exception, tokens: int) -> Exception:
+        """A refusal, if the model has no position for the last of the tokens."""
+        return self._questions.blame(error, tokens)
 
 
 def _input_names(tokenizer: Any) -> list[str]:
@@ -132,6 +174,22 @@ def _input_names(tokenizer: Any) -> list[str]:
 
 
 # Tokens and scores ----------------------------------------------------------------------------------------------------
+
+
+def _tokens(piece: Piece) -> int:
+    return int(piece.tensors["input_ids"].shape[-1])
+
+
+def _probabilities(piece: Piece, logits: Any) -> NDArray[Any]:
+    """How likely each token is to begin, or to end, the answer, (1, length); closed tokens have no part."""
+    import numpy as np
+    import torch
+
+    exact = logits.float() if logits.dtype == torch.bfloat16 else logits  # NumPy has no bfloat16
+    masked = np.where(_open(piece) == 0, -10000.0, exact.numpy())
+    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    probabilities: NDArray[Any] = weights / weights.sum()
+    return probabilities
 
 
 def _open(piece: Piece) -> NDArray[np.int64]:

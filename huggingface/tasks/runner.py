@@ -1,21 +1,24 @@
 """Runs tasks on one loaded model: the same weights under every pipeline, results as plain JSON values.
 
-A TaskRunner is called on its model's single worker thread only; `opened` may be read from any. It owns the pipelines
-and a tokenizer of its own, which they may set up as they like. Must not know the registry, HTTP or pydantic.
+`submit`, `close`, `pending` and `opened` may be used from any thread, all else on the model's single engine thread
+only. It owns the pipelines and a tokenizer of its own, which they may set up as they like, and the calls that wait;
+which of them go together is the batcher's business. Must not know the registry, HTTP or pydantic.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
-from . import GENERATION_TASKS, Head, canonical_task, supported_tasks
+from ..errors import Cancelled, GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
+from . import Head, canonical_task, supported_tasks
 from . import inputs as shapes
+from .batching import Batcher, Request, TaskCall, Work
 from .generation import check_sequences, generation_arguments
 from .json_values import json_value
+from .lane import Lane, Outputs, token_count
 
 
 class TaskRunner:
@@ -30,7 +33,10 @@ class TaskRunner:
         self._head: Head = head
         self._supported: tuple[str, ...] | None = None
         self._pipelines: dict[str, Any] = {}
+        self._lanes: dict[tuple[str | int, ...], Lane] = {}
+        self._questions: Any = None
         self._opened: tuple[str, ...] = ()
+        self._calls = Batcher(begin=self._begin, whole=self._whole, explain=self._explain, finished=self._finished)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -44,54 +50,102 @@ class TaskRunner:
             self._supported = self._find_supported()
         return self._supported
 
+    def submit(
+        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
+    ) -> TaskCall:
+        """Queue `task` on `inputs`, one item or a list, for `step` to do as transformers' pipeline of that name would.
+
+        `parameters` are those of `TASK_PARAMETERS`, validated. `cancelled` tells, on the engine's thread, that the
+        client has gone: asked before each batch, item and token. Any thread; every error comes from the call's
+        `result`: those of `run`, and `Cancelled` after `close`.
+        """
+        return self._calls.submit(task, inputs, parameters, cancelled)
+
+    def step(self) -> bool:
+        """Do the next bounded piece of the calls that were submitted; whether there is more. Errors go to the calls.
+
+        One piece is one batch of rows of any of the calls or, for tasks that generate and for tables, one whole call.
+        """
+        return self._calls.step()
+
+    def close(self) -> None:
+        """Cancel whatever was submitted and is not done, and whatever will be."""
+        self._calls.close()
+
+    @property
+    def pending(self) -> int:
+        """How many calls were submitted and have no result yet."""
+        return self._calls.pending
+
     def run(
         self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
     ) -> Any:
-        """Do `task` on `inputs`, one item or a list, as transformers' pipeline of that name would; JSON values.
+        """Do `task` at once, item after item: what `submit` gives, and to the last bit what transformers gives.
 
-        `parameters` are those of `TASK_PARAMETERS`, validated. `cancelled` is asked between items, between the
-        pieces of one, and between tokens.
+        `cancelled` is asked between items, between the pieces of one, and between tokens.
 
         Raises:
             InvalidRequest: the inputs or a parameter cannot be used with this model, or it cannot do the task.
             Cancelled: `cancelled` said so.
             GenerationFailed, OutOfMemory: the model failed.
         """
-        name = canonical_task(task)
-        if name not in map(canonical_task, self.supported):
-            raise UnsupportedTask(self._model_id, task, self.supported)
+        request = Request(task, inputs, parameters, cancelled)
         try:
-            result = json_value(self._dispatch(task, name, inputs, dict(parameters), cancelled))
+            work = self._begin(request)
+            result = self._whole(request) if work is None else _one_by_one(work, cancelled)
         except LocalLLMError:
             raise
         except Exception as error:
-            raise self._failure(task, parameters, error) from error
-        opened = name if task.startswith("translation_") else task
-        if opened not in self._opened:
-            self._opened = (*self._opened, opened)
+            raise self._explain(request, error) from error
+        self._finished(request)
         return result
 
-    def _dispatch(
-        self, task: str, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]
-    ) -> Any:
-        if name in GENERATION_TASKS:
-            parameters = generation_arguments(parameters, self._model)
-        if name == "text-generation":
-            return self._generate(inputs, parameters, cancelled)
-        if name in GENERATION_TASKS:
-            from .text2text import Text2Text
+    # A call's life ----------------------------------------------------------------------------------------------------
 
-            return Text2Text(self._model, self._tokenizer, task)(inputs, cancelled=cancelled, **parameters)
+    def _begin(self, request: Request) -> Work | None:
+        name = canonical_task(request.task)
+        if name not in map(canonical_task, self.supported):
+            raise UnsupportedTask(self._model_id, request.task, self.supported)
         if name == "question-answering":
-            from .question_answering import QuestionAnswering
+            from .question_answering import QuestionAnswering, QuestionWork
 
-            return QuestionAnswering(self._model, self._tokenizer)(inputs, cancelled=cancelled, **parameters)
-        check = _CHECKS[name]
-        if parameters.get("is_split_into_words"):
-            check = shapes.words
-        inputs = check(inputs)
+            if self._questions is None:
+                self._questions = QuestionAnswering(self._model, self._tokenizer)
+            return QuestionWork(self._questions, request.inputs, request.parameters)
+        if name not in _CHECKS or name == "table-question-answering":
+            return None
+        from .pipelines import PipelineWork
+
+        inputs, parameters = self._checked(name, request)
+        return PipelineWork(self._pipeline(name), inputs, parameters)
+
+    def _whole(self, request: Request) -> Any:
+        name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
+        if name == "table-question-answering":
+            return json_value(self._call(name, *self._checked(name, request), cancelled))
+        parameters = generation_arguments(parameters, self._model)
+        if name == "text-generation":
+            return json_value(self._generate(request.inputs, parameters, cancelled))
+        from .text2text import Text2Text
+
+        answer = Text2Text(self._model, self._tokenizer, request.task)
+        return json_value(answer(request.inputs, cancelled=cancelled, **parameters))
+
+    def _checked(self, name: str, request: Request) -> tuple[Any, dict[str, Any]]:
+        """The inputs and parameters of a call, fit for the pipeline of the task `name`."""
+        parameters = dict(request.parameters)
+        check = shapes.words if parameters.get("is_split_into_words") else _CHECKS[name]
+        inputs = check(request.inputs)
         self._check_parameters(name, inputs, parameters)
-        return self._call(name, inputs, parameters, cancelled)
+        return inputs, parameters
+
+    def _finished(self, request: Request) -> None:
+        opened = "translation" if request.task.startswith("translation_") else request.task
+        if opened not in self._opened:
+            self._opened = (*self._opened, opened)
+
+    def _explain(self, request: Request, error: Exception) -> LocalLLMError:
+        return self._failure(request.task, request.parameters, error)
 
     def _generate(self, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
         inputs = shapes.prompts_or_chats(inputs)
@@ -143,18 +197,26 @@ class TaskRunner:
                 raise shapes.refuse(field + "max_length", f"must exceed the {special} special tokens of an input")
 
     def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
-        if name not in self._pipelines:
-            from .pipelines import open_pipeline
-
-            model = self._model.base_model if name == "feature-extraction" else self._model
-            self._pipelines[name] = open_pipeline(name, model, self._tokenizer)
-        pipeline = self._pipelines[name]
+        pipeline = self._pipeline(name)
         pipeline.call_count = 0  # it counts calls only to complain of many
         pipeline.cancelled = cancelled
         try:
             return pipeline(inputs, **parameters)
         finally:
             del pipeline.cancelled  # it may hold on to the whole request
+
+    def _pipeline(self, name: str) -> Any:
+        if name not in self._pipelines:
+            from .pipelines import Batched, open_pipeline
+
+            model = self._model.base_model if name == "feature-extraction" else self._model
+            pipeline = open_pipeline(name, model, self._tokenizer)
+            if isinstance(pipeline, Batched):
+                if pipeline.outputs not in self._lanes:
+                    self._lanes[pipeline.outputs] = pipeline.open_lane()
+                pipeline.lane = self._lanes[pipeline.outputs]
+            self._pipelines[name] = pipeline
+        return self._pipelines[name]
 
     @property
     def _tokenizer(self) -> Any:
@@ -214,6 +276,23 @@ class TaskRunner:
                 if f"`{field}`" in reason or f"{field}=" in reason:
                     return shapes.refuse(field, reason)
         return GenerationFailed(f"Model '{self._model_id}' failed to do '{task}'")
+
+
+def _one_by_one(work: Work, gone: Callable[[], bool]) -> Any:
+    """The result of a call whose rows are computed each alone."""
+
+    def computed(index: int) -> Iterator[tuple[Any, Outputs]]:
+        for tensors, known in work.rows(index):
+            if gone():
+                raise Cancelled
+            try:
+                (outputs,) = work.lane.run([tensors])
+            except Exception as error:
+                raise work.blame(error, token_count(tensors)) from error
+            assert outputs is not None  # noqa: S101 - a row alone is always right
+            yield known, outputs
+
+    return work.whole([work.answer(list(computed(index))) for index in range(work.count)])
 
 
 def _is_byte_pair(tokenizer: Any) -> bool:

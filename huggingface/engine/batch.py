@@ -1,0 +1,85 @@
+"""What a batch is made of for one transformers model: its runner, its slots, and how tokens are drawn.
+
+The engine's counterpart that knows tensors; used on its thread only. Must not know queues, tickets or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any
+
+import torch
+
+from ..errors import LocalLLMError
+from ..records import EngineOptions
+from .detokenizer import TextStream
+from .failures import typed
+from .prepare import Prepared, Settled
+from .runner import BatchRunner, Piece
+from .sampling import Sampler, draw
+from .scheduler import Row
+from .sequence import Sequence
+from .slots import SlotTable
+from .ticket import Ticket
+
+
+class TransformersBatch:
+    """Rows of a batch in, tokens out."""
+
+    def __init__(self, model_id: str, runner: BatchRunner, options: EngineOptions) -> None:
+        self._model_id = model_id
+        self._runner = runner
+        self.slots = SlotTable(runner.cache, options.kv_cache_bytes // runner.cache.token_bytes)
+
+    def forward(self, rows: Many[Row]) -> torch.Tensor:
+        """The logits that follow each row's last token, (rows, vocabulary), float32.
+
+        Raises: as `failures.typed`.
+        """
+        pieces = [Piece(row.sequence.slot, row.tokens, row.start) for row in rows if row.sequence.slot is not None]
+        with typed(self._model_id):
+            return self._runner.forward(pieces)
+
+    def draw(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
+        """The next token of each row whose tokens are all computed, or why there is none; 0 for the others."""
+        complete = [index for index, row in enumerate(rows) if row.complete]
+        if len(complete) < len(rows):
+            logits = logits[complete]
+        drawn: list[int | LocalLLMError] = [0] * len(rows)
+        samplers = [rows[index].sequence.sampler for index in complete]
+        for index, token in zip(complete, draw(logits, samplers, self._model_id), strict=True):
+            drawn[index] = token
+        return drawn
+
+    def close(self) -> None:
+        """Let go of the cache."""
+        self._runner.cache.drop_all()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of KV cache that are taken."""
+        return self._runner.cache.allocated_bytes
+
+
+def sequence_of(
+    prepared: Prepared, settled: Settled, tokenizer: Any, ticket: Ticket, gone: Callable[[], bool], streams: bool
+) -> Sequence:
+    """The row of the batch that gives a request what `generate` would."""
+    config = settled.config
+    tokens: list[int] = settled.input_ids[0].tolist()
+    ends = config._eos_token_tensor
+    seed = prepared.parameters.get("seed")
+    return Sequence(
+        tokens=tokens,
+        prompt_tokens=len(tokens),
+        most=config.max_length,
+        ends=frozenset() if ends is None else frozenset(ends.tolist()),
+        ticket=ticket,
+        text=TextStream(tokenizer, prepared.stops, tokens),
+        sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), seed),
+        parameters=prepared.parameters,
+        gone=gone,
+        streams=streams,
+        max_time=config.max_time,
+    )

@@ -1,0 +1,200 @@
+"""The KV cache in tensors: banks of rows, each row a sequence at positions of its own.
+
+It is passed to a transformers model as `past_key_values`: the model hands the new keys and values of each layer to
+`update` and gets back those to attend to. Which row is whose, `slots.py` decides; it is this cache's caller as its
+store. Engine's thread only. Must not know sequences, sampling or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from ..memory import available_bytes
+
+# Shape of one layer's keys or values for one token: heads and width of a head.
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a layer keeps of a token."""
+
+    keys: Shape
+    values: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return (self.keys[0] * self.keys[1] + self.values[0] * self.values[1]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one forward pass that lie next to each other in one bank: `batch` there, `rows` here.
+
+    `length` is up to where they attend, `positions` (rows, new tokens) where the new tokens stand. `counts` tells of a
+    prompt's chunk how many of its tokens are real; None where each row has one. `masks` hold, for each kind of layer,
+    which of the `length` tokens each new one sees: (rows, 1, new tokens, length), or None for all of them up to itself.
+    """
+
+    bank: int
+    batch: slice
+    rows: slice
+    length: int
+    positions: torch.Tensor
+    index: torch.Tensor
+    count: int | None
+    masks: Mapping[str, torch.Tensor | None]
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Keys and values of all banks and layers; see `slots.Store` for what moves rows about."""
+
+    def __init__(self, layers: Sequence[LayerShape | None]) -> None:
+        """`layers` are the model's, None for one that keeps nothing."""
+        super().__init__(layers=[])
+        self._shapes = list(layers)
+        self._banks: dict[int, list[tuple[torch.Tensor, torch.Tensor] | None]] = {}
+        self.segments: Sequence[Segment] = ()
+        self.handles: Mapping[str, torch.Tensor] = {}  # what the model is given as its masks, by kind of layer
+        self.layer = 0  # whose `update` was called last
+        self.token_bytes = sum(shape.token_bytes for shape in self._shapes if shape is not None)
+
+    # What the model calls --------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the new keys and values of a layer, each (batch, heads, new tokens, width).
+
+        Returns those to attend to, (batch, heads, length, width), where the batch is one segment. Where it is several,
+        it returns its arguments, and whoever attends asks for `view` segment by segment.
+        """
+        self.layer = layer_idx
+        for segment in self.segments:
+            self._write(segment, key_states, value_states, layer_idx)
+        if len(self.segments) == 1:
+            return self.view(self.segments[0], layer_idx)
+        return key_states, value_states
+
+    def view(self, segment: Segment, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A segment's keys and values up to its length, without a copy."""
+        pair = self._banks[segment.bank][layer_idx]
+        assert pair is not None  # noqa: S101 - the layer has just been written to
+        return pair[0][segment.rows, :, : segment.length], pair[1][segment.rows, :, : segment.length]
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """No single number is right; models ask only where they are given no positions."""
+        return 0
+
+    def _write(self, segment: Segment, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
+        pair = self._banks[segment.bank][layer_idx]
+        if pair is None:
+            raise ValueError(f"layer {layer_idx} was not expected to keep anything")
+        for kept, new in zip(pair, (keys, values), strict=True):
+            if segment.count is None:
+                kept[segment.index, :, segment.positions[:, 0]] = new[segment.batch, :, 0]
+            else:
+                start = segment.length - segment.count
+                kept[segment.rows, :, start : segment.length] = new[segment.batch, :, : segment.count]
+
+    # What the slot table calls ---------------------------------------------------------------------------------------
+
+    def create(self, bank: int, rows: int, capacity: int) -> bool:
+        """Take the memory of a bank, if it is there to be taken: it is measured, and filled with zeros at once."""
+        for device in {shape.device for shape in self._shapes if shape is not None}:
+            free = _free_bytes(device)
+            if free is not None and rows * capacity * self.token_bytes > free:
+                return False
+        try:
+            self._banks[bank] = [self._layer(shape, rows, capacity) for shape in self._shapes]
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                return False
+            raise
+        return True
+
+    def drop(self, bank: int) -> None:
+        """Give a bank's memory back."""
+        del self._banks[bank]
+
+    def drop_all(self) -> None:
+        """Give all memory back."""
+        self._banks.clear()
+        self.segments, self.handles = (), {}
+
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Copy the first `tokens` tokens of a row, named by bank and row, to another."""
+        for old, new in zip(self._banks[source[0]], self._banks[target[0]], strict=True):
+            if old is not None and new is not None:
+                for kept, copied in zip(old, new, strict=True):
+                    copied[target[1], :, :tokens] = kept[source[1], :, :tokens]
+
+    def swap(self, bank: int, one: int, other: int, tokens: int) -> None:
+        """Exchange the first `tokens` tokens of two rows of a bank."""
+        for pair in self._banks[bank]:
+            for kept in pair or ():
+                aside = kept[one, :, :tokens].clone()
+                kept[one, :, :tokens] = kept[other, :, :tokens]
+                kept[other, :, :tokens] = aside
+
+    def clear(self, bank: int, row: int) -> None:
+        """Overwrite a row with zeros: a NaN in it would spread, even from places that nobody sees."""
+        for pair in self._banks[bank]:
+            for kept in pair or ():
+                kept[row].zero_()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all banks."""
+        tensors = [kept for bank in list(self._banks.values()) for pair in bank for kept in pair or ()]
+        return sum(kept.numel() * kept.itemsize for kept in tensors)
+
+    def _layer(self, shape: LayerShape | None, rows: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if shape is None:
+            return None
+        keys, values = (
+            torch.empty((rows, heads, capacity, width), dtype=shape.dtype, device=shape.device).zero_()
+            for heads, width in (shape.keys, shape.values)
+        )
+        return keys, values
+
+
+def layer_shapes(cache: Any) -> list[LayerShape | None]:
+    """What each layer of a model keeps, read from a cache that the model itself has filled.
+
+    Raises:
+        ValueError: a layer keeps something other than keys and values, token by token.
+    """
+    shapes: list[LayerShape | None] = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        kind = type(layer).__name__
+        if kind == "DummyLayer":
+            shapes.append(None)
+        elif kind not in ("DynamicLayer", "DynamicSlidingWindowLayer") or keys is None or values is None:
+            raise ValueError(f"a layer keeps its state in a {kind}")
+        else:
+            of_keys, of_values = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
+            shapes.append(LayerShape(of_keys, of_values, keys.dtype, keys.device))
+    if not any(shapes):
+        raise ValueError("no layer keeps keys and values")
+    return shapes
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be taken on a device without harm to others; None where that cannot be told."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + kept - total // 50)
+    if device.type == "cpu":
+        return available_bytes()
+    return None

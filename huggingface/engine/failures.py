@@ -1,0 +1,35 @@
+"""What an error of torch or of a model means to a caller, said once for all that computes.
+
+Called on the engine's thread. Must not know requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory
+
+
+@contextmanager
+def typed(model_id: str) -> Iterator[None]:
+    """Turn whatever is raised within into one of the project's errors.
+
+    Raises:
+        OutOfMemory: the device had no room for it. EngineFailed: the device itself failed, and does so from now on.
+        GenerationFailed: anything else that the model raised. LocalLLMErrors pass as they are.
+    """
+    try:
+        yield
+    except LocalLLMError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
+    except torch.AcceleratorError as error:  # CUDA says so once, and refuses everything afterwards
+        raise EngineFailed(model_id) from error
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # what torch's CPU allocator says
+            raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
+        raise GenerationFailed(f"Model '{model_id}' failed to generate ({type(error).__name__})") from error

@@ -1,0 +1,116 @@
+"""Whether a model may be served in a batch: tried at load, against the model's own `generate`.
+
+The same tokens go through `generate` alone and through the batch runner in chunks, in ragged company and in several
+banks; the logits must agree at every step. Logits and not tokens: two equal logits would make a matter of chance of it.
+Called on the engine's thread. Must not know how requests look.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from .runner import BatchRunner, NotBatchable, Piece
+from .slots import SMALLEST, SlotTable
+
+logger = logging.getLogger(__name__)
+
+_PROMPTS = (21, 5, 13)  # tokens
+_NEW = 3
+# How far the logits may lie apart, as a share of their spread: rounding is far below it, a wrong mask far above.
+_CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def batch_runner(model: PreTrainedModel) -> BatchRunner:
+    """The runner that serves this model in a batch, as fast as it can be right.
+
+    Raises:
+        NotBatchable: none gives the model's own numbers; the message says why.
+    """
+    reasons = []
+    for by_segments in (True, False):
+        try:
+            runner = BatchRunner(model, by_segments=by_segments)
+            if runner.by_segments is by_segments:
+                _compare(model, runner)
+                return runner
+        except NotBatchable as error:
+            reasons.append(str(error))
+        except Exception as error:
+            logger.info("a forward pass in a batch failed", exc_info=error)
+            reasons.append(f"its forward pass cannot be given rows of several sequences ({type(error).__name__})")
+    raise NotBatchable(reasons[-1])
+
+
+def _compare(model: PreTrainedModel, runner: BatchRunner) -> None:
+    prompts = _prompts(model)
+    expected = [_generated(model, prompt) for prompt in prompts]
+    sequences = [[*prompt, *tokens] for prompt, (tokens, _) in zip(prompts, expected, strict=True)]
+    table = SlotTable(runner.cache, 8 * SMALLEST)
+    # The last one needs a larger row, and so stands in a bank of its own.
+    slots = [table.take([-1], SMALLEST * (1 + index // (len(prompts) - 1))) for index in range(len(prompts))]
+    seen: list[list[torch.Tensor]] = [[] for _ in prompts]
+
+    def compute(work: list[tuple[int, int]]) -> None:
+        """Give the sequence of each index its next tokens, as many as are named."""
+        pieces = []
+        for index, count in work:
+            slot = slots[index]
+            assert slot is not None  # noqa: S101 - there is room for all
+            start = len(slot.tokens)
+            pieces.append(Piece(slot, sequences[index][start : start + count], start))
+        for (index, _), piece, logits in zip(work, pieces, runner.forward(pieces), strict=True):
+            piece.slot.tokens.extend(piece.tokens)
+            if len(piece.slot.tokens) >= len(prompts[index]):
+                seen[index].append(logits)
+
+    try:
+        compute([(0, 9)])
+        compute([(0, 7), (1, 4)])
+        compute([(0, 5), (1, 1), (2, 13)])
+        for _ in range(_NEW - 1):
+            for slot in slots:
+                table.promote(slot)  # type: ignore[arg-type]
+            order = sorted(range(len(slots)), key=lambda i: (slots[i].bank.key, slots[i].row))  # type: ignore[union-attr]
+            compute([(index, 1) for index in order])
+    finally:
+        for slot in slots:
+            table.release(slot, keep=False)  # type: ignore[arg-type]
+        with suppress(Exception):
+            table.forget()
+    for logits, (_, wanted) in zip(seen, expected, strict=True):
+        _check_close(torch.stack(logits), wanted, model.dtype)
+
+
+def _prompts(model: PreTrainedModel) -> list[list[int]]:
+    """Token ids spread over the vocabulary, none of them special by its place at either end of it."""
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    low, high = size // 8, max(size - size // 8, size // 8 + 1)
+    return [torch.randint(low, high, (length,), generator=generator).tolist() for length in _PROMPTS]
+
+
+def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """The tokens that `generate` makes of a prompt, and the logits before each, (new tokens, vocabulary)."""
+    inputs = torch.tensor([prompt], device=model.device)
+    settings: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    config = GenerationConfig(**settings, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
+    # Whatever the model's own settings are: the same plain search for all.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with torch.inference_mode():
+            output = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    finally:
+        model.generation_config = own
+    return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float()
+
+
+def _check_close(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    spread = (wanted.amax(-1) - wanted.amin(-1)).clamp(min=1e-6)
+    apart = ((logits - wanted).abs().amax(-1) / spread).max()
+    if not apart <= _CLOSE.get(dtype, 1e-1):
+        raise NotBatchable("in a batch its logits are not those of its own generate")

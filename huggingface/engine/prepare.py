@@ -1,0 +1,284 @@
+"""A request becomes token ids and settled parameters: what `generate` would start from, before any of it runs.
+
+Called on the request's own thread, so that what cannot be honoured is refused at once, and other requests go on
+meanwhile. It changes neither the model nor its tokenizer. Must not know the queue, the batch or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMode
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from ..errors import InvalidRequest
+from ..records import GenerationRequest
+from .failures import typed
+from .sampling import Biased, Repeated
+
+# Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
+_SAMPLING_ONLY = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+)
+
+# Parameters that `generate` does not have; processors of our own honour them.
+_OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias"})
+
+# What a row of the batch can do; beams and the like have the model to themselves.
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What `generate` itself makes of its arguments just before it starts: see `Preparer.settle`."""
+
+    input_ids: torch.Tensor
+    processors: LogitsProcessorList
+    config: GenerationConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request in the model's terms.
+
+    `inputs` and `arguments` are those of `generate`, `processors` are to be added to its own. `settled` is what one row
+    of the batch needs; None where the batch cannot do what is asked.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    prompt_tokens: int
+    parameters: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    processors: LogitsProcessorList
+    stops: tuple[str, ...]
+    ends: frozenset[int]
+    settled: Settled | None
+
+
+def refuse(field: str, reason: str) -> InvalidRequest:
+    """The error for a parameter that this model cannot honour."""
+    return InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
+
+
+class Preparer:
+    """Prepares requests for one model."""
+
+    def __init__(
+        self,
+        model_id: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        contexts: tuple[int | None, int | None],
+        arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
+        """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
+        begins with the prompt); None for no limit.
+
+        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
+        """
+        self._model_id = model_id
+        self._model = model
+        self._tokenizer = tokenizer
+        self._reads_answer = not model.config.is_encoder_decoder
+        self._context, self._answer_context = contexts
+        self._arguments_for = arguments
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Tokens, parameters and processors of a request.
+
+        Raises:
+            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
+            GenerationFailed: its tokenizer or its settings cannot be used.
+        """
+        with typed(self._model_id):
+            return self._prepare(request)
+
+    def _prepare(self, request: GenerationRequest) -> Prepared:
+        inputs = self.encode(request)
+        prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
+        parameters = self._fit(request.parameters, prompt_tokens)
+        arguments = self._arguments(parameters)
+        processors = self._processors(parameters, prompt_tokens)
+        settled = self.settle(inputs, arguments, processors) if self._reads_answer else None
+        stops, ends = tuple(self._stops(parameters)), self._ends(parameters)
+        return Prepared(inputs, prompt_tokens, parameters, arguments, processors, stops, ends, settled)
+
+    def settle(
+        self, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], processors: LogitsProcessorList
+    ) -> Settled | None:
+        """What `generate` makes of these arguments, or None if that is more than one plain row.
+
+        It is asked by its own `custom_generate`: the function that it calls instead of its loop, all arguments checked
+        and merged with the model's own settings, and the processors built. Stop strings are left to the text's side.
+        """
+
+        def take(
+            model: Any,  # noqa: ARG001 - the signature that `generate` calls
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: Any,  # noqa: ARG001
+            generation_config: GenerationConfig,
+            **_: Any,
+        ) -> Settled:
+            return Settled(input_ids, logits_processor, generation_config)
+
+        plain = {name: value for name, value in arguments.items() if name != "tokenizer"} | {"stop_strings": None}
+        with blaming(arguments), torch.inference_mode():
+            settled: Settled = self._model.generate(
+                **inputs, **plain, logits_processor=processors, custom_generate=take
+            )
+        config = settled.config
+        if (
+            config.get_generation_mode() not in _MODES
+            or settled.input_ids.shape[0] > 1
+            or config.cache_implementation in ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
+            or config.use_cache is False
+            or config.token_healing
+            or any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in settled.processors)
+        ):
+            return None
+        return settled
+
+    def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
+        """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
+
+        Raises:
+            InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
+        """
+        if request.messages is not None:
+            ids = self._encode_messages(request.messages)
+        else:
+            ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
+        field = "prompt" if request.messages is None else "messages"
+        if self._context is not None and len(ids) > self._context:
+            reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
+            raise refuse(field, reason)
+        if not ids:
+            if self._model.generation_config.bos_token_id is None:
+                raise InvalidRequest(
+                    f"Invalid value for field '{field}': empty, and model '{self._model_id}' has no token to begin",
+                    field,
+                )
+            return {}
+        input_ids = torch.tensor([ids], device=self._model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def _encode_messages(self, messages: Any) -> list[int]:
+        """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
+        if self._tokenizer.chat_template is None:
+            end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
+            turns: list[str] = [message["content"] for message in messages]
+            # An encoder-decoder's tokenizer ends the text itself.
+            text = end.join(turns) + (end if self._reads_answer else "")
+            ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
+            return ids
+        # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
+        continued = messages[-1]["role"] == "assistant"
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequest(
+                f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {error}",
+                "messages",
+            ) from error
+        return ids
+
+    def _fit(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
+        """The parameters with the most tokens cut to what the context has room for behind the prompt.
+
+        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
+        has a context of its own, which its start token shares.
+
+        Raises:
+            InvalidRequest: the least length asked for does not fit, or the prompt fills the greatest.
+        """
+        fitted = dict(parameters)
+        before = prompt_tokens if self._reads_answer and prompt_tokens else 1
+        if fitted.get("max_length", before + 1) <= before:
+            raise refuse("max_length", f"leaves no room for new tokens behind the {before} that are there")
+        if self._answer_context is None:
+            return fitted
+        room = self._answer_context - before + 1
+        for name, most in (("max_new_tokens", room), ("max_length", before + room)):
+            if name in fitted:
+                fitted[name] = min(fitted[name], most)
+        for name, most in (("min_new_tokens", room), ("min_length", before + room)):
+            if fitted.get(name, 0) > most:
+                raise refuse(name, f"must be at most {most}, all that a context of {self._answer_context} tokens holds")
+        return fitted
+
+    def _arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of `generate` that honour `parameters`."""
+        foreign = "forced_bos_token_id" if self._reads_answer else "guidance_scale"
+        if foreign in parameters:
+            kind = "encoder-decoder" if self._reads_answer else "decoder-only"
+            raise refuse(foreign, f"is honoured by {kind} models only")
+        arguments = self._arguments_for({name: value for name, value in parameters.items() if name not in _OURS})
+        if not arguments.get("do_sample"):
+            arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
+        if self._stops(parameters):
+            arguments["tokenizer"] = self._tokenizer
+        if self._model.generation_config.pad_token_id is None:
+            pad = self._tokenizer.pad_token_id
+            ends = self._ends(parameters)
+            arguments["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
+        return arguments
+
+    def _processors(self, parameters: Mapping[str, Any], prompt_tokens: int) -> LogitsProcessorList:
+        """The processors of our own that the parameters ask for."""
+        processors = LogitsProcessorList()
+        presence, frequency = parameters.get("presence_penalty", 0.0), parameters.get("frequency_penalty", 0.0)
+        if presence or frequency:
+            before = prompt_tokens if self._reads_answer and prompt_tokens else 1
+            processors.append(Repeated(before, presence, frequency))
+        if bias := parameters.get("logit_bias"):
+            size = self._model.config.get_text_config().vocab_size
+            tokens = {int(token): float(value) for token, value in bias.items()}
+            for token in tokens:
+                if token >= size:
+                    raise refuse("logit_bias", f"token {token} is not in the model's vocabulary of {size}")
+            processors.append(Biased(tokens, self._model.device))
+        return processors
+
+    def _ends(self, parameters: Mapping[str, Any]) -> frozenset[int]:
+        """The token ids that end a text: the request's, else the model's."""
+        ends = parameters.get("eos_token_id", self._model.generation_config.eos_token_id)
+        if ends is None:
+            return frozenset()
+        return frozenset(ends) if isinstance(ends, list) else frozenset({ends})
+
+    def _stops(self, parameters: Mapping[str, Any]) -> list[str]:
+        """The strings that end a text: the request's, else the model's."""
+        stops = parameters.get("stop_strings", self._model.generation_config.stop_strings)
+        return [stops] if isinstance(stops, str) else list(stops or ())
+
+
+@contextmanager
+def blaming(parameters: Iterable[str]) -> Iterator[None]:
+    """Turn `generate`'s refusal of its arguments into one that names the parameter at fault.
+
+    Raises:
+        InvalidRequest: for arguments that do not go together, or more tokens than there are positions for.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if "out of range in self" not in str(error):  # a table of the model's has no such row
+            raise
+        raise refuse("max_new_tokens", "asks for more tokens than the model has positions for") from error
+    except ValueError as error:  # how `generate` refuses arguments that do not go together
+        field = next((name for name in parameters if f"`{name}`" in str(error) or f"{name}=" in str(error)), None)
+        where = f"value for field '{field}'" if field else "generation parameters"
+        raise InvalidRequest(f"Invalid {where}: {error}", field) from error

@@ -1,0 +1,125 @@
+"""Who runs in the next step: which waiting sequences are let in, whose prompt goes on, who decodes.
+
+Integers only: sequences, slots, counts of tokens. Used on the engine's thread, under its lock where it touches the
+queue. Must not know torch, text or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .sequence import Sequence
+from .slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A piece of work: `tokens` of a sequence, the first of which stands at position `start`."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    start: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sequence's next token can be drawn from this row's last logits."""
+        return self.start + len(self.tokens) == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows of one step: those that decode have one token each, those that prefill a chunk of their prompt."""
+
+    decode: tuple[Row, ...]
+    prefill: tuple[Row, ...]
+
+
+class Scheduler:
+    """First come, first served, in a batch of bounded size."""
+
+    def __init__(self, slots: SlotTable, max_batch: int) -> None:
+        self._slots = slots
+        self._max_batch = max_batch
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return [*self.decoding, *self.prefilling]
+
+    @property
+    def places(self) -> int:
+        """How many more sequences the batch has room for."""
+        return self._max_batch - len(self.decoding) - len(self.prefilling)
+
+    def admit(self) -> None:
+        """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
+        while self.waiting and self.places > 0:
+            sequence = self.waiting[0]
+            sequence.slot = self._slots.take(sequence.tokens, sequence.need)
+            if sequence.slot is None:
+                return
+            self.waiting.popleft()
+            sequence.admitted = time.monotonic()
+            sequence.ticket.admitted()
+            self.prefilling.append(sequence)
+
+    def plan(self, budget: int) -> Plan:
+        """The next step: a token for every row that decodes, and at most `budget` tokens of prompts.
+
+        The oldest prompt gets at least half of the budget; the shortest ones share the rest, so that a short prompt
+        need not wait until a long one is read.
+        """
+        decode = sorted(self.decoding, key=lambda sequence: (sequence.slot.bank.key, sequence.slot.row))  # type: ignore[union-attr]
+        rows = tuple(Row(sequence, (sequence.tokens[-1],), len(sequence.tokens) - 1) for sequence in decode)
+        chunks: dict[Sequence, int] = {}
+        if self.prefilling:
+            oldest = self.prefilling[0]
+            chunks[oldest] = min(_left(oldest), budget if len(self.prefilling) == 1 else max(budget // 2, 1))
+            budget -= chunks[oldest]
+            for sequence in sorted(self.prefilling, key=_left):
+                more = min(_left(sequence) - chunks.get(sequence, 0), budget)
+                if more > 0:
+                    chunks[sequence] = chunks.get(sequence, 0) + more
+                    budget -= more
+        return Plan(rows, tuple(_row(sequence, count) for sequence, count in chunks.items()))
+
+    def computed(self, rows: Iterable[Row]) -> None:
+        """Note that the rows' tokens are in the cache; prompts that are read decode from now on."""
+        rows = list(rows)
+        for row in rows:
+            if row.sequence.slot is not None:
+                row.sequence.slot.tokens.extend(row.tokens)
+        # Only now: a row that makes way for another is moved with all the tokens that it is known to hold.
+        for row in rows:
+            if row.complete and row.sequence.slot is not None and not row.sequence.slot.decodes:
+                self.prefilling.remove(row.sequence)
+                self.decoding.append(row.sequence)
+                self._slots.promote(row.sequence.slot)
+
+    def drop(self, sequence: Sequence, *, clean: bool = True) -> None:
+        """Take a sequence out of the batch or the queue; its slot is free from now on, and rests for reuse if `clean`.
+
+        `clean` is false where the numbers in its slot cannot be trusted.
+        """
+        for group in (self.decoding, self.prefilling, self.waiting):
+            if sequence in group:
+                group.remove(sequence)
+        if sequence.slot is not None:
+            self._slots.release(sequence.slot, clean=clean)
+            sequence.slot = None
+
+
+def _left(sequence: Sequence) -> int:
+    """Tokens of the prompt that are still to be computed."""
+    return len(sequence.tokens) - sequence.computed
+
+
+def _row(sequence: Sequence, count: int) -> Row:
+    start = sequence.computed
+    return Row(sequence, tuple(sequence.tokens[start : start + count]), start)

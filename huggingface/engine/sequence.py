@@ -1,0 +1,96 @@
+"""One request's life in the batch: its tokens, its limits, where it stands, and why it ended.
+
+Plain data and integers. Touched by the engine's thread only, once it is submitted; whoever waits for it holds its
+ticket. Must not know torch: what draws its tokens and turns them into text is handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..records import Chunk, FinishReason, Timings, Usage
+from .slots import Slot
+from .ticket import Ticket
+
+
+class Text(Protocol):
+    """What turns tokens into text: see `detokenizer.TextStream`."""
+
+    def add(self, token: int) -> str:
+        """The text that may be shown now that `token` was made."""
+
+    def finish(self) -> tuple[str, str]:
+        """What is still to be shown, and the whole text."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and what is made of it.
+
+    `tokens` are the prompt's and the new ones; those that `slot.tokens` holds are computed. `most` is how many tokens
+    there may be in all, `ends` are the token ids that end the text, `sampler` is the runner's: how a token is drawn.
+    """
+
+    tokens: list[int]
+    prompt_tokens: int
+    most: int
+    ends: frozenset[int]
+    ticket: Ticket
+    text: Text
+    sampler: Any
+    parameters: Mapping[str, Any]
+    gone: Callable[[], bool]
+    streams: bool = False
+    max_time: float | None = None  # seconds from its admission after which no further token is begun
+    slot: Slot | None = None
+    finished: FinishReason | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    first: float = 0.0
+
+    @property
+    def need(self) -> int:
+        """Tokens that the cache must have room for: the last one made is never read back."""
+        return max(self.most - 1, 1)
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return len(self.slot.tokens) if self.slot is not None else 0
+
+    @property
+    def made(self) -> int:
+        """New tokens so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    def append(self, token: int) -> None:
+        """Take the next token: show its text, and see whether it was the last one."""
+        now = time.monotonic()
+        if not self.first:
+            self.first = now
+        self.tokens.append(token)
+        shown = self.text.add(token)
+        if token in self.ends or self.text.stopped:
+            self.finished = "stop"
+        elif len(self.tokens) >= self.most or (self.max_time is not None and now - self.admitted > self.max_time):
+            self.finished = "length"
+        self.ticket.made = self.made
+        if self.finished:
+            self._finish(now, shown)
+        elif shown and self.streams:
+            self.ticket.put(Chunk(shown))
+
+    def _finish(self, now: float, shown: str) -> None:
+        rest, whole = self.text.finish()
+        usage = Usage(self.prompt_tokens, self.made)
+        timings = Timings.of(self.submitted, self.admitted, self.first, now, self.made)
+        text = shown + rest if self.streams else whole
+        self.ticket.put(Chunk(text, 0, self.finished, usage, self.parameters, timings, whole))
+        self.ticket.finish()

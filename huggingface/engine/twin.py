@@ -1,0 +1,86 @@
+"""A twin of a model: modules of its own around the very same weights, set up for the engine.
+
+The engine changes how the twin attends and multiplies; the model itself stays as it was loaded, for `generate` and
+for the tasks. Built once, used on the engine's thread only. Must not know sequences or the scheduler.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .cache import SlotCache
+
+# The name under which transformers finds `slot_attention`; it names no state, so that it can be registered at import.
+_ATTENTION = "local_llm_slots"
+
+
+def make_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's modules and settings that shares all its parameters and buffers.
+
+    Raises: whatever the model's own code does when it cannot be copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin: PreTrainedModel = copy.deepcopy(model, shared)
+    return twin
+
+
+def attend_by_segments(twin: PreTrainedModel, cache: SlotCache) -> bool:
+    """Have the twin attend segment by segment; False if its attention does not go through transformers' interface."""
+    if not getattr(twin, "_supports_attention_backend", False) or _implementation(twin) != "sdpa":
+        return False
+    for module in twin.modules():
+        module.slot_cache = cache
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation_internal = _ATTENTION
+    return True
+
+
+def wants_float_masks(twin: PreTrainedModel) -> bool:
+    """Whether the twin adds its masks to the scores, instead of selecting by them."""
+    return _implementation(twin) == "eager"
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    name: str = model.config.get_text_config()._attn_implementation
+    return name
+
+
+def slot_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """transformers' own attention, for each segment over its own rows and no more than its own length.
+
+    `query` is (batch, heads, new tokens, width), as are `key` and `value` where there are several segments; returns
+    (batch, new tokens, heads, width). `attention_mask` is one of the first segment's masks, and tells which kind of
+    layer this is.
+    """
+    cache: SlotCache = module.slot_cache
+    if len(cache.segments) == 1:
+        [segment] = cache.segments
+        mask = segment.masks[_kind(cache, attention_mask)]
+        return sdpa_attention_forward(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
+    kind = _kind(cache, attention_mask)
+    outputs = []
+    for segment in cache.segments:
+        keys, values = cache.view(segment, cache.layer)
+        mask = segment.masks[kind]
+        output, _ = sdpa_attention_forward(module, query[segment.batch], keys, values, mask, **options)
+        outputs.append(output)
+    return torch.cat(outputs), None
+
+
+def _kind(cache: SlotCache, mask: Any) -> str:
+    """The kind of layer that a model gives this mask."""
+    for kind, known in cache.handles.items():
+        if mask is known:
+            return kind
+    raise ValueError("the model attends with a mask of its own making")
+
+
+AttentionInterface.register(_ATTENTION, slot_attention)

@@ -1,0 +1,207 @@
+"""A model's forward pass over several rows at once: padded, cut back to each row's own length, and checked.
+
+Many models give a padded row something else than the same row alone, so no batch is believed before one of its sort
+was compared with its rows alone; what differs is not batched again. Called on the model's engine thread only.
+Must not know tasks, calls, or who waits for the rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+Tensors = Mapping[str, Any]
+Outputs = tuple[Any, ...]
+
+# Rows times the longest of them, in tokens: beyond it more rows gain little speed, and keep all others waiting.
+_TOKENS = MappingProxyType({"cpu": 512})
+_TOKENS_ELSEWHERE = 8192
+# Numbers that an output of one batch may have: a score for each of 250,000 words at each token is soon a gigabyte.
+_NUMBERS = 2**24
+_ROWS = 128
+# The share of a batch that may be padding, which is computed for nothing.
+_PADDING = 0.25
+# How far a row of a batch may be from the same row alone, relative to the largest number of its output.
+_TOLERANCE = MappingProxyType({"float16": 1e-2, "bfloat16": 5e-2})
+_EXACT = 1e-5
+# After so many batches in a row that failed, while their rows went well alone, the model is given no more batches.
+_FAILURES = 3
+
+
+class Lane:
+    """One way to run one model. Rows of the same lane may share a forward pass, whatever they are for."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        reads: Sequence[str | int],
+        *,
+        device: Any,
+        per_token: bool,
+        width: int = 1,
+        fixed: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """`reads` are the outputs wanted, by name or place: (rows, ...) each, or (rows, tokens, ...) if `per_token`.
+
+        `width` is how many numbers an output has for each token; `fixed` is what every forward pass is given besides.
+        """
+        self._model = model
+        self._tokenizer = tokenizer
+        self._reads = reads
+        self._device = device
+        self._per_token = per_token
+        self._fixed = fixed
+        self._tokens = max(1, min(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), _NUMBERS // width))
+        # BigBird reads a short input in another way than a long one, and takes the padding for a part of it.
+        strange = getattr(model.config, "attention_type", None) == "block_sparse"
+        self._masks = not strange and "attention_mask" in inspect.signature(model.forward).parameters
+        self._kinds: dict[Hashable, int] = {}
+        self._agreed: dict[tuple[bool, int], bool] = {}
+        self._failures = 0
+
+    # Which rows go together -------------------------------------------------------------------------------------------
+
+    def kind(self, row: Tensors) -> int | None:
+        """A number that rows have in common if they may be computed together; None for a row that must be alone."""
+        ids = row["input_ids"]
+        if ids.shape[0] != 1:
+            return None
+        shapes = tuple((name, row[name].dtype, _beyond(row[name], ids.shape[1])) for name in sorted(row))
+        pads = self._masks and "attention_mask" in row and self._tokenizer.pad_token_id is not None
+        config = self._model.config
+        # BART and T5 classify by the last </s>, and fail on rows that differ in how many they have.
+        by_end = config.is_encoder_decoder and isinstance(config.eos_token_id, int)
+        ends = int((ids == config.eos_token_id).sum()) if by_end else 0
+        return self._kinds.setdefault((shapes, ends, None if pads else ids.shape[1]), len(self._kinds))
+
+    def takes(self, rows: int, tokens: int, shortest: int, longest: int) -> bool:
+        """Whether so many rows of one kind may be one batch: of together `tokens`, between `shortest` and `longest`."""
+        if rows == 1:
+            return True
+        cells = rows * longest
+        if rows > _ROWS or cells > self._tokens or cells - tokens > _PADDING * cells or self._failures >= _FAILURES:
+            return False
+        return self._agreed.get(_sort(shortest, longest), True)
+
+    # Computing them ---------------------------------------------------------------------------------------------------
+
+    def run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
+        """The outputs of each row, on the CPU, each with a first dimension of 1, as if it had been run alone.
+
+        None for a row that must be run again: the first batch of a sort is compared with its shortest and its longest
+        row alone, and where these differ the others are not to be believed; `takes` then allows no such batch again.
+
+        Raises:
+            Exception: whatever the model raises. Tell `failed` of it, if there was more than one row.
+        """
+        outputs: list[Outputs | None] = [*self._forward(rows)]
+        if len(rows) == 1:
+            return outputs
+        self._failures = 0
+        lengths = [token_count(row) for row in rows]
+        sort = _sort(min(lengths), max(lengths))
+        if sort in self._agreed:
+            return outputs
+        samples = {lengths.index(min(lengths)), len(lengths) - 1 - lengths[::-1].index(max(lengths))}
+        alone = {index: self._forward([rows[index]])[0] for index in samples}
+        self._agreed[sort] = all(_same(outputs[index], alone[index]) for index in samples)
+        return outputs if self._agreed[sort] else [alone.get(index) for index in range(len(rows))]
+
+    def failed(self, *, memory: bool) -> bool:
+        """Take note of a batch that raised; whether its rows must now be run one by one, to find the guilty one.
+
+        Where it was `memory` that lacked, none is guilty: batches are half as large from now on.
+        """
+        if memory:
+            self._tokens //= 2
+            return False
+        self._failures = min(self._failures + 1, _FAILURES)
+        return True
+
+    def excuse(self) -> None:
+        """A row failed alone: then it is not for being batches that batches fail."""
+        if self._failures < _FAILURES:
+            self._failures = 0
+
+    def _forward(self, rows: Sequence[Tensors]) -> list[Outputs]:
+        import torch
+
+        lengths = [token_count(row) for row in rows]
+        longest = max(lengths)
+        with self._place(), torch.no_grad():
+            inputs = {name: self._stack(name, rows, lengths).to(self._device) for name in rows[0]}
+            output = self._model(**inputs, **self._fixed)
+            # A model that is set to give tuples has its only output first.
+            found = [output[name] if isinstance(output, dict) else output[0] for name in self._reads]
+            found = [tensor.to("cpu") for tensor in found]
+        return [
+            tuple(self._cut(tensor[index : index + 1], length, longest) for tensor in found)
+            for index, length in enumerate(lengths)
+        ]
+
+    def _stack(self, name: str, rows: Sequence[Tensors], lengths: Sequence[int]) -> Any:
+        """One input of all rows as one tensor, padded where they differ in length."""
+        import torch
+
+        parts = [row[name] for row in rows]
+        if all(part.shape == parts[0].shape for part in parts):
+            return torch.cat(parts)
+        shape = (len(rows), max(lengths), *parts[0].shape[2:])
+        stacked = parts[0].new_full(shape, self._filling(name))
+        for index, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            stacked[index : index + 1, self._span(length, shape[1])] = part
+        return stacked
+
+    def _filling(self, name: str) -> int:
+        if name == "input_ids":
+            return int(self._tokenizer.pad_token_id)
+        return int(getattr(self._tokenizer, "pad_token_type_id", 0)) if name == "token_type_ids" else 0
+
+    def _span(self, length: int, longest: int) -> slice:
+        """Where a row's own tokens stand among the padding."""
+        return slice(longest - length, longest) if self._tokenizer.padding_side == "left" else slice(length)
+
+    def _cut(self, tensor: Any, length: int, longest: int) -> Any:
+        # A model that gives another number of states than tokens can't be cut, which the comparison will notice.
+        cut = self._per_token and length < longest and tensor.shape[1:2] == (longest,)
+        return tensor[:, self._span(length, longest)] if cut else tensor
+
+    def _place(self) -> AbstractContextManager[Any]:
+        import torch
+
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+
+def token_count(row: Tensors) -> int:
+    """The length of a row, padding of its own included."""
+    return int(row["input_ids"].shape[-1])
+
+
+def _beyond(tensor: Any, length: int) -> tuple[int, ...]:
+    """The shape of a row's tensor apart from what padding changes."""
+    return tuple(tensor.shape[2:] if tensor.shape[1:2] == (length,) else tensor.shape)
+
+
+def _sort(shortest: int, longest: int) -> tuple[bool, int]:
+    """Batches that are believed together: padded or not, and of a similar length, as models treat long inputs apart."""
+    return shortest < longest, longest.bit_length()
+
+
+def _same(batched: Outputs | None, alone: Outputs) -> bool:
+    import torch
+
+    if batched is None:
+        return False
+    for one, other in zip(batched, alone, strict=True):
+        if one.shape != other.shape:
+            return False
+        tolerance = _TOLERANCE.get(str(other.dtype).removeprefix("torch."), _EXACT)
+        one, other = one.float(), other.float()
+        size = max(1.0, other.nan_to_num().abs().max().item()) if other.numel() else 1.0
+        if not torch.allclose(one, other, rtol=0, atol=tolerance * size, equal_nan=True):
+            return False
+    return True

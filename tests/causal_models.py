@@ -1,0 +1,78 @@
+"""Tiny decoder-only models of many families, in memory, for the engine's tests.
+
+Large random weights make greedy text differ by prompt and position. Each comes with a tokenizer of the same vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_tokenizers import ROWS, byte_level
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from huggingface.loader import LoadedModel
+from huggingface.records import EngineOptions, ModelRecord
+
+END = "<|endoftext|>"
+
+_SHAPE = {
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,
+}
+_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
+
+# Families that are served in a batch: what each adds to the common shape.
+BATCHED: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "gpt2": ("GPT2Config", _GPT),
+    "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 8, "head_dim": 8}),
+    "gemma3-mixed": (
+        "Gemma3TextConfig",
+        {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gemma2-eager": ("Gemma2Config", {"head_dim": 8, "sliding_window": 8}),
+    "falcon": ("FalconConfig", {}),
+    "phi3": ("Phi3Config", {}),
+}
+
+# Families that cannot be: recurrent state, and mask code of their own.
+ALONE: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+}
+
+
+def build(name: str) -> tuple[Any, Any]:
+    """The model, in eval mode, and its tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = byte_level(Path(folder), [END], lambda _: processors.ByteLevel(trim_offsets=False))
+        names = {"bos_token": END, "eos_token": END, "unk_token": END}
+        loaded = AutoTokenizer.from_pretrained(folder, **names)
+    end = tokenizer.token_to_id(END)
+    kind, extra = {**BATCHED, **ALONE}[name]
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = getattr(transformers, kind)(**{**_SHAPE, **extra, **ids})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return model, loaded
+
+
+def serve(name: str, model: Any, tokenizer: Any, **options: Any) -> LoadedModel:
+    """The model as the server has it in memory."""
+    record = ModelRecord(f"tiny/{name}", name, "text-generation")
+    return LoadedModel(record, model, tokenizer, "causal-lm", "cpu", EngineOptions(**options))
