@@ -415,10 +415,8 @@ def test_what_cannot_be_right_is_found_out(family: Any) -> None:
 
     class Odd(type(model.model)):
         def forward(self, *arguments: Any, **options: Any) -> Any:
-            output = plain(self, *arguments, **options)
-            if output.last_hidden_state.shape[0] > 1:
-                output.last_hidden_state = output.last_hidden_state + 0.5
-            return output
+            options["position_ids"] = None  # it counts by its own cache, and so takes no rows at positions of their own
+            return plain(self, *arguments, **options)
 
     model.model.__class__ = Odd
     with pytest.raises(NotBatchable):

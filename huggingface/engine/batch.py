@@ -52,6 +52,10 @@ class TransformersBatch:
             drawn[index] = token
         return drawn
 
+    def step_aside(self) -> None:
+        """Have the model itself ready for use by others than this batch."""
+        self._runner.step_aside()
+
     def close(self) -> None:
         """Let go of the cache."""
         self._runner.cache.drop_all()

@@ -37,21 +37,22 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of one forward pass that lie next to each other in one bank: `batch` there, `rows` here.
+    """Rows of one bank that lie next to each other and have a new token each, or one row and its several new tokens.
 
-    `length` is up to where they attend, `positions` (rows, new tokens) where the new tokens stand. `counts` tells of a
-    prompt's chunk how many of its tokens are real; None where each row has one. `masks` hold, for each kind of layer,
-    which of the `length` tokens each new one sees: (rows, 1, new tokens, length), or None for all of them up to itself.
+    `rows` and `index` are the rows in their bank, `tokens` the places of the new tokens in a packed forward pass,
+    `positions` (rows, new tokens) where these stand in their sequences. `length` is up to where they attend. `start` is
+    the position of a single row's first new token, None for several rows. `masks` hold, for each kind of layer, what is
+    added to the scores, or selects them: (rows, 1, new tokens, length).
     """
 
     bank: int
-    batch: slice
     rows: slice
+    tokens: slice
     length: int
+    start: int | None
     positions: torch.Tensor
     index: torch.Tensor
-    count: int | None
-    masks: Mapping[str, torch.Tensor | None]
+    masks: Mapping[str, torch.Tensor]
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -63,6 +64,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._shapes = list(layers)
         self._banks: dict[int, list[tuple[torch.Tensor, torch.Tensor] | None]] = {}
         self.segments: Sequence[Segment] = ()
+        self.packed = False  # whether the tokens of all segments come in one row
         self.handles: Mapping[str, torch.Tensor] = {}  # what the model is given as its masks, by kind of layer
         self.layer = 0  # whose `update` was called last
         self.token_bytes = sum(shape.token_bytes for shape in self._shapes if shape is not None)
@@ -74,14 +76,20 @@ class SlotCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the new keys and values of a layer, each (batch, heads, new tokens, width).
 
-        Returns those to attend to, (batch, heads, length, width), where the batch is one segment. Where it is several,
-        it returns its arguments, and whoever attends asks for `view` segment by segment.
+        Where each row of the batch is a sequence, they are one segment's, and it returns those to attend to: (batch,
+        heads, length, width). In a packed pass, with the tokens of all segments in one row, it returns its arguments,
+        and whoever attends asks for `view` segment by segment.
         """
         self.layer = layer_idx
-        for segment in self.segments:
+        if not self.packed:
+            [segment] = self.segments
             self._write(segment, key_states, value_states, layer_idx)
-        if len(self.segments) == 1:
-            return self.view(self.segments[0], layer_idx)
+            return self.view(segment, layer_idx)
+        for segment in self.segments:
+            keys, values = key_states[:, :, segment.tokens], value_states[:, :, segment.tokens]
+            if segment.start is None:  # (1, heads, rows, width) -> (rows, heads, 1, width)
+                keys, values = keys.transpose(0, 2), values.transpose(0, 2)
+            self._write(segment, keys, values, layer_idx)
         return key_states, value_states
 
     def view(self, segment: Segment, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,11 +107,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         if pair is None:
             raise ValueError(f"layer {layer_idx} was not expected to keep anything")
         for kept, new in zip(pair, (keys, values), strict=True):
-            if segment.count is None:
-                kept[segment.index, :, segment.positions[:, 0]] = new[segment.batch, :, 0]
+            if segment.start is None:
+                kept[segment.index, :, segment.positions[:, 0]] = new[:, :, 0]
             else:
-                start = segment.length - segment.count
-                kept[segment.rows, :, start : segment.length] = new[segment.batch, :, : segment.count]
+                kept[segment.rows, :, segment.start : segment.length] = new
 
     # What the slot table calls ---------------------------------------------------------------------------------------
 

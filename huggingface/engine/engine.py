@@ -43,6 +43,9 @@ class Batch(Protocol):
     def draw(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
         """Each row's next token, or why there is none."""
 
+    def step_aside(self) -> None:
+        """Have the model itself ready for use by others than this batch."""
+
     def close(self) -> None:
         """Let go of the model and the cache."""
 
@@ -224,21 +227,21 @@ class Engine:
     def step(self) -> None:
         """Serve everyone once: give up who has gone, let in who waits, and compute a token or a chunk for each."""
         self._give_up()
+        if self._batch is not None and (self._jobs or self._tasks.pending):
+            self._batch.step_aside()
         self._run_job()
         self._tasks.step()
         if self._scheduler is None:
             return
         self._let_in()
-        budget = self._pace.budget(len(self._scheduler.decoding), len(self._scheduler.prefilling))
-        plan = self._scheduler.plan(budget)
+        budget = self._pace.budget(len(self._scheduler.decoding), self._scheduler.short_prompts)
+        rows = self._scheduler.plan(budget)
+        decoding = len(self._scheduler.decoding)
         started = time.monotonic()
-        self._compute(plan.decode)
-        decoded = time.monotonic()
-        self._compute(plan.prefill)
-        if plan.decode:
-            self._pace.decoded(decoded - started)
-        if plan.prefill:
-            self._pace.prefilled(sum(len(row.tokens) for row in plan.prefill), time.monotonic() - decoded)
+        self._compute(rows)
+        if rows:
+            tokens = sum(len(row.tokens) for row in rows) - decoding
+            self._pace.took(time.monotonic() - started, decoding=decoding, prompt_tokens=tokens)
 
     def _run(self) -> None:
         error: BaseException | None = None

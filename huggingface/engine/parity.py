@@ -8,6 +8,7 @@ Called on the engine's thread. Must not know how requests look.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,25 +32,37 @@ def batch_runner(model: PreTrainedModel) -> BatchRunner:
     Raises:
         NotBatchable: none gives the model's own numbers; the message says why.
     """
+    try:
+        expected = [(prompt, *_generated(model, prompt)) for prompt in _prompts(model)]
+    except Exception as error:
+        logger.info("generate failed", exc_info=error)
+        raise NotBatchable(f"its own generate fails ({type(error).__name__})") from error
     reasons = []
     for by_segments in (True, False):
+        runner = None
         try:
             runner = BatchRunner(model, by_segments=by_segments)
             if runner.by_segments is by_segments:
-                _compare(model, runner)
+                _compare(expected, runner, model.dtype)
+                runner.use_fastest_products()
+                _compare(expected, runner, model.dtype)
                 return runner
         except NotBatchable as error:
             reasons.append(str(error))
         except Exception as error:
             logger.info("a forward pass in a batch failed", exc_info=error)
             reasons.append(f"its forward pass cannot be given rows of several sequences ({type(error).__name__})")
+        if runner is not None:
+            runner.step_aside()
     raise NotBatchable(reasons[-1])
 
 
-def _compare(model: PreTrainedModel, runner: BatchRunner) -> None:
-    prompts = _prompts(model)
-    expected = [_generated(model, prompt) for prompt in prompts]
-    sequences = [[*prompt, *tokens] for prompt, (tokens, _) in zip(prompts, expected, strict=True)]
+def _compare(
+    expected: Sequence[tuple[list[int], list[int], torch.Tensor]], runner: BatchRunner, dtype: torch.dtype
+) -> None:
+    """`expected` are prompts, the tokens that follow, and the logits before each of these."""
+    prompts = [prompt for prompt, _, _ in expected]
+    sequences = [[*prompt, *tokens] for prompt, tokens, _ in expected]
     table = SlotTable(runner.cache, 8 * SMALLEST)
     # The last one needs a larger row, and so stands in a bank of its own.
     slots = [table.take([-1], SMALLEST * (1 + index // (len(prompts) - 1))) for index in range(len(prompts))]
@@ -82,8 +95,8 @@ def _compare(model: PreTrainedModel, runner: BatchRunner) -> None:
             table.release(slot, keep=False)  # type: ignore[arg-type]
         with suppress(Exception):
             table.forget()
-    for logits, (_, wanted) in zip(seen, expected, strict=True):
-        _check_close(torch.stack(logits), wanted, model.dtype)
+    for logits, (_, _, wanted) in zip(seen, expected, strict=True):
+        _check_close(torch.stack(logits), wanted, dtype)
 
 
 def _prompts(model: PreTrainedModel) -> list[list[int]]:

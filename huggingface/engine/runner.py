@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .cache import Segment, SlotCache, layer_shapes
+from .products import Products
 from .slots import Slot
 from .twin import attend_by_segments, make_twin, wants_float_masks
 
@@ -30,7 +31,6 @@ _SEES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] =
 # Rows of one bank are attended to together, up to the longest of them, unless that is a waste.
 _ALIKE_TOKENS = 64
 _ALIKE_SHARE = 1.25
-_PADDING = 1.25  # prompts' chunks are computed together where padding makes the work no larger than this
 
 
 class NotBatchable(Exception):
@@ -53,7 +53,7 @@ class BatchRunner:
         """Look at what the model keeps and how it masks; whether its numbers are right, `parity.py` finds out.
 
         Without `by_segments`, or where the model's attention does not allow it, each forward pass serves rows that lie
-        next to each other in one bank, with masks that any model can read.
+        next to each other in one bank, with masks that any model can read; else all rows share one.
 
         Raises:
             NotBatchable: it keeps something else than keys and values, or has a kind of layer not known here.
@@ -70,11 +70,23 @@ class BatchRunner:
             self._twin = make_twin(model)
         except Exception as error:
             raise NotBatchable("its modules cannot be copied") from error
+        self.products: Products | None = None
         parameters = inspect.signature(self._twin.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_keep = "logits_to_keep" in parameters
         self._float_masks = wants_float_masks(self._twin)
+        self._nothing = torch.zeros((), dtype=self._twin.dtype, device=self._device)
+        self._hidden = torch.full_like(self._nothing, torch.finfo(self._twin.dtype).min)
         self.by_segments = by_segments and attend_by_segments(self._twin, self.cache)
+
+    def use_fastest_products(self) -> None:
+        """Find out how this machine multiplies fastest, and do so from now on."""
+        self.products = Products(self._twin)
+
+    def step_aside(self) -> None:
+        """Have the model itself whole: somebody is about to use it."""
+        if self.products is not None:
+            self.products.step_aside()
 
     @torch.inference_mode()
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -82,99 +94,97 @@ class BatchRunner:
 
         Rows of one token that stand among the decoding ones must be given in the order of their banks and rows.
         """
-        logits: list[torch.Tensor | None] = [None] * len(pieces)
-        for group in self._groups(pieces):
-            for index, row in zip(group, self._compute([pieces[index] for index in group]), strict=True):
+        if self.products is not None:
+            self.products.step()
+        if self.by_segments:
+            return self._compute_packed(pieces)
+        logits: list[torch.Tensor] = [torch.empty(0)] * len(pieces)
+        for group in _split(range(len(pieces)), lambda a, b: _neighbours(pieces[a], pieces[b])):
+            for index, row in zip(group, self._compute_aligned([pieces[index] for index in group]), strict=True):
                 logits[index] = row
-        return torch.stack([row for row in logits if row is not None])
-
-    # Which rows go together ------------------------------------------------------------------------------------------
-
-    def _groups(self, pieces: Sequence[Piece]) -> Iterable[list[int]]:
-        """The rows' indices, in groups that are computed in one forward pass each."""
-        singles = [index for index, piece in enumerate(pieces) if len(piece.tokens) == 1 and piece.slot.decodes]
-        rest = [index for index in range(len(pieces)) if index not in set(singles)]
-        if not self.by_segments:
-            for index in rest:
-                yield [index]
-            yield from (group for group in _split(singles, lambda a, b: _neighbours(pieces[a], pieces[b])))
-            return
-        if singles:
-            yield singles
-        group: list[int] = []
-        total = 0
-        for index in sorted(rest, key=lambda index: -len(pieces[index].tokens)):
-            longest = len(pieces[group[0]].tokens) if group else 0
-            total += len(pieces[index].tokens)
-            if group and longest * (len(group) + 1) > _PADDING * total:
-                yield group
-                group, total = [], len(pieces[index].tokens)
-            group.append(index)
-        if group:
-            yield group
-
-    def _segments(self, pieces: Sequence[Piece], width: int) -> list[Segment]:
-        if width > 1 or not pieces[0].slot.decodes:
-            return [self._segment([piece], index, width) for index, piece in enumerate(pieces)]
-        alike = _alike if self.by_segments else _neighbours
-        groups = _split(range(len(pieces)), lambda a, b: alike(pieces[a], pieces[b]))
-        return [self._segment([pieces[index] for index in group], group[0], None) for group in groups]
-
-    def _segment(self, pieces: Sequence[Piece], first: int, width: int | None) -> Segment:
-        """`pieces` lie side by side in their bank; `width` is that of a prompt's chunk, None for decoding rows."""
-        row, starts = pieces[0].slot.row, [piece.start for piece in pieces]
-        count = len(pieces[0].tokens) if width is not None else None
-        length = max(starts) + (count or 1)
-        # What pads a chunk stands where its last token does: beyond it there may be no position.
-        offsets = torch.arange(width or 1, device=self._device).clamp(max=(count or 1) - 1)
-        positions = torch.tensor(starts, device=self._device)[:, None] + offsets
-        index = torch.arange(row, row + len(pieces), device=self._device)
-        same = count == width if width is not None else min(starts) == max(starts)
-        masks = {kind: self._mask(kind, positions, length, same) for kind in self._kinds}
-        batch = slice(first, first + len(pieces))
-        bank = pieces[0].slot.bank.key
-        return Segment(bank, batch, slice(row, row + len(pieces)), length, positions, index, count, masks)
-
-    def _mask(self, kind: str, positions: torch.Tensor, length: int, same: bool) -> torch.Tensor | None:
-        """Which tokens are seen, (rows, 1, new tokens, length); None where `sdpa` knows by itself: all, or causally."""
-        number = self._numbers.get(kind, 0)
-        width = positions.shape[1]
-        if self.by_segments and same and width in (1, length) and (kind == "full_attention" or length <= number):
-            return None
-        seen = _SEES[kind](positions[:, :, None], torch.arange(length, device=self._device), number)[:, None]
-        if not self._float_masks:
-            return seen
-        zero = torch.zeros((), dtype=self._twin.dtype, device=self._device)
-        return torch.where(seen, zero, torch.finfo(self._twin.dtype).min)
+        return torch.stack(logits)
 
     # One forward pass ------------------------------------------------------------------------------------------------
 
-    def _compute(self, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
-        """The logits after each row; all rows have one token, or all are prompts' chunks."""
-        width = max(len(piece.tokens) for piece in pieces)
-        segments = self._segments(pieces, width)
-        self.cache.segments = segments
-        ids = torch.tensor([[*piece.tokens, *[0] * (width - len(piece.tokens))] for piece in pieces])
-        inputs: dict[str, Any] = {"input_ids": ids.to(self._device)}
-        if self._takes_positions:
-            inputs["position_ids"] = torch.cat([segment.positions for segment in segments])
-        handles = self._handles(segments[0], len(pieces))
-        inputs["attention_mask"] = handles if self._by_kind else handles[self._kinds[0]]
-        ends = sorted({len(piece.tokens) - 1 for piece in pieces})
-        if self._takes_keep:
-            inputs["logits_to_keep"] = 1 if ends == [width - 1] else torch.tensor(ends, device=self._device)
-        logits = self._twin(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True).logits.float()
-        if self._takes_keep and len(ends) == 1:
-            return list(logits[:, -1].unbind())
-        places = ends if self._takes_keep else list(range(width))
-        return [row[places.index(len(piece.tokens) - 1)] for row, piece in zip(logits, pieces, strict=True)]
+    def _compute_packed(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """All rows in one forward pass, their tokens one after the other: the weights are read once for all of them."""
+        groups = _split(range(len(pieces)), lambda a, b: _alike(pieces[a], pieces[b]))
+        segments, at = [], 0
+        for group in groups:
+            segments.append(self._segment([pieces[index] for index in group], at))
+            at = segments[-1].tokens.stop
+        ends = list(accumulate(len(piece.tokens) for piece in pieces))
+        self.cache.handles = {kind: torch.empty((1, 1, 1, 1), device=self._device) for kind in self._kinds}
+        self.cache.packed = True
+        logits = self._run(
+            segments,
+            ids=[[token for piece in pieces for token in piece.tokens]],
+            positions=torch.cat([segment.positions.reshape(1, -1) for segment in segments], dim=1),
+            masks=self.cache.handles,
+            keep=[end - 1 for end in ends],
+        )
+        return logits[0]
 
-    def _handles(self, segment: Segment, rows: int) -> dict[str, torch.Tensor]:
-        """What the model gets as its masks: those of its one segment, or what stands for those of several."""
-        if not self.by_segments:
-            return {kind: mask for kind, mask in segment.masks.items() if mask is not None}
-        self.cache.handles = {kind: torch.empty((rows, 1, 1, 1), device=self._device) for kind in self._kinds}
-        return dict(self.cache.handles)
+    def _compute_aligned(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """One segment in a forward pass of its own, each sequence in a row of the batch, as any model knows it."""
+        segment = self._segment(pieces, 0)
+        self.cache.packed = False
+        width = len(pieces[0].tokens)
+        ids = [list(piece.tokens) for piece in pieces]
+        return self._run([segment], ids, segment.positions, segment.masks, keep=[width - 1])[:, 0]
+
+    def _run(
+        self,
+        segments: Sequence[Segment],
+        ids: list[list[int]],
+        positions: torch.Tensor,
+        masks: Mapping[str, torch.Tensor],
+        keep: list[int],
+    ) -> torch.Tensor:
+        """The logits at the places `keep` of each row of `ids`, (rows, places, vocabulary), float32."""
+        self.cache.segments = segments
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=self._device)}
+        if self._takes_positions:
+            inputs["position_ids"] = positions
+        inputs["attention_mask"] = dict(masks) if self._by_kind else masks[self._kinds[0]]
+        all_of_them = len(keep) == len(ids[0])
+        if self._takes_keep and not all_of_them:
+            inputs["logits_to_keep"] = torch.tensor(keep, device=self._device)
+        logits: torch.Tensor = self._twin(
+            **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
+        ).logits.float()
+        return logits if self._takes_keep or all_of_them else logits[:, keep]
+
+    def _segment(self, pieces: Sequence[Piece], first: int) -> Segment:
+        """`pieces` lie side by side in their bank and have one token each, or it is one piece of several tokens.
+
+        `first` is the place of the first token in a packed pass.
+        """
+        row, starts, count = pieces[0].slot.row, [piece.start for piece in pieces], len(pieces[0].tokens)
+        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(count, device=self._device)
+        length = max(starts) + count
+        return Segment(
+            bank=pieces[0].slot.bank.key,
+            rows=slice(row, row + len(pieces)),
+            tokens=slice(first, first + count * len(pieces)),
+            length=length,
+            start=None if len(pieces) > 1 else starts[0],
+            positions=positions,
+            index=torch.arange(row, row + len(pieces), device=self._device),
+            masks={kind: self._mask(kind, positions, length) for kind in self._kinds},
+        )
+
+    def _mask(self, kind: str, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """What is added to the scores of the `length` tokens, (rows, 1, new tokens, length): nothing for those seen.
+
+        A mask that selects is the same to `sdpa`, which would turn it into this in every layer anew. There is always
+        one: without any, `sdpa` takes a slower path where heads share keys.
+        """
+        number = self._numbers.get(kind, 0)
+        seen = _SEES[kind](positions[:, :, None], torch.arange(length, device=self._device), number)[:, None]
+        if self.by_segments or self._float_masks:
+            return torch.where(seen, self._nothing, self._hidden)
+        return seen
 
 
 def _probe(model: PreTrainedModel) -> list[Any]:
@@ -205,8 +215,9 @@ def _layer_kinds(config: Any) -> tuple[list[str], bool]:
 
 
 def _neighbours(one: Piece, other: Piece) -> bool:
-    """Whether the second row lies right behind the first one."""
-    return one.slot.bank is other.slot.bank and other.slot.row == one.slot.row + 1
+    """Whether two rows may share a forward pass: one token each, the second one's slot right behind the first one's."""
+    adjacent = one.slot.bank is other.slot.bank and other.slot.row == one.slot.row + 1
+    return adjacent and len(one.tokens) == len(other.tokens) == 1
 
 
 def _alike(one: Piece, other: Piece) -> bool:

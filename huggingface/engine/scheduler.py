@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from .sequence import Sequence
 from .slots import SlotTable
 
+_SHORT = 256  # tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -27,14 +29,6 @@ class Row:
     def complete(self) -> bool:
         """Whether the sequence's next token can be drawn from this row's last logits."""
         return self.start + len(self.tokens) == len(self.sequence.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The rows of one step: those that decode have one token each, those that prefill a chunk of their prompt."""
-
-    decode: tuple[Row, ...]
-    prefill: tuple[Row, ...]
 
 
 class Scheduler:
@@ -57,6 +51,11 @@ class Scheduler:
         """How many more sequences the batch has room for."""
         return self._max_batch - len(self.decoding) - len(self.prefilling)
 
+    @property
+    def short_prompts(self) -> int:
+        """Sequences whose prompts are nearly read."""
+        return sum(1 for sequence in self.prefilling if _left(sequence) <= _SHORT)
+
     def admit(self) -> None:
         """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
         while self.waiting and self.places > 0:
@@ -69,14 +68,16 @@ class Scheduler:
             sequence.ticket.admitted()
             self.prefilling.append(sequence)
 
-    def plan(self, budget: int) -> Plan:
-        """The next step: a token for every row that decodes, and at most `budget` tokens of prompts.
+    def plan(self, budget: int) -> tuple[Row, ...]:
+        """The next step: a token for every row that decodes, in the order of banks and rows, then chunks of prompts.
 
-        The oldest prompt gets at least half of the budget; the shortest ones share the rest, so that a short prompt
+        These have at most `budget` tokens together.
+
+        The oldest prompt gets at least half of it; the shortest ones share the rest, so that a short prompt
         need not wait until a long one is read.
         """
         decode = sorted(self.decoding, key=lambda sequence: (sequence.slot.bank.key, sequence.slot.row))  # type: ignore[union-attr]
-        rows = tuple(Row(sequence, (sequence.tokens[-1],), len(sequence.tokens) - 1) for sequence in decode)
+        rows = [Row(sequence, (sequence.tokens[-1],), len(sequence.tokens) - 1) for sequence in decode]
         chunks: dict[Sequence, int] = {}
         if self.prefilling:
             oldest = self.prefilling[0]
@@ -87,7 +88,7 @@ class Scheduler:
                 if more > 0:
                     chunks[sequence] = chunks.get(sequence, 0) + more
                     budget -= more
-        return Plan(rows, tuple(_row(sequence, count) for sequence, count in chunks.items()))
+        return (*rows, *(_row(sequence, count) for sequence, count in chunks.items()))
 
     def computed(self, rows: Iterable[Row]) -> None:
         """Note that the rows' tokens are in the cache; prompts that are read decode from now on."""

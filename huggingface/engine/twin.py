@@ -30,7 +30,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attend_by_segments(twin: PreTrainedModel, cache: SlotCache) -> bool:
-    """Have the twin attend segment by segment; False if its attention does not go through transformers' interface."""
+    """Have the twin attend by `slot_attention`; False if its attention does not go through transformers' interface."""
     if not getattr(twin, "_supports_attention_backend", False) or _implementation(twin) != "sdpa":
         return False
     for module in twin.modules():
@@ -52,27 +52,29 @@ def _implementation(model: PreTrainedModel) -> str:
 
 
 def slot_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,  # noqa: ARG001 - the signature that models call
+    value: torch.Tensor,  # noqa: ARG001
+    attention_mask: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' own attention, for each segment over its own rows and no more than its own length.
+    """transformers' own attention in a packed pass: each segment over its own rows, no further than its own length.
 
-    `query` is (batch, heads, new tokens, width), as are `key` and `value` where there are several segments; returns
-    (batch, new tokens, heads, width). `attention_mask` is one of the first segment's masks, and tells which kind of
-    layer this is.
+    `query` is (1, heads, tokens, width), the tokens those of all segments, one after the other; returns (1, tokens,
+    heads, width). `attention_mask` only tells which kind of layer this is; keys and values are the cache's.
     """
     cache: SlotCache = module.slot_cache
-    if len(cache.segments) == 1:
-        [segment] = cache.segments
-        mask = segment.masks[_kind(cache, attention_mask)]
-        return sdpa_attention_forward(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
     kind = _kind(cache, attention_mask)
     outputs = []
     for segment in cache.segments:
         keys, values = cache.view(segment, cache.layer)
-        mask = segment.masks[kind]
-        output, _ = sdpa_attention_forward(module, query[segment.batch], keys, values, mask, **options)
-        outputs.append(output)
-    return torch.cat(outputs), None
+        part = query[:, :, segment.tokens]
+        if segment.start is None:  # (1, heads, rows, width) -> (rows, heads, 1, width)
+            part = part.transpose(0, 2)
+        output, _ = sdpa_attention_forward(module, part, keys, values, segment.masks[kind], **options)
+        outputs.append(output.transpose(0, 1) if segment.start is None else output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _kind(cache: SlotCache, mask: Any) -> str:

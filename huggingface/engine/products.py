@@ -1,0 +1,208 @@
+"""Products with a model's weights, each in the way that this machine is fastest at: found by trying, at load.
+
+On a CPU the time of a decoding step is that of reading the weights, and of the several routines that torch has for one
+and the same product none is the fastest for every number of rows. Fastest of all are weights that oneDNN has laid out
+for itself. They then lie in memory in that form only: the model's own parameters are emptied, and filled again, with
+the very same numbers, before anybody uses the model itself. Engine's thread only. Must not know sequences or the cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from ..memory import release_freed
+
+# (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs)
+Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+# Rows at which the ways are tried; each size stands for those up to the next.
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with: more than the caches hold
+_RUNS = 2
+_WORTH = 0.95  # torch's own way stays unless another takes at most this share of its time
+_PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
+_PACK_WORTH = 0.95  # weights are laid out for oneDNN if the steps then take at most this share of their time
+_REST = 32  # steps without anybody using the model itself, before its weights are laid out again
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return functional.linear(rows, weight, bias)
+
+
+def _transposed(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The weights as the left factor: what BLAS libraries do well for a few rows."""
+    product = torch.mm(weight, rows.t()).t()
+    return product if bias is None else product + bias
+
+
+def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """oneDNN's inner product, on weights as they lie or as it has laid them out."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
+
+
+_OTHER_WAYS: tuple[Way, ...] = (_transposed, _onednn)
+
+
+class Product(nn.Module):
+    """An `nn.Linear`, or transformers' `Conv1D`, by the fastest way for its number of rows."""
+
+    def __init__(self, module: nn.Module, *, shared: bool) -> None:
+        """`shared` tells that others use the same parameter, so that it has to stay as it is."""
+        super().__init__()
+        self.parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+        self.bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+        self.shared = shared
+        self._is_transposed = isinstance(module, Conv1D)
+        self.packed: torch.Tensor | None = None
+        self.ways: tuple[Way, ...] = (_linear,) * len(_SIZES)
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs), as it lies in memory."""
+        return self.parameter.t() if self._is_transposed else self.parameter
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) -> (…, outputs)"""
+        rows = values.reshape(-1, self.in_features)
+        if self.packed is not None:
+            product = _onednn(rows, self.packed, self.bias)
+        else:
+            way = self.ways[min(rows.shape[0].bit_length(), len(self.ways)) - 1]
+            product = way(rows, self.weight, self.bias)
+        return product.view(*values.shape[:-1], self.out_features)
+
+    def pack(self) -> None:
+        """Lay the weights out for oneDNN, and let go of the parameter's."""
+        if self.packed is None and not self.shared:
+            self.packed = _packed(self.weight)
+            self.parameter.data = torch.empty(0)
+
+    def unpack(self) -> None:
+        """Give the parameter its weights back, and let go of oneDNN's."""
+        if self.packed is not None:
+            dense = self.packed.to_dense()
+            self.parameter.data = dense.t().contiguous() if self._is_transposed else dense
+            self.packed = None
+
+
+class Products:
+    """All products of a twin, and how their weights lie."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        """Replace the twin's products by ones of the fastest ways; nothing is changed where there is no choice."""
+        uses = Counter(id(parameter) for module in twin.modules() for parameter in module._parameters.values())
+        found = [
+            (parent, name, Product(child, shared=uses[id(child.weight)] > 1))
+            for parent in list(twin.modules())
+            for name, child in parent.named_children()
+            if _replaceable(child)
+        ]
+        self._all = [product for _, _, product in found]
+        with torch.inference_mode():
+            self._worth_packing = self._tune()
+        for parent, name, product in found:
+            setattr(parent, name, product)
+        self._packed = False
+        self._rested = _REST
+
+    def step(self) -> None:
+        """Note that a step is to be computed; lays the weights out if nobody has used the model itself for a while."""
+        self._rested += 1
+        if self._worth_packing and not self._packed and self._rested >= _REST:
+            self._packed = True
+            with torch.inference_mode(False), torch.no_grad():  # the parameters are to stay ordinary ones
+                for product in self._all:
+                    product.pack()
+            release_freed()
+
+    def step_aside(self) -> None:
+        """Have the model itself whole again: somebody is about to use it."""
+        self._rested = 0
+        if self._packed:
+            self._packed = False
+            with torch.inference_mode(False), torch.no_grad():
+                for product in self._all:
+                    product.unpack()
+            release_freed()
+
+    def _tune(self) -> bool:
+        """Find the fastest way for each shape and size; tells whether it is worth it to have oneDNN lay them out."""
+        by_shape: dict[torch.Size, list[Product]] = defaultdict(list)
+        for product in self._all:
+            by_shape[product.weight.shape].append(product)
+        as_they_lie = laid_out = 0.0  # seconds of a step of each size, added up
+        for alike in by_shape.values():
+            sample = alike[: max(1, _SAMPLE_BYTES // (alike[0].weight.numel() * 4))]
+            weights, bias = [product.weight for product in sample], sample[0].bias
+            packed = weights if any(product.shared for product in sample) else _try_to_pack(weights)
+            ways = []
+            for size in _SIZES:
+                rows = torch.rand(size, alike[0].in_features) - 0.5
+                way, seconds = _fastest(rows, weights, bias)
+                ways.append(way)
+                as_they_lie += seconds * len(alike)
+                if packed is not None and packed is not weights:
+                    seconds = _seconds(_onednn, rows, packed, bias)
+                laid_out += seconds * len(alike)
+            for product in alike:
+                product.ways = tuple(ways)
+        return laid_out < _PACK_WORTH * as_they_lie
+
+
+def _replaceable(module: nn.Module) -> bool:
+    """Whether a module is exactly one of these classes, in float32 on a CPU, and nobody listens to it."""
+    if type(module) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not hasattr(module, "_hf_hook")
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR)
+    return packed
+
+
+def _try_to_pack(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The weights as oneDNN lays them out, if this build of torch can, and can get the very same numbers back."""
+    try:
+        packed = [_packed(weight) for weight in weights]
+        return packed if torch.equal(packed[0].to_dense(), weights[0]) else None
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return None
+
+
+def _fastest(rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> tuple[Way, float]:
+    """The fastest way for products of one shape, and the seconds that it takes for each."""
+    wanted = _linear(rows, weights[0], bias)
+    best: Way = _linear
+    shortest = plain = _seconds(_linear, rows, weights, bias)
+    for way in _OTHER_WAYS:
+        try:
+            if not torch.allclose(way(rows, weights[0], bias), wanted, rtol=1e-3, atol=1e-4):
+                continue
+            seconds = _seconds(way, rows, weights, bias)
+        except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch, or not for these
+            continue
+        if seconds < min(shortest, plain * _WORTH):
+            best, shortest = way, seconds
+    return best, shortest
+
+
+def _seconds(way: Way, rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> float:
+    """Seconds for each product, over all of the weights, so that the caches are of as little help as in a model."""
+    shortest = float("inf")
+    for _ in range(_RUNS):
+        started = time.perf_counter()
+        for weight in weights:
+            way(rows, weight, bias)
+        shortest = min(shortest, time.perf_counter() - started)
+    return shortest / len(weights)
