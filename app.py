@@ -57,6 +57,9 @@ def main() -> None:
     settings = read_settings()
     # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when oneDNN is first used. It keeps what it made for the last 1,024 kinds of products, tens of megabytes that no
+    # unload would give back; a step needs a handful.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_few_arenas()
     app = create_app(settings)

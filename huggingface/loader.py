@@ -27,6 +27,7 @@ from .engine.batch import TransformersBatch, sequence_of
 from .engine.engine import Engine
 from .engine.parity import batch_runner
 from .engine.prepare import Preparer
+from .engine.products import Products
 from .engine.runner import BatchRunner, NotBatchable
 from .engine.solo import Solo
 from .engine.ticket import Ticket
@@ -225,8 +226,9 @@ def _batch_runner(model: Any, head: Head) -> tuple[BatchRunner | None, str | Non
 
 
 def warm_up() -> None:
-    """Have torch set up its threads and its math library, which it does at the first product of some size."""
-    torch.mm(torch.ones(64, 576), torch.ones(576, 1536))
+    """Have torch set up its math libraries, which it does at the first product of some size in each of them."""
+    with torch.inference_mode():
+        Products(torch.nn.Sequential(torch.nn.Linear(576, 1536)))
 
 
 def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
