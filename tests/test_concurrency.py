@@ -191,7 +191,8 @@ def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
     users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(7)]
-    time.sleep(1)
+    while server.call("GET", "/requests").json()["count"] < 7:
+        time.sleep(0.01)
     started = time.monotonic()
     full = server.call("POST", "/generate", json=body)
     assert (full.status_code, full.json()["success"]) == (503, False)

@@ -40,7 +40,18 @@ TORCH = (
     "huggingface/tasks/[!_]*.py",
     *(
         f"huggingface/engine/{name}.py"
-        for name in ("batch", "cache", "failures", "parity", "prepare", "runner", "sampling", "solo", "twin")
+        for name in (
+            "batch",
+            "cache",
+            "failures",
+            "parity",
+            "prepare",
+            "products",
+            "runner",
+            "sampling",
+            "solo",
+            "twin",
+        )
     ),
 )
 LIBRARIES: dict[str, tuple[str, ...]] = {
