@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from flask_openapi3 import Info, OpenAPI
 
@@ -57,11 +58,14 @@ def main() -> None:
     settings = read_settings()
     # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Read when oneDNN is first used. It keeps what it made for the last 1,024 kinds of products, tens of megabytes that no
-    # unload would give back; a step needs a handful.
+    # Read when oneDNN is first used. It keeps what it made for the last 1,024 kinds of products, tens of megabytes that
+    # no unload would give back; a step needs a handful.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_few_arenas()
+    # The engine's thread needs the interpreter's lock for each of some thousand operations of a step; with the default
+    # of 5 ms a thread that answers requests could keep it for as long each time.
+    sys.setswitchinterval(0.0005)
     app = create_app(settings)
     try:
         huggingface.start(app, import_delay=1.0 if settings.import_at_start else None)  # the server answers first

@@ -225,6 +225,21 @@ def test_requests_are_listed_and_cancelled_by_their_id(llama: Any) -> None:
     idle(server, model_id)
 
 
+def test_what_goes_wrong_in_the_middle_is_the_last_event(llama: Any) -> None:
+    """A stream that is cancelled after its first token ends with an event in the shape of every error."""
+    server, model_id = llama()
+    body = {"model_id": model_id, "prompt": "The", **LONG, "stream": True}
+    with requests.post(f"{server.api}/generate", json=body, stream=True, timeout=60) as response:
+        assert response.status_code == 200
+        told = events(response)
+        assert list(next(told)) == ["index", "text"]
+        request_id = response.headers["X-Local-LLM-Request-Id"]
+        assert server.call("DELETE", f"/requests/{request_id}").status_code == 200
+        *_, last = told
+    assert last == {"success": False, "error": f"Request '{request_id}' was cancelled"}
+    idle(server, model_id)
+
+
 def test_a_deadline_holds_wherever_the_request_is(llama: Any, tiny: Any) -> None:
     """`timeout` ends a request with a 504: in the queue behind another, running, and for tasks."""
     server, model_id = llama()

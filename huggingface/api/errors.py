@@ -72,18 +72,18 @@ def on_invalid_body(error: ValidationError) -> Response:
     raise request_error(error) from error
 
 
-def log(error: errors.LocalLLMError) -> int:
-    """Log an error as its status deserves, and return that."""
+def log(error: errors.LocalLLMError, where: str) -> int:
+    """Log an error as its status deserves, and return that; `where` tells what it ended."""
     status = status_of(error)
     if status == 500:
-        logger.error("%s %s: %s", request.method, request.path, error, exc_info=error)
+        logger.error("%s: %s", where, error, exc_info=error)
     elif status > 500:
-        logger.info("%s %s: %s", request.method, request.path, error)
+        logger.info("%s: %s", where, error)
     return status
 
 
 def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
-    status = log(error)
+    status = log(error, f"{request.method} {request.path}")
     response = jsonify(body(str(error)))
     if status == 503:
         response.headers["Retry-After"] = str(getattr(error, "retry_after", 1))

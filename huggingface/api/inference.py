@@ -56,7 +56,9 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
 
         if not streams:
             return answer(list(flight.chunks()))
-        return event_stream(flight, ticket, answer, stack.pop_all().close)
+        response = event_stream(flight, ticket, answer)
+        response.call_on_close(stack.pop_all().close)  # only now: an error before the first token ends it here
+        return response
 
 
 @blueprint.post("/pipeline", responses={200: schemas.PipelineAnswer})

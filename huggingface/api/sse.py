@@ -26,12 +26,10 @@ _KEEP_ALIVE = 2.0
 _COMMENT = b": keep-alive\n\n"
 
 
-def event_stream(
-    flight: InFlight, ticket: Ticket, shape: Callable[[list[Chunk]], dict[str, Any]], on_close: Callable[[], None]
-) -> Response:
+def event_stream(flight: InFlight, ticket: Ticket, shape: Callable[[list[Chunk]], dict[str, Any]]) -> Response:
     """The response that streams `ticket`; its last event is what `shape` makes of the sequences' last chunks.
 
-    `on_close` is called once, when the response is sent or its client has gone.
+    The ticket is cancelled when the response is sent or its client has gone.
 
     Raises: what ended the request before its first token.
     """
@@ -39,12 +37,7 @@ def event_stream(
     response = Response(_events(flight, first, shape), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
-
-    def close() -> None:
-        ticket.cancel()
-        on_close()
-
-    response.call_on_close(close)
+    response.call_on_close(ticket.cancel)
     return response
 
 
@@ -64,7 +57,7 @@ def _events(flight: InFlight, first: Chunk | None, shape: Callable[[list[Chunk]]
             yield from _text(chunk, last)
         yield _event(shape(last))
     except LocalLLMError as error:
-        log(error)
+        log(error, "a stream")
         yield _event(body(str(error)))
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, QueueFull
+from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull
 from ..memory import forget_frames
 from ..records import EngineOptions, EngineStatus
 from .pace import Pace
@@ -343,7 +343,7 @@ class Engine:
             sequence.append(token)
         except Exception as error:  # a tokenizer may fail on what a model makes
             logger.exception("the text of a sequence of %s could not be made", self._model_id)
-            self._fail(sequence, error)
+            self._fail(sequence, GenerationFailed(f"Model '{self._model_id}' made what has no text ({error})"))
             return
         if sequence.finished:
             self._scheduler.drop(sequence)

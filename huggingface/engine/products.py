@@ -2,8 +2,9 @@
 
 On a CPU the time of a decoding step is that of reading the weights, and of the several routines that torch has for one
 and the same product none is the fastest for every number of rows. Fastest of all are weights that oneDNN has laid out
-for itself. They then lie in memory in that form only: the model's own parameters are emptied, and filled again, with
-the very same numbers, before anybody uses the model itself. Engine's thread only. Must not know sequences or the cache.
+itself. They then lie in memory in that form only, but for a table of embeddings that is a product's too: the model's
+own parameters are emptied, and filled again, with the very same numbers, before anybody uses the model itself. Engine's
+thread only. Must not know sequences or the cache.
 """
 
 from __future__ import annotations
@@ -81,17 +82,18 @@ class Product(nn.Module):
         return product.view(*values.shape[:-1], self.out_features)
 
     def pack(self) -> None:
-        """Lay the weights out for oneDNN, and let go of the parameter's."""
-        if self.packed is None and not self.shared:
+        """Lay the weights out for oneDNN, and let go of the parameter's, unless others use it too."""
+        if self.packed is None:
             self.packed = _packed(self.weight)
-            self.parameter.data = torch.empty(0)
+            if not self.shared:
+                self.parameter.data = torch.empty(0)
 
     def unpack(self) -> None:
         """Give the parameter its weights back, and let go of oneDNN's."""
-        if self.packed is not None:
+        if self.packed is not None and not self.shared:
             dense = self.packed.to_dense()
             self.parameter.data = dense.t().contiguous() if self._is_transposed else dense
-            self.packed = None
+        self.packed = None
 
 
 class Products:
@@ -143,14 +145,14 @@ class Products:
         for alike in by_shape.values():
             sample = alike[: max(1, _SAMPLE_BYTES // (alike[0].weight.numel() * 4))]
             weights, bias = [product.weight for product in sample], sample[0].bias
-            packed = weights if any(product.shared for product in sample) else _try_to_pack(weights)
+            packed = _try_to_pack(weights)
             ways = []
             for size in _SIZES:
                 rows = torch.rand(size, alike[0].in_features) - 0.5
                 way, seconds = _fastest(rows, weights, bias)
                 ways.append(way)
                 as_they_lie += seconds * len(alike)
-                if packed is not None and packed is not weights:
+                if packed is not None:
                     seconds = _seconds(_onednn, rows, packed, bias)
                 laid_out += seconds * len(alike)
             for product in alike:

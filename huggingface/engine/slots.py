@@ -135,6 +135,7 @@ class SlotTable:
         if slot.decodes:
             self._exchange(slot, bank.decoding - 1)
             bank.decoding -= 1
+        self._tick += 1
         slot.taken, slot.used = False, self._tick
         if not clean:
             self._store.clear(bank.key, slot.row)

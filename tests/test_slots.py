@@ -1,0 +1,151 @@
+"""The slots' bookkeeping, on lists instead of tensors: whatever is taken or moved, each row holds its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from huggingface.engine.pace import LARGEST, Pace
+from huggingface.engine.slots import SMALLEST, Slot, SlotTable
+
+
+class Lists:
+    """Rows of tokens in lists: what a cache holds, as far as the table can tell."""
+
+    def __init__(self, most: int = 10**9) -> None:
+        self.banks: dict[int, list[list[int | None]]] = {}
+        self.most = most
+
+    def create(self, bank: int, rows: int, capacity: int) -> bool:
+        if sum(len(row) for kept in self.banks.values() for row in kept) + rows * capacity > self.most:
+            return False
+        self.banks[bank] = [[None] * capacity for _ in range(rows)]
+        return True
+
+    def drop(self, bank: int) -> None:
+        del self.banks[bank]
+
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        self.banks[target[0]][target[1]][:tokens] = self.banks[source[0]][source[1]][:tokens]
+
+    def swap(self, bank: int, one: int, other: int, tokens: int) -> None:
+        rows = self.banks[bank]
+        rows[one][:tokens], rows[other][:tokens] = rows[other][:tokens], rows[one][:tokens]
+
+    def clear(self, bank: int, row: int) -> None:
+        self.banks[bank][row] = [None] * len(self.banks[bank][row])
+
+    def write(self, slot: Slot, tokens: list[int]) -> None:
+        """What a forward pass does: the tokens go into the slot's row, behind those that are there."""
+        start = len(slot.tokens)
+        self.banks[slot.bank.key][slot.row][start : start + len(tokens)] = tokens
+        slot.tokens.extend(tokens)
+
+    def read(self, slot: Slot) -> list[int | None]:
+        return self.banks[slot.bank.key][slot.row][: len(slot.tokens)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_row_holds_its_own_tokens_whatever_happens(seed: int) -> None:
+    """Slots are taken, filled, promoted, released and evicted at random; each row's content is what its slot says."""
+    draw = random.Random(seed)
+    store, limit = Lists(), draw.choice([4, 12, 60]) * SMALLEST
+    table = SlotTable(store, limit)
+    live: list[Slot] = []
+    shared = [draw.randrange(50) for _ in range(300)]
+    for _ in range(600):
+        action = draw.random()
+        if action < 0.4:
+            prompt = [*shared[: draw.randrange(200)], *(draw.randrange(50) for _ in range(draw.randint(1, 60)))]
+            need = len(prompt) + draw.choice([5, 100, 400])
+            if not table.fits(need):
+                continue
+            slot = table.take(prompt, need)
+            if slot is None:
+                assert live, "with nobody there, what fits has to be let in"
+                continue
+            assert len(slot.tokens) < len(prompt)
+            assert slot.tokens == prompt[: len(slot.tokens)] == store.read(slot)
+            store.write(slot, prompt[len(slot.tokens) :])
+            live.append(slot)
+        elif live and action < 0.6:
+            table.promote(draw.choice(live))
+        elif live and action < 0.8:
+            slot = draw.choice(live)
+            if len(slot.tokens) < slot.bank.capacity:
+                store.write(slot, [draw.randrange(50)])
+        elif live:
+            slot = live.pop(draw.randrange(len(live)))
+            table.release(slot, keep=draw.random() < 0.8, clean=draw.random() < 0.9)
+        assert table.allocated <= limit
+        assert table.taken == len(live)
+        for slot in live:
+            assert slot.taken
+            assert store.read(slot) == slot.tokens
+        for bank in {slot.bank for slot in live}:
+            assert all(row is not None and row.taken for row in bank.rows[: bank.decoding])
+            assert all(row is None or (row.bank is bank and bank.rows[row.row] is row) for row in bank.rows)
+    for slot in live:
+        table.release(slot)
+    table.forget()
+    assert table.allocated == table.taken == table.resting == 0
+    assert not store.banks
+
+
+def test_a_prompt_that_goes_on_continues_in_its_place_and_a_branch_is_copied() -> None:
+    """The next turn takes over the resting row; another chat with the same beginning gets a copy, and both are kept."""
+    store = Lists()
+    table = SlotTable(store, 64 * SMALLEST)
+    first = table.take(list(range(100)), 200)
+    assert first is not None
+    store.write(first, list(range(100)))
+    table.release(first)
+    branch = table.take([*range(60), 7, 7], 200)
+    assert branch is not None
+    assert branch is not first
+    assert branch.tokens == list(range(60)) == store.read(branch)
+    again = table.take([*range(100), 5, 6], 200)
+    assert again is first
+    assert again.tokens == list(range(100))
+
+
+def test_the_least_recently_used_row_goes_first() -> None:
+    """Where there is no room, the row that rests longest is given up."""
+    table = SlotTable(Lists(), 2 * SMALLEST)
+    store = table._store
+    slots = []
+    for start in (0, 1000):
+        slot = table.take([start, start + 1, start + 2], 10)
+        assert slot is not None
+        store.write(slot, [start, start + 1, start + 2])  # type: ignore[attr-defined]
+        slots.append(slot)
+    for slot in reversed(slots):
+        table.release(slot)
+    third = table.take([5000, 5001], 10)
+    assert third is not None
+    kept = table.take([0, 1, 2, 3], 10)
+    assert kept is not None
+    assert kept.tokens == [0, 1, 2]
+
+
+def test_memory_that_is_not_there_is_not_taken() -> None:
+    """Where the store has no memory for a bank, a sequence waits, and the bookkeeping is as before."""
+    table = SlotTable(Lists(most=SMALLEST), 64 * SMALLEST)
+    first = table.take([1, 2], 10)
+    assert first is not None
+    assert table.take([3, 4], 10) is None
+    table.release(first)
+    assert table.take([3, 4], 10) is not None
+
+
+def test_chunks_take_less_than_the_decoding_they_delay() -> None:
+    """A long prompt gets what fits into a share of a decoding step; many short ones may take longer."""
+    pace = Pace()
+    assert pace.budget(0, 5) == LARGEST
+    for _ in range(20):
+        pace.took(0.1, decoding=4, prompt_tokens=0)
+        pace.took(0.2, decoding=4, prompt_tokens=50)
+    assert 20 <= pace.budget(4, 0) <= 50
+    assert pace.budget(4, 4) > 2 * pace.budget(4, 0)
+    assert pace.budget(1, 1000) == LARGEST
