@@ -207,6 +207,7 @@ def test_the_cache_shows_what_is_in_memory(api: Server) -> None:
     body = good(api.call("GET", "/cache"))
     assert list(body) == ["success", "cached_models", "cached_pipelines", "total_cached"]
     assert list(body["cached_models"]["gpt2"]) == ["loaded_at", "device", "model_type", "engine"]
+    assert body["cached_models"]["gpt2"].pop("engine")["state"] == "running"  # beyond the document
     assert TIME.fullmatch(body["cached_models"]["gpt2"].pop("loaded_at"))
     assert body["cached_models"] == {"gpt2": {"device": "cpu", "model_type": "text-generation"}}
     assert body["cached_pipelines"] == ["gpt2_text-generation"]
