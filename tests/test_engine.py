@@ -421,3 +421,18 @@ def test_what_cannot_be_right_is_found_out(family: Any) -> None:
     model.model.__class__ = Odd
     with pytest.raises(NotBatchable):
         batch_runner(model)
+
+
+def test_whoever_uses_the_model_itself_finds_it_whole(family: Any) -> None:
+    """Weights that are laid out for the batch are back before anybody uses the model itself, whenever it comes."""
+    served = family("llama", max_batch=3)
+    parts = served.loaded._parts
+    batch, runner = parts.engine._batch, parts.engine._batch._runner
+    runner.products._worth_packing, runner.products._rested = True, 10**6
+    whole = served.text("The cat", {"do_sample": False, "max_new_tokens": 4})
+    assert all(product.packed is not None for product in runner.products._all)
+    seen: list[bool] = []
+    parts.engine.call(lambda: seen.append(all(product.packed is None for product in runner.products._all)))
+    assert seen == [True]
+    assert served.text("The cat", {"do_sample": False, "max_new_tokens": 4}) == whole
+    assert batch.allocated_bytes > 0

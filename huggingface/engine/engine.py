@@ -227,10 +227,8 @@ class Engine:
     def step(self) -> None:
         """Serve everyone once: give up who has gone, let in who waits, and compute a token or a chunk for each."""
         self._give_up()
-        if self._batch is not None and (self._jobs or self._tasks.pending):
-            self._batch.step_aside()
         self._run_job()
-        self._tasks.step()
+        self._run_tasks()
         if self._scheduler is None:
             return
         self._let_in()
@@ -290,6 +288,7 @@ class Engine:
         if self._job is None:
             return
         try:
+            self._lend_model()
             self._job.run()
         except EngineFailed as error:
             self._job.fail(error)
@@ -299,6 +298,17 @@ class Engine:
             self._job.fail(error)
         finally:
             self._job = None
+
+    def _run_tasks(self) -> None:
+        """Do one piece of the tasks' work, if there is some; what comes after this look has its turn at the next."""
+        if self._tasks.pending:
+            self._lend_model()
+            self._tasks.step()
+
+    def _lend_model(self) -> None:
+        """Have the model itself whole for whoever runs next; asked after that is known, so that nobody slips by."""
+        if self._batch is not None:
+            self._batch.step_aside()
 
     def _let_in(self) -> None:
         """Give places and slots to those who wait; whoever does not fit into all the memory there is, is refused."""
