@@ -14,9 +14,11 @@ from pathlib import Path
 from flask_openapi3 import OpenAPI
 
 from .api import cache, docs, inference, models, requests, system
+from .api import hub_protocol as hub_protocol  # adds its route to those of the models
 from .api.errors import init_errors
 from .api.guard import init_guard
 from .api.inflight import Requests
+from .api.openai import routes as openai
 from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
 from .api.wire import JSONProvider, JSONRequest, check_query
@@ -54,8 +56,9 @@ def init_app(
     init_guard(app, allowed_hosts)
     init_errors(app)
     init_request_ids(app)
-    for routes in (system, models, inference, requests, cache):
+    for routes in (system, models, inference, requests, cache, openai):
         app.register_api(routes.blueprint)
+    app.register_api(openai.hub_chat)
     app.register_api(system.root)
     app.register_blueprint(docs.blueprint)
 

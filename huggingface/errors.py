@@ -25,6 +25,10 @@ class InvalidRequest(LocalLLMError):
         self.field = field
 
 
+class ContextExceeded(InvalidRequest):
+    """The prompt is longer than the model's context."""
+
+
 class MissingField(InvalidRequest):
     """A required field is absent."""
 

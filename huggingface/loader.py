@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,35 +24,47 @@ from transformers.models.auto import modeling_auto as auto
 from . import files, hub
 from .devices import resolve_device
 from .engine.batch import TransformersBatch, sequence_of
+from .engine.constraints import Constraints
 from .engine.engine import Engine
 from .engine.parity import batch_runner
 from .engine.prepare import Preparer
 from .engine.products import Products
+from .engine.prompts import run_in_batch
 from .engine.runner import BatchRunner, NotBatchable
 from .engine.solo import Solo
 from .engine.ticket import Ticket
+from .engine.tokens import TokenTexts
 from .errors import (
     Cancelled,
     DeviceMissing,
     FilesCorrupt,
     FilesMissing,
     FilesRefused,
+    InvalidRequest,
     LoadError,
+    LocalLLMError,
     ModelUnsupported,
     OutOfMemory,
     UnsupportedTask,
 )
 from .memory import forget_frames, release_freed
-from .records import EngineOptions, EngineStatus, GenerationRequest, LoadOptions, ModelRecord, timestamp
+from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, LoadOptions, ModelRecord, timestamp
 from .tasks import HEADS, MODEL_TYPES, Head
+from .tasks.embedding import Pooling, find_pooling, note_activation
 from .tasks.generation import generation_arguments
 from .tasks.positions import max_positions
 from .tasks.runner import TaskRunner
+from .tasks.text_generation import TextGenerations
 
 logger = logging.getLogger(__name__)
 
 # How transformers says that it lacks an optional package, where it does not raise an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
+
+_GENERATION = "text-generation"  # the one task whose work the batch does
+
+# Of a generation config: what an answer's caller may set too.
+_DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
 
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
@@ -99,6 +111,7 @@ class _Parts:
     solo: Solo
     tokenizer: Any
     batched: bool
+    generations: TextGenerations
 
 
 class LoadedModel:
@@ -108,8 +121,16 @@ class LoadedModel:
     """
 
     def __init__(
-        self, record: ModelRecord, model: Any, tokenizer: Any, head: Head, device: str, options: EngineOptions
+        self,
+        record: ModelRecord,
+        model: Any,
+        tokenizer: Any,
+        head: Head,
+        device: str,
+        options: EngineOptions,
+        pooling: Pooling | LocalLLMError | None = None,
     ) -> None:
+        """`pooling` is what makes one vector of a text's, or why that cannot be had."""
         model_id = record.model_id
         self.model_id = model_id
         self.model_type = record.model_type
@@ -117,18 +138,33 @@ class LoadedModel:
         self.device = device
         self.loaded_at = timestamp()
         runner, reason = _batch_runner(model, head)
-        batch = None if runner is None else TransformersBatch(model_id, runner, options)
-        tasks = TaskRunner(model_id, model, tokenizer, head)
+        constraints = _constraints(model, tokenizer)
+        texts = TokenTexts(tokenizer, lambda: constraints.tokens)
+        batch = None if runner is None else TransformersBatch(model_id, runner, texts, options)
+        self.pools = pooling is not None
+
+        def find() -> Pooling | None:
+            if isinstance(pooling, LocalLLMError):
+                raise pooling
+            return pooling
+
+        tasks = TaskRunner(model_id, model, tokenizer, head, find)
         engine = Engine(model_id, batch, tasks, options, reason)
         preparer = Preparer(
             model_id,
             model,
             tokenizer,
             contexts=_contexts(model),
+            room=None if batch is None else batch.slots.longest,
+            constraints=constraints,
             arguments=lambda given: generation_arguments(given, model),
         )
-        solo = Solo(model_id, model, tokenizer)
-        self._parts: _Parts | None = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None)
+        solo = Solo(model_id, model, tokenizer, texts)
+        generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
+        self._parts: _Parts | None = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None, generations)
+        # Of one call, so that whoever comes meanwhile finds a place.
+        self._most_prompts = max(1, options.max_batch // 2)
+        self._context = _contexts(model)[0]
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
@@ -141,6 +177,28 @@ class LoadedModel:
         """What its engine is doing; None where it has been taken out of memory."""
         parts = self._parts
         return None if parts is None else parts.engine.status()
+
+    @property
+    def own_parameters(self) -> Mapping[str, Any]:
+        """What its generation config says of drawing tokens; lengths and ends apply anyhow."""
+        config = self._open().solo.model.generation_config
+        return {name: value for name in _DRAWING if (value := getattr(config, name, None)) is not None}
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with the special ones that the model's tokenizer adds."""
+        return list(self._open().tokenizer(text, return_attention_mask=False)["input_ids"])
+
+    @property
+    def chat(self) -> ChatTraits:
+        """How it lays chats out."""
+        tokenizer = self._open().tokenizer
+        added = tokenizer.added_tokens_decoder
+        special = frozenset(token.content for token in added.values() if token.special)
+        return ChatTraits(tokenizer.chat_template, {token.content: id_ for id_, token in added.items()}, special)
 
     @property
     def failed(self) -> bool:
@@ -163,7 +221,7 @@ class LoadedModel:
             raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
         submitted = time.monotonic()
         prepared = parts.preparer.prepare(request)
-        ticket = Ticket(prepared.prompt_tokens, parts.engine.wake)
+        ticket = Ticket(prepared.prompt_tokens, parts.engine.wake, prepared.end)
         if parts.batched and prepared.settled is not None:
             parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, gone, request.streams))
         else:
@@ -179,12 +237,19 @@ class LoadedModel:
     ) -> Any:
         """Run a task and return its result as JSON values; it is batched with whoever else asks at the time.
 
+        Prompts of `text-generation` run as generations do, unless they ask for what only the model itself can: beams.
+
         Raises:
             UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
             QueueFull: as many calls wait as may.
             Cancelled: `gone()` turned true, or the model is being unloaded.
         """
         parts = self._open()
+        if task == _GENERATION and parts.batched:
+            generation = parts.generations.begin(inputs, parameters)
+            if run_in_batch(generation, parts.engine, most=self._most_prompts, context=self._context, gone=gone):
+                parts.tasks.note(task)
+                return generation.result()
         parts.engine.check_queue_for_task()
         call = parts.tasks.submit(task, inputs, parameters, gone)
         parts.engine.wake()
@@ -267,7 +332,19 @@ def _load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     head = _head(model_id, config, wanted)
     with _BUILDING:
         model = _read_model(model_id, folder, config, head, device, options, trusted)
-    return LoadedModel(record, model, tokenizer, head, device, options.engine)
+    note_activation(model.config, folder)
+    return LoadedModel(record, model, tokenizer, head, device, options.engine, _pooling(folder))
+
+
+def _pooling(folder: Path) -> Pooling | LocalLLMError | None:
+    """What a sentence-transformers folder says of making vectors; what is wrong there is told to who asks for one."""
+    try:
+        return find_pooling(folder)
+    except InvalidRequest as error:
+        return error
+    except Exception as error:
+        logger.info("the modules of a sentence-transformers model cannot be used", exc_info=error)
+        return InvalidRequest(f"This model's modules.json cannot be used: {files.public(error, folder)}")
 
 
 def _free() -> None:
@@ -278,6 +355,13 @@ def _free() -> None:
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
     release_freed()
+
+
+def _constraints(model: Any, tokenizer: Any) -> Constraints:
+    """What constrains the model's texts; llguidance looks at the tokenizer when it is first asked."""
+    own = model.generation_config.eos_token_id if model.can_generate() else None
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    return Constraints(tokenizer, model.config.get_text_config().vocab_size, ends)
 
 
 def _contexts(model: Any) -> tuple[int | None, int | None]:

@@ -7,7 +7,7 @@ Standard library only, so that anyone may import it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,16 +121,66 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What to generate from, and how: exactly one of `prompt` and `messages`, and the effective parameters.
+class Constraint:
+    """What a text must be, whole: `value` is a JSON schema, a regular expression, a list of choices or a Lark grammar.
 
-    `streams` tells whether text is wanted as it is made; else the last chunk holds all of it.
+    `json_object` is any JSON object; its value is not looked at. Grammars are in llguidance's dialect of Lark.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate from, and how: exactly one of `prompt`, `tokens` and `messages`, and the effective parameters.
+
+    `tokens` are a prompt's token ids. `template` are further variables of the chat template (`tools` among them).
+    `streams` tells whether text is wanted as it is made; else the last chunk holds all of it. `fills` asks for as many
+    tokens as there is room for, where the parameters set no limit. `logprobs` is how many alternatives of each token
+    are to be named with it, None for no tokens at all; `prompt_logprobs` asks for those of the prompt too. `constraint`
+    is what the text has to be, or a function that tells it from the end of the prompt as the chat template has laid it
+    out. `special_tokens` are left in the text, other special tokens are not.
     """
 
     parameters: Mapping[str, Any]
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     streams: bool = False
+    fills: bool = False
+    tokens: Sequence[int] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    constraint: Constraint | Callable[[str], Constraint | None] | None = None
+    special_tokens: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTraits:
+    """How a model lays chats out: its template, or several by name, and the tokens that were added to its vocabulary by
+    their texts; `special_tokens` are those that are left out of texts.
+    """
+
+    template: str | Mapping[str, str] | None
+    added_tokens: Mapping[str, int]
+    special_tokens: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token and how likely the model found it, before any parameter of the request changed that.
+
+    `text` is what it alone stands for, `raw` its bytes (a part of a character, it may be). `logprob` is the natural
+    logarithm of its probability, None for the first one of a prompt. `top` are the likeliest tokens in its place.
+    """
+
+    id: int
+    text: str
+    raw: bytes
+    logprob: float | None
+    special: bool = False
+    top: Sequence[Token] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +189,8 @@ class Chunk:
     of a request the counts, the times and what was in effect.
 
     `index` tells which of several returned sequences the text belongs to. `parameters` are the request's, as far as the
-    model has room for them.
+    model has room for them. `tokens` are those made since the chunk before, `prompt` those of the prompt, in the first
+    chunk; both only where the request asks for them.
     """
 
     text: str
@@ -149,6 +200,8 @@ class Chunk:
     parameters: Mapping[str, Any] | None = None
     timings: Timings | None = None
     whole: str | None = None
+    tokens: Sequence[Token] = ()
+    prompt: Sequence[Token] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -366,10 +366,10 @@ def test_a_step_that_fails_fails_those_who_made_it_fail(family: Any) -> None:
     forward = batch._runner.forward
     poison = served.tokenizer("zzz")["input_ids"]
 
-    def fail(pieces: Any) -> Any:
+    def fail(pieces: Any, every: Any) -> Any:
         if any(list(piece.slot.tokens or piece.tokens)[: len(poison)] == poison for piece in pieces):
             raise RuntimeError("a bug")
-        return forward(pieces)
+        return forward(pieces, every)
 
     options = {"do_sample": False, "max_new_tokens": 15}
     prompts = [" ".join(WORDS[start : start + 9]) for start in range(5)]

@@ -27,9 +27,10 @@ ROOMS: dict[str, set[str]] = {
     "files": {"records", "errors"},
     "tasks": {"records", "errors"},
     "engine": {"memory", "records", "errors"},
+    "chat": set(),
     "loader": {"files", "devices", "memory", "tasks", "engine", "records", "errors"},
     "manager": {"registry", "loader", "libraries", "records", "errors"},
-    "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "records", "errors"},
+    "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "chat", "records", "errors"},
     "": {"api", "manager", "registry", "records", "errors"},
 }
 PARTS = {"registry_content": "registry", "registry_file": "registry", "hub": "files", "hub_errors": "files"}
@@ -43,6 +44,7 @@ TORCH = (
         for name in (
             "batch",
             "cache",
+            "constraints",
             "failures",
             "parity",
             "prepare",
@@ -50,6 +52,7 @@ TORCH = (
             "runner",
             "sampling",
             "solo",
+            "tokens",
             "twin",
         )
     ),
@@ -61,11 +64,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "waitress": ("server.py",),
     "pydantic": (
         "config.py",
-        *(f"huggingface/api/{name}.py" for name in ("schemas", "parameters", "errors")),
+        *(f"huggingface/api/{name}.py" for name in ("schemas", "hub_schemas", "parameters", "errors")),
+        *(f"huggingface/api/openai/{name}.py" for name in ("schemas", "response_schemas", "answers")),
     ),
     "pydantic_settings": ("config.py",),
     "torch": TORCH,
     "transformers": TORCH,
+    "llguidance": ("huggingface/engine/constraints.py", "huggingface/engine/tokens.py"),
     "huggingface_hub": (),
     "safetensors": (),
     "gguf": (),
@@ -191,7 +196,7 @@ def test_the_manager_imports_the_loader_only_when_a_model_is_loaded() -> None:
 
 
 def test_the_api_knows_of_tasks_only_their_names_and_of_the_engine_only_its_tickets() -> None:
-    allowed = {"huggingface.tasks", "huggingface.engine.ticket"}
+    allowed = {"huggingface.tasks", "huggingface.engine.ticket", "huggingface.engine.joint"}
     inner = [
         found
         for found in all_imports()

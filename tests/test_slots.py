@@ -75,6 +75,11 @@ def test_every_row_holds_its_own_tokens_whatever_happens(seed: int) -> None:
             slot = draw.choice(live)
             if len(slot.tokens) < slot.bank.capacity:
                 store.write(slot, [draw.randrange(50)])
+            if draw.random() < 0.3:
+                before, decodes = slot.bank.capacity, slot.decodes
+                grown = table.grow(slot, before + 1)
+                assert slot.bank.capacity == (2 * before if grown else before)
+                assert slot.decodes is decodes
         elif live:
             slot = live.pop(draw.randrange(len(live)))
             table.release(slot, keep=draw.random() < 0.8, clean=draw.random() < 0.9)

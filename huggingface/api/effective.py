@@ -72,6 +72,53 @@ def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict
     return _agreed(GenerationParameters, effective, asked)
 
 
+# What OpenAI's API says of a model that says nothing of itself.
+OPENAI_DEFAULTS: Mapping[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def openai_parameters(record: ModelRecord, own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The effective parameters of OpenAI's routes; `own` are those of the model's generation config.
+
+    The request's count most, then the registered ones, then the model's own, then OpenAI's.
+
+    Raises:
+        InvalidRequest: what was asked does not go together; names the field.
+    """
+    known = GenerationParameters.model_fields
+    asked = dict(asked)
+    if "do_sample" not in asked and {"temperature", "top_p"} & asked.keys():
+        asked["do_sample"] = True  # with OpenAI, everything is sampled
+    # How many answers are wanted is the request's alone to say.
+    registered = {
+        name: value for name, value in record.parameters.items() if name in known and name != "num_return_sequences"
+    }
+    layers = [OPENAI_DEFAULTS, {name: value for name, value in own.items() if name in known}, registered, asked]
+    effective = merge(*layers)
+    if effective["temperature"] == 0:
+        effective["do_sample"] = False
+    return _agreed(GenerationParameters, effective, asked)
+
+
+# What TGI's API says of a model that says nothing of itself.
+HUB_DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 100, "do_sample": False}
+
+
+def hub_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The effective parameters of a text generation in Hugging Face's protocol.
+
+    Raises:
+        InvalidRequest: what was asked does not go together; names the field.
+    """
+    known = GenerationParameters.model_fields
+    registered = {
+        name: value for name, value in record.parameters.items() if name in known and name != "num_return_sequences"
+    }
+    effective = merge(HUB_DEFAULTS, registered, asked)
+    if effective.get("temperature") == 0:
+        effective["do_sample"] = False
+    return _agreed(GenerationParameters, effective, asked)
+
+
 def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The effective parameters of a task: registered ones count for the model's own task and for tasks that write.
 

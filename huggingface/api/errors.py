@@ -7,6 +7,7 @@ A failure that nobody foresaw is a 500 that says nothing private; the log has th
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from typing import Any
 
@@ -60,6 +61,34 @@ def body(message: str) -> dict[str, Any]:
     return {"success": False, "error": message}
 
 
+def openai_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+    """The body of a failure under `/v1`. Source: "Error codes", OpenAI API reference.
+
+    `type` tells whose fault it is; `code` is OpenAI's where it has one for this.
+    """
+    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+    param = "model" if isinstance(error, errors.ModelNotFound) else getattr(error, "field", None)
+    kind = {403: "permission_error", 429: "rate_limit_error"}.get(status)
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_CODES: dict[type[errors.LocalLLMError], str] = {
+    errors.ModelNotFound: "model_not_found",
+    errors.MissingField: "missing_required_parameter",
+    errors.UnknownField: "unknown_parameter",
+    errors.ContextExceeded: "context_length_exceeded",
+}
+
+# Whatever lies behind such a path speaks OpenAI's protocol.
+_OPENAI = re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)")
+
+
+def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+    """The body of a failure of the present request."""
+    return openai_body(message, status, error) if _OPENAI.match(request.path) else body(message)
+
+
 def init_errors(app: Flask) -> None:
     """Give every failure of `app`, routing errors included, the documented body."""
     app.register_error_handler(errors.LocalLLMError, _own)
@@ -84,7 +113,7 @@ def log(error: errors.LocalLLMError, where: str) -> int:
 
 def _own(error: errors.LocalLLMError) -> tuple[Response, int]:
     status = log(error, f"{request.method} {request.path}")
-    response = jsonify(body(str(error)))
+    response = jsonify(_body(str(error), status, error))
     if status == 503:
         response.headers["Retry-After"] = str(getattr(error, "retry_after", 1))
     return response, status
@@ -102,7 +131,7 @@ def _http(error: HTTPException) -> tuple[Response, int]:
         message = f"The request body is larger than {request.max_content_length} bytes"
     else:
         message = error.description or error.name
-    response = jsonify(body(message))
+    response = jsonify(_body(message, status))
     for name, value in error.get_headers(request.environ):
         if name.lower() not in ("content-type", "content-length"):
             response.headers[name] = value
@@ -112,4 +141,4 @@ def _http(error: HTTPException) -> tuple[Response, int]:
 def _unforeseen(error: BaseException) -> tuple[Response, int]:
     reference = secrets.token_hex(4)
     logger.error("%s %s failed [%s]", request.method, request.path, reference, exc_info=error)
-    return jsonify(body(f"Internal server error; the server's log has the details under {reference}")), 500
+    return jsonify(_body(f"Internal server error; the server's log has the details under {reference}", 500)), 500

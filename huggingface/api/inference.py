@@ -5,22 +5,20 @@ Every view is parse, call, shape. A client that hangs up while it waits is notic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from flask import Response, g, request
+from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
 from ..errors import InvalidRequest, MissingField
-from ..records import Chunk, GenerationRequest, ModelRecord
+from ..records import Chunk, Constraint, GenerationRequest, ModelRecord
 from . import schemas
 from .effective import generation_parameters, task_parameters
-from .inflight import InFlight
-from .requests import client_request_id
-from .services import admitted, services
-from .sse import event_stream
+from .lending import lent
+from .services import services
+from .sse import DocumentedFraming, event_stream
 
 blueprint = APIBlueprint(
     "inference",
@@ -28,6 +26,16 @@ blueprint = APIBlueprint(
     url_prefix="/api/huggingface",
     abp_tags=[Tag(name="Inference", description="Generating text, and running tasks.")],
     abp_responses={**schemas.FAILURES, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
+)
+
+
+# What a text has to be, by the fields that say so: kinds of `Constraint`.
+_FORMS: tuple[Literal["json_schema", "json_object", "regex", "choice", "grammar"], ...] = (
+    "json_schema",
+    "json_object",
+    "regex",
+    "choice",
+    "grammar",
 )
 
 
@@ -43,20 +51,24 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
     if len(source) != 1:
         raise MissingField("prompt") if not source else InvalidRequest("Give prompt or messages, not both", "messages")
     streams, timeout = fields.pop("stream", False), fields.pop("timeout", None)
+    forms: dict[str, Any] = {name: fields.pop(name) for name in _FORMS if name in fields}
+    if len(forms) > 1:
+        raise InvalidRequest(f"Give only one of {', '.join(forms)}", next(iter(forms)))
+    constraint = next((Constraint(kind, forms[kind]) for kind in _FORMS if kind in forms), None)
     registry = services().registry
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
     with ExitStack() as stack:
-        flight, model = stack.enter_context(_lent(record, "generate", timeout, streams))
-        ticket = flight.attach(model.generate(_request(record, source, parameters, streams), flight.gone))
+        flight, model = stack.enter_context(lent(record, "generate", timeout, streams))
+        ticket = flight.attach(model.generate(_request(record, source, parameters, streams, constraint), flight.gone))
 
         def answer(chunks: list[Chunk]) -> dict[str, Any]:
             registry.record_use(record.model_id)
-            return _generated(record, source, chunks)
+            return _generated(record, source, chunks, forms)
 
         if not streams:
             return answer(list(flight.chunks()))
-        response = event_stream(flight, ticket, answer)
+        response = event_stream(flight, ticket, DocumentedFraming(answer))
         response.call_on_close(stack.pop_all().close)  # only now: an error before the first token ends it here
         return response
 
@@ -67,7 +79,7 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     registry = services().registry
     record = registry.get(body.model_id)
     parameters = task_parameters(record, body.task, body.model_extra or {})
-    with _lent(record, body.task, body.timeout) as (flight, model):
+    with lent(record, body.task, body.timeout) as (flight, model):
         results = model.run(body.task, body.inputs, parameters, flight.gone)
     registry.record_use(record.model_id)
     return {
@@ -80,36 +92,22 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _lent(
-    record: ModelRecord, task: str, timeout: float | None, streams: bool = False
-) -> Iterator[tuple[InFlight, Any]]:
-    """The present request, listed, and its model, loaded and kept in memory until the block ends."""
-    present = services()
-    flight = InFlight(
-        record.model_id,
-        task,
-        disconnected=request.environ.get("waitress.client_disconnected", lambda: False),
-        client_id=client_request_id(),
-        timeout=timeout,
-        stream=streams,
-    )
-    g.request_id = flight.request_id
-    with present.requests.hold(flight), admitted(), present.manager.lease(record.model_id, flight.gone) as model:
-        flight.leased()
-        yield flight, model
-
-
 def _request(
-    record: ModelRecord, source: dict[str, Any], parameters: dict[str, Any], streams: bool
+    record: ModelRecord,
+    source: dict[str, Any],
+    parameters: dict[str, Any],
+    streams: bool,
+    constraint: Constraint | None,
 ) -> GenerationRequest:
     """What to generate from; the prompt of a conversational model is the user's turn of a chat."""
     if record.model_type == "conversational" and "prompt" in source:
         source = {"messages": [{"role": "user", "content": source["prompt"]}]}
-    return GenerationRequest(parameters, **source, streams=streams)
+    return GenerationRequest(parameters, **source, streams=streams, constraint=constraint)
 
 
-def _generated(record: ModelRecord, source: dict[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
+def _generated(
+    record: ModelRecord, source: dict[str, Any], chunks: list[Chunk], forms: dict[str, Any]
+) -> dict[str, Any]:
     """The documented answer, from the chunks of which each is its sequence's last."""
     last = sorted((chunk for chunk in chunks if chunk.finish_reason is not None), key=lambda chunk: chunk.index)
     texts, reasons = [chunk.whole for chunk in last], [chunk.finish_reason for chunk in last]
@@ -122,7 +120,7 @@ def _generated(record: ModelRecord, source: dict[str, Any], chunks: list[Chunk])
         **({"responses": texts} if several else {}),
         "model_used": record.model_id,
         **source,
-        "parameters": last[-1].parameters,
+        "parameters": {**(last[-1].parameters or {}), **forms},
         "model_info": record.summary(),
         "finish_reason": reasons[0],
         **({"finish_reasons": reasons} if several else {}),

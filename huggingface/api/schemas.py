@@ -215,6 +215,11 @@ class GenerateBody(GenerationParameters):
     messages: list[Message] = _optional("A chat, oldest turn first.", min_length=1)
     stream: bool = _optional("Send the text as it is made, as server-sent events.")
     timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    json_schema: dict[str, Any] = _optional("The text is to be JSON of this schema. At most one of these five.")
+    json_object: Literal[True] = _optional("The text is to be a JSON object.")
+    regex: str = _optional("The text is to match this regular expression, whole.", min_length=1)
+    choice: list[str] = _optional("The text is to be one of these.", min_length=1)
+    grammar: str = _optional("The text is to be of this grammar, in llguidance's dialect of Lark.", min_length=1)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:

@@ -22,13 +22,15 @@ from .scheduler import Row
 from .sequence import Sequence
 from .slots import SlotTable
 from .ticket import Ticket
+from .tokens import TokenTexts
 
 
 class TransformersBatch:
     """Rows of a batch in, tokens out."""
 
-    def __init__(self, model_id: str, runner: BatchRunner, options: EngineOptions) -> None:
+    def __init__(self, model_id: str, runner: BatchRunner, texts: TokenTexts, options: EngineOptions) -> None:
         self._model_id = model_id
+        self._texts = texts
         self._runner = runner
         self.slots = SlotTable(runner.cache, options.kv_cache_bytes // runner.cache.token_bytes)
 
@@ -37,9 +39,13 @@ class TransformersBatch:
 
         Raises: as `failures.typed`.
         """
-        pieces = [Piece(row.sequence.slot, row.tokens, row.start) for row in rows if row.sequence.slot is not None]
+        pieces = [
+            Piece(row.sequence.slot, row.tokens, row.start, every=_wants_prompt(row))
+            for row in rows
+            if row.sequence.slot is not None
+        ]
         with typed(self._model_id):
-            return self._runner.forward(pieces)
+            return self._runner.forward(pieces, lambda index, logits: self._note_prompt(rows[index], logits))
 
     def draw(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
         """The next token of each row whose tokens are all computed, or why there is none; 0 for the others."""
@@ -50,7 +56,23 @@ class TransformersBatch:
         samplers = [rows[index].sequence.sampler for index in complete]
         for index, token in zip(complete, draw(logits, samplers, self._model_id), strict=True):
             drawn[index] = token
+        for index, row_logits in zip(complete, logits, strict=True):
+            sequence, made = rows[index].sequence, drawn[index]
+            if sequence.logprobs is not None and isinstance(made, int):
+                sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs)
         return drawn
+
+    def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
+        """Note how likely the model found those of the prompt's tokens that follow a chunk's: `logits`, (chunk,
+        vocabulary). A chunk that is computed a second time, because others failed beside it, is noted once."""
+        sequence = row.sequence
+        noted = sequence.read_tokens
+        if not noted:
+            noted.append(self._texts.token(sequence.tokens[0]))
+        following = sequence.tokens[len(noted) : min(row.start + len(row.tokens) + 1, sequence.prompt_tokens)]
+        first = len(noted) - 1 - row.start  # whose logits are those of the first of them
+        if following:
+            noted += self._texts.tokens(following, logits[first : first + len(following)], sequence.logprobs or 0)
 
     def step_aside(self) -> None:
         """Have the model itself ready for use by others than this batch."""
@@ -64,6 +86,11 @@ class TransformersBatch:
     def allocated_bytes(self) -> int:
         """Bytes of KV cache that are taken."""
         return self._runner.cache.allocated_bytes
+
+
+def _wants_prompt(row: Row) -> bool:
+    sequence = row.sequence
+    return sequence.prompt_logprobs and len(sequence.read_tokens) < sequence.prompt_tokens
 
 
 def sequence_of(
@@ -80,10 +107,12 @@ def sequence_of(
         most=config.max_length,
         ends=frozenset() if ends is None else frozenset(ends.tolist()),
         ticket=ticket,
-        text=TextStream(tokenizer, prepared.stops, tokens),
+        text=TextStream(tokenizer, prepared.stops, tokens, prepared.special_tokens),
         sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), seed),
         parameters=prepared.parameters,
         gone=gone,
         streams=streams,
         max_time=config.max_time,
+        logprobs=prepared.logprobs,
+        prompt_logprobs=prepared.prompt_logprobs,
     )

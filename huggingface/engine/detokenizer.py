@@ -5,7 +5,7 @@ One `TextStream` a sequence, on the engine's thread. Knows a tokenizer's `decode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
@@ -14,9 +14,8 @@ _UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole charact
 class _Window:
     """Decodes a growing list of tokens by looking at its last few: what the newest ones add to the text before them."""
 
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
         self._start = 0  # tokens before it no longer change what the newest ones look like
         self._read = 0  # tokens before it are shown
         self._before = ""  # the text of tokens[start:read]
@@ -31,10 +30,6 @@ class _Window:
         self._before = self._decode(tokens[self._start : self._read])
         return added
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
-        return text
-
 
 class TextStream:
     """The text of one sequence, and whether one of its stop strings has come.
@@ -43,18 +38,21 @@ class TextStream:
     token, special tokens and the end of the prompt included. It is left out of the text, and so is what follows it.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
-        """`prompt` are the prompt's token ids, needed where there are `stops`."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = (), special_tokens: Sequence[str] = ()
+    ) -> None:
+        """`prompt` are the prompt's token ids, needed where there are `stops`. Special tokens are left out of the text,
+        but for `special_tokens`."""
         self._tokens: list[int] = []
-        self._window = _Window(tokenizer, True)
+        self._decode = decoder(tokenizer, special_tokens)
+        self._window = _Window(self._decode)
         self._stops = tuple(stops)
         self._held = ""  # made, and not shown, because it may be the beginning of a stop string
         self._shown: list[str] = []
         self.stopped = False
         if stops:
             longest = max(map(len, stops))
-            self._raw = _Window(tokenizer, False)
+            self._raw = _Window(lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)))
             tail: str = tokenizer.decode(list(prompt[-longest:]), skip_special_tokens=False)
             self._tail = tail[len(tail) - longest + 1 :] if longest > 1 else ""
 
@@ -78,7 +76,7 @@ class TextStream:
 
     def finish(self) -> tuple[str, str]:
         """What is still to be shown, and the whole text: the tokens decoded at once, up to the first stop string."""
-        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        whole = self._decode(self._tokens)
         cuts = [whole.index(stop) for stop in self._stops if stop in whole]
         if cuts:
             whole = whole[: min(cuts)]
@@ -94,6 +92,18 @@ class TextStream:
         self.stopped = any(text.find(stop, max(0, len(self._tail) - len(stop) + 1)) >= 0 for stop in self._stops)
         longest = max(map(len, self._stops))
         self._tail = text[len(text) - longest + 1 :] if longest > 1 else ""
+
+
+def decoder(tokenizer: Any, kept: Sequence[str]) -> Callable[[Sequence[int]], str]:
+    """How tokens become text without the special ones that are not `kept`."""
+    added = tokenizer.added_tokens_decoder if kept else {}
+    special = {id_: token.content for id_, token in added.items() if token.special}
+    if not set(kept) & set(special.values()):
+        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+    left_out = {id_ for id_, text in special.items() if text not in kept}
+    return lambda tokens: str(
+        tokenizer.decode([token for token in tokens if token not in left_out], skip_special_tokens=False)
+    )
 
 
 def _overlap(text: str, stop: str) -> int:

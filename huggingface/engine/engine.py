@@ -1,8 +1,9 @@
 """The engine of one loaded model: one thread on which everything that touches its tensors runs.
 
 `submit`, `call` and `close` may be called from any thread. The thread repeats `step()`: it decides who is served next,
-has it computed, and hands the results out. What a row computes is the runner's business, what a task does the tasks'.
-Must not know torch, HTTP, JSON or the registry.
+has it computed, and hands the results out; it ends when nobody has come for a while, and another one begins with the
+next who does. What a row computes is the runner's business, what a task does the tasks'. Must not know torch, HTTP,
+JSON or the registry.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull
 from ..memory import forget_frames
@@ -30,6 +31,10 @@ from .ticket import Ticket
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Seconds without work after which the thread ends. OpenMP keeps a team of threads for every thread that ever computed,
+# and where there are more of them than cores, none waits actively: models that idle would slow down those that do not.
+_IDLE = 10.0
 
 
 class Batch(Protocol):
@@ -99,8 +104,8 @@ class Engine:
         self._job: _Job | None = None
         self._closing = False
         self._failed = False
-        self._thread = threading.Thread(target=self._run, name=f"engine-{model_id}")
-        self._thread.start()
+        self._ended = False
+        self._thread: threading.Thread | None = None  # none while nobody wants anything
 
     # From any thread -------------------------------------------------------------------------------------------------
 
@@ -121,9 +126,9 @@ class Engine:
                 )
             waiting = self._waiting
             self._check_queue(waiting, self._scheduler.places)
+            self._have_thread()
             sequence.ticket.position = waiting + 1
             self._inbox.append(sequence)
-            self._changed.notify_all()
 
     def submit_job(self, ticket: Ticket, work: Callable[[Callable[[], bool]], None], gone: Callable[[], bool]) -> None:
         """Queue a generation that has the thread to itself; it gets a function that tells whether to give up.
@@ -145,9 +150,9 @@ class Engine:
             self._check_open()
             waiting = self._waiting
             self._check_queue(waiting, 1 if self._job is None else 0)
+            self._have_thread()
             ticket.position = waiting + 1
             self._jobs.append(_Job(run, ticket.finish, given_up, ticket))
-            self._changed.notify_all()
 
     def call(self, work: Callable[[], T]) -> T:
         """Run `work` on the engine's thread between steps, and return what it returns, or raise what it raises.
@@ -158,8 +163,8 @@ class Engine:
         future: Future[T] = Future()
         with self._changed:
             self._check_open()
+            self._have_thread()
             self._jobs.append(_Job(lambda: future.set_result(work()), future.set_exception, lambda: self._closing))
-            self._changed.notify_all()
         return future.result()
 
     def check_queue_for_task(self) -> None:
@@ -174,15 +179,20 @@ class Engine:
     def wake(self) -> None:
         """Say that there is something to do."""
         with self._changed:
-            self._changed.notify_all()
+            if self._thread is not None or (self._busy and not self._closing):
+                self._have_thread()
 
     def close(self) -> None:
         """Cancel whatever waits or runs, and end the thread. Safe to call twice."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            thread = self._thread
+            mine, self._ended = thread is None and not self._ended, True
+        if mine:  # no thread is there to do it
+            self._end(Cancelled())
+        elif thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     @property
     def failed(self) -> bool:
@@ -204,6 +214,14 @@ class Engine:
             kv_cache_bytes=batch.allocated_bytes if batch is not None else 0,
             kv_cache_limit=self._options.kv_cache_bytes if batch is not None else 0,
         )
+
+    def _have_thread(self) -> None:
+        """Wake the thread, or begin one; with the lock held, so that none ends in the same moment."""
+        self._changed.notify_all()
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=f"engine-{self._model_id}")
+            thread.start()
+            self._thread = thread
 
     @property
     def _waiting(self) -> int:
@@ -232,6 +250,7 @@ class Engine:
         if self._scheduler is None:
             return
         self._let_in()
+        self._make_room()
         budget = self._pace.budget(len(self._scheduler.decoding), self._scheduler.short_prompts)
         rows = self._scheduler.plan(budget)
         decoding = len(self._scheduler.decoding)
@@ -244,8 +263,10 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            while self._wait_for_work():
+            while (next_thing := self._wait()) == "step":
                 self.step()
+            if next_thing == "rest":
+                return
         except BaseException as broken:
             logger.exception("the engine of %s failed", self._model_id)
             forget_frames(broken)
@@ -255,11 +276,13 @@ class Engine:
             self._closing = True
         self._end(error or Cancelled())
 
-    def _wait_for_work(self) -> bool:
-        """Wait until there is something to do; False when the engine is to be closed."""
+    def _wait(self) -> Literal["step", "rest", "close"]:
+        """Wait until there is something to do, and tell what. Where nobody comes, this thread is let go."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._busy)
-            return not self._closing
+            if not self._changed.wait_for(lambda: self._closing or self._busy, _IDLE):
+                self._thread = None  # said under the lock: from now on whoever comes begins another, or closes himself
+                return "rest"
+            return "close" if self._closing else "step"
 
     @property
     def _busy(self) -> bool:
@@ -319,6 +342,17 @@ class Engine:
                 sequence.ticket.position = position
             stuck = self._scheduler.waiting[0] if self._scheduler.waiting and not self._scheduler.running else None
         if stuck is not None:
+            reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
+            self._fail(stuck, OutOfMemory(reason))
+
+    def _make_room(self) -> None:
+        """Have room in the cache for the next token of everyone who decodes; whoever cannot be helped, is refused."""
+        assert self._scheduler is not None  # noqa: S101 - only called with a batch
+        while True:
+            with self._changed:
+                stuck = self._scheduler.make_room()
+            if stuck is None:
+                return
             reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
             self._fail(stuck, OutOfMemory(reason))
 

@@ -6,7 +6,7 @@ meanwhile. It changes neither the model nor its tokenizer. Must not know the que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from ..errors import InvalidRequest
+from ..errors import ContextExceeded, InvalidRequest
 from ..records import GenerationRequest
+from .constraints import Constrained, Constraints
 from .failures import typed
 from .sampling import Biased, Repeated
 
@@ -29,6 +30,12 @@ _SAMPLING_ONLY = frozenset(
 
 # Parameters that `generate` does not have; processors of our own honour them.
 _OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias"})
+
+# Tokens where nothing sets a limit: neither the request nor the model.
+_UNLIMITED = 4096
+
+# How many of a prompt's last tokens are shown to whoever makes a constraint from its end.
+_END = 24
 
 # What a row of the batch can do; beams and the like have the model to themselves.
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -48,7 +55,8 @@ class Prepared:
     """A request in the model's terms.
 
     `inputs` and `arguments` are those of `generate`, `processors` are to be added to its own. `settled` is what one row
-    of the batch needs; None where the batch cannot do what is asked.
+    of the batch needs; None where the batch cannot do what is asked. `end` is the text that the prompt ends with. The
+    rest is the request's.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -59,6 +67,24 @@ class Prepared:
     stops: tuple[str, ...]
     ends: frozenset[int]
     settled: Settled | None
+    end: str
+    constrained: Constrained | None
+    special_tokens: Sequence[str]
+    logprobs: int | None
+    prompt_logprobs: bool
+
+
+def fits_a_row(settled: Settled) -> bool:
+    """Whether it is what one plain row of the batch can do."""
+    config = settled.config
+    return not (
+        config.get_generation_mode() not in _MODES
+        or settled.input_ids.shape[0] > 1
+        or config.cache_implementation in ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
+        or config.use_cache is False
+        or config.token_healing
+        or any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in settled.processors)
+    )
 
 
 def refuse(field: str, reason: str) -> InvalidRequest:
@@ -76,10 +102,12 @@ class Preparer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         contexts: tuple[int | None, int | None],
+        room: int | None,
+        constraints: Constraints,
         arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
     ) -> None:
         """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
-        begins with the prompt); None for no limit.
+        begins with the prompt); `room` is how many the KV cache holds of one sequence; None for no limit.
 
         `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
         """
@@ -88,6 +116,8 @@ class Preparer:
         self._tokenizer = tokenizer
         self._reads_answer = not model.config.is_encoder_decoder
         self._context, self._answer_context = contexts
+        self._room = room
+        self._constraints = constraints
         self._arguments_for = arguments
 
     def prepare(self, request: GenerationRequest) -> Prepared:
@@ -103,12 +133,64 @@ class Preparer:
     def _prepare(self, request: GenerationRequest) -> Prepared:
         inputs = self.encode(request)
         prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
-        parameters = self._fit(request.parameters, prompt_tokens)
+        end = str(self._tokenizer.decode(inputs["input_ids"][0, -_END:].tolist())) if inputs else ""
+        parameters = self._fit(self._filled(request, prompt_tokens), prompt_tokens)
         arguments = self._arguments(parameters)
         processors = self._processors(parameters, prompt_tokens)
+        constrained = self._constrained(request, parameters, prompt_tokens, end)
+        if constrained is not None:
+            processors.append(constrained)
         settled = self.settle(inputs, arguments, processors) if self._reads_answer else None
-        stops, ends = tuple(self._stops(parameters)), self._ends(parameters)
-        return Prepared(inputs, prompt_tokens, parameters, arguments, processors, stops, ends, settled)
+        if settled is None:
+            self._check_alone(request, arguments)
+        return Prepared(
+            inputs=inputs,
+            prompt_tokens=prompt_tokens,
+            parameters=parameters,
+            arguments=arguments,
+            processors=processors,
+            stops=tuple(self._stops(parameters)),
+            ends=self._ends(parameters),
+            settled=settled,
+            end=end,
+            constrained=constrained,
+            special_tokens=request.special_tokens,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+
+    def _constrained(
+        self, request: GenerationRequest, parameters: Mapping[str, Any], prompt_tokens: int, end: str
+    ) -> Constrained | None:
+        """What leaves only the tokens that the request's constraint allows.
+
+        Raises:
+            InvalidRequest: it cannot be compiled.
+        """
+        constraint = request.constraint
+        if callable(constraint):
+            constraint = constraint(end)
+        if constraint is None:
+            return None
+        for name in ("min_new_tokens", "min_length"):
+            if parameters.get(name):
+                raise refuse(name, "cannot be used with a form of the text, which is whole when it is")
+        before = prompt_tokens if self._reads_answer and prompt_tokens else 1
+        return Constrained(self._constraints.compile(constraint, self._ends(parameters)), before)
+
+    def _check_alone(self, request: GenerationRequest, arguments: Mapping[str, Any]) -> None:
+        """Refuse what is not to be had from a model's own `generate`.
+
+        Raises:
+            InvalidRequest: naming it.
+        """
+        own = self._model.generation_config
+        beams = arguments.get("num_beams") or own.num_beams or 1
+        for name, asked in (("logprobs", request.logprobs is not None), ("constraint", request.constraint is not None)):
+            if asked and beams > 1:
+                raise refuse("num_beams", f"cannot be used with {name}")
+        if request.prompt_logprobs and not self._reads_answer:
+            raise InvalidRequest("An encoder-decoder model gives no log-probabilities of its prompt", "echo")
 
     def settle(
         self, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], processors: LogitsProcessorList
@@ -134,17 +216,7 @@ class Preparer:
             settled: Settled = self._model.generate(
                 **inputs, **plain, logits_processor=processors, custom_generate=take
             )
-        config = settled.config
-        if (
-            config.get_generation_mode() not in _MODES
-            or settled.input_ids.shape[0] > 1
-            or config.cache_implementation in ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
-            or config.use_cache is False
-            or config.token_healing
-            or any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in settled.processors)
-        ):
-            return None
-        return settled
+        return settled if fits_a_row(settled) else None
 
     def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
         """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
@@ -153,13 +225,18 @@ class Preparer:
             InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
         """
         if request.messages is not None:
-            ids = self._encode_messages(request.messages)
+            ids = self._encode_messages(request.messages, request.template)
+        elif request.tokens is not None:
+            ids = list(request.tokens)
+            size = self._model.config.get_text_config().vocab_size
+            if not all(0 <= token < size for token in ids):
+                raise refuse("prompt", f"holds a token that is not among the model's {size}")
         else:
             ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
         field = "prompt" if request.messages is None else "messages"
         if self._context is not None and len(ids) > self._context:
             reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
-            raise refuse(field, reason)
+            raise ContextExceeded(f"Invalid value for field '{field}': {reason}", field)
         if not ids:
             if self._model.generation_config.bos_token_id is None:
                 raise InvalidRequest(
@@ -170,11 +247,11 @@ class Preparer:
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _encode_messages(self, messages: Any) -> list[int]:
+    def _encode_messages(self, messages: Any, template: Mapping[str, Any]) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         if self._tokenizer.chat_template is None:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
-            turns: list[str] = [message["content"] for message in messages]
+            turns: list[str] = [message["content"] or "" for message in messages]
             # An encoder-decoder's tokenizer ends the text itself.
             text = end.join(turns) + (end if self._reads_answer else "")
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
@@ -187,6 +264,7 @@ class Preparer:
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
                 return_dict=False,
+                **template,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(
@@ -194,6 +272,19 @@ class Preparer:
                 "messages",
             ) from error
         return ids
+
+    def _filled(self, request: GenerationRequest, prompt_tokens: int) -> dict[str, Any]:
+        """The parameters, with a limit of tokens where the request wants as many as there is room for."""
+        parameters = dict(request.parameters)
+        if not request.fills or "max_new_tokens" in parameters or "max_length" in parameters:
+            return parameters
+        own, before = self._model.generation_config, prompt_tokens if self._reads_answer and prompt_tokens else 1
+        rooms = [room - before + 1 for room in (self._answer_context, self._room) if room is not None]
+        if own.max_new_tokens is not None:
+            rooms.append(own.max_new_tokens)
+        elif own.max_length not in (None, 20):  # what transformers itself puts there says nothing of the model
+            rooms.append(own.max_length - before)
+        return {"max_new_tokens": max(1, min(rooms, default=_UNLIMITED)), **parameters}
 
     def _fit(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
         """The parameters with the most tokens cut to what the context has room for behind the prompt.

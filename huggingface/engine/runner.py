@@ -39,11 +39,20 @@ class NotBatchable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A row of work: `tokens` that follow the `start` ones which the slot holds already."""
+    """A row of work: `tokens` that follow the `start` ones which the slot holds already.
+
+    `every` asks for the logits that follow each of them.
+    """
 
     slot: Slot
     tokens: Sequence[int]
     start: int
+    every: bool = False
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """The tokens whose logits are wanted, by their places."""
+        return range(len(self.tokens)) if self.every else (len(self.tokens) - 1,)
 
 
 class BatchRunner:
@@ -89,31 +98,44 @@ class BatchRunner:
             self.products.step_aside()
 
     @torch.inference_mode()
-    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def forward(
+        self, pieces: Sequence[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
+    ) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32; the cache gets all rows' tokens.
 
         Rows of one token that stand among the decoding ones must be given in the order of their banks and rows.
+        `every` is called with the number of each row that asks for all its logits, and these: (tokens, vocabulary).
         """
         if self.products is not None:
             self.products.step()
         if self.by_segments:
-            return self._compute_packed(pieces)
-        logits: list[torch.Tensor] = [torch.empty(0)] * len(pieces)
-        for group in _split(range(len(pieces)), lambda a, b: _neighbours(pieces[a], pieces[b])):
-            for index, row in zip(group, self._compute_aligned([pieces[index] for index in group]), strict=True):
-                logits[index] = row
-        return torch.stack(logits)
+            kept = self._compute_packed(pieces)
+            if not any(piece.every for piece in pieces):
+                return kept
+            logits = list(torch.split(kept, [len(piece.kept) for piece in pieces]))
+        else:
+            logits = [torch.empty(0)] * len(pieces)
+            for group in _split(range(len(pieces)), lambda a, b: _neighbours(pieces[a], pieces[b])):
+                for index, rows in zip(group, self._compute_aligned([pieces[index] for index in group]), strict=True):
+                    logits[index] = rows
+        for index, piece in enumerate(pieces):
+            if piece.every:
+                every(index, logits[index])
+        return torch.stack([rows[-1] for rows in logits])
 
     # One forward pass ------------------------------------------------------------------------------------------------
 
     def _compute_packed(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """All rows in one forward pass, their tokens one after the other: the weights are read once for all of them."""
+        """All rows in one forward pass, their tokens one after the other: the weights are read once for all of them.
+
+        Returns the logits of all that is kept, (kept, vocabulary), row after row.
+        """
         groups = _split(range(len(pieces)), lambda a, b: _alike(pieces[a], pieces[b]))
         segments, at = [], 0
         for group in groups:
             segments.append(self._segment([pieces[index] for index in group], at))
             at = segments[-1].tokens.stop
-        ends = list(accumulate(len(piece.tokens) for piece in pieces))
+        begins = accumulate((len(piece.tokens) for piece in pieces), initial=0)
         self.cache.handles = {kind: torch.empty((1, 1, 1, 1), device=self._device) for kind in self._kinds}
         self.cache.packed = True
         logits = self._run(
@@ -121,17 +143,19 @@ class BatchRunner:
             ids=[[token for piece in pieces for token in piece.tokens]],
             positions=torch.cat([segment.positions.reshape(1, -1) for segment in segments], dim=1),
             masks=self.cache.handles,
-            keep=[end - 1 for end in ends],
+            keep=[begin + place for begin, piece in zip(begins, pieces, strict=False) for place in piece.kept],
         )
         return logits[0]
 
     def _compute_aligned(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """One segment in a forward pass of its own, each sequence in a row of the batch, as any model knows it."""
+        """One segment in a forward pass of its own, each sequence in a row of the batch, as any model knows it.
+
+        Returns the logits of what is kept of each, (rows, kept, vocabulary).
+        """
         segment = self._segment(pieces, 0)
         self.cache.packed = False
-        width = len(pieces[0].tokens)
         ids = [list(piece.tokens) for piece in pieces]
-        return self._run([segment], ids, segment.positions, segment.masks, keep=[width - 1])[:, 0]
+        return self._run([segment], ids, segment.positions, segment.masks, keep=list(pieces[0].kept))
 
     def _run(
         self,

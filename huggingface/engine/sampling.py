@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..errors import GenerationFailed, LocalLLMError
+from .constraints import Constrained
 from .failures import typed
 
 
@@ -57,6 +58,7 @@ class Sampler:
         if seed is not None:
             self._generator = torch.Generator(device=prompt.device)
             self._generator.manual_seed(seed)
+        self._constrained = next((each for each in processors if isinstance(each, Constrained)), None)
         self.plain = not do_sample and not len(processors)
         self._count = prompt.shape[1]
         self._ids = prompt if self.plain else prompt.new_empty((1, max(most, self._count)))
@@ -73,7 +75,14 @@ class Sampler:
         if self._count < self._ids.shape[1]:
             self._ids[:, self._count] = token
             self._count += 1
+        if self._constrained is not None:
+            self._constrained.take(token.tolist())
         return token
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text has the form it was to have, and nothing may follow."""
+        return self._constrained is not None and all(self._constrained.complete)
 
 
 class _TopPOfFew(LogitsProcessor):  # type: ignore[misc]

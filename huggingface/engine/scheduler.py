@@ -60,13 +60,37 @@ class Scheduler:
         """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
         while self.waiting and self.places > 0:
             sequence = self.waiting[0]
-            sequence.slot = self._slots.take(sequence.tokens, sequence.need)
+            # Whoever wants to know how likely the prompt is, has to have all of it computed.
+            known = () if sequence.prompt_logprobs else sequence.tokens
+            sequence.slot = self._slots.take(known, sequence.first_need)
             if sequence.slot is None:
                 return
             self.waiting.popleft()
-            sequence.admitted = time.monotonic()
+            sequence.admitted = sequence.admitted or time.monotonic()
             sequence.ticket.admitted()
             self.prefilling.append(sequence)
+
+    def make_room(self) -> Sequence | None:
+        """Give larger slots to the sequences that fill theirs. Where there is no memory, the latest one has to wait.
+
+        It is computed anew as soon as there is room again. Returns a sequence that cannot be helped: it is alone.
+        """
+        for sequence in list(self.decoding):
+            while sequence.cramped and sequence.slot is not None:
+                if self._slots.grow(sequence.slot, sequence.first_need):
+                    break
+                latest = max(self.running, key=lambda each: each.admitted)
+                if latest is sequence and len(self.running) == 1:
+                    return sequence
+                self._put_back(latest)
+        return None
+
+    def _put_back(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None  # noqa: S101 - it runs
+        self._slots.release(sequence.slot)
+        sequence.slot = None
+        (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
+        self.waiting.appendleft(sequence)
 
     def plan(self, budget: int) -> tuple[Row, ...]:
         """The next step: a token for every row that decodes, in the order of banks and rows, then chunks of prompts.

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..records import Chunk, FinishReason, Timings, Usage
+from ..records import Chunk, FinishReason, Timings, Token, Usage
 from .slots import Slot
 from .ticket import Ticket
+
+_AHEAD = 128  # tokens that room is made for beyond those that are there
 
 
 class Text(Protocol):
@@ -35,7 +37,9 @@ class Sequence:
     """A prompt and what is made of it.
 
     `tokens` are the prompt's and the new ones; those that `slot.tokens` holds are computed. `most` is how many tokens
-    there may be in all, `ends` are the token ids that end the text, `sampler` is the runner's: how a token is drawn.
+    there may be in all, `ends` are the token ids that end the text. `logprobs` is how many alternatives are to be told
+    of each new token, None for no tokens at all; `prompt_logprobs` asks for the prompt's. Whoever draws puts these into
+    `made_tokens` and `read_tokens`.
     """
 
     tokens: list[int]
@@ -50,6 +54,11 @@ class Sequence:
     streams: bool = False
     max_time: float | None = None  # seconds from its admission after which no further token is begun
     slot: Slot | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
+    read_tokens: list[Token] = field(default_factory=list)
+    told_prompt: bool = False
     finished: FinishReason | None = None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -59,6 +68,16 @@ class Sequence:
     def need(self) -> int:
         """Tokens that the cache must have room for: the last one made is never read back."""
         return max(self.most - 1, 1)
+
+    @property
+    def first_need(self) -> int:
+        """Tokens that the cache must have room for to begin with; most texts end long before their limit."""
+        return min(self.need, len(self.tokens) + _AHEAD)
+
+    @property
+    def cramped(self) -> bool:
+        """Whether its slot has no room for the next token."""
+        return self.slot is not None and len(self.slot.tokens) >= self.slot.bank.capacity
 
     @property
     def computed(self) -> int:
@@ -77,20 +96,27 @@ class Sequence:
             self.first = now
         self.tokens.append(token)
         shown = self.text.add(token)
-        if token in self.ends or self.text.stopped:
+        if token in self.ends or self.text.stopped or self.sampler.complete:
             self.finished = "stop"
         elif len(self.tokens) >= self.most or (self.max_time is not None and now - self.admitted > self.max_time):
             self.finished = "length"
         self.ticket.made = self.made
         if self.finished:
             self._finish(now, shown)
-        elif shown and self.streams:
-            self.ticket.put(Chunk(shown))
+        elif self.streams and (shown or self.logprobs is not None):
+            self.ticket.put(Chunk(shown, **self._tokens()))
 
     def _finish(self, now: float, shown: str) -> None:
         rest, whole = self.text.finish()
         usage = Usage(self.prompt_tokens, self.made)
         timings = Timings.of(self.submitted, self.admitted, self.first, now, self.made)
         text = shown + rest if self.streams else whole
-        self.ticket.put(Chunk(text, 0, self.finished, usage, self.parameters, timings, whole))
+        self.ticket.put(Chunk(text, 0, self.finished, usage, self.parameters, timings, whole, **self._tokens()))
         self.ticket.finish()
+
+    def _tokens(self) -> dict[str, Any]:
+        """The tokens that the next chunk tells of."""
+        made, self.made_tokens = self.made_tokens, []
+        prompt = [] if self.told_prompt else self.read_tokens
+        self.told_prompt = True
+        return {"tokens": made, "prompt": prompt}

@@ -123,6 +123,31 @@ class SlotTable:
         slot.taken, slot.used = True, self._tick
         return slot
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a sequence may need, with nobody else there."""
+        return 1 << (self._limit.bit_length() - 1) if self._limit >= SMALLEST else 0
+
+    def grow(self, slot: Slot, need: int) -> bool:
+        """Give a sequence's slot room for `need` tokens, in another row; False if there is none.
+
+        What rests may have to go for it, as in `take`.
+        """
+        target = self._free_slot(_capacity(need), keep=None)
+        if target is None:
+            return False
+        bank, decodes = slot.bank, slot.decodes
+        if decodes:
+            self._exchange(slot, bank.decoding - 1)
+            bank.decoding -= 1
+        self._store.copy((bank.key, slot.row), (target.bank.key, target.row), len(slot.tokens))
+        bank.rows[slot.row] = None
+        slot.bank, slot.row = target.bank, target.row
+        slot.bank.rows[slot.row] = slot
+        if decodes:
+            self.promote(slot)
+        return True
+
     def promote(self, slot: Slot) -> None:
         """Put a slot among those that decode."""
         if not slot.decodes:
@@ -161,7 +186,7 @@ class SlotTable:
     def _best_prefix(self, prompt: Sequence[int]) -> tuple[Slot | None, int]:
         best, longest = None, 0
         for slot in self._slots():
-            shared = _shared(slot.tokens, prompt, len(prompt) - 1)
+            shared = _shared(slot.tokens, prompt, max(len(prompt) - 1, 0))
             if shared > longest or (shared == longest and best is not None and best.taken and not slot.taken):
                 best, longest = slot, shared
         return (best, longest) if longest else (None, 0)

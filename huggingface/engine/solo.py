@@ -9,42 +9,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import Cancelled
-from ..records import Chunk, FinishReason, Timings, Usage
-from .detokenizer import TextStream
+from ..records import Chunk, FinishReason, Timings, Token, Usage
+from .constraints import Constrained
+from .detokenizer import TextStream, decoder
 from .failures import typed
 from .prepare import Prepared, blaming
 from .sampling import SeededDraws
+from .tokens import TokenTexts
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]
     """Ends the work as soon as the caller has given up: by raising, because a beam search goes on past a stop.
 
-    `seen` is called with the tokens so far, (rows, tokens).
+    `seen` is called with the tokens so far, (rows, tokens). A row that has the form it was to have is ended.
     """
 
-    def __init__(self, cancelled: Callable[[], bool], seen: Callable[[torch.Tensor], None]) -> None:
+    def __init__(
+        self, cancelled: Callable[[], bool], seen: Callable[[torch.Tensor], None], constrained: Constrained | None
+    ) -> None:
         self._cancelled = cancelled
         self._seen = seen
+        self._constrained = constrained
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if self._cancelled():
             raise Cancelled
         self._seen(input_ids)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if self._constrained is None:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        self._constrained.catch_up(input_ids)
+        return torch.tensor(self._constrained.complete, device=input_ids.device)
 
 
 class Solo:
     """Generates with a transformers model's own `generate`, one request at a time."""
 
-    def __init__(self, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts
+    ) -> None:
         self._model_id = model_id
-        self._model = model
+        self._texts = texts
+        self.model = model
         self._tokenizer = tokenizer
         self._reads_answer = not model.config.is_encoder_decoder
 
@@ -78,7 +90,9 @@ class Solo:
     ) -> None:
         parameters, prompt_tokens = prepared.parameters, prepared.prompt_tokens
         started, first = time.monotonic(), 0.0
-        text = TextStream(self._tokenizer, prepared.stops) if streams and self._one_path(prepared) else None
+        text = None
+        if streams and self._one_path(prepared):
+            text = TextStream(self._tokenizer, prepared.stops, special_tokens=prepared.special_tokens)
 
         def seen(input_ids: torch.Tensor) -> None:
             nonlocal first
@@ -86,27 +100,44 @@ class Solo:
             if text is not None and (shown := text.add(int(input_ids[0, -1]))):
                 emit(Chunk(shown))
 
-        criteria = StoppingCriteriaList([_EachToken(cancelled, seen)])
+        criteria = StoppingCriteriaList([_EachToken(cancelled, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
-            output = self._model.generate(
+            output = self.model.generate(
                 **prepared.inputs,
                 **prepared.arguments,
                 logits_processor=prepared.processors,
                 stopping_criteria=criteria,
+                return_dict_in_generate=True,
+                output_logits=prepared.logprobs is not None,
             )
-        rows = [self._finish(self._new_tokens(row, prompt_tokens), prepared) for row in output.tolist()]
+            prompt = self._prompt_tokens(prepared)
+        ids = [self._new_tokens(row, prompt_tokens) for row in output.sequences.tolist()]
+        rows = [self._finish(new, prepared) for new in ids]
         made = sum(count for _, _, count in rows)
+        tokens: list[list[Token]] = [[] for _ in rows]
+        if prepared.logprobs is not None:
+            logits = torch.stack(output.logits, dim=1)  # (rows, new tokens, vocabulary)
+            for index, (_, _, count) in enumerate(rows):
+                tokens[index] = self._texts.tokens(ids[index][:count], logits[index, :count], prepared.logprobs)
         timings = Timings.of(submitted, started, first or started, time.monotonic(), made)
         for index, (whole, reason, _) in enumerate(rows):
             rest = text.finish()[0] if text is not None else whole
-            if index < len(rows) - 1:
-                emit(Chunk(rest, index, reason, whole=whole))
-            else:
-                emit(Chunk(rest, index, reason, Usage(prompt_tokens, made), parameters, timings, whole))
+            chunk = Chunk(rest, index, reason, whole=whole, tokens=tokens[index], prompt=prompt if not index else ())
+            if index == len(rows) - 1:
+                chunk = replace(chunk, usage=Usage(prompt_tokens, made), parameters=parameters, timings=timings)
+            emit(chunk)
+
+    def _prompt_tokens(self, prepared: Prepared) -> list[Token]:
+        """The prompt's tokens and how likely the model finds them, where the request asks for them."""
+        if not prepared.prompt_logprobs or not prepared.inputs:
+            return []
+        ids = prepared.inputs["input_ids"][0].tolist()
+        logits = self.model(**prepared.inputs).logits[0, :-1]
+        return [self._texts.token(ids[0]), *self._texts.tokens(ids[1:], logits, prepared.logprobs or 0)]
 
     def _draws(self, prepared: Prepared) -> AbstractContextManager[Any]:
         seed = prepared.parameters.get("seed")
-        return nullcontext() if seed is None else SeededDraws(seed, self._model.device)
+        return nullcontext() if seed is None else SeededDraws(seed, self.model.device)
 
     def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
         """The ids of a returned row that were made, without the prompt or the one token that started it."""
@@ -114,17 +145,18 @@ class Solo:
 
     def _finish(self, ids: list[int], prepared: Prepared) -> tuple[str, FinishReason, int]:
         """Text, why it ended, and how many tokens were made (the end token included, padding after it not)."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = decoder(self._tokenizer, prepared.special_tokens)(ids)
         count = next((index + 1 for index, token in enumerate(ids) if token in prepared.ends), None)
         found = [text.index(stop) for stop in prepared.stops if stop in text]
         if found:
             text = text[: min(found)]
-        reason: FinishReason = "stop" if found or count is not None else "length"
+        whole = prepared.constrained is not None and any(prepared.constrained.complete)
+        reason: FinishReason = "stop" if found or count is not None or whole else "length"
         return text, reason, len(ids) if count is None else count
 
     def _one_path(self, prepared: Prepared) -> bool:
         """Whether the text grows token by token: one sequence, and no beams that may still lose."""
-        own = self._model.generation_config
+        own = self.model.generation_config
         asked = prepared.arguments
         return all(
             (asked.get(name) or getattr(own, name, 1) or 1) == 1 for name in ("num_beams", "num_return_sequences")

@@ -17,11 +17,14 @@ class Ticket(Iterator[Chunk]):
     """The chunks of one request, in the order they are made.
 
     Iteration blocks until the next chunk is there, ends after the last one, and raises the error that ended the
-    request, if one did. `position` is its place in the queue, counted from 1, and None once it runs; `prompt_tokens`
-    and `made` are how many tokens were read, and made so far. These may be read at any time.
+    request, if one did. `prompt_end` is the text that its prompt ends with. `position` is its place in the queue,
+    counted from 1, and None once it runs; `prompt_tokens` and `made` are how many tokens were read, and made so far.
+    These may be read at any time.
     """
 
-    def __init__(self, prompt_tokens: int = 0, on_cancel: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, prompt_tokens: int = 0, on_cancel: Callable[[], None] = lambda: None, prompt_end: str = ""
+    ) -> None:
         """`on_cancel` is called when the ticket is cancelled, by whoever does it."""
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
@@ -29,8 +32,11 @@ class Ticket(Iterator[Chunk]):
         self._error: BaseException | None = None
         self._cancelled = False
         self._on_cancel = on_cancel
+        self._put: Callable[[Chunk], None] | None = None
+        self._finish: Callable[[BaseException | None], None] | None = None
         self.position: int | None = None
         self.prompt_tokens = prompt_tokens
+        self.prompt_end = prompt_end
         self.made = 0
 
     def __next__(self) -> Chunk:
@@ -56,6 +62,15 @@ class Ticket(Iterator[Chunk]):
         """Whether `cancel` was called."""
         return self._cancelled
 
+    def forward(self, put: Callable[[Chunk], None], finish: Callable[[BaseException | None], None]) -> None:
+        """Hand the chunks, and the end, to somebody else instead: those that are there now, the others as they come."""
+        with self._changed:
+            self._put, self._finish = put, finish
+            while self._chunks:
+                put(self._chunks.popleft())
+            if self._done:
+                finish(self._error)
+
     @property
     def done(self) -> bool:
         """Whether no further chunk will be made."""
@@ -70,6 +85,9 @@ class Ticket(Iterator[Chunk]):
     def put(self, chunk: Chunk) -> None:
         """Deliver a chunk."""
         with self._changed:
+            if self._put is not None:
+                self._put(chunk)
+                return
             self._chunks.append(chunk)
             self._changed.notify_all()
 
@@ -82,3 +100,5 @@ class Ticket(Iterator[Chunk]):
             self._error = error
             self.position = None
             self._changed.notify_all()
+            if self._finish is not None:
+                self._finish(error)

@@ -10,23 +10,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
-from . import Head, canonical_task, supported_tasks
+from . import Head, canonical_task, supported_tasks, text_generation
 from . import inputs as shapes
 from .batching import Batcher, Request, TaskCall, Work
-from .generation import check_sequences, generation_arguments
+from .generation import generation_arguments
 from .json_values import json_value
 from .lane import Lane, Outputs, token_count
+
+if TYPE_CHECKING:
+    from .embedding import Pooling
 
 
 class TaskRunner:
     """What one loaded model can be asked besides `/generate`."""
 
-    def __init__(self, model_id: str, model: Any, tokenizer: Any, head: Head) -> None:
-        """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed."""
+    def __init__(
+        self,
+        model_id: str,
+        model: Any,
+        tokenizer: Any,
+        head: Head,
+        pooling: Callable[[], Pooling | None] = lambda: None,
+    ) -> None:
+        """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
+
+        `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not.
+        """
         self._model_id = model_id
+        self._pooling = pooling
         self._model = model
         self._shared_tokenizer = tokenizer
         self._own_tokenizer: Any = None
@@ -35,13 +49,13 @@ class TaskRunner:
         self._pipelines: dict[str, Any] = {}
         self._lanes: dict[tuple[str | int, ...], Lane] = {}
         self._questions: Any = None
-        self._opened: tuple[str, ...] = ()
+        self._opened: dict[str, None] = {}
         self._calls = Batcher(begin=self._begin, whole=self._whole, explain=self._explain, finished=self._finished)
 
     @property
     def opened(self) -> tuple[str, ...]:
         """The tasks that were run since the model was loaded, as they were named; all translations count as one."""
-        return self._opened
+        return tuple(self._opened)
 
     @property
     def supported(self) -> tuple[str, ...]:
@@ -49,6 +63,10 @@ class TaskRunner:
         if self._supported is None:
             self._supported = self._find_supported()
         return self._supported
+
+    def note(self, task: str) -> None:
+        """Note that a task was run, here or by somebody else. Any thread."""
+        self._opened["translation" if task.startswith("translation_") else task] = None
 
     def submit(
         self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
@@ -103,6 +121,8 @@ class TaskRunner:
     # A call's life ----------------------------------------------------------------------------------------------------
 
     def _begin(self, request: Request) -> Work | None:
+        if request.task in ("sentence-embeddings", "rerank"):
+            return self._embedding(request) if request.task == "sentence-embeddings" else self._reranking(request)
         name = canonical_task(request.task)
         if name not in map(canonical_task, self.supported):
             raise UnsupportedTask(self._model_id, request.task, self.supported)
@@ -119,13 +139,39 @@ class TaskRunner:
         inputs, parameters = self._checked(name, request)
         return PipelineWork(self._pipeline(name), inputs, parameters)
 
+    def _embedding(self, request: Request) -> Work:
+        from .embedding import EmbeddingWork
+
+        pooling = self._pooling()
+        config = self._model.config
+        if pooling is not None and config.is_encoder_decoder:
+            pipeline = self._pipeline("feature-extraction", self._model.get_encoder())
+        elif "feature-extraction" in self.supported:
+            pipeline = self._pipeline("feature-extraction")
+        else:
+            raise UnsupportedTask(self._model_id, "embeddings", self.supported)
+        limits = (pipeline.limit, config.get_text_config().vocab_size)
+        return EmbeddingWork(pipeline, self._tokenizer, pooling, request.inputs, request.parameters, limits)
+
+    def _reranking(self, request: Request) -> Work:
+        from .embedding import RerankWork, activation_of
+
+        if self._head != "sequence-classification":
+            raise UnsupportedTask(self._model_id, "rerank", self.supported)
+        if self._model.config.num_labels != 1:
+            raise shapes.refuse("model", f"is no cross-encoder: it has {self._model.config.num_labels} labels, not one")
+        pipeline = self._pipeline("text-classification")
+        activation = activation_of(self._model.config)
+        return RerankWork(pipeline, self._tokenizer, activation, request.inputs, request.parameters)
+
     def _whole(self, request: Request) -> Any:
         name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
         if name == "table-question-answering":
             return json_value(self._call(name, *self._checked(name, request), cancelled))
-        parameters = generation_arguments(parameters, self._model)
         if name == "text-generation":
-            return json_value(self._generate(request.inputs, parameters, cancelled))
+            inputs, parameters = text_generation.checked(request.inputs, parameters, self._model, self._tokenizer)
+            return json_value(self._call(name, inputs, parameters, cancelled))
+        parameters = generation_arguments(parameters, self._model)
         from .text2text import Text2Text
 
         answer = Text2Text(self._model, self._tokenizer, request.task)
@@ -140,35 +186,10 @@ class TaskRunner:
         return inputs, parameters
 
     def _finished(self, request: Request) -> None:
-        opened = "translation" if request.task.startswith("translation_") else request.task
-        if opened not in self._opened:
-            self._opened = (*self._opened, opened)
+        self.note(request.task)
 
     def _explain(self, request: Request, error: Exception) -> LocalLLMError:
-        return self._failure(request.task, request.parameters, error)
-
-    def _generate(self, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
-        inputs = shapes.prompts_or_chats(inputs)
-        if shapes.is_chat(inputs):
-            if getattr(self._tokenizer, "chat_template", None) is None:
-                raise shapes.refuse("inputs", "is a chat, but the model has no chat template; give it a text")
-            for field in ("prefix", "add_special_tokens"):
-                if field in parameters:
-                    raise shapes.refuse(field, "cannot be used with a chat, which the model's template lays out")
-        elif "continue_final_message" in parameters:
-            raise shapes.refuse("continue_final_message", "can be used with a chat only")
-        if parameters.get("clean_up_tokenization_spaces") and _is_byte_pair(self._tokenizer):
-            raise shapes.refuse("clean_up_tokenization_spaces", "must be false: this model's tokens leave none")
-        check_sequences(parameters, self._model, do_sample=True, num_beams=1)
-        # Under this name only does the pipeline hand over the tokenizer, without which no text can be looked for.
-        if "stop_strings" in parameters:
-            parameters["stop_sequence"] = parameters.pop("stop_strings")
-        elif "stop_sequence" not in parameters and self._model.generation_config.stop_strings is not None:
-            parameters["stop_sequence"] = self._model.generation_config.stop_strings
-        if "max_length" in parameters:
-            # Without a word on truncation a length would cut the prompt in silence.
-            parameters.setdefault("truncation", False)
-        return self._call("text-generation", inputs, parameters, cancelled)
+        return self.failure(request.task, request.parameters, error)
 
     def _check_parameters(self, name: str, inputs: Any, parameters: dict[str, Any]) -> None:
         """Refuse what only this model's tokenizer and vocabulary can tell to be wrong."""
@@ -205,18 +226,22 @@ class TaskRunner:
         finally:
             del pipeline.cancelled  # it may hold on to the whole request
 
-    def _pipeline(self, name: str) -> Any:
-        if name not in self._pipelines:
+    def _pipeline(self, name: str, part: Any = None) -> Any:
+        """The pipeline of a task, around a `part` of the model where one is given."""
+        key = name if part is None else f"{name} of a part"
+        if key not in self._pipelines:
             from .pipelines import Batched, open_pipeline
 
             model = self._model.base_model if name == "feature-extraction" else self._model
-            pipeline = open_pipeline(name, model, self._tokenizer)
-            if isinstance(pipeline, Batched):
+            pipeline = open_pipeline(name, model if part is None else part, self._tokenizer)
+            if part is not None:
+                pipeline.lane = pipeline.open_lane()
+            elif isinstance(pipeline, Batched):
                 if pipeline.outputs not in self._lanes:
                     self._lanes[pipeline.outputs] = pipeline.open_lane()
                 pipeline.lane = self._lanes[pipeline.outputs]
-            self._pipelines[name] = pipeline
-        return self._pipelines[name]
+            self._pipelines[key] = pipeline
+        return self._pipelines[key]
 
     @property
     def _tokenizer(self) -> Any:
@@ -261,8 +286,8 @@ class TaskRunner:
             return False
         return True
 
-    def _failure(self, task: str, parameters: Mapping[str, Any], error: Exception) -> LocalLLMError:
-        """What a failure inside transformers means to the caller."""
+    def failure(self, task: str, parameters: Mapping[str, Any], error: Exception) -> LocalLLMError:
+        """What a failure inside transformers means to the caller. Any thread."""
         import torch
 
         reason = str(error)
@@ -293,13 +318,6 @@ def _one_by_one(work: Work, gone: Callable[[], bool]) -> Any:
             yield known, outputs
 
     return work.whole([work.answer(list(computed(index))) for index in range(work.count)])
-
-
-def _is_byte_pair(tokenizer: Any) -> bool:
-    """Whether transformers 5 leaves the tokenizer's spaces alone whatever is asked."""
-    kept = not getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return kept and backend is not None and type(backend.model).__name__ == "BPE"
 
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(

@@ -1,0 +1,105 @@
+"""The published schemas of Hugging Face's text tasks, as far as their parameters differ from `/pipeline`'s.
+
+Source: the JSON schemas in `@huggingface/tasks`. A parameter that cannot be honoured here is refused by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .parameters import Parameters, Stop, Text, Texts
+
+_MOST_TOKENS = 2**31 - 1
+
+
+class Grammar(Parameters):
+    """What the text is to be."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Any
+
+
+class HubTextGeneration(Parameters):
+    """`text-generation`, as TGI has it."""
+
+    best_of: int | None = Field(None, ge=1, le=64, description="Make so many, and answer with the likeliest.")
+    decoder_input_details: bool | None = Field(None, description="Tell the prompt's tokens in the details.")
+    details: bool | None = Field(None, description="Tell the tokens.")
+    do_sample: bool | None = Field(None, description="Draw each token at random by its probability.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    grammar: Grammar | None = Field(None, strict=False)
+    max_new_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="100 where nothing else sets a limit.")
+    repetition_penalty: float | None = Field(None, gt=0)
+    return_full_text: bool | None = Field(None, description="Give the prompt before the text.")
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: list[Stop] | None = Field(None, max_length=64)
+    stop_sequences: list[Stop] | None = Field(None, max_length=64, description="The same, under its older name.")
+    temperature: float | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
+    top_n_tokens: int | None = Field(None, ge=1, le=20, description="Alternatives to tell of each token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    truncate: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="Read only so many of the prompt's tokens.")
+    typical_p: float | None = Field(None, gt=0, le=1)
+
+
+class HubText2Text(Parameters):
+    """`summarization` and `translation`."""
+
+    clean_up_tokenization_spaces: bool | None = None
+    generate_parameters: dict[str, Any] | None = Field(None, description="Parameters of the generation.")
+    src_lang: Text | None = None
+    tgt_lang: Text | None = None
+    truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = None
+
+
+class HubFeatures(Parameters):
+    """`feature-extraction`, as TEI has it; older clients put these beside the inputs."""
+
+    normalize: bool | None = Field(None, description="Make each vector one unit long.")
+    prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
+    truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads.")
+    truncation_direction: Literal["right", "Right"] | None = None
+    dimensions: int | None = Field(None, ge=1, description="The first so many of each vector's numbers.")
+    encoding_format: Literal["float"] | None = None
+
+
+class HubTokenClassification(Parameters):
+    """`token-classification`."""
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = None
+    ignore_labels: Texts | None = None
+    stride: int | None = Field(None, ge=1)
+
+
+class TaskQuery(Parameters):
+    """Which of its tasks a model is to do."""
+
+    task: str | None = Field(None, description="A task that the model can do; its own where this is left out.")
+
+
+class HubOptions(Parameters):
+    """What clients of the hosted service say of waiting; here a request waits, and nothing is remembered."""
+
+    wait_for_model: Literal[True] | None = None
+    use_cache: bool | None = None
+
+
+class HubBody(BaseModel):
+    """Inputs for a model's task."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    inputs: Any = Field(description="One input of the task, or a list of them.")
+    parameters: dict[str, Any] | None = Field(
+        None, description="The task's parameters, as Hugging Face publishes them."
+    )
+    options: HubOptions | None = Field(None, strict=False)
+    stream: bool | None = Field(None, description="Text generation only: one event for each token.")
+
+
+class HubAnswer(BaseModel):
+    """What the task gives, in the form that Hugging Face publishes: of each task another."""
+
+    model_config = ConfigDict(extra="allow")

@@ -1,0 +1,164 @@
+"""OpenAI's answers as pydantic models: what the API's document says of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class OpenAIError(_Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIFailure(_Answer):
+    """Every failure under `/v1`."""
+
+    error: OpenAIError
+
+
+def openai_failures() -> Any:
+    """What any of the routes may answer besides what it is for."""
+    return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), OpenAIFailure)
+
+
+class OpenAIModel(_Answer):
+    """A registered model."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="When it was registered, in seconds since 1970.")
+    owned_by: str
+
+
+class OpenAIModels(_Answer):
+    """The registered models."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class TokenCounts(_Answer):
+    """Tokens, counted by the model's own tokenizer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(_Answer):
+    """What the assistant says."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: str | None = Field(None, description="What it thought before, where the model thinks aloud.")
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(_Answer):
+    """An answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatAnswer(_Answer):
+    """The answers to a chat. As a stream: `chat.completion.chunk` objects, and last `data: [DONE]`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TokenCounts
+
+
+class CompletionChoice(_Answer):
+    """A text."""
+
+    text: str
+    index: int
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionAnswer(_Answer):
+    """The texts. As a stream: the same with pieces of them, and last `data: [DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: TokenCounts
+
+
+class ResponseAnswer(_Answer):
+    """A response. As a stream: its events, of which the last one holds it whole."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: float
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+
+
+class Embedding(_Answer):
+    """A vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class ReadTokens(_Answer):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(_Answer):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: ReadTokens
+    pooling: Literal["sentence-transformers", "mean"] = Field(
+        description="What made one vector of a text's: the model's own modules, or the mean of its tokens' vectors."
+    )
+
+
+class Ranked(_Answer):
+    """A document's place."""
+
+    index: int = Field(description="Which of the documents, from 0.")
+    relevance_score: float
+    document: dict[str, str] | None = None
+
+
+class RerankAnswer(_Answer):
+    """The documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[Ranked]
+    usage: ReadTokens

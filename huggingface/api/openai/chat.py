@@ -1,0 +1,285 @@
+"""`POST /v1/chat/completions`: a chat is answered, whole or as it is written."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from flask import Response
+
+from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...errors import InvalidRequest, LocalLLMError
+from ...records import Chunk, Constraint, ModelRecord, Token
+from ..effective import openai_parameters
+from ..lending import lent
+from ..services import services
+from ..sse import Events, event_stream
+from . import schemas
+from .conversation import Conversation, Wish
+from .serving import DONE, Counted, begin, chat_logprobs, failure, new_id, now, openai_names, within
+
+
+def answer_chat(
+    record: ModelRecord, body: schemas.ChatBody, model_name: str | None = None
+) -> dict[str, Any] | Response:
+    """Answer a chat. `model_name` is what the answer calls the model.
+
+    Raises: what loading and generating raise.
+    """
+    registry = services().registry
+    count = body.n or 1
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, "chat", body.timeout, bool(body.stream)))
+        wish = Wish(
+            form=form_of(body.response_format),
+            tools=[plain_tool(tool) for tool in body.tools or ()],
+            choice=_choice(body.tool_choice),
+            parallel=body.parallel_tool_calls is not False,
+            effort=body.reasoning_effort,
+            template=body.chat_template_kwargs,
+        )
+        asked = body.own() | body.penalties() | body.drawing()
+        most = body.max_completion_tokens or body.max_tokens
+        if most is not None:
+            asked["max_new_tokens"] = most
+        named = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        with openai_names({"max_new_tokens": named, "stop_strings": "stop"}):
+            parameters = openai_parameters(record, model.own_parameters, asked)
+        conversation = Conversation(model.chat, plain_messages(body.messages), wish)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        requests = conversation.requests(parameters, count, streams=bool(body.stream), logprobs=logprobs)
+        ticket = begin(model, flight, requests)
+        about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
+        if not body.stream:
+            answer = _whole(list(flight.chunks()), conversation, ticket.prompt_end, about, body, count)
+            registry.record_use(record.model_id)
+            return answer
+        framing = _Framing(
+            lambda: conversation.parser(ticket.prompt_end),
+            about,
+            body,
+            count,
+            conversation.single_call,
+            lambda: registry.record_use(record.model_id),
+        )
+        response = event_stream(flight, ticket, framing)
+        response.call_on_close(stack.pop_all().close)
+        return response
+
+
+# From OpenAI's words --------------------------------------------------------------------------------------------------
+
+
+def form_of(wanted: Any) -> Constraint | None:
+    """What a `response_format` asks of the text.
+
+    Raises:
+        InvalidRequest: its schema is none.
+    """
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "regex":
+        return Constraint("regex", wanted.value)
+    if wanted.type in ("json_object", "json"):
+        schema = getattr(wanted, "value", None)
+        return Constraint("json_object") if schema is None else Constraint("json_schema", schema)
+    return Constraint("json_schema", wanted.json_schema.json_schema)
+
+
+def plain_tool(tool: schemas.Tool) -> dict[str, Any]:
+    """A tool as templates and grammars know it."""
+    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
+    function.setdefault("description", "")
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": function}
+
+
+def plain_messages(messages: Sequence[schemas.Message]) -> list[dict[str, Any]]:
+    """Messages with text as their content, and calls with objects as their arguments, as templates want them.
+
+    Raises:
+        InvalidRequest: a call's arguments are not a JSON object.
+    """
+    result = []
+    for number, message in enumerate(messages):
+        plain = message.model_dump(exclude_none=True, exclude={"audio", "function_call", "annotations", "refusal"})
+        plain["content"] = _text(message.content) or (getattr(message, "refusal", None) or "")
+        if "tool_calls" in plain:
+            plain["tool_calls"] = [
+                {
+                    "id": call["id"],
+                    "type": "function",
+                    "function": {
+                        "name": call["function"]["name"],
+                        "arguments": _object(call["function"]["arguments"], f"messages.{number}.tool_calls.{place}"),
+                    },
+                }
+                for place, call in enumerate(plain["tool_calls"])
+            ]
+            if not plain["tool_calls"]:
+                del plain["tool_calls"]
+        result.append(plain)
+    return result
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(part.text if part.type == "text" else part.refusal for part in content)
+    return content or ""
+
+
+def _object(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        field = f"{where}.function.arguments"
+        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
+    return value
+
+
+def _choice(choice: Any) -> str:
+    if isinstance(choice, schemas.NamedTool):
+        return choice.function.name
+    return choice or "auto"
+
+
+# To OpenAI's words ----------------------------------------------------------------------------------------------------
+
+
+def _whole(
+    chunks: Sequence[Chunk],
+    conversation: Conversation,
+    prompt_end: str,
+    about: Mapping[str, Any],
+    body: schemas.ChatBody,
+    count: int,
+) -> dict[str, Any]:
+    by_index: dict[int, list[Chunk]] = defaultdict(list)
+    counted = Counted(count)
+    for chunk in chunks:
+        by_index[chunk.index].append(chunk)
+        counted.add(chunk)
+    choices = []
+    for index, its in sorted(by_index.items()):
+        text = its[-1].whole or ""
+        parser = conversation.parser(prompt_end)
+        message, called = message_of([*parser.feed(text), *parser.finish()], conversation.single_call)
+        tokens = [token for chunk in its for token in chunk.tokens]
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": chat_logprobs(within(text, tokens)) if body.logprobs else None,
+                "finish_reason": "tool_calls" if called else its[-1].finish_reason,
+            }
+        )
+    return {**about, "object": "chat.completion", "choices": choices, "usage": counted.to_dict()}
+
+
+def message_of(parts: Sequence[Part], single_call: bool) -> tuple[dict[str, Any], bool]:
+    """An assistant's message, and whether it calls tools."""
+    content, reasoning = "", ""
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        match part:
+            case Content():
+                content += part.text
+            case Reasoning():
+                reasoning += part.text
+            case CallStart():
+                calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+            case CallArguments():
+                calls[part.index]["function"]["arguments"] += part.text
+    if single_call:
+        del calls[1:]
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message, bool(calls)
+
+
+class _Framing:
+    """The events of a chat."""
+
+    def __init__(
+        self,
+        parser: Callable[[], AnswerParser],
+        about: Mapping[str, Any],
+        body: schemas.ChatBody,
+        count: int,
+        single_call: bool,
+        done: Callable[[], None],
+    ) -> None:
+        self._parser = parser
+        self._parsers: dict[int, AnswerParser] = {}
+        self._called: set[int] = set()
+        self._about = {**about, "object": "chat.completion.chunk"}
+        self._logprobs = bool(body.logprobs)
+        self._usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._counted = Counted(count)
+        self._single_call = single_call
+        self._done = done
+
+    def chunk(self, chunk: Chunk) -> Events:
+        """What a piece of one of the answers becomes: a delta for each kind of thing in it."""
+        index = chunk.index
+        self._counted.add(chunk)
+        if index not in self._parsers:
+            self._parsers[index] = self._parser()
+            yield self._event(index, {"role": "assistant", "content": ""})
+        parser = self._parsers[index]
+        parts = parser.feed(chunk.text)
+        if chunk.finish_reason is not None:
+            parts = [*parts, *parser.finish()]
+        deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
+        tokens: Sequence[Token] = [token for token in chunk.tokens if not token.special] if self._logprobs else ()
+        if tokens and not deltas:
+            deltas = [{}]
+        for place, delta in enumerate(deltas):
+            yield self._event(index, delta, tokens=tokens if not place else ())
+        if chunk.finish_reason is not None:
+            yield self._event(index, {}, "tool_calls" if index in self._called else chunk.finish_reason)
+
+    def _delta(self, index: int, part: Part) -> dict[str, Any] | None:
+        match part:
+            case Content():
+                return {"content": part.text}
+            case Reasoning():
+                return {"reasoning_content": part.text}
+            case _ if self._single_call and part.index > 0:
+                return None
+            case CallStart():
+                self._called.add(index)
+                function = {"name": part.name, "arguments": ""}
+                return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+            case CallArguments():
+                return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+    def _event(
+        self, index: int, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[Token] = ()
+    ) -> dict[str, Any]:
+        logprobs = chat_logprobs(tokens) if tokens else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._about, "choices": [choice], **({"usage": None} if self._usage else {})}
+
+    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
+        """OpenAI has no word for it."""
+        return ()
+
+    def end(self) -> Events:
+        """The counts, where they were asked for, and the end."""
+        self._done()
+        if self._usage:
+            yield {**self._about, "choices": [], "usage": self._counted.to_dict()}
+        yield DONE
+
+    def error(self, error: LocalLLMError) -> Events:
+        """What ended it."""
+        yield failure(error)

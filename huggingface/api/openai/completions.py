@@ -1,0 +1,193 @@
+"""`POST /v1/completions`: texts to continue, and how likely the model finds texts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from flask import Response
+
+from ...errors import InvalidRequest, LocalLLMError
+from ...records import Chunk, GenerationRequest, ModelRecord, Token
+from ..effective import openai_parameters
+from ..lending import lent
+from ..services import services
+from ..sse import Events, event_stream
+from .schemas import CompletionBody
+from .serving import DONE, Counted, begin, completion_logprobs, failure, new_id, now, openai_names, seeded, within
+
+_DEFAULT_TOKENS = 16  # OpenAI's own
+_MOST_STREAMS = 128
+
+
+def complete(record: ModelRecord, body: CompletionBody, model_name: str | None = None) -> dict[str, Any] | Response:
+    """Continue texts. `model_name` is what the answer calls the model.
+
+    Raises: what loading and generating raise.
+    """
+    prompts = body.prompts()
+    n = body.n or 1
+    made = max(body.best_of or n, n)
+    if body.stream and len(prompts) * n > _MOST_STREAMS:
+        raise InvalidRequest(
+            f"Invalid value for field 'prompt': at most {_MOST_STREAMS} texts can be streamed at once", "prompt"
+        )
+    registry = services().registry
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, "completions", body.timeout, bool(body.stream)))
+        parameters = _parameters(record, model, body)
+        ranked = made > n
+        requests = [
+            _request(body, prompt, seeded(parameters, number), ranked=ranked)
+            for prompt in prompts
+            for number in range(made)
+        ]
+        ticket = begin(model, flight, requests)
+        shape = _Shape(body, model_name or record.model_id, [_echoed(body, model, prompt) for prompt in prompts], made)
+        if not body.stream:
+            answer = shape.whole(list(flight.chunks()))
+            registry.record_use(record.model_id)
+            return answer
+        framing = _Framing(shape, lambda: registry.record_use(record.model_id))
+        response = event_stream(flight, ticket, framing)
+        response.call_on_close(stack.pop_all().close)
+        return response
+
+
+def _parameters(record: ModelRecord, model: Any, body: CompletionBody) -> dict[str, Any]:
+    asked = body.own() | body.penalties() | body.drawing()
+    if body.max_tokens is not None:
+        asked["max_new_tokens"] = max(body.max_tokens, 1)  # of nothing but the prompt: one more, that is not shown
+    with openai_names():
+        parameters = openai_parameters(record, model.own_parameters, asked)
+    if not {"max_new_tokens", "max_length"} & parameters.keys():
+        parameters["max_new_tokens"] = _DEFAULT_TOKENS
+    return parameters
+
+
+def _request(
+    body: CompletionBody, prompt: str | list[int], parameters: Mapping[str, Any], *, ranked: bool
+) -> GenerationRequest:
+    return GenerationRequest(
+        parameters,
+        prompt=prompt if isinstance(prompt, str) else None,
+        tokens=None if isinstance(prompt, str) else prompt,
+        streams=bool(body.stream),
+        logprobs=body.logprobs if body.logprobs is not None else 0 if ranked else None,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+
+
+def _echoed(body: CompletionBody, model: Any, prompt: str | list[int]) -> str:
+    """What goes before a prompt's texts."""
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else str(model.decode(prompt))
+
+
+class _Shape:
+    """OpenAI's words for the chunks of a completion."""
+
+    def __init__(self, body: CompletionBody, model_id: str, echoes: Sequence[str], made: int) -> None:
+        """`made` is how many texts are made of each prompt; of these, `n` are shown."""
+        self._body = body
+        self.n = body.n or 1
+        self._made = made
+        self._echoes = echoes
+        self._about = {"id": new_id("cmpl-"), "object": "text_completion", "created": now(), "model": model_id}
+        self._shows_text = body.max_tokens != 0
+        self.stream_options = body.stream_options
+        self.counted = Counted(made)
+
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        """A body, or an event."""
+        return {**self._about, "choices": choices, "usage": usage}
+
+    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """The answer, when all is made."""
+        by_index: dict[int, list[Chunk]] = defaultdict(list)
+        for chunk in chunks:
+            by_index[chunk.index].append(chunk)
+            self.counted.add(chunk)
+        choices = []
+        for prompt in range(len(self._echoes)):
+            texts = [_joined(by_index[prompt * self._made + number]) for number in range(self._made)]
+            if self._made > self.n:
+                texts.sort(key=_likelihood, reverse=True)
+            for rank, chunk in enumerate(texts[: self.n]):
+                choices.append(self.choice(chunk, prompt * self.n + rank, chunk.finish_reason, first=True))
+        usage = self.counted.to_dict()
+        if not self._shows_text:
+            usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return self.answer(choices, usage)
+
+    def choice(
+        self, chunk: Chunk, index: int, reason: str | None, *, first: bool, offset: int | None = None
+    ) -> dict[str, Any]:
+        """A text, or a piece of one, the `first` with what is echoed; `offset` is where its tokens begin."""
+        echo = self._echoes[index // self.n] if first else ""
+        text = chunk.text if self._shows_text else ""
+        logprobs = None
+        if self._body.logprobs is not None:
+            made: Sequence[Token] = chunk.tokens if self._shows_text else ()
+            begin = offset if offset is not None else 0 if chunk.prompt else len(echo)
+            logprobs = completion_logprobs([*chunk.prompt, *made], begin, self._body.logprobs)
+        return {"text": echo + text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+
+class _Framing:
+    """The events of a completion."""
+
+    def __init__(self, shape: _Shape, done: Callable[[], None]) -> None:
+        self._shape = shape
+        self._done = done
+        self._offsets: dict[int, int] = {}
+        self._usage = bool(shape.stream_options and shape.stream_options.include_usage)
+
+    def chunk(self, chunk: Chunk) -> Events:
+        """A piece of one of the texts."""
+        shape, index = self._shape, chunk.index
+        shape.counted.add(chunk)
+        first = index not in self._offsets
+        if not (first or chunk.text or chunk.tokens or chunk.finish_reason):
+            return
+        choice = shape.choice(chunk, index, chunk.finish_reason, first=first, offset=self._offsets.get(index))
+        begin = self._offsets.get(index, 0 if chunk.prompt or not first else len(choice["text"]) - len(chunk.text))
+        self._offsets[index] = begin + sum(len(token.text) for token in [*chunk.prompt, *chunk.tokens])
+        event = shape.answer([choice], None)
+        if not self._usage:
+            del event["usage"]
+        yield event
+
+    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
+        """OpenAI has no word for it."""
+        return ()
+
+    def end(self) -> Events:
+        """The counts, where they were asked for, and the end."""
+        self._done()
+        if self._usage:
+            yield self._shape.answer([], self._shape.counted.to_dict())
+        yield DONE
+
+    def error(self, error: LocalLLMError) -> Events:
+        """What ended it."""
+        yield failure(error)
+
+
+def _joined(chunks: Sequence[Chunk]) -> Chunk:
+    """The chunks of one text as one."""
+    last = chunks[-1]
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    if last.finish_reason == "stop" and tokens and not tokens[-1].special:
+        tokens = within(last.whole or "", tokens)  # a stop string is not part of the text
+    return replace(last, text=last.whole or "", tokens=tokens, prompt=chunks[0].prompt)
+
+
+def _likelihood(chunk: Chunk) -> float:
+    """The mean log-probability of its tokens."""
+    values = [token.logprob or 0.0 for token in chunk.tokens]
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,200 @@
+"""A chat in OpenAI's words becomes one in the model's: what its template is given, what its answer has to be, how it is
+read. Shared by chats and responses. What models write, `huggingface.chat` knows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...chat.formats import (
+    ReasoningTags,
+    ToolFormat,
+    begins_inside_reasoning,
+    describe_tools,
+    find_reasoning,
+    find_tool_format,
+    takes_tools,
+)
+from ...chat.grammar import answer_grammar, calls_grammar
+from ...chat.parser import AnswerParser
+from ...errors import InvalidRequest
+from ...records import ChatTraits, Constraint, GenerationRequest
+from .serving import seeded
+
+# Variables of a chat template that have fields of their own, or that only this server sets.
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+    | {"return_dict", "return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "bos_token", "eos_token", "unk_token", "pad_token", "conversation"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted of an answer, whoever's fields said so.
+
+    `form` is the constraint of its text, `tools` are OpenAI's (`{"type": "function", "function": …}`), `choice` is
+    `none`, `auto`, `required` or the name of the tool to call.
+    """
+
+    form: Constraint | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: str = "auto"
+    parallel: bool = True
+    effort: str | None = None
+    template: Mapping[str, Any] | None = None
+
+
+class Conversation:
+    """How a wish is put to one model, and its answers are read."""
+
+    def __init__(self, traits: ChatTraits, messages: Sequence[Mapping[str, Any]], wish: Wish) -> None:
+        """`messages` are OpenAI's, with plain text as their content.
+
+        Raises:
+            InvalidRequest: the model's template has no place for what is wished.
+        """
+        self._wish = wish
+        self._tools = list(wish.tools) if wish.choice != "none" else []
+        templates = traits.template if isinstance(traits.template, Mapping) else {"default": traits.template or ""}
+        name = "tool_use" if self._tools and "tool_use" in templates else "default"
+        self._template = str(templates.get(name, ""))
+        self._added, self._special = traits.added_tokens, traits.special_tokens
+        self._reasoning: ReasoningTags | None = find_reasoning(traits.template, traits.added_tokens)
+        self._format: ToolFormat | None = None
+        if self._tools:
+            self._format = find_tool_format(traits.template, traits.added_tokens)
+        self.variables = self._variables()
+        self.messages = self._laid_out(messages)
+
+    def requests(
+        self, parameters: Mapping[str, Any], count: int, *, streams: bool, logprobs: int | None
+    ) -> list[GenerationRequest]:
+        """The generations that answer it `count` times."""
+        kept = set(self._format.special_tokens if self._format else ())
+        kept |= set(self._reasoning.special_tokens if self._reasoning else ())
+        return [
+            GenerationRequest(
+                seeded(parameters, number),
+                messages=self.messages,
+                streams=streams,
+                fills=True,
+                template=self.variables,
+                logprobs=logprobs,
+                constraint=self._constraint(),
+                special_tokens=tuple(kept & self._special),
+            )
+            for number in range(count)
+        ]
+
+    def parser(self, prompt_end: str) -> AnswerParser:
+        """What reads an answer to the prompt that ends so."""
+        return AnswerParser(
+            self._format,
+            self._reasoning,
+            inside_reasoning=self._inside(prompt_end),
+            tools=[tool["function"]["name"] for tool in self._tools] or None,
+        )
+
+    @property
+    def single_call(self) -> bool:
+        """Whether no more than one call is wanted."""
+        return not self._wish.parallel
+
+    def _inside(self, prompt_end: str) -> bool:
+        return self._reasoning is not None and begins_inside_reasoning(prompt_end, self._reasoning)
+
+    def _constraint(self) -> Constraint | Callable[[str], Constraint | None] | None:
+        wish, reasoning = self._wish, self._reasoning
+        must_call = bool(self._tools) and wish.choice not in ("auto", "none")
+        if must_call:
+            assert self._format is not None  # noqa: S101 - there are tools
+            form, named = self._format, None if wish.choice == "required" else wish.choice
+
+            def calls(end: str) -> Constraint:
+                grammar = calls_grammar(
+                    form,
+                    self._tools,
+                    required_name=named,
+                    parallel=wish.parallel,
+                    inside_reasoning=self._inside(end),
+                    reasoning=reasoning,
+                    added_tokens=self._added,
+                )
+                return Constraint("grammar", grammar)
+
+            return calls
+        if wish.form is None or reasoning is None:
+            return wish.form
+        schema = wish.form.value if wish.form.kind == "json_schema" else None
+
+        def after_reasoning(end: str) -> Constraint | None:
+            if not self._inside(end):
+                return wish.form
+            grammar = answer_grammar(schema, inside_reasoning=True, reasoning=reasoning, added_tokens=self._added)
+            return Constraint("grammar", grammar)
+
+        return after_reasoning
+
+    def _variables(self) -> dict[str, Any]:
+        """What the template is given besides the messages."""
+        given = dict(self._wish.template or {})
+        for name in given:
+            if name in _RESERVED or not self._has(name):
+                reason = "the chat template of this model has no such variable"
+                raise InvalidRequest(
+                    f"Invalid value for field 'chat_template_kwargs.{name}': {reason}", f"chat_template_kwargs.{name}"
+                )
+        if self._wish.effort is not None:
+            given |= self._effort(self._wish.effort)
+        if self._tools and takes_tools(self._template):
+            given["tools"] = self._tools
+        return given
+
+    def _effort(self, effort: str) -> dict[str, Any]:
+        if self._has("reasoning_effort"):
+            return {"reasoning_effort": effort}
+        if self._has("enable_thinking"):
+            return {"enable_thinking": effort not in ("none", "minimal")}
+        raise InvalidRequest(
+            "Invalid value for field 'reasoning_effort': the chat template of this model knows no such thing",
+            "reasoning_effort",
+        )
+
+    def _has(self, variable: str) -> bool:
+        return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", self._template) is not None
+
+    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the template knows them."""
+        result: list[dict[str, Any]] = []
+        names: dict[str, str] = {}  # of the called functions, by the calls' ids
+        takes = takes_tools(self._template)
+        for message in messages:
+            laid = dict(message)
+            if laid["role"] == "developer" and "developer" not in self._template:
+                laid["role"] = "system"
+            for call in laid.get("tool_calls", ()):
+                names[call["id"]] = call["function"]["name"]
+            if laid["role"] == "tool":
+                laid["name"] = names.get(laid["tool_call_id"], "")
+            result.append(laid if takes else _without_tools(laid))
+        if self._tools and not takes:
+            told = describe_tools(self._tools, self._wish.choice)
+            if result and result[0]["role"] == "system":
+                result[0] = {**result[0], "content": f"{result[0]['content']}\n\n{told}"}
+            else:
+                result.insert(0, {"role": "system", "content": told})
+        return result
+
+
+def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of a chat with tools, for a template that knows none."""
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"Result of {message['name'] or 'the call'}:\n{message['content']}"}
+    if calls := message.get("tool_calls"):
+        written = json.dumps([call["function"] for call in calls], ensure_ascii=False)
+        return {"role": "assistant", "content": "\n".join(filter(None, [message.get("content"), written]))}
+    return message

@@ -1,0 +1,69 @@
+"""`POST /v1/embeddings` and `POST /v1/rerank`: vectors of texts, and which documents answer a query.
+
+Sources: "Embeddings", OpenAI API reference; the rerank route is that of Cohere and Jina.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from ...records import ModelRecord
+from ..lending import lent
+from ..services import services
+from .schemas import EmbeddingBody, RerankBody
+from .serving import new_id
+
+
+def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
+    """Vectors of texts.
+
+    Raises: what loading and computing raise.
+    """
+    given = {"truncate": body.truncate, "prompt_name": body.prompt_name, "dimensions": body.dimensions}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    with lent(record, "embeddings", body.timeout) as (flight, model):
+        result = model.run("sentence-embeddings", body.input, parameters, flight.gone)
+        pooling = "sentence-transformers" if model.pools else "mean"
+    services().registry.record_use(record.model_id)
+    written = _as_base64 if body.encoding_format == "base64" else list
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": written(vector)}
+            for index, vector in enumerate(result["embeddings"])
+        ],
+        "model": record.model_id,
+        "usage": {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]},
+        "pooling": pooling,
+    }
+
+
+def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:
+    """Documents by how well they answer a query, the best first.
+
+    Raises: what loading and computing raise.
+    """
+    documents = [each if isinstance(each, str) else each.text for each in body.documents]
+    parameters = {} if body.truncate is None else {"truncate": body.truncate}
+    with lent(record, "rerank", body.timeout) as (flight, model):
+        result = model.run("rerank", {"query": body.query, "documents": documents}, parameters, flight.gone)
+    services().registry.record_use(record.model_id)
+    ranked = sorted(enumerate(result["scores"]), key=lambda item: -item[1])
+    shown = {index: {"document": {"text": documents[index]}} if body.return_documents else {} for index, _ in ranked}
+    return {
+        "id": new_id("rerank-"),
+        "object": "list",
+        "model": record.model_id,
+        "results": [
+            {"index": index, "relevance_score": score, **shown[index]} for index, score in ranked[: body.top_n]
+        ],
+        "usage": {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]},
+    }
+
+
+def _as_base64(vector: Sequence[float]) -> str:
+    """Little-endian float32."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

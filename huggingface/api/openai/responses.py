@@ -1,0 +1,355 @@
+"""`POST /v1/responses`: one answer, whole or as events; nothing is kept between requests.
+
+Source: "Responses" and "Streaming events", OpenAI API reference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from flask import Response
+
+from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...errors import InvalidRequest, LocalLLMError
+from ...records import Chunk, Constraint, ModelRecord, Token
+from ..effective import openai_parameters
+from ..lending import lent
+from ..services import services
+from ..sse import Events, event_stream
+from . import response_schemas as schemas
+from .conversation import Conversation, Wish
+from .serving import begin, chat_logprobs, failure, new_id, now, openai_names, within
+
+
+def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] | Response:
+    """Answer.
+
+    Raises: what loading and generating raise.
+    """
+    registry = services().registry
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, "responses", body.timeout, bool(body.stream)))
+        asked = body.own() | body.drawing()
+        if body.max_output_tokens is not None:
+            asked["max_new_tokens"] = body.max_output_tokens
+        with openai_names({"max_new_tokens": "max_output_tokens"}):
+            parameters = openai_parameters(record, model.own_parameters, asked)
+        conversation = Conversation(model.chat, _messages(body), _wish(body))
+        logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
+        requests = conversation.requests(parameters, 1, streams=bool(body.stream), logprobs=logprobs)
+        ticket = begin(model, flight, requests)
+        writer = _Writer(
+            _about(record.model_id, body, parameters),
+            lambda: conversation.parser(ticket.prompt_end),
+            conversation.single_call,
+            logprobs is not None,
+        )
+        if not body.stream:
+            for chunk in flight.chunks():
+                for _ in writer.chunk(chunk):
+                    pass
+            registry.record_use(record.model_id)
+            return writer.response("completed")
+        framing = _Framing(writer, lambda: registry.record_use(record.model_id))
+        response = event_stream(flight, ticket, framing)
+        response.call_on_close(stack.pop_all().close)
+        return response
+
+
+# From OpenAI's words --------------------------------------------------------------------------------------------------
+
+
+def _wish(body: schemas.ResponseBody) -> Wish:
+    choice = body.tool_choice
+    return Wish(
+        form=_form(body.text),
+        tools=[_tool(tool) for tool in body.tools or ()],
+        choice=choice.name if isinstance(choice, schemas.NamedFunctionTool) else choice or "auto",
+        parallel=body.parallel_tool_calls is not False,
+        effort=body.reasoning.effort if body.reasoning is not None else None,
+        template=body.chat_template_kwargs,
+    )
+
+
+def _form(text: schemas.TextOptions | None) -> Constraint | None:
+    if text is None or text.format is None or text.format.type == "text":
+        return None
+    if isinstance(text.format, schemas.OfSchema):
+        return Constraint("json_schema", text.format.json_schema)
+    return Constraint("json_object")
+
+
+def _tool(tool: schemas.FunctionTool) -> dict[str, Any]:
+    function = {
+        "name": tool.name,
+        "description": tool.description or "",
+        "parameters": tool.parameters or {"type": "object", "properties": {}},
+    }
+    return {"type": "function", "function": function}
+
+
+def _messages(body: schemas.ResponseBody) -> list[dict[str, Any]]:
+    """The conversation as messages of a chat; calls that follow each other are one message's."""
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    for number, item in enumerate(body.input):
+        match item:
+            case schemas.MessageItem():
+                messages.append({"role": item.role, "content": _text(item.content)})
+            case schemas.CallItem():
+                function = {"name": item.name, "arguments": _object(item.arguments, f"input.{number}.arguments")}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                if messages and messages[-1]["role"] == "assistant":
+                    messages[-1].setdefault("tool_calls", []).append(call)
+                else:
+                    messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            case schemas.ResultItem():
+                messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
+    if not messages:
+        raise InvalidRequest("Invalid value for field 'input': holds no message", "input")
+    return messages
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.refusal if isinstance(part, schemas.InputRefusal) else part.text for part in content)
+
+
+def _object(text: str, field: str) -> Any:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
+    return value
+
+
+# To OpenAI's words ----------------------------------------------------------------------------------------------------
+
+
+def _about(model_id: str, body: schemas.ResponseBody, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response tells of its request."""
+    chosen = body.tool_choice
+    return {
+        "id": new_id("resp_"),
+        "object": "response",
+        "created_at": now(),
+        "model": model_id,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "store": False,
+        "temperature": parameters["temperature"],
+        "top_p": parameters["top_p"],
+        "text": {"format": _shown_format(body.text)},
+        "tool_choice": chosen.model_dump() if isinstance(chosen, schemas.NamedFunctionTool) else chosen or "auto",
+        "tools": [{"strict": None, **tool.model_dump(exclude_unset=True)} for tool in body.tools or ()],
+        "truncation": "disabled",
+        "background": False,
+        "service_tier": "default",
+        "user": body.user,
+    }
+
+
+def _shown_format(text: schemas.TextOptions | None) -> dict[str, Any]:
+    if text is None or text.format is None:
+        return {"type": "text"}
+    return text.format.model_dump(by_alias=True, exclude_none=True)
+
+
+class _Writer:
+    """Makes the output's items of an answer, and the events that tell of them, as they are written."""
+
+    def __init__(
+        self, about: Mapping[str, Any], parser: Callable[[], AnswerParser], single_call: bool, logprobs: bool
+    ) -> None:
+        self._about = about
+        self._make_parser = parser
+        self._parser: AnswerParser | None = None
+        self._single_call = single_call
+        self._logprobs = logprobs
+        self._tokens: list[Token] = []
+        self._output: list[dict[str, Any]] = []
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._open: dict[str, Any] | None = None
+        self._last: Chunk | None = None
+        self._reasoning_tokens = 0
+
+    def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """The events of a piece of the answer."""
+        if self._parser is None:
+            self._parser = self._make_parser()
+        self._tokens += chunk.tokens
+        events = [event for part in self._parser.feed(chunk.text) for event in self._part(part)]
+        if chunk.finish_reason is not None:
+            self._last = chunk
+            events += [event for part in self._parser.finish() for event in self._part(part)]
+            if not self._output:
+                events += self._begin_message()
+            events += self._close()
+        return events
+
+    def response(self, status: str) -> dict[str, Any]:
+        """The response as it is now; one that ran out of tokens is `incomplete`."""
+        last = self._last
+        details = None
+        if status == "completed" and last is not None and last.finish_reason == "length":
+            status, details = "incomplete", {"reason": "max_output_tokens"}
+        usage = None
+        if last is not None and last.usage is not None:
+            read, made = last.usage.prompt_tokens, last.usage.completion_tokens
+            usage = {
+                "input_tokens": read,
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": made,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": read + made,
+            }
+        ended = {"completed_at": now()} if status == "completed" else {}
+        return {
+            **self._about,
+            **ended,
+            "status": status,
+            "error": None,
+            "incomplete_details": details,
+            "output": [dict(item) for item in self._output],
+            "usage": usage,
+        }
+
+    def _part(self, part: Part) -> list[dict[str, Any]]:
+        match part:
+            case Content():
+                return self._write("message", "output_text", part.text)
+            case Reasoning():
+                return self._write("reasoning", "reasoning_text", part.text)
+            case _ if self._single_call and part.index > 0:
+                return []
+            case CallStart():
+                item = {"type": "function_call", "id": new_id("fc_"), "call_id": part.id, "name": part.name}
+                self._calls[part.index] = item | {"arguments": "", "status": "in_progress"}
+                return [*self._close(), *self._add(self._calls[part.index])]
+            case CallArguments():
+                item = self._calls[part.index]
+                item["arguments"] += part.text
+                return [self._event("response.function_call_arguments.delta", item, delta=part.text)]
+        return []
+
+    def _write(self, kind: str, part_type: str, text: str) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if self._open is None or self._open["type"] != kind:
+            events += self._close()
+            events += self._begin_message() if kind == "message" else self._begin_reasoning()
+        assert self._open is not None  # noqa: S101 - just begun
+        part = self._open["content"][0]
+        part["text"] += text
+        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        return [*events, self._event(f"response.{part_type}.delta", self._open, content_index=0, delta=text, **extra)]
+
+    def _begin_message(self) -> list[dict[str, Any]]:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item: dict[str, Any] = {
+            "type": "message",
+            "id": new_id("msg_"),
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
+        events = self._add(item)
+        item["content"] = [part]
+        return [*events, self._event("response.content_part.added", item, content_index=0, part=dict(part))]
+
+    def _begin_reasoning(self) -> list[dict[str, Any]]:
+        part = {"type": "reasoning_text", "text": ""}
+        item: dict[str, Any] = {"type": "reasoning", "id": new_id("rs_"), "summary": [], "content": []}
+        events = self._add(item)
+        item["content"] = [part]
+        return [*events, self._event("response.content_part.added", item, content_index=0, part=dict(part))]
+
+    def _add(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        self._output.append(item)
+        self._open = item
+        return [self._event("response.output_item.added", None, item=dict(item))]
+
+    def _close(self) -> list[dict[str, Any]]:
+        """End the item that is being written."""
+        item, self._open = self._open, None
+        if item is None:
+            return []
+        events: list[dict[str, Any]] = []
+        cut = self._last is not None and self._last.finish_reason == "length"
+        if "status" in item:
+            item["status"] = "incomplete" if cut else "completed"
+        if item["type"] == "function_call":
+            named: dict[str, Any] = {"arguments": item["arguments"], "name": item["name"]}
+            events.append(self._event("response.function_call_arguments.done", item, **named))
+        else:
+            part = item["content"][0]
+            extra: dict[str, Any] = {}
+            if part["type"] == "output_text":
+                if self._logprobs and self._last is not None:
+                    told = chat_logprobs(within(self._last.whole or "", self._tokens))["content"]
+                    part["logprobs"] = told
+                extra = {"logprobs": part["logprobs"]}
+            done = {"content_index": 0, "text": part["text"], **extra}
+            events.append(self._event(f"response.{part['type']}.done", item, **done))
+            events.append(self._event("response.content_part.done", item, content_index=0, part=dict(part)))
+        events.append(self._event("response.output_item.done", None, item=dict(item)))
+        return events
+
+    def _event(self, kind: str, about: Mapping[str, Any] | None, **fields: Any) -> dict[str, Any]:
+        where = {"item_id": about["id"]} if about is not None else {}
+        place = next((number for number, each in enumerate(self._output) if each is about), len(self._output) - 1)
+        return {"type": kind, **where, "output_index": place, **fields}
+
+
+class _Framing:
+    """The events of a response, numbered."""
+
+    def __init__(self, writer: _Writer, done: Callable[[], None]) -> None:
+        self._writer = writer
+        self._done = done
+        self._number = 0
+        self._begun = False
+
+    def chunk(self, chunk: Chunk) -> Events:
+        """What a piece of the answer becomes."""
+        return self._numbered([*self._begin(), *self._writer.chunk(chunk)])
+
+    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
+        """That it waits."""
+        return self._numbered(self._begin())
+
+    def end(self) -> Events:
+        """The whole response."""
+        self._done()
+        response = self._writer.response("completed")
+        return self._numbered([{"type": f"response.{response['status']}", "response": response}])
+
+    def error(self, error: LocalLLMError) -> Events:
+        """The response as far as it came, and what ended it."""
+        told = failure(error)["error"]
+        response = {**self._writer.response("failed"), "error": {"code": "server_error", "message": told["message"]}}
+        return self._numbered([*self._begin(), {"type": "response.failed", "response": response}])
+
+    def _begin(self) -> Sequence[dict[str, Any]]:
+        if self._begun:
+            return []
+        self._begun = True
+        response = self._writer.response("in_progress")
+        return [{"type": f"response.{kind}", "response": response} for kind in ("created", "in_progress")]
+
+    def _numbered(self, events: Sequence[dict[str, Any]]) -> Events:
+        for event in events:
+            yield {**event, "sequence_number": self._number}
+            self._number += 1

@@ -1,0 +1,115 @@
+"""The routes under `/v1`, and the chat route that `huggingface_hub` looks for under a model's own address.
+
+Every view is parse, call, shape.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Response
+from flask_openapi3 import APIBlueprint, Tag
+
+from ...records import ModelRecord
+from ..schemas import ModelPath
+from ..services import services
+from . import schemas
+from .answers import (
+    ChatAnswer,
+    CompletionAnswer,
+    EmbeddingsAnswer,
+    OpenAIModel,
+    OpenAIModels,
+    RerankAnswer,
+    ResponseAnswer,
+    openai_failures,
+)
+from .chat import answer_chat
+from .completions import complete
+from .embeddings import embed, rerank
+from .response_schemas import ResponseBody
+from .responses import respond
+
+_FAILURES = openai_failures()
+
+blueprint = APIBlueprint(
+    "openai",
+    __name__,
+    url_prefix="/v1",
+    abp_tags=[Tag(name="OpenAI", description="OpenAI's API, for the clients that speak it.")],
+    abp_responses=_FAILURES,
+)
+
+hub_chat = APIBlueprint(
+    "hub-chat",
+    __name__,
+    url_prefix="/api/huggingface",
+    abp_tags=[Tag(name="Hugging Face", description="The protocol of Hugging Face's own inference clients.")],
+    abp_responses=_FAILURES,
+)
+
+
+@blueprint.get("/models", responses={200: OpenAIModels})
+def list_models() -> dict[str, Any]:
+    """List the registered models."""
+    return {"object": "list", "data": [_model(record) for record in services().registry.list()]}
+
+
+@blueprint.get("/models/<path:model_id>", responses={200: OpenAIModel})
+def get_model(path: ModelPath) -> dict[str, Any]:
+    """Show one model."""
+    return _model(services().registry.get(path.model_id))
+
+
+@blueprint.post("/chat/completions", responses={200: ChatAnswer})
+def chat_completions(body: schemas.ChatBody) -> dict[str, Any] | Response:
+    """Answer a chat."""
+    return answer_chat(services().registry.get(body.model), body)
+
+
+@blueprint.post("/completions", responses={200: CompletionAnswer})
+def completions(body: schemas.CompletionBody) -> dict[str, Any] | Response:
+    """Continue texts, or tell how likely they are."""
+    return complete(services().registry.get(body.model), body)
+
+
+@blueprint.post("/responses", responses={200: ResponseAnswer})
+def responses(body: ResponseBody) -> dict[str, Any] | Response:
+    """Answer. Nothing is kept for later requests."""
+    return respond(services().registry.get(body.model), body)
+
+
+@blueprint.post("/embeddings", responses={200: EmbeddingsAnswer})
+def embeddings(body: schemas.EmbeddingBody) -> dict[str, Any]:
+    """Make vectors of texts."""
+    return embed(services().registry.get(body.model), body)
+
+
+@blueprint.post("/rerank", responses={200: RerankAnswer})
+def rerank_documents(body: schemas.RerankBody) -> dict[str, Any]:
+    """Sort documents by how well they answer a query."""
+    return rerank(services().registry.get(body.model), body)
+
+
+@hub_chat.post("/models/<path:model_id>/v1/chat/completions", responses={200: ChatAnswer})
+def hub_chat_completions(path: ModelPath, body: schemas.HubChatBody) -> dict[str, Any] | Response:
+    """Answer a chat, by the model that the address names; the body's `model` is what the client calls it."""
+    return answer_chat(services().registry.get(path.model_id), body, body.model or path.model_id)
+
+
+@hub_chat.post("/models/<path:model_id>/v1/completions", responses={200: CompletionAnswer})
+def hub_completions(path: ModelPath, body: schemas.HubCompletionBody) -> dict[str, Any] | Response:
+    """Continue texts, by the model that the address names."""
+    if body.return_full_text is not None:
+        body = body.model_copy(update={"echo": body.return_full_text})
+    return complete(services().registry.get(path.model_id), body, body.model or path.model_id)
+
+
+def _model(record: ModelRecord) -> dict[str, Any]:
+    created = datetime.fromisoformat(record.added_date).replace(tzinfo=UTC)
+    return {"id": record.model_id, "object": "model", "created": int(created.timestamp()), "owned_by": _owner(record)}
+
+
+def _owner(record: ModelRecord) -> str:
+    return record.model_id.split("/")[0] if "/" in record.model_id else "local"

@@ -1,0 +1,335 @@
+"""Reads a model's answer as it is written: what it thinks, what it says, which tools it calls.
+
+Text may come in pieces of any size; what is told of it is the same. No more is held back than what may be the beginning
+of a marker, or of a call that has no name yet. What looks like a call and turns out to be none, is text.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from .calls import CallReader, Value
+from .formats import ReasoningTags, ToolFormat
+
+_SPACE = " \t\r\n"
+_FENCES = ("```json", "```")
+_LETTERS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the model says."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """What it thinks before."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A call begins: the `index`-th of the answer, from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """A piece of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+Part = Content | Reasoning | CallStart | CallArguments
+
+
+class AnswerParser:
+    """One answer."""
+
+    def __init__(
+        self,
+        tool_format: ToolFormat | None,
+        reasoning: ReasoningTags | None,
+        *,
+        inside_reasoning: bool = False,
+        tools: Collection[str] | None = None,
+        new_id: Callable[[int], str] | None = None,
+    ) -> None:
+        """Without `tools`, the names of those there are, nothing counts as a call. `new_id` makes a call's id of so
+        many characters."""
+        self._format = tool_format if tools else None
+        self._tools = frozenset(tools or ())
+        self._tags = reasoning
+        self._new_id = new_id or _random_id
+        self._parts: list[Part] = []
+        self._buffer = ""
+        self._calls = 0
+        self._raw = ""  # of a call that has not begun yet, for the case that it is none
+        self._reader: CallReader | None = None
+        self._arguments: Value | None = None  # of a call whose name stands before it
+        self._listed = False  # calls of a whole answer
+        self._begun = False  # whether the present call was told of
+        self._calls_here = 0  # since the last marker
+        self._blank = True  # nothing but space was said since the last call, or since the reasoning
+        self._mode: Callable[[], bool] = self._in_reasoning if inside_reasoning and reasoning else self._at_start
+        self._thought = False  # whether some reasoning was told
+
+    def feed(self, text: str) -> list[Part]:
+        """What a piece of text tells."""
+        self._buffer += text
+        while self._buffer and self._mode():
+            pass
+        return self._take()
+
+    def finish(self) -> list[Part]:
+        """What is left when nothing follows."""
+        if self._mode == self._at_start:
+            self._mode = self._in_content
+        if self._mode == self._in_reasoning:
+            self._tell(Reasoning(self._buffer.rstrip(_SPACE)))
+        elif self._mode == self._in_content:
+            self._say(self._buffer)
+        elif self._mode == self._in_call and not self._begun:
+            self._say(self._raw + self._buffer)
+        self._buffer = self._raw = ""
+        return self._take()
+
+    # What there is of an answer. Each takes some of the buffer, and tells whether it can go on with it ----------------
+
+    def _at_start(self) -> bool:
+        text = self._buffer.lstrip(_SPACE)
+        if self._tags is not None and not self._thought:
+            if text.startswith(self._tags.open):
+                self._buffer = text[len(self._tags.open) :]
+                self._mode = self._in_reasoning
+                return True
+            if self._tags.open.startswith(text):
+                return False
+        if self._format is None or self._format.name in ("hermes", "mistral"):
+            self._mode = self._in_content
+            return True
+        if not text:
+            return False
+        if text[0] in "{[":
+            self._begin_call(self._buffer[: len(self._buffer) - len(text)], text, listed=True)
+        elif self._format.name == "json" and any(fence.startswith(text) for fence in _FENCES):
+            return False
+        elif self._format.name == "json" and text.startswith("```"):
+            fence = next(fence for fence in _FENCES if text.startswith(fence))
+            if not text[len(fence) :].strip(_SPACE):
+                return False
+            lead = len(self._buffer) - len(text) + len(fence)
+            if text[len(fence) :].lstrip(_SPACE)[0] in "{[":
+                self._begin_call(self._buffer[:lead], self._buffer[lead:], listed=True)
+            else:
+                self._mode = self._in_content
+        else:
+            self._mode = self._in_content
+        return True
+
+    def _in_reasoning(self) -> bool:
+        assert self._tags is not None  # noqa: S101 - the mode is only entered with tags
+        if not self._thought:
+            self._buffer = self._buffer.lstrip(_SPACE)
+        before, found, after = self._buffer.partition(self._tags.close)
+        if found:
+            self._tell(Reasoning(before.rstrip(_SPACE)))
+            self._thought = True
+            self._buffer = after.lstrip(_SPACE)
+            self._mode = self._after_reasoning
+            return True
+        keep = _overlap(self._buffer, self._tags.close)
+        shown = self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)
+        self._tell(Reasoning(shown))
+        self._thought = self._thought or bool(shown)
+        self._buffer = self._buffer[len(shown) :]
+        return False
+
+    def _after_reasoning(self) -> bool:
+        self._buffer = self._buffer.lstrip(_SPACE)
+        if self._buffer:
+            self._mode = self._at_start
+        return bool(self._buffer)
+
+    def _in_content(self) -> bool:
+        begin = self._format.begin if self._format is not None else ""
+        if not begin:
+            self._say(self._buffer)
+            self._buffer = ""
+            return False
+        before, found, after = self._buffer.partition(begin)
+        if found:
+            said = before.rstrip(_SPACE)
+            if said:
+                self._say(said)
+            self._begin_call(before[len(said) :] + begin, after, listed=False)
+            return True
+        keep = _overlap(self._buffer, begin)
+        shown = self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)
+        self._say(shown)
+        self._buffer = self._buffer[len(shown) :]
+        return False
+
+    def _in_call(self) -> bool:
+        """At a call, or at what may stand between several of them."""
+        assert self._format is not None  # noqa: S101 - without one there are no calls
+        if self._reader is None and self._arguments is None:
+            return self._between_calls()
+        while self._buffer:
+            char, self._buffer = self._buffer[0], self._buffer[1:]
+            if not self._begun:
+                self._raw += char
+            if self._arguments is not None:
+                self._take_argument(char)
+                if self._arguments is None:
+                    return True
+                continue
+            assert self._reader is not None  # noqa: S101 - one of the two
+            self._reader.take(char)
+            if self._reader.state == "failed":
+                self._give_up()
+                return True
+            if self._reader.state == "done":
+                self._end_call()
+                return True
+        return False
+
+    def _between_calls(self) -> bool:
+        assert self._format is not None  # noqa: S101 - without one there are no calls
+        text = self._buffer.lstrip(_SPACE + (",;" if self._calls_here else "") + ("" if self._calls_here else "["))
+        closing = text.lstrip("]" + _SPACE) if self._calls_here else text
+        if not closing:
+            if not self._calls_here:  # it may still turn out to be text
+                return False
+            self._buffer = ""
+            return False
+        taken = self._buffer[: len(self._buffer) - len(closing)]
+        for end in filter(None, (self._format.end, "```" if self._format.name == "json" else "")):
+            if self._calls_here and closing.startswith(end):
+                self._buffer = closing[len(end) :]
+                self._leave_calls()
+                return True
+            if self._calls_here and end.startswith(closing):
+                self._buffer = closing
+                return False
+        if closing[0] == "{" and (self._listed or not self._calls_here or "]" not in taken):
+            self._raw += taken
+            self._buffer = closing
+            self._reader = CallReader(self._start_call, self._tell_arguments)
+            return True
+        if self._format.name == "mistral" and not self._calls_here:
+            return self._named_call()
+        if self._calls_here:
+            self._buffer = closing
+            self._leave_calls()
+        else:
+            self._give_up()
+        return True
+
+    def _named_call(self) -> bool:
+        """Mistral's newer form: a name, perhaps an id, and the arguments alone."""
+        name, found, _ = self._buffer.partition("{")
+        if not found:
+            return False
+        name = name.partition("[ARGS]")[0].partition("[CALL_ID]")[0].strip(_SPACE)
+        if not name or not set(name) <= set(_LETTERS + "_-."):
+            self._give_up()
+            return True
+        self._buffer = self._buffer[self._buffer.index("{") :]
+        self._start_call(name)
+        self._begun = True
+        self._arguments = Value()
+        return True
+
+    # Calls -----------------------------------------------------------------------------------------------------------
+
+    def _begin_call(self, raw: str, rest: str, *, listed: bool) -> None:
+        self._raw, self._buffer, self._listed = raw, rest, listed
+        self._calls_here = 0
+        self._begun = False
+        self._mode = self._in_call
+
+    def _start_call(self, name: str) -> bool:
+        assert self._format is not None  # noqa: S101 - without one there are no calls
+        if (not self._format.begin or self._listed) and name not in self._tools:  # an answer that is JSON, and no call
+            return False
+        self._begun = True
+        self._raw = ""
+        self._tell(CallStart(self._calls, self._new_id(self._format.id_length), name))
+        return True
+
+    def _tell_arguments(self, text: str) -> None:
+        last = self._parts[-1] if self._parts else None
+        if isinstance(last, CallArguments) and last.index == self._calls:
+            self._parts[-1] = CallArguments(last.index, last.text + text)
+        else:
+            self._tell(CallArguments(self._calls, text))
+
+    def _take_argument(self, char: str) -> None:
+        assert self._arguments is not None  # noqa: S101 - asked by the caller
+        self._arguments.take(char)
+        self._tell_arguments(char)
+        if self._arguments.done:
+            self._end_call()
+
+    def _end_call(self) -> None:
+        self._calls += 1
+        self._calls_here += 1
+        self._reader = self._arguments = None
+        self._begun = False
+        self._raw = ""
+        self._blank = True
+
+    def _give_up(self) -> None:
+        """It is no call: what was held back is text, and the rest is looked at anew. What was told already stays."""
+        begun, self._reader, self._arguments = self._begun, None, None
+        raw, self._raw, self._begun = self._raw, "", False
+        if not begun:
+            self._say(raw)
+        else:
+            self._calls += 1
+        self._mode = self._in_content
+
+    def _leave_calls(self) -> None:
+        self._mode = self._in_content
+
+    # What is told ----------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        """Tell what is said; space behind a call, or behind the reasoning, is nothing."""
+        if self._blank and (self._calls or self._thought):
+            text = text.lstrip(_SPACE)
+        if text:
+            self._blank = False
+            self._tell(Content(text))
+
+    def _tell(self, part: Part) -> None:
+        if isinstance(part, CallStart) or part.text:
+            self._parts.append(part)
+
+    def _take(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
+
+
+def _overlap(text: str, marker: str) -> int:
+    """The length of the longest end of `text` that `marker` begins with."""
+    for size in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0
+
+
+def _random_id(length: int) -> str:
+    text = "".join(secrets.choice(_LETTERS) for _ in range(length))
+    return text if length == 9 else f"call_{text}"

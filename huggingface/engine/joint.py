@@ -1,0 +1,99 @@
+"""One ticket for several generations: their chunks in the order they are made, each with the number of its own.
+
+Those that the queue has no room for yet are begun as others end, by whoever reads. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..errors import LocalLLMError, QueueFull
+from .ticket import Ticket
+
+# Gives the ticket of a generation that it begins.
+Begin = Callable[[], Ticket]
+
+
+class JointTicket(Ticket):
+    """Reads several tickets as one. It ends with the last of them, or with the first that fails."""
+
+    def __init__(self, begins: Sequence[Begin], most: int) -> None:
+        """Begin up to `most` at once; `begins` are called on the reading thread, the first here.
+
+        Raises: what the first one raises.
+        """
+        self._running: dict[int, Ticket] = {}
+        super().__init__()
+        self._left = deque(enumerate(begins))
+        self._most = most
+        self._ended = 0
+        self._count = len(begins)
+        self._begin()
+        self.prompt_end = next(iter(self._running.values())).prompt_end
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As a single ticket's."""
+        while len(self._running) < self._most and self._left and not self._done and not self._cancelled:
+            try:
+                self._begin()
+            except QueueFull as error:
+                if not self._running:
+                    self.finish(error)
+                break
+            except LocalLLMError as error:
+                self.finish(error)
+        return super().wait(timeout)
+
+    def cancel(self) -> None:
+        """Ask that all of it be given up."""
+        super().cancel()
+        for ticket in list(self._running.values()):
+            ticket.cancel()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Say that no chunk will follow; the others are given up."""
+        super().finish(error)
+        if error is not None:
+            self.cancel()
+
+    def _begin(self) -> None:
+        index, begin = self._left[0]
+        ticket = begin()
+        self._left.popleft()
+        self._running[index] = ticket
+        self.prompt_tokens += ticket.prompt_tokens
+        ticket.forward(lambda chunk: self.put(replace(chunk, index=index)), lambda error: self._end(index, error))
+        if self._cancelled:
+            ticket.cancel()
+
+    def _end(self, index: int, error: BaseException | None) -> None:
+        with self._changed:
+            ticket = self._running.pop(index)
+            self._ended += 1
+            self._made += ticket.made
+            last = self._ended == self._count
+        if error is not None or last:
+            self.finish(error)
+
+    # What is told of it ----------------------------------------------------------------------------------------------
+
+    @property
+    def made(self) -> int:
+        """New tokens so far, of all."""
+        return self._made + sum(ticket.made for ticket in list(self._running.values()))
+
+    @made.setter
+    def made(self, value: int) -> None:
+        self._made = value
+
+    @property
+    def position(self) -> int | None:
+        """The place in the queue of the one that is next; None where none waits."""
+        places = [ticket.position for ticket in list(self._running.values()) if ticket.position is not None]
+        return min(places, default=None)
+
+    @position.setter
+    def position(self, value: int | None) -> None:
+        """Nothing to set: it is theirs."""
