@@ -31,7 +31,6 @@ class JointTicket(Ticket):
         self._ended = 0
         self._count = len(begins)
         self._begin()
-        self.prompt_end = next(iter(self._running.values())).prompt_end
 
     def wait(self, timeout: float | None = None) -> bool:
         """As a single ticket's."""
@@ -64,6 +63,7 @@ class JointTicket(Ticket):
         self._left.popleft()
         self._running[index] = ticket
         self.prompt_tokens += ticket.prompt_tokens
+        self.prompt_end = self.prompt_end or ticket.prompt_end
         ticket.forward(lambda chunk: self.put(replace(chunk, index=index)), lambda error: self._end(index, error))
         if self._cancelled:
             ticket.cancel()

@@ -1,0 +1,397 @@
+"""How models write calls and reasoning: found from their templates, read in pieces of any size, held to by grammars."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import llguidance.hf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher
+from tiny_tokenizers import byte_level
+from tokenizers import AddedToken, processors
+from transformers import PreTrainedTokenizerFast
+
+from huggingface.chat.formats import (
+    HERMES,
+    JSON,
+    LLAMA,
+    MISTRAL,
+    ReasoningTags,
+    ToolFormat,
+    begins_inside_reasoning,
+    describe_tools,
+    find_reasoning,
+    find_tool_format,
+    takes_tools,
+)
+from huggingface.chat.grammar import answer_grammar, calls_grammar
+from huggingface.chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+
+THINK = ReasoningTags("<think>", "</think>")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "description": "", "parameters": {"type": "object"}}},
+]
+NAMES = ["get_weather", "now"]
+
+# What a model wrote: its form, whether it thinks, the text, and what that says: thought, said, calls.
+Case = tuple[ToolFormat, ReasoningTags | None, str, str, str, list[tuple[str, Any]]]
+OSLO = {"city": "Oslo"}
+CASES: list[Case] = [
+    (
+        HERMES,
+        None,
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+        "",
+        "",
+        [("get_weather", OSLO)],
+    ),
+    (
+        HERMES,
+        THINK,
+        "<think>\nLet me see: {a} <tool>\n</think>\n\nI look.\n\n"
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ål \\"q\\" {x}"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        "Let me see: {a} <tool>",
+        "I look.",
+        [("get_weather", {"city": 'Ål "q" {x}'}), ("now", {})],
+    ),
+    (
+        HERMES,
+        None,
+        '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_weather"}</tool_call>',
+        "",
+        "",
+        [("get_weather", OSLO)],
+    ),
+    (HERMES, None, '<tool_call>\n{"name": "now"}\n</tool_call>\nDone.', "", "Done.", [("now", {})]),
+    (
+        HERMES,
+        None,
+        '<tool_call>\n{"name": "now", "arguments": "{\\"a\\": 1}"}\n</tool_call>',
+        "",
+        "",
+        [("now", {"a": 1})],
+    ),
+    (HERMES, None, "a <tool_call> b < c", "", "a <tool_call> b < c", []),
+    (HERMES, None, '<tool_call>\n{"nom": 1}\n</tool_call>', "", '<tool_call>\n{"nom": 1}\n</tool_call>', []),
+    (HERMES, None, "<tool_call>\nnot json\n</tool_call> and on", "", "<tool_call>\nnot json\n</tool_call> and on", []),
+    (HERMES, THINK, "Just text. <think>", "", "Just text. <think>", []),
+    (LLAMA, None, '{"name": "get_weather", "parameters": {"city": "Oslo"}}', "", "", [("get_weather", OSLO)]),
+    (
+        LLAMA,
+        None,
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Oslo"}}; {"name": "now", "parameters": {}}',
+        "",
+        "",
+        [("get_weather", OSLO), ("now", {})],
+    ),
+    (LLAMA, None, '{"name": "other", "parameters": {}}', "", '{"name": "other", "parameters": {}}', []),
+    (LLAMA, None, '{"a": [1, {"name": "now"}]}', "", '{"a": [1, {"name": "now"}]}', []),
+    (
+        MISTRAL,
+        None,
+        '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Oslo"}}, {"name": "now", "arguments": {}}]',
+        "",
+        "",
+        [("get_weather", OSLO), ("now", {})],
+    ),
+    (
+        MISTRAL,
+        None,
+        'Sure.\n[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}[TOOL_CALLS]now[CALL_ID]abc[ARGS]{}',
+        "",
+        "Sure.",
+        [("get_weather", OSLO), ("now", {})],
+    ),
+    (JSON, None, '{"name": "get_weather", "arguments": {"city": "Oslo"}}', "", "", [("get_weather", OSLO)]),
+    (JSON, None, '```json\n{"name": "now", "parameters": {}}\n```', "", "", [("now", {})]),
+    (
+        JSON,
+        None,
+        '[{"name": "now", "arguments": {}}, {"name": "get_weather", "arguments": {"city": "Oslo"}}]',
+        "",
+        "",
+        [("now", {}), ("get_weather", OSLO)],
+    ),
+    (JSON, None, "```python\nprint(1)\n```", "", "```python\nprint(1)\n```", []),
+    (JSON, None, '[1, 2, {"name": "now"}]', "", '[1, 2, {"name": "now"}]', []),
+    (JSON, THINK, '<think>so</think>{"name": "now", "arguments": {}}', "so", "", [("now", {})]),
+    (JSON, None, "Hello, world. ", "", "Hello, world. ", []),
+]
+
+
+def told(parts: list[Part]) -> tuple[str, str, list[tuple[str, str]]]:
+    """Thought, said, and the calls with their arguments' text."""
+    calls: list[tuple[str, str]] = []
+    for part in parts:
+        if isinstance(part, CallStart):
+            assert part.index == len(calls)
+            calls.append((part.name, ""))
+        elif isinstance(part, CallArguments):
+            assert part.index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.text)
+    thought = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    said = "".join(part.text for part in parts if isinstance(part, Content))
+    return thought, said, calls
+
+
+def read(case: Case, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
+    """What an answer in such pieces says."""
+    parser = AnswerParser(case[0], case[1], tools=NAMES)
+    parts = [part for piece in pieces for part in parser.feed(piece)]
+    return told([*parts, *parser.finish()])
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_an_answer_is_read_whole_and_letter_by_letter(case: Case) -> None:
+    for pieces in ([case[2]], list(case[2])):
+        thought, said, calls = read(case, pieces)
+        assert (thought, said) == case[3:5]
+        assert [(name, json.loads(arguments)) for name, arguments in calls] == case[5]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(CASES), st.lists(st.integers(0, 200), max_size=12))
+def test_how_an_answer_is_cut_makes_no_difference(case: Case, cuts: list[int]) -> None:
+    places = sorted({0, len(case[2]), *(cut % (len(case[2]) + 1) for cut in cuts)})
+    assert read(case, [case[2][a:b] for a, b in itertools.pairwise(places)]) == read(case, [case[2]])
+
+
+_BITS = ["<tool_call>", "</tool_call>", "<think>", "</think>", '{"name": "now", "arguments": {}}', "{", "}", '"', "\n"]
+_BITS += ["[TOOL_CALLS]", "[", "]", "now", "[ARGS]", "<|python_tag|>", "```json", "```", "text ", "\\", ",", ";", ":"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from([HERMES, LLAMA, MISTRAL, JSON]),
+    st.sampled_from([None, THINK]),
+    st.lists(st.sampled_from(_BITS), max_size=14),
+    st.booleans(),
+)
+def test_whatever_a_model_writes_nothing_breaks(
+    form: ToolFormat, tags: ReasoningTags | None, bits: list[str], inside: bool
+) -> None:
+    text = "".join(bits)
+    results = []
+    for pieces in ([text], list(text), bits):
+        parser = AnswerParser(form, tags, inside_reasoning=inside, tools=NAMES)
+        results.append(told([*(part for piece in pieces for part in parser.feed(piece)), *parser.finish()]))
+    assert results[0] == results[1] == results[2]
+
+
+def test_no_more_is_held_back_than_has_to_be() -> None:
+    """Text, reasoning and arguments come as they are written."""
+    parser = AnswerParser(HERMES, THINK, tools=NAMES, inside_reasoning=True)
+    assert parser.feed("I think") == [Reasoning("I think")]
+    assert parser.feed(" so.</th") == [Reasoning(" so.")]
+    assert parser.feed("ink>\n\nWell") == [Content("Well")]
+    assert parser.feed(", a<") == [Content(", a")]
+    assert parser.feed("b ") == [Content("<b")]
+    parser.feed('<tool_call>\n{"name": "get_weather", "argu')
+    [start, first] = parser.feed('ments": {"ci')
+    assert isinstance(start, CallStart)
+    assert first == CallArguments(0, '{"ci')
+    assert parser.feed('ty": "O') == [CallArguments(0, 'ty": "O')]
+    assert parser.feed('slo"}}') == [CallArguments(0, 'slo"}')]
+
+
+def test_without_tools_nothing_is_a_call() -> None:
+    parser = AnswerParser(HERMES, None, tools=None)
+    text = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert told([*parser.feed(text), *parser.finish()]) == ("", text, [])
+
+
+def test_ids_are_as_long_as_the_templates_want() -> None:
+    for form, text in ((MISTRAL, "[TOOL_CALLS]now{}"), (HERMES, '<tool_call>{"name": "now"}</tool_call>')):
+        ids = {AnswerParser(form, None, tools=NAMES).feed(text)[0].id for _ in range(20)}  # type: ignore[union-attr]
+        assert len(ids) == 20
+        assert {len(each) for each in ids} == ({9} if form is MISTRAL else {29})
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "added", "form"),
+    [
+        ("{% if tools %}...<tool_call></tool_call>", (), HERMES),
+        ("{% for tool in tools %}", ("<tool_call>",), HERMES),
+        ("{{ '[TOOL_CALLS]' }}{{ tools }}", (), MISTRAL),
+        ("{% if tools is not none %}<|python_tag|>", (), LLAMA),
+        ('{{ tools }}<|start_header_id|> {"name": x, "parameters": y}', ("<|eot_id|>",), LLAMA),
+        ("{% for message in messages %}", (), JSON),
+        (None, (), JSON),
+        ({"default": "{{ messages }}", "tool_use": "{{ tools }}<tool_call>"}, (), HERMES),
+    ],
+)
+def test_the_form_of_the_calls_is_told_from_the_template(template: Any, added: Any, form: ToolFormat) -> None:
+    assert find_tool_format(template, added) is form
+
+
+def test_templates_tell_of_tools_and_reasoning() -> None:
+    assert takes_tools("{% if tools %}")
+    assert not takes_tools("{{ messages }}")
+    assert find_reasoning("...</think>...", ()) == THINK
+    assert find_reasoning("", ("<think>", "</think>")) == THINK
+    assert find_reasoning("plain", ()) is None
+    assert begins_inside_reasoning("<|assistant|>\n<think>\n", THINK)
+    assert not begins_inside_reasoning("<think>\n\n</think>\n\n", THINK)
+    assert "get_weather" in describe_tools(TOOLS, "auto")
+
+
+# Grammars -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer that has the markers as tokens, ordinary or special ones."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_level(folder, ["<|endoftext|>"], lambda _: processors.ByteLevel(trim_offsets=False))
+    made = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    markers = ["<tool_call>", "</tool_call>", "</think>", "[TOOL_CALLS]", "<|python_tag|>"]
+    made.add_tokens([AddedToken(marker, special=request.param) for marker in markers], special_tokens=request.param)
+    return made
+
+
+def matcher(tokenizer: Any, grammar: str) -> Any:
+    """llguidance's own, for a grammar that compiles."""
+    made = LLMatcher(llguidance.hf.from_tokenizer(tokenizer), LLMatcher.grammar_from_lark(grammar))
+    assert not made.is_error(), made.get_error()
+    return made
+
+
+def accepts(tokenizer: Any, grammar: str, text: str) -> bool:
+    """Whether a text is whole by a grammar."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    made = matcher(tokenizer, grammar)
+    return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
+
+
+def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]]) -> str:
+    """Calls as a model writes them."""
+    texts = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
+    match form.name:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+        case "mistral":
+            return f"[TOOL_CALLS][{', '.join(texts)}]"
+        case "llama":
+            return "; ".join(texts)
+    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, JSON], ids=lambda form: form.name)
+def test_a_grammar_allows_calls_that_fit_and_no_others(form: ToolFormat, tokenizer: Any) -> None:
+    def grammar(name: str | None = None, *, parallel: bool = True, inside: bool = False) -> str:
+        return calls_grammar(
+            form,
+            TOOLS,
+            required_name=name,
+            parallel=parallel,
+            inside_reasoning=inside,
+            reasoning=THINK,
+            added_tokens=tokenizer.get_added_vocab(),
+        )
+
+    good, nothing = ("get_weather", OSLO), ("now", dict[str, Any]())
+    assert accepts(tokenizer, grammar(), written(form, good))
+    assert accepts(tokenizer, grammar(), written(form, good, nothing))
+    assert accepts(tokenizer, grammar("now"), written(form, nothing))
+    assert accepts(tokenizer, grammar(parallel=False), written(form, good))
+    assert accepts(tokenizer, grammar(inside=True), "So\n{x}.</think>\n\n" + written(form, good))
+    assert not accepts(tokenizer, grammar(parallel=False), written(form, good, nothing))
+    assert not accepts(tokenizer, grammar("now"), written(form, good))
+    for name, arguments in (("other", {}), ("get_weather", {}), ("get_weather", {"city": 1}), ("now", {"a": 1})):
+        assert not accepts(tokenizer, grammar(), written(form, (name, arguments)))
+    assert not accepts(tokenizer, grammar(), "I do not call.")
+
+
+def walk(tokenizer: Any, grammar: str, seed: int) -> Iterator[int]:
+    """Tokens drawn at random from those that a grammar allows, to its end."""
+    draw = random.Random(seed)
+    made = matcher(tokenizer, grammar)
+    mask = np.zeros((len(tokenizer) + 31) // 32, dtype=np.int32)
+    for _ in range(3000):
+        if made.is_stopped() or (made.is_accepting() and draw.random() < 0.3):
+            return
+        made.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(tokenizer)].nonzero()[0].tolist()
+        token = draw.choice([each for each in allowed if each != tokenizer.eos_token_id] or allowed)
+        made.consume_token(token)
+        yield token
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, JSON], ids=lambda form: form.name)
+def test_whatever_a_grammar_allows_is_read_as_calls_that_fit(form: ToolFormat, tokenizer: Any) -> None:
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}  # type: ignore[index]
+    grammar = calls_grammar(
+        form,
+        TOOLS,
+        required_name=None,
+        parallel=True,
+        inside_reasoning=False,
+        reasoning=None,
+        added_tokens=tokenizer.get_added_vocab(),
+    )
+    for seed in range(12):
+        text = tokenizer.decode(list(walk(tokenizer, grammar, seed)), skip_special_tokens=False)
+        parser = AnswerParser(form, None, tools=NAMES)
+        thought, said, calls = told([*parser.feed(text), *parser.finish()])
+        assert (thought, said) == ("", "")
+        assert calls
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), schemas[name])
+
+
+def test_an_answer_may_think_before_it_is_json(tokenizer: Any) -> None:
+    added = tokenizer.get_added_vocab()
+    schema = {"$ref": "#/$defs/A", "$defs": {"A": {"enum": ["x", 1]}}}
+    grammar = answer_grammar(schema, inside_reasoning=True, reasoning=THINK, added_tokens=added)
+    assert accepts(tokenizer, grammar, 'hm.</think>\n\n"x"')
+    assert not accepts(tokenizer, grammar, 'hm.</think>\n\n"y"')
+    anything = answer_grammar(None, inside_reasoning=True, reasoning=THINK, added_tokens={})
+    assert accepts(tokenizer, anything, 'hm.</think>\n\n{"a": [1]}') is (not added)
+
+
+def test_schemas_that_refer_to_their_own_definitions(tokenizer: Any, tmp_path: Path) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"one": {"$ref": "#/$defs/Kind"}},
+        "required": ["one"],
+        "$defs": {"Kind": {"enum": ["a", "b"]}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    grammar = calls_grammar(
+        HERMES,
+        tools,
+        required_name=None,
+        parallel=False,
+        inside_reasoning=False,
+        reasoning=None,
+        added_tokens=tokenizer.get_added_vocab(),
+    )
+    assert accepts(tokenizer, grammar, written(HERMES, ("f", {"one": "a"})))
+    assert not accepts(tokenizer, grammar, written(HERMES, ("f", {"one": "c"})))
