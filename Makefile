@@ -23,7 +23,7 @@ help: ## Show this list
 run: starter ## Install what is missing, bring the starter model, and serve on http://127.0.0.1:5000
 	@exec $(PY) app.py
 
-test: starter $(STAMPS)/dev ## Check format, lint and types, and run the tests (ARGS="-k name" goes to pytest)
+test: starter $(STAMPS)/dev $(STAMPS)/node ## Check format, lint and types, and run the tests (ARGS="-k name" goes to pytest)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -40,7 +40,7 @@ bench: starter $(STAMPS)/dev $(BENCH)/.stamps/serve $(BENCH)/.stamps/llama-cpp #
 	$(PY) -m benchmarks $(ARGS)
 
 clean: ## Remove the virtual environment and the caches (models and the registry stay)
-	rm -rf $(VENV) $(BENCH) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -65,6 +65,12 @@ $(STAMPS)/starter: requirements-starter.txt $(STAMPS)/run
 $(STAMPS)/dev: requirements-dev.txt $(STAMPS)/run
 	@echo "Installing what the checks and tests need"
 	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/node: tests/clients/package-lock.json $(STAMPS)/venv
+	@command -v npm >/dev/null || { echo "Node.js 18 or newer is needed: the tests run the clients for Node" >&2; exit 1; }
+	@echo "Getting the clients for Node that the tests run"
+	@cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 # The servers that `bench` compares with, each in an environment of its own.

@@ -183,7 +183,7 @@ _BITS = ["<tool_call>", "</tool_call>", "<think>", "</think>", '{"name": "now", 
 _BITS += ["[TOOL_CALLS]", "[", "]", "now", "[ARGS]", "<|python_tag|>", "```json", "```", "text ", "\\", ",", ";", ":"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     st.sampled_from([HERMES, LLAMA, MISTRAL, JSON]),
     st.sampled_from([None, THINK]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ from embedding_models import POOLINGS, build_cross_encoder, build_embedding
 from transformers import AutoModel, AutoTokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog", "the cat", "where is the dog and where is the cat", "the"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """A live server of these tests' own: they register models under other types than others do."""
+    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from causal_models import build, serve
 from tiny_tokenizers import TEXT
 
 from huggingface.errors import InvalidRequest
+from huggingface.json_schema import closed
 from huggingface.loader import LoadedModel
 from huggingface.records import Chunk, Constraint, GenerationRequest
 
@@ -98,7 +99,7 @@ def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
             "type": "object",
             "properties": {name: random_schema(draw, depth + 1) for name in names},
             "required": draw.sample(names, draw.randint(0, len(names))),
-            "additionalProperties": False,
+            **draw.choice([{"additionalProperties": False}, {}]),
         }
     if kind == "array":
         return {"type": "array", "items": random_schema(draw, depth + 1), "minItems": 1, "maxItems": draw.randint(1, 3)}
@@ -110,6 +111,40 @@ def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
         "null": {"type": ["null", "boolean"]},
         "pattern": {"type": "string", "pattern": "^[a-f]{2,5}-[0-9]$"},
     }[kind]
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, {"a": 1}, {"b": 1}),
+        ({"properties": {"a": {"properties": {"b": {}}}}}, {"a": {"b": 1}}, {"a": {"c": 1}}),
+        ({"items": {"properties": {"a": {}}}}, [{"a": 1}], [{"b": 1}]),
+        ({"$defs": {"A": {"properties": {"a": {}}}}, "$ref": "#/$defs/A"}, {"a": 1}, {"b": 1}),
+        ({"properties": {"properties": {"type": "integer"}}}, {"properties": 1}, {"a": 1}),
+    ],
+)
+def test_objects_have_the_properties_that_are_named(schema: Any, good: Any, bad: Any) -> None:
+    held = closed(schema)
+    jsonschema.validate(bad, schema)
+    jsonschema.validate(good, held)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bad, held)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"properties": {"a": {}}, "minProperties": 2},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"enum": [{"properties": {"a": 1}}]},
+        {"type": "object"},
+        True,
+    ],
+)
+def test_schemas_that_need_other_properties_stay_as_they_are(schema: Any) -> None:
+    assert closed(schema) == schema
 
 
 def test_every_answer_is_what_its_schema_says(llama: Served) -> None:

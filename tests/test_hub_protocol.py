@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from huggingface_hub.errors import HfHubHTTPError
 # A model for each task, its model type, an input, and parameters of which each changes the answer.
 TABLE = {"name": ["cat", "dog"], "age": ["1", "2"]}
 CONTEXT = "the cat sat on the mat and the dog ran to the house"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """A live server of these tests' own: they register models under other types than others do."""
+    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,14 @@ WEATHER = {
     },
 }
 NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """A live server of these tests' own: they register models under other types than others do."""
+    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

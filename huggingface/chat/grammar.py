@@ -9,10 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..json_schema import TIDY, closed
 from .formats import ReasoningTags, ToolFormat
-
-# JSON as `json.dumps` writes it: with whitespace at will, a model may well write nothing else for ever.
-TIDY: Mapping[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -60,7 +58,7 @@ def answer_grammar(
 
 def tidy_schema(schema: Any) -> Any:
     """The same schema, for JSON without superfluous space."""
-    return {**schema, "x-guidance": dict(TIDY)} if isinstance(schema, dict) else schema
+    return {**closed(schema), "x-guidance": dict(TIDY)} if isinstance(schema, dict) else schema
 
 
 def _start(
@@ -78,7 +76,7 @@ def _start(
 
 def _object(form: ToolFormat, function: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON schema of a call."""
-    parameters = dict(function.get("parameters") or {}) or dict(_NOTHING)
+    parameters = dict(closed(function.get("parameters") or {})) or dict(_NOTHING)
     parameters.setdefault("type", "object")
     if not parameters.get("properties") and "additionalProperties" not in parameters:
         parameters = {**parameters, "additionalProperties": False}

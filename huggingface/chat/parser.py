@@ -206,8 +206,7 @@ class AnswerParser:
 
     def _between_calls(self) -> bool:
         assert self._format is not None  # noqa: S101 - without one there are no calls
-        text = self._buffer.lstrip(_SPACE + (",;" if self._calls_here else "") + ("" if self._calls_here else "["))
-        closing = text.lstrip("]" + _SPACE) if self._calls_here else text
+        closing = self._buffer.lstrip(_SPACE + (",;]" if self._calls_here else "["))
         if not closing:
             if not self._calls_here:  # it may still turn out to be text
                 return False
@@ -222,8 +221,8 @@ class AnswerParser:
             if self._calls_here and end.startswith(closing):
                 self._buffer = closing
                 return False
-        if closing[0] == "{" and (self._listed or not self._calls_here or "]" not in taken):
-            self._raw += taken
+        if closing[0] == "{":
+            self._raw += "" if self._calls_here else taken
             self._buffer = closing
             self._reader = CallReader(self._start_call, self._tell_arguments)
             return True

@@ -20,10 +20,8 @@ from llguidance import LLMatcher, LLTokenizer
 from transformers import LogitsProcessor
 
 from ..errors import InvalidRequest
+from ..json_schema import TIDY, closed
 from ..records import Constraint
-
-# JSON as `json.dumps` writes it: with whitespace at will, a model may well write nothing else for ever.
-_TIDY = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 _MOST_CHOICES = 10_000
 
@@ -157,9 +155,9 @@ def _grammar(constraint: Constraint) -> str:
     kind, value = constraint.kind, constraint.value
     try:
         if kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_TIDY))  # type: ignore[arg-type]
+            return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=dict(TIDY)))  # type: ignore[arg-type]
         if kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(value, defaults=_TIDY))  # type: ignore[arg-type]
+            return str(LLMatcher.grammar_from_json_schema(closed(value), defaults=dict(TIDY)))  # type: ignore[arg-type]
         if kind == "regex":
             return str(LLMatcher.grammar_from_regex(value))
         if kind == "choice":
