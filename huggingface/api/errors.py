@@ -67,7 +67,8 @@ def openai_body(message: str, status: int, error: errors.LocalLLMError | None = 
     `type` tells whose fault it is; `code` is OpenAI's where it has one for this.
     """
     code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
-    param = "model" if isinstance(error, errors.ModelNotFound) else getattr(error, "field", None)
+    of_model = isinstance(error, errors.ModelNotFound | errors.UnsupportedTask)
+    param = "model" if of_model else getattr(error, "field", None)
     kind = {403: "permission_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
