@@ -16,7 +16,9 @@ import pytest
 import torch
 from causal_models import build, serve
 from tiny_tokenizers import TEXT
+from transformers import LogitsProcessorList
 
+from huggingface.engine.sampling import Sampler
 from huggingface.errors import InvalidRequest
 from huggingface.json_schema import closed
 from huggingface.loader import LoadedModel
@@ -335,3 +337,27 @@ def test_a_form_that_is_slow_to_compile_holds_nobody_up(llama: Served) -> None:
     assert done.is_set()
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert max(gaps) < max(took, 0.5)
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    """Without a seed: as often as their probabilities say, and one of probability 0 never."""
+    torch.manual_seed(3)
+    scores = torch.full((1, 500), -torch.inf)
+    scores[0, ::7] = torch.randn(72) * 2
+    sampler = Sampler(torch.zeros((1, 1), dtype=torch.long), 1, LogitsProcessorList(), True, None)
+    count = 20_000
+    drawn = torch.stack([sampler.draw(scores) for _ in range(count)])
+    seen = torch.bincount(drawn[:, 0], minlength=500)
+    expected = scores.softmax(-1)[0] * count
+    assert seen[expected == 0].sum() == 0
+    often = expected > 5
+    squares = ((seen[often] - expected[often]) ** 2 / expected[often]).sum()
+    degrees = int(often.sum()) - 1
+    assert squares < degrees + 5 * (2 * degrees) ** 0.5
+    for only in (0, 250, 499):
+        alone = torch.full((1, 500), -torch.inf)
+        alone[0, only] = -3.0
+        assert sampler.draw(alone).tolist() == [only]

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..errors import GenerationFailed, LocalLLMError
 from .constraints import Constrained
@@ -70,8 +77,10 @@ class Sampler:
         scores: torch.Tensor = self._processors(self._ids[:, : self._count], logits)
         if not self._do_sample:
             token = scores.argmax(-1)
-        else:
+        elif self._generator is not None:
             token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self._generator)[:, 0]
+        else:
+            token = _draw(scores.softmax(-1))
         if self._count < self._ids.shape[1]:
             self._ids[:, self._count] = token
             self._count += 1
@@ -83,6 +92,33 @@ class Sampler:
     def complete(self) -> bool:
         """Whether the text has the form it was to have, and nothing may follow."""
         return self._constrained is not None and all(self._constrained.complete)
+
+
+def _draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """A token, (1,), by its probability, of (1, vocabulary), which need not add up to 1.
+
+    On a CPU `torch.multinomial` draws a number for each token of the vocabulary, which takes as long as a layer or two of
+    a small model; one number is enough, where nobody asks for the very same draws as after `torch.manual_seed`.
+    """
+    sums = probabilities[0].cumsum(-1, dtype=torch.float64)
+    place = sums[-1:] * torch.rand(1, dtype=torch.float64, device=sums.device)
+    # The first sum that is greater: a token of probability 0 has none that is greater than the one before.
+    return torch.searchsorted(sums, place, right=True).clamp_(max=int(probabilities.shape[1]) - 1)
+
+
+class _UntilLength(LogitsProcessor):  # type: ignore[misc]
+    """`MinLengthLogitsProcessor` and `MinNewTokensLengthLogitsProcessor`, without a look at each token's id."""
+
+    def __init__(self, length: int, ends: torch.Tensor) -> None:
+        self._length = length
+        self._ends = ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`input_ids` (1, tokens), `scores` (1, vocabulary)."""
+        if input_ids.shape[1] >= self._length:
+            return scores
+        known = self._ends[self._ends < scores.shape[1]]  # a config may name a token that the model does not have
+        return scores.index_fill(1, known, -torch.inf)
 
 
 class _TopPOfFew(LogitsProcessor):  # type: ignore[misc]
@@ -102,8 +138,15 @@ def _quick(processors: LogitsProcessorList) -> LogitsProcessorList:
     """The same processors, those that take longest by a quicker way to the same."""
     quick = LogitsProcessorList()
     for processor in processors:
-        after_top_k = bool(quick) and type(quick[-1]) is TopKLogitsWarper
-        quick.append(_TopPOfFew(processor) if after_top_k and type(processor) is TopPLogitsWarper else processor)
+        kind = type(processor)
+        if kind is TopPLogitsWarper and quick and type(quick[-1]) is TopKLogitsWarper:
+            processor = _TopPOfFew(processor)
+        elif kind is MinLengthLogitsProcessor:
+            processor = _UntilLength(processor.min_length, processor.eos_token_id)
+        elif kind is MinNewTokensLengthLogitsProcessor:
+            least = processor.prompt_length_to_skip + processor.min_new_tokens
+            processor = _UntilLength(least, processor.eos_token_id)
+        quick.append(processor)
     return quick
 
 
