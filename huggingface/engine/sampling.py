@@ -97,8 +97,8 @@ class Sampler:
 def _draw(probabilities: torch.Tensor) -> torch.Tensor:
     """A token, (1,), by its probability, of (1, vocabulary), which need not add up to 1.
 
-    On a CPU `torch.multinomial` draws a number for each token of the vocabulary, which takes as long as a layer or two of
-    a small model; one number is enough, where nobody asks for the very same draws as after `torch.manual_seed`.
+    On a CPU `torch.multinomial` draws a number for each token of the vocabulary, which takes as long as a layer of a
+    small model; one number is enough, where nobody asks for the very same draws as after `torch.manual_seed`.
     """
     sums = probabilities[0].cumsum(-1, dtype=torch.float64)
     place = sums[-1:] * torch.rand(1, dtype=torch.float64, device=sums.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,14 +10,14 @@ from typing import Any
 from flask import Response
 
 from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
-from ...errors import InvalidRequest, LocalLLMError
+from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import schemas
-from .conversation import Conversation, Wish
+from .conversation import Conversation, Wish, call_arguments
 from .serving import DONE, Counted, begin, chat_logprobs, failure, new_id, now, openai_names, within
 
 
@@ -114,7 +113,9 @@ def plain_messages(messages: Sequence[schemas.Message]) -> list[dict[str, Any]]:
                     "type": "function",
                     "function": {
                         "name": call["function"]["name"],
-                        "arguments": _object(call["function"]["arguments"], f"messages.{number}.tool_calls.{place}"),
+                        "arguments": call_arguments(
+                            call["function"]["arguments"], f"messages.{number}.tool_calls.{place}.function.arguments"
+                        ),
                     },
                 }
                 for place, call in enumerate(plain["tool_calls"])
@@ -129,17 +130,6 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "\n".join(part.text if part.type == "text" else part.refusal for part in content)
     return content or ""
-
-
-def _object(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        field = f"{where}.function.arguments"
-        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
-    return value
 
 
 def _choice(choice: Any) -> str:

@@ -198,3 +198,18 @@ def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
         written = json.dumps([call["function"] for call in calls], ensure_ascii=False)
         return {"role": "assistant", "content": "\n".join(filter(None, [message.get("content"), written]))}
     return message
+
+
+def call_arguments(text: str, field: str) -> dict[str, Any]:
+    """The arguments of a call as a client sends them back.
+
+    Raises:
+        InvalidRequest: they are not a JSON object; names the `field`.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
+    return value

@@ -5,7 +5,6 @@ Source: "Responses" and "Streaming events", OpenAI API reference.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +19,7 @@ from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import response_schemas as schemas
-from .conversation import Conversation, Wish
+from .conversation import Conversation, Wish, call_arguments
 from .serving import begin, chat_logprobs, failure, new_id, now, openai_names, within
 
 
@@ -103,7 +102,7 @@ def _messages(body: schemas.ResponseBody) -> list[dict[str, Any]]:
             case schemas.MessageItem():
                 messages.append({"role": item.role, "content": _text(item.content)})
             case schemas.CallItem():
-                function = {"name": item.name, "arguments": _object(item.arguments, f"input.{number}.arguments")}
+                function = {"name": item.name, "arguments": call_arguments(item.arguments, f"input.{number}.arguments")}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 if messages and messages[-1]["role"] == "assistant":
                     messages[-1].setdefault("tool_calls", []).append(call)
@@ -120,16 +119,6 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part.refusal if isinstance(part, schemas.InputRefusal) else part.text for part in content)
-
-
-def _object(text: str, field: str) -> Any:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
-    return value
 
 
 # To OpenAI's words ----------------------------------------------------------------------------------------------------

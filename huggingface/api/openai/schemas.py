@@ -403,6 +403,18 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MOST_PROMPTS = 2048
 
 
+def _texts_or_tokens(value: Any, what: str) -> Any:
+    """See that a value is a text, or a list of some; which kind of list, the field's type says."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("rule", "{reason}", {"reason": "must be text, or a list of texts or tokens"})
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("must not be empty")
+        if not all(isinstance(item, int) for item in value) and len(value) > MOST_PROMPTS:
+            raise ValueError(f"must hold at most {MOST_PROMPTS} {what}")
+    return value
+
+
 class CompletionBody(Penalized):
     """Text to continue."""
 
@@ -417,14 +429,7 @@ class CompletionBody(Penalized):
     @field_validator("prompt", mode="before")
     @classmethod
     def _of_one_kind(cls, value: Any) -> Any:
-        if not isinstance(value, str | list):
-            raise PydanticCustomError("rule", "{reason}", {"reason": "must be text, or a list of texts or tokens"})
-        if isinstance(value, list):
-            if not value:
-                raise ValueError("must not be empty")
-            if not all(isinstance(item, int) for item in value) and len(value) > MOST_PROMPTS:
-                raise ValueError(f"must hold at most {MOST_PROMPTS} prompts")
-        return value
+        return _texts_or_tokens(value, "prompts")
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
@@ -480,14 +485,7 @@ class EmbeddingBody(Part):
     @field_validator("input", mode="before")
     @classmethod
     def _of_one_kind(cls, value: Any) -> Any:
-        if not isinstance(value, str | list):
-            raise PydanticCustomError("rule", "{reason}", {"reason": "must be text, or a list of texts or tokens"})
-        if isinstance(value, list):
-            if not value:
-                raise ValueError("must not be empty")
-            if not all(isinstance(item, int) for item in value) and len(value) > MOST_PROMPTS:
-                raise ValueError(f"must hold at most {MOST_PROMPTS} texts")
-        return value
+        return _texts_or_tokens(value, "texts")
 
 
 class Document(Part):
