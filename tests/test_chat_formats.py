@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from huggingface.chat.formats import (
     JSON,
     LLAMA,
     MISTRAL,
+    MISTRAL_ARGS,
     ReasoningTags,
     ToolFormat,
     begins_inside_reasoning,
@@ -139,6 +141,47 @@ CASES: list[Case] = [
     (JSON, None, '[1, 2, {"name": "now"}]', "", '[1, 2, {"name": "now"}]', []),
     (JSON, THINK, '<think>so</think>{"name": "now", "arguments": {}}', "so", "", [("now", {})]),
     (JSON, None, "Hello, world. ", "", "Hello, world. ", []),
+    # What is written twice, before the name, or as a string.
+    (
+        HERMES,
+        None,
+        '<tool_call>\n{"name": "now", "arguments": {}, "parameters": {"a": 1}}\n</tool_call>',
+        "",
+        "",
+        [("now", {})],
+    ),
+    *(
+        (HERMES, None, text, "", text, [])
+        for text in (
+            '<tool_call>\n{"arguments": {bad}, "name": "now"}\n</tool_call>',
+            '<tool_call>\n{"name": "now", "arguments": "{bad"}\n</tool_call>',
+            '<tool_call>\n{"name": "now", "arguments": [1]}\n</tool_call>',
+        )
+    ),
+    # Brackets too few and too many, and answers that end within a marker.
+    (
+        HERMES,
+        None,
+        '<tool_call>\n{"name": "now", "arguments": {"a": 1}\n</tool_call>\nSo.',
+        "",
+        "So.",
+        [("now", {"a": 1})],
+    ),
+    (HERMES, None, '<tool_call>\n{"name": "now", "arguments": {}}}\n</tool_call>', "", "", [("now", {})]),
+    (HERMES, None, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_c', "", "", [("now", {})]),
+    (JSON, None, '```json\n{"name": "now", "arguments": {}}\n``', "", "", [("now", {})]),
+    (HERMES, None, '<tool_call>\n{"name": "no', "", '<tool_call>\n{"name": "no', []),
+    # A `}` or a marker within a string is none.
+    (
+        HERMES,
+        None,
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "}]</tool_call> \\\\"}}\n</tool_call>',
+        "",
+        "",
+        [("get_weather", {"city": "}]</tool_call> \\"})],
+    ),
+    (MISTRAL, None, "[TOOL_CALLS]now or never", "", "[TOOL_CALLS]now or never", []),
+    (MISTRAL, None, '[TOOL_CALLS] [{"name": "now", "arguments": {}, "id": "abcdefghi"}]', "", "", [("now", {})]),
 ]
 
 
@@ -201,6 +244,69 @@ def test_whatever_a_model_writes_nothing_breaks(
     assert results[0] == results[1] == results[2]
 
 
+_JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('aé"\\{}[]<>\n,: </tool_call>[ARGS]', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab"}é', max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, JSON]),
+    st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(max_size=3), _JSON_VALUES)), min_size=1),
+    st.booleans(),
+    st.integers(1, 7),
+)
+def test_whatever_the_arguments_are_they_come_as_they_were_written(
+    form: ToolFormat, calls: list[tuple[str, dict[str, Any]]], ascii_only: bool, size: int
+) -> None:
+    text = "<think>\nSo.\n</think>\n\n" + written(form, *calls, ascii_only=ascii_only)
+    thought, said, found = read(
+        (form, THINK, "", "", "", []), [text[at : at + size] for at in range(0, len(text), size)]
+    )
+    assert (thought, said) == ("So.", "")
+    assert found == [(name, json.dumps(arguments, ensure_ascii=ascii_only)) for name, arguments in calls]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept", "said"),
+    [
+        ('{"a": "unclosed}}', '{"a": "unclosed}}', ""),
+        ('{"a": [1}}', '{"a": [1', ""),
+        ('{"a": 1, "b": {"c": 2}', '{"a": 1, "b": {"c": 2}', ""),
+        ('{"a": <b>}}', '{"a": ', "<b>}}\n</tool_call>"),
+    ],
+)
+def test_a_call_that_breaks_off_keeps_what_was_told_and_the_next_is_read(arguments: str, kept: str, said: str) -> None:
+    text = f'<tool_call>\n{{"name": "now", "arguments": {arguments}\n</tool_call>\n'
+    text += '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    for pieces in ([text], list(text)):
+        calls = [("now", kept), ("get_weather", '{"city": "Oslo"}')]
+        assert read((HERMES, None, "", "", "", []), pieces) == ("", said, calls)
+
+
+def test_an_opening_tag_after_the_prompts_is_not_thought() -> None:
+    for pieces in (["<think>\nSo.</think>Hi"], list("<think>\nSo.</think>Hi")):
+        parser = AnswerParser(None, THINK, inside_reasoning=True)
+        assert told([*(part for piece in pieces for part in parser.feed(piece)), *parser.finish()])[:2] == ("So.", "Hi")
+
+
+def test_prose_after_a_marker_is_not_held_back() -> None:
+    parser = AnswerParser(MISTRAL, None, tools=NAMES)
+    assert told(parser.feed("[TOOL_CALLS]now or")) == ("", "[TOOL_CALLS]now or", [])
+
+
+def test_reading_a_long_answer_takes_time_in_proportion() -> None:
+    def seconds(size: int) -> float:
+        text = '<tool_call>\n{"name": "now", "arguments": {"a": "' + "x" * size + '"}}\n</tool_call>'
+        begun = time.perf_counter()
+        AnswerParser(HERMES, None, tools=NAMES).feed(text)
+        return time.perf_counter() - begun
+
+    assert min(seconds(320_000) for _ in range(3)) < 24 * min(seconds(40_000) for _ in range(3))
+
+
 def test_no_more_is_held_back_than_has_to_be() -> None:
     """Text, reasoning and arguments come as they are written."""
     parser = AnswerParser(HERMES, THINK, tools=NAMES, inside_reasoning=True)
@@ -239,6 +345,9 @@ def test_ids_are_as_long_as_the_templates_want() -> None:
         ("{% if tools %}...<tool_call></tool_call>", (), HERMES),
         ("{% for tool in tools %}", ("<tool_call>",), HERMES),
         ("{{ '[TOOL_CALLS]' }}{{ tools }}", (), MISTRAL),
+        ("{{ tools }}{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", (), MISTRAL_ARGS),
+        ("{% for message in messages %}", ("<tool_call>", "</tool_call>"), JSON),  # it is told of tools by us
+        ("{{ '[TOOL_CALLS]' + message }}", (), JSON),
         ("{% if tools is not none %}<|python_tag|>", (), LLAMA),
         ('{{ tools }}<|start_header_id|> {"name": x, "parameters": y}', ("<|eot_id|>",), LLAMA),
         ("{% for message in messages %}", (), JSON),
@@ -261,17 +370,21 @@ def test_templates_tell_of_tools_and_reasoning() -> None:
     assert "get_weather" in describe_tools(TOOLS, "auto")
 
 
+FORMS = [HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, JSON]
+
 # Grammars -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[False, True])
+@pytest.fixture(scope="module", params=["none", "ordinary", "special"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tokenizer that has the markers as tokens, ordinary or special ones."""
+    """A tokenizer that has the markers as tokens, ordinary or special ones, or not at all."""
     folder = tmp_path_factory.mktemp("tokenizer")
     byte_level(folder, ["<|endoftext|>"], lambda _: processors.ByteLevel(trim_offsets=False))
     made = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
-    markers = ["<tool_call>", "</tool_call>", "</think>", "[TOOL_CALLS]", "<|python_tag|>"]
-    made.add_tokens([AddedToken(marker, special=request.param) for marker in markers], special_tokens=request.param)
+    markers = ["<tool_call>", "</tool_call>", "</think>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
+    if request.param != "none":
+        special = request.param == "special"
+        made.add_tokens([AddedToken(marker, special=special) for marker in markers], special_tokens=special)
     return made
 
 
@@ -289,9 +402,14 @@ def accepts(tokenizer: Any, grammar: str, text: str) -> bool:
     return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
 
 
-def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]]) -> str:
+def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]], ascii_only: bool = True) -> str:
     """Calls as a model writes them."""
-    texts = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
+    if form.between:
+        whole = [(name, json.dumps(arguments, ensure_ascii=ascii_only)) for name, arguments in calls]
+        return "".join(f"{form.begin}{name}{form.between}{arguments}" for name, arguments in whole)
+    texts = [
+        json.dumps({"name": name, form.arguments: arguments}, ensure_ascii=ascii_only) for name, arguments in calls
+    ]
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
@@ -302,7 +420,7 @@ def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]]) -> str:
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
-@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, JSON], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMS, ids=["hermes", "llama", "mistral", "mistral-args", "json"])
 def test_a_grammar_allows_calls_that_fit_and_no_others(form: ToolFormat, tokenizer: Any) -> None:
     def grammar(name: str | None = None, *, parallel: bool = True, inside: bool = False) -> str:
         return calls_grammar(
@@ -344,7 +462,7 @@ def walk(tokenizer: Any, grammar: str, seed: int) -> Iterator[int]:
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, JSON], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMS, ids=["hermes", "llama", "mistral", "mistral-args", "json"])
 def test_whatever_a_grammar_allows_is_read_as_calls_that_fit(form: ToolFormat, tokenizer: Any) -> None:
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}  # type: ignore[index]
     grammar = calls_grammar(
@@ -373,7 +491,61 @@ def test_an_answer_may_think_before_it_is_json(tokenizer: Any) -> None:
     assert accepts(tokenizer, grammar, 'hm.</think>\n\n"x"')
     assert not accepts(tokenizer, grammar, 'hm.</think>\n\n"y"')
     anything = answer_grammar(None, inside_reasoning=True, reasoning=THINK, added_tokens={})
-    assert accepts(tokenizer, anything, 'hm.</think>\n\n{"a": [1]}') is (not added)
+    assert accepts(tokenizer, anything, 'hm.</think>\n\n{"a": [1]}') is ("</think>" not in added)
+
+
+_A = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        (None, {}, {"x": 1}),
+        ({}, {}, {"x": 1}),
+        ({"type": "object", "properties": {}}, {}, {"x": 1}),
+        (_A, {"x": 1}, {"x": 1, "y": 2}),
+        ({"$ref": "#/$defs/A", "$defs": {"A": _A}}, {"x": 1}, {"x": "a"}),
+        ({"allOf": [_A]}, {"x": 1}, {"x": "a"}),
+        ({"anyOf": [_A, {"type": "object", "required": ["y"]}]}, {"y": 1}, {"x": "a"}),
+        ({**_A, "properties": {"x": {"type": "integer"}, "in": {"$ref": "#"}}}, {"x": 1, "in": {"x": 2}}, {"in": 1}),
+        ({**_A, "properties": {**_A["properties"], "y": {"$ref": "#/properties/x"}}}, {"x": 1, "y": 2}, {"y": 2}),  # type: ignore[dict-item]
+        ({"type": "object", "required": ["x"]}, {"x": [1]}, {}),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, {"any": 1}, {"any": "a"}),
+        ({"properties": {"$defs": {"type": "integer"}}, "required": ["$defs"]}, {"$defs": 1}, {}),
+    ],
+    ids=range(12),
+)
+def test_arguments_are_held_to_the_schema_wherever_it_says_what_they_are(
+    parameters: Any, good: Any, bad: Any, tokenizer: Any
+) -> None:
+    function = {"name": "f"} if parameters is None else {"name": "f", "parameters": parameters}
+    grammar = calls_grammar(
+        JSON,
+        [{"type": "function", "function": function}],
+        required_name=None,
+        parallel=False,
+        inside_reasoning=False,
+        reasoning=None,
+        added_tokens={},
+    )
+    assert accepts(tokenizer, grammar, written(JSON, ("f", good)))
+    assert not accepts(tokenizer, grammar, written(JSON, ("f", bad)))
+
+
+def test_of_two_functions_one_may_be_called_as_the_other_begins(tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("now", "now_utc")]
+    names = ["now", "now_utc", "now"]
+    for form in FORMS:
+        grammar = calls_grammar(
+            form,
+            tools,
+            required_name=None,
+            parallel=True,
+            inside_reasoning=False,
+            reasoning=None,
+            added_tokens=tokenizer.get_added_vocab(),
+        )
+        assert accepts(tokenizer, grammar, written(form, *((name, {}) for name in names)))
 
 
 def test_schemas_that_refer_to_their_own_definitions(tokenizer: Any, tmp_path: Path) -> None:

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from typing import Literal
 
 _SPACE = " \t\r\n"
+_CLOSING = {"{": "}", "[": "]"}
+_PLAIN = frozenset(_SPACE + ",:+-." + string.ascii_letters + string.digits)  # outside of strings, brackets aside
 
 
 class Value:
-    """One JSON value, as it comes in. It tells where the value ends, not whether it is sound."""
+    """One JSON value, as it comes in. It tells where the value ends; it is `broken` by what can be no part of one."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.first = ""
         self.done = False
-        self._depth = 0
+        self.broken = False
+        self._taken: list[str] = []
+        self._open: list[str] = []  # what closes the objects and lists that are open, the outermost first
         self._in_string = False
         self._escaped = False
 
+    @property
+    def text(self) -> str:
+        """What was taken."""
+        return "".join(self._taken)
+
     def take(self, char: str) -> bool:
-        """Take the next character; False if it is no longer the value's."""
-        if not self.text:
-            self._in_string = char == '"'
-            self._depth = 1 if char in "{[" else 0
-        elif self._in_string:
+        """Take the next character; False if it is not the value's."""
+        if self._in_string:
             if self._escaped:
                 self._escaped = False
             elif char == "\\":
                 self._escaped = True
             elif char == '"':
                 self._in_string = False
-                self.done = not self._depth
-        elif not self._depth:  # a number, or true, false, null
-            if char in ",}]" or char in _SPACE:
-                self.done = True
-                return False
+                self.done = not self._open
+        elif self.first and not self._open and char in ",}]" + _SPACE:  # after a number, or true, false, null
+            self.done = True
+            return False
         elif char == '"':
             self._in_string = True
-        elif char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            self._depth -= 1
-            self.done = not self._depth
-        self.text += char
+        elif char in _CLOSING:
+            self._open.append(_CLOSING[char])
+        elif self._open and char == self._open[-1]:
+            self._open.pop()
+            self.done = not self._open
+        elif char not in _PLAIN:
+            self.broken = True
+            return False
+        self.first = self.first or char
+        self._taken.append(char)
         return True
 
 
@@ -64,12 +74,16 @@ class CallReader:
         self._key = ""
         self._value = Value()
         self._name: str | None = None
-        self._held: str | None = None  # arguments that came before the name
+        self._arguments_key = ""  # under which the arguments stand; a second one would be no more of them
+        self._held: str | None = None  # arguments that came before the name, or as a string
         self.begun = False
         self._told = False
 
     def take(self, char: str) -> None:
-        """Take the next character, while the state is neither `done` nor `failed`."""
+        """Take the next character, while the state is neither `done` nor `failed`.
+
+        Once the call is begun, one that makes it fail is not taken.
+        """
         match self.state:
             case "before":
                 if char == "{":
@@ -87,7 +101,7 @@ class CallReader:
                 self._take_value(char)
 
     def _take_key(self, char: str) -> None:
-        if self._value.text:
+        if self._value.first:
             self._value.take(char)
             if self._value.done:
                 self._key = _string(self._value.text) or ""
@@ -101,10 +115,15 @@ class CallReader:
 
     def _take_value(self, char: str) -> None:
         value = self._value
-        if not value.text and char in _SPACE:
+        if not value.first and char in _SPACE:
             return
+        if not value.first and not self._arguments_key and self._key in ("arguments", "parameters"):
+            self._arguments_key = self._key
         mine = value.take(char)
-        if self._key in ("arguments", "parameters") and value.text[0] == "{" and self._name is not None:
+        if value.broken:
+            self.state = "failed"
+            return
+        if self._key == self._arguments_key and value.first == "{" and self._name is not None and not self._held:
             if not self._start():
                 return
             self._arguments(char)
@@ -122,15 +141,15 @@ class CallReader:
             self._name = _string(text)
             if not self._name:
                 self.state = "failed"
-        elif self._key in ("arguments", "parameters") and not self._told:
+        elif self._key == self._arguments_key and not self._told:
             if text.startswith('"'):
-                text = (_string(text) or "").strip() or "{}"
-            if text == "null":
+                text = (_string(text) or "").strip()
+            if text in ("", "null"):
                 text = "{}"
-            if not text.startswith("{"):
-                self.state = "failed"
-            else:
+            if _is_object(text):
                 self._held = text
+            else:
+                self.state = "failed"
 
     def _end(self) -> None:
         if self._name is None or not self._start():
@@ -157,3 +176,11 @@ def _string(text: str) -> str | None:
     except ValueError:
         return None
     return value if isinstance(value, str) else None
+
+
+def _is_object(text: str) -> bool:
+    """Whether it is the JSON text of an object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

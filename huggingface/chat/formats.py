@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Template = str | Mapping[str, str] | None
@@ -20,7 +20,8 @@ class ToolFormat:
 
     `begin` comes before a call, or before a list of them, `end` after it; where `begin` is empty an answer that is
     nothing but calls counts as such. `arguments` is the arguments' name within a call. `special_tokens` are to be left
-    in the text, where the model has them as such.
+    in the text, where the model has them as such. `between` stands between the name and the arguments, where a call is
+    no JSON object of both.
     """
 
     name: Literal["hermes", "llama", "mistral", "json"]
@@ -29,11 +30,13 @@ class ToolFormat:
     arguments: str
     special_tokens: tuple[str, ...]
     id_length: int = 24  # Mistral's templates refuse ids of another length than 9
+    between: str = ""
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", ("<tool_call>", "</tool_call>"))
 LLAMA = ToolFormat("llama", "<|python_tag|>", "", "parameters", ("<|python_tag|>",))
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), 9)
+MISTRAL_ARGS = replace(MISTRAL, between="[ARGS]")  # since Mistral Small 3.2 and Devstral
 JSON = ToolFormat("json", "", "", "arguments", ())
 
 
@@ -58,17 +61,22 @@ _REASONING = (
 
 
 def find_tool_format(template: Template, added_tokens: Collection[str]) -> ToolFormat:
-    """The form of a model's calls; `added_tokens` are texts of the tokens added to its vocabulary."""
+    """The form of a model's calls; `added_tokens` are texts of the tokens added to its vocabulary.
+
+    It is `JSON` where the template takes no tools: see `describe_tools`.
+    """
     text = _text(template)
+    if not takes_tools(template):
+        return JSON
     if "<tool_call>" in text:
         return HERMES
     if "[TOOL_CALLS]" in text:
-        return MISTRAL
-    if "<|python_tag|>" in text or ("<|python_tag|>" in added_tokens and takes_tools(template)):
+        return MISTRAL_ARGS if MISTRAL_ARGS.between in text else MISTRAL
+    if "<|python_tag|>" in text or "<|python_tag|>" in added_tokens:
         return LLAMA
     if "<tool_call>" in added_tokens:
         return HERMES
-    if re.search(r"""["']parameters["']\s*:""", text) and "<|start_header_id|>" in text and takes_tools(template):
+    if re.search(r"""["']parameters["']\s*:""", text) and "<|start_header_id|>" in text:
         return LLAMA
     return JSON
 

@@ -12,7 +12,11 @@ from typing import Any
 from ..json_schema import TIDY, closed
 from .formats import ReasoningTags, ToolFormat
 
-_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+# What says something of an object's properties; where nothing does, a function has no parameters.
+_SAYING = (
+    *("properties", "required", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
+    *("allOf", "anyOf", "oneOf", "$ref", "if", "not", "const", "enum"),
+)
 
 
 def calls_grammar(
@@ -32,20 +36,25 @@ def calls_grammar(
     """
     functions = [tool["function"] for tool in tools]
     chosen = [function for function in functions if required_name in (None, function["name"])]
-    options = [_object(form, function) for function in chosen]
-    call = "call: " + " | ".join(f"%json {json.dumps(option)}" for option in options)
+    rules = ["call: " + " | ".join(f"call_{number}" for number in range(len(chosen)))]
+    for number, function in enumerate(chosen):
+        rules.append(_call(form, function["name"], number, added_tokens))
+        rules.append(f"arguments_{number}: %json {json.dumps(_parameters(function))}")
+    begin, end = _marker(form.begin, added_tokens), _marker(form.end, added_tokens)
 
     match form.name:
         case "hermes":
-            one = f'{_marker(form.begin, added_tokens)} "\\n" call "\\n" {_marker(form.end, added_tokens)}'
+            one = f'{begin} "\\n" call "\\n" {end}'
             answer = f'{one} ("\\n" {one})*' if parallel else one
+        case "mistral" if form.between:
+            answer = f"({begin} call)+" if parallel else f"{begin} call"
         case "mistral":
-            answer = f'{_marker(form.begin, added_tokens)} "[" call {_again(parallel)} "]"'
+            answer = f'{begin} "[" call {_again(parallel)} "]"'
         case "llama":
             answer = f"call {_again(parallel, '; ')}"
         case _:
             answer = f'"[" call {_again(True)} "]" | call' if parallel else "call"
-    return "\n".join([*_start(answer, inside_reasoning, reasoning, added_tokens), call])
+    return "\n".join([*_start(answer, inside_reasoning, reasoning, added_tokens), *rules])
 
 
 def answer_grammar(
@@ -58,6 +67,8 @@ def answer_grammar(
 
 def tidy_schema(schema: Any) -> Any:
     """The same schema, for JSON without superfluous space."""
+    if schema is True:
+        schema = {}
     return {**closed(schema), "x-guidance": dict(TIDY)} if isinstance(schema, dict) else schema
 
 
@@ -66,29 +77,32 @@ def _start(
 ) -> list[str]:
     if not inside_reasoning or reasoning is None:
         return [f"start: answer\nanswer: {answer}"]
+    lines = '("\\n" "\\n"?)?'
     if reasoning.close in added_tokens:
         close = _marker(reasoning.close, added_tokens)
-        return [f'start: THOUGHT {close} "\\n\\n" answer\nTHOUGHT: /(.|\\n)*/\nanswer: {answer}']
+        return [f"start: THOUGHT {close} {lines} answer\nTHOUGHT: /(.|\\n)*/\nanswer: {answer}"]
     # Everything up to the tag, and the tag itself.
-    close = json.dumps(reasoning.close)
-    return [f'start: thought "\\n\\n" answer\nthought[suffix={close}]: /(.|\\n)*/\nanswer: {answer}']
+    close = _quoted(reasoning.close)
+    return [f"start: thought {lines} answer\nthought[suffix={close}]: /(.|\\n)*/\nanswer: {answer}"]
 
 
-def _object(form: ToolFormat, function: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a call."""
-    parameters = dict(closed(function.get("parameters") or {})) or dict(_NOTHING)
-    parameters.setdefault("type", "object")
-    if not parameters.get("properties") and "additionalProperties" not in parameters:
-        parameters = {**parameters, "additionalProperties": False}
-    definitions = {name: parameters.pop(name) for name in ("$defs", "definitions") if name in parameters}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, form.arguments: parameters},
-        "required": ["name", form.arguments],
-        "additionalProperties": False,
-        "x-guidance": dict(TIDY),
-        **definitions,  # what `$ref` looks for stands at the root
-    }
+def _call(form: ToolFormat, name: str, number: int, added_tokens: Mapping[str, int]) -> str:
+    """The rule of a call. Its arguments are a rule of their own, so that a `$ref` in them begins at their schema."""
+    rule, arguments = f"call_{number}:", f"arguments_{number}"
+    if form.between in added_tokens:
+        return f"{rule} {_quoted(name)} {_marker(form.between, added_tokens)} {arguments}"
+    if form.between:
+        return f"{rule} {_quoted(name + form.between)} {arguments}"
+    head = f'{{"name": {_quoted(name)}, "{form.arguments}": '
+    return f'{rule} {_quoted(head)} {arguments} "}}"'
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object."""
+    schema = {**(function.get("parameters") or {}), "type": "object"}
+    if "additionalProperties" not in schema and not any(schema.get(name) for name in _SAYING):
+        schema["additionalProperties"] = False
+    return dict(tidy_schema(schema))
 
 
 def _again(parallel: bool, between: str = ", ") -> str:
@@ -97,4 +111,9 @@ def _again(parallel: bool, between: str = ", ") -> str:
 
 def _marker(text: str, added_tokens: Mapping[str, int]) -> str:
     """A marker in a grammar: a token of its own, where it is one."""
-    return f"<[{added_tokens[text]}]>" if text in added_tokens else json.dumps(text)
+    return f"<[{added_tokens[text]}]>" if text in added_tokens else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """A text as JSON and grammars quote it."""
+    return json.dumps(text, ensure_ascii=False)

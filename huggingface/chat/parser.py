@@ -6,6 +6,7 @@ of a marker, or of a call that has no name yet. What looks like a call and turns
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from collections.abc import Callable, Collection
@@ -17,6 +18,10 @@ from .formats import ReasoningTags, ToolFormat
 _SPACE = " \t\r\n"
 _FENCES = ("```json", "```")
 _LETTERS = string.ascii_letters + string.digits
+
+# Mistral's newer calls up to the arguments, and what may become such.
+_HEAD = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\s\w-]*)?(?:\[ARGS\]\s*)?(?={)")
+_HEAD_PART = re.compile(r"\s*[\w.-]*\s*(?:\[[A-Z_]*(?:\][\s\w-]*(?:\[[A-Z]*\]?\s*)?)?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ class AnswerParser:
         self._tags = reasoning
         self._new_id = new_id or _random_id
         self._parts: list[Part] = []
+        self._told: list[str] = []  # arguments that are not yet among the parts
         self._buffer = ""
         self._calls = 0
         self._raw = ""  # of a call that has not begun yet, for the case that it is none
@@ -99,8 +105,8 @@ class AnswerParser:
             self._tell(Reasoning(self._buffer.rstrip(_SPACE)))
         elif self._mode == self._in_content:
             self._say(self._buffer)
-        elif self._mode == self._in_call and not self._begun:
-            self._say(self._raw + self._buffer)
+        elif self._mode == self._in_call and not self._begun and (self._reader is not None or not self._calls_here):
+            self._say(self._raw + self._buffer)  # else what is left is the beginning of what closes calls
         self._buffer = self._raw = ""
         return self._take()
 
@@ -141,6 +147,11 @@ class AnswerParser:
         assert self._tags is not None  # noqa: S101 - the mode is only entered with tags
         if not self._thought:
             self._buffer = self._buffer.lstrip(_SPACE)
+            if self._tags.open.startswith(self._buffer):
+                return False
+            if self._buffer.startswith(self._tags.open):  # again, after the prompt's
+                self._buffer = self._buffer[len(self._tags.open) :]
+                return True
         before, found, after = self._buffer.partition(self._tags.close)
         if found:
             self._tell(Reasoning(before.rstrip(_SPACE)))
@@ -185,28 +196,46 @@ class AnswerParser:
         assert self._format is not None  # noqa: S101 - without one there are no calls
         if self._reader is None and self._arguments is None:
             return self._between_calls()
-        while self._buffer:
-            char, self._buffer = self._buffer[0], self._buffer[1:]
-            if not self._begun:
-                self._raw += char
-            if self._arguments is not None:
-                self._take_argument(char)
-                if self._arguments is None:
+        text = self._buffer
+        for place, char in enumerate(text):
+            if char == "\n" and self._begun and self._format.end:  # in no JSON string
+                cut = "\n" + self._format.end
+                if text.startswith(cut, place):
+                    self._buffer = text[place:]
+                    self._end_call()
                     return True
-                continue
-            assert self._reader is not None  # noqa: S101 - one of the two
-            self._reader.take(char)
-            if self._reader.state == "failed":
-                self._give_up()
+                if cut.startswith(text[place:]):
+                    self._buffer = text[place:]
+                    return False
+            ended, taken = self._take_char(char)
+            if ended:
+                self._buffer = text[place + taken :]
+                if self._begun:
+                    self._end_call()
+                else:
+                    self._raw += text[: place + 1]
+                    self._give_up()
                 return True
-            if self._reader.state == "done":
-                self._end_call()
-                return True
+        self._buffer = ""
+        if not self._begun:
+            self._raw += text
         return False
+
+    def _take_char(self, char: str) -> tuple[bool, bool]:
+        """Take the next character of a call: whether the call ends, well or ill, and whether it was the call's."""
+        if self._arguments is not None:
+            taken = self._arguments.take(char)
+            if taken:
+                self._told.append(char)
+            return self._arguments.done or self._arguments.broken, taken
+        assert self._reader is not None  # noqa: S101 - one of the two
+        self._reader.take(char)
+        failed = self._reader.state == "failed"
+        return failed or self._reader.state == "done", not (failed and self._begun)
 
     def _between_calls(self) -> bool:
         assert self._format is not None  # noqa: S101 - without one there are no calls
-        closing = self._buffer.lstrip(_SPACE + (",;]" if self._calls_here else "["))
+        closing = self._buffer.lstrip(_SPACE + (",;]}" if self._calls_here else "["))
         if not closing:
             if not self._calls_here:  # it may still turn out to be text
                 return False
@@ -224,7 +253,7 @@ class AnswerParser:
         if closing[0] == "{":
             self._raw += "" if self._calls_here else taken
             self._buffer = closing
-            self._reader = CallReader(self._start_call, self._tell_arguments)
+            self._reader = CallReader(self._start_call, self._told.append)
             return True
         if self._format.name == "mistral" and not self._calls_here:
             return self._named_call()
@@ -237,16 +266,14 @@ class AnswerParser:
 
     def _named_call(self) -> bool:
         """Mistral's newer form: a name, perhaps an id, and the arguments alone."""
-        name, found, _ = self._buffer.partition("{")
-        if not found:
-            return False
-        name = name.partition("[ARGS]")[0].partition("[CALL_ID]")[0].strip(_SPACE)
-        if not name or not set(name) <= set(_LETTERS + "_-."):
+        head = _HEAD.match(self._buffer)
+        if head is None:
+            if _HEAD_PART.fullmatch(self._buffer):
+                return False
             self._give_up()
             return True
-        self._buffer = self._buffer[self._buffer.index("{") :]
-        self._start_call(name)
-        self._begun = True
+        self._buffer = self._buffer[head.end() :]
+        self._start_call(head[1])
         self._arguments = Value()
         return True
 
@@ -267,21 +294,8 @@ class AnswerParser:
         self._tell(CallStart(self._calls, self._new_id(self._format.id_length), name))
         return True
 
-    def _tell_arguments(self, text: str) -> None:
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, CallArguments) and last.index == self._calls:
-            self._parts[-1] = CallArguments(last.index, last.text + text)
-        else:
-            self._tell(CallArguments(self._calls, text))
-
-    def _take_argument(self, char: str) -> None:
-        assert self._arguments is not None  # noqa: S101 - asked by the caller
-        self._arguments.take(char)
-        self._tell_arguments(char)
-        if self._arguments.done:
-            self._end_call()
-
     def _end_call(self) -> None:
+        self._tell_arguments()
         self._calls += 1
         self._calls_here += 1
         self._reader = self._arguments = None
@@ -290,13 +304,10 @@ class AnswerParser:
         self._blank = True
 
     def _give_up(self) -> None:
-        """It is no call: what was held back is text, and the rest is looked at anew. What was told already stays."""
-        begun, self._reader, self._arguments = self._begun, None, None
-        raw, self._raw, self._begun = self._raw, "", False
-        if not begun:
-            self._say(raw)
-        else:
-            self._calls += 1
+        """It is no call: what was held back is text, and the rest is looked at anew."""
+        self._reader = None
+        self._say(self._raw)
+        self._raw = ""
         self._mode = self._in_content
 
     def _leave_calls(self) -> None:
@@ -312,11 +323,16 @@ class AnswerParser:
             self._blank = False
             self._tell(Content(text))
 
+    def _tell_arguments(self) -> None:
+        self._tell(CallArguments(self._calls, "".join(self._told)))
+        self._told.clear()
+
     def _tell(self, part: Part) -> None:
         if isinstance(part, CallStart) or part.text:
             self._parts.append(part)
 
     def _take(self) -> list[Part]:
+        self._tell_arguments()
         parts, self._parts = self._parts, []
         return parts
 
