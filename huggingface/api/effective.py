@@ -6,6 +6,7 @@ Pure functions over plain values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import InvalidRequest
@@ -99,8 +100,9 @@ def openai_parameters(record: ModelRecord, own: Mapping[str, Any], asked: Mappin
     return _agreed(GenerationParameters, effective, asked)
 
 
-# What TGI's API says of a model that says nothing of itself.
-HUB_DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 100, "do_sample": False}
+# What the published schema says of a text generation, and TGI does: as many tokens, or as there is room for. It has no
+# beams, and a stream of tokens cannot be had from them.
+HUB_DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 1024, "do_sample": False, "num_beams": 1}
 
 
 def hub_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +121,13 @@ def hub_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, A
     return _agreed(GenerationParameters, effective, asked)
 
 
-def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+def task_parameters(
+    record: ModelRecord, task: str, asked: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """The effective parameters of a task: registered ones count for the model's own task and for tasks that write.
 
-    Elsewhere a name may mean something else (`top_k` of a generation is not that of fill-mask).
+    Elsewhere a name may mean something else (`top_k` of a generation is not that of fill-mask). `defaults` are what a
+    protocol has where neither the request nor the model says anything.
 
     Raises:
         InvalidRequest: naming the field that is unknown, missing or wrong.
@@ -133,7 +138,7 @@ def task_parameters(record: ModelRecord, task: str, asked: Mapping[str, Any]) ->
     if name in GENERATION_TASKS or (own is not None and name == own.task):
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
-    return _agreed(TASK_PARAMETERS[name], merge(registered, asked), asked)
+    return _agreed(TASK_PARAMETERS[name], merge(defaults, registered, asked), asked)
 
 
 def check_registered(model_type: str, parameters: Mapping[str, Any]) -> None:

@@ -6,31 +6,28 @@ published form. Sources: the JSON schemas in `@huggingface/tasks`; text generati
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flask import Response, jsonify
 from flask_openapi3 import Tag
 
-from ..errors import InvalidRequest, LocalLLMError, MissingField, UnknownField
+from ..engine.joint import JointTicket
+from ..errors import InvalidRequest, LocalLLMError, UnknownField
 from ..records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
 from ..tasks import MODEL_TYPES, canonical_task
 from . import models, schemas
 from .effective import hub_parameters, task_parameters
 from .errors import body as error_body
-from .hub_schemas import (
-    HubAnswer,
-    HubBody,
-    HubFeatures,
-    HubText2Text,
-    HubTextGeneration,
-    HubTokenClassification,
-    TaskQuery,
-)
+from .hub_schemas import PUBLISHED, ComparedTexts, HubAnswer, HubBody, HubText2Text, OneText, SomeTexts, TaskQuery
 from .lending import lent
-from .parameters import validate
+from .openai.serving import openai_names as named
+from .parameters import Parameters, validate
 from .services import services
 from .sse import Events, event_stream
 
@@ -38,6 +35,8 @@ _TAG = Tag(name="Hugging Face", description="The protocol of Hugging Face's own 
 
 _SIMILARITY = "sentence-similarity"
 _FEATURES = "feature-extraction"
+
+_AT_ONCE = 32  # of one request's texts, in the queue or running
 
 
 # On the models' own blueprint: of two that share an address, the API's document would show one.
@@ -48,132 +47,181 @@ _FEATURES = "feature-extraction"
 )
 def infer(path: schemas.ModelPath, query: TaskQuery, body: HubBody) -> Response:
     """Run a model's task, in the protocol of Hugging Face's clients."""
-    registry = services().registry
-    record = registry.get(path.model_id)
+    record = services().registry.get(path.model_id)
     task = _task(record, query, body.inputs)
-    extra = dict(body.model_extra or {})
-    if task in (_FEATURES, _SIMILARITY):  # these have their parameters beside the inputs
-        given = {name: value for name, value in extra.items() if value is not None} | (body.parameters or {})
-    else:
-        given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
-        for name in extra:
-            raise UnknownField(name, ("inputs", "parameters", "options", "stream"))
-    if task == "text-generation":
-        return _generate(record, body, given)
+    name = task if task == _SIMILARITY else canonical_task(task)
+    given, fields = _given(name, body)
+    if name == "text-generation":
+        return _generate(record, body, given, fields)
     if body.stream:
         raise InvalidRequest(f"Invalid value for field 'stream': '{task}' has no text to stream", "stream")
-    return jsonify(_run(record, task, body.inputs, given))
+    if name in (_FEATURES, _SIMILARITY):
+        return jsonify(_embed(record, name, body.inputs, given, fields))
+    return jsonify(_run(record, task, name, body.inputs, given, fields))
 
 
 def _task(record: ModelRecord, query: TaskQuery, inputs: Any) -> str:
     """What is to be done. Both of a sentence-embedding model's tasks are its own: their inputs tell them apart."""
+    if query.task is not None:
+        return query.task
     own = MODEL_TYPES.get(record.model_type)
-    task = query.task or (own.task if own is not None else record.model_type)
-    if task == _SIMILARITY:
-        return task
-    name = canonical_task(task)
-    if name == _FEATURES and query.task is None and isinstance(inputs, dict) and "source_sentence" in inputs:
+    task = own.task if own is not None else canonical_task(record.model_type)
+    if task == "text2text-generation":
+        return "text-generation"  # the clients have one method for both
+    if task == _FEATURES and isinstance(inputs, dict) and "source_sentence" in inputs:
         return _SIMILARITY
-    return task if task.startswith("translation_") else name
+    return task
 
 
-def _run(record: ModelRecord, task: str, inputs: Any, given: dict[str, Any]) -> Any:
-    """The answer of a task that makes no text token by token for the caller to watch."""
-    registry = services().registry
-    name = task if task == _SIMILARITY else canonical_task(task)
-    if name in (_FEATURES, _SIMILARITY):
-        wanted = validate(HubFeatures, given)
-        shape: Callable[[Any], Any] = lambda result: result  # noqa: E731
-        with lent(record, task, None) as (flight, model):
-            result = _embed(model, name, inputs, wanted, flight.gone)
-    else:
-        asked, shape = _asked(name, given, inputs)
-        parameters = task_parameters(record, task, asked)
+def _given(name: str, body: HubBody) -> tuple[dict[str, Any], dict[str, str]]:
+    """A task's parameters, checked, and what each is called in the body. Null is the same as nothing.
+
+    Raises:
+        MissingField, UnknownField, InvalidRequest: naming the field.
+    """
+    schema, beside, parameters = PUBLISHED[name], dict(body.model_extra or {}), body.parameters or {}
+    if name not in (_FEATURES, _SIMILARITY):
+        for field in beside:
+            raise UnknownField(field, HubBody.model_fields)
+    for field in beside.keys() & parameters.keys():
+        raise InvalidRequest(f"Field given twice: {field}", field)
+    given = _checked(schema, beside, "") | _checked(schema, parameters, "parameters.")
+    fields = {field: f"parameters.{field}" for field in parameters} | {"input": "inputs", "prompt": "inputs"}
+    return given, fields
+
+
+def _checked(schema: type[Parameters], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    for field in values:
+        if field not in schema.model_fields:
+            raise UnknownField(prefix + field, schema.model_fields)
+    if not values and not prefix:
+        return {}  # what the schema requires is not looked for here
+    return validate(schema, {field: value for field, value in values.items() if value is not None}, prefix)
+
+
+# Tasks whose answer comes whole ---------------------------------------------------------------------------------------
+
+
+def _run(
+    record: ModelRecord, task: str, name: str, inputs: Any, given: Mapping[str, Any], fields: Mapping[str, str]
+) -> Any:
+    """The answer of a task as its pipeline gives it, in the published form."""
+    asked, defaults, shape = dict(given), _DEFAULTS.get(name, {}), _SHAPES.get(name, _as_it_is)
+    if PUBLISHED[name] is HubText2Text:
+        asked, fields = _text2text(given, fields)
+    if name == "table-question-answering":
+        asked = {field: value for field, value in given.items() if field not in ("model", "padding")}
+        inputs = [_question(each) for each in inputs] if isinstance(inputs, list) else _question(inputs)
+    with named(fields):
+        parameters = task_parameters(record, task, asked, defaults)
         with lent(record, task, None) as (flight, model):
             result = model.run(task, inputs, parameters, flight.gone)
-    registry.record_use(record.model_id)
-    return shape(result)
+    services().registry.record_use(record.model_id)
+    return shape(result, isinstance(inputs, list))
 
 
-def _asked(name: str, given: dict[str, Any], inputs: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """A task's parameters in the words of `/pipeline`, and what makes the published form of its result."""
-    several = isinstance(inputs, list)
-    match name:
-        case "text2text-generation" | "summarization" | "translation":
-            return _text2text(given), lambda result: result
-        case "text-classification":
-            # All labels, unless so many are asked for; each input has a list of its own.
-            return {"top_k": None, **given}, lambda result: result if several else [result]
-        case "token-classification":
-            checked = validate(HubTokenClassification, given, "parameters.")
-            return {"aggregation_strategy": "simple", **checked}, lambda result: result
-        case "zero-shot-classification":
-
-            def labels(result: Any) -> Any:
-                return [
-                    {"label": label, "score": score}
-                    for label, score in zip(result["labels"], result["scores"], strict=True)
-                ]
-
-            return given, lambda result: [labels(each) for each in result] if several else labels(result)
-        case "table-question-answering":
-            return (
-                given,
-                lambda result: [_cells(each) for each in result] if isinstance(result, list) else _cells(result),
-            )
-    return given, lambda result: result
-
-
-def _text2text(given: dict[str, Any]) -> dict[str, Any]:
-    checked = validate(HubText2Text, given, "parameters.")
-    asked = dict(checked.pop("generate_parameters", None) or {})
-    for name in asked:
-        if name in HubText2Text.model_fields:
-            raise UnknownField(f"parameters.generate_parameters.{name}")
-    if (truncation := checked.pop("truncation", None)) is not None:
-        asked["truncation"] = truncation != "do_not_truncate"
+def _text2text(given: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters in the words of `/pipeline`, and what these are called in the body."""
+    asked = dict(given)
+    making: dict[str, Any] = asked.pop("generate_parameters", None) or {}
+    inner = {field: f"parameters.generate_parameters.{field}" for field in making}
+    for field in making:
+        if field in HubText2Text.model_fields:
+            raise UnknownField(inner[field])
+    if (truncation := asked.pop("truncation", None)) is not None:
         if truncation == "only_second":
-            raise InvalidRequest("Invalid value for field 'parameters.truncation': there is no second text")
-    return {**asked, **checked}
+            reason = "there is no second text"
+            raise InvalidRequest(f"Invalid value for field 'parameters.truncation': {reason}", "parameters.truncation")
+        asked["truncation"] = truncation != "do_not_truncate"
+    return making | asked, {**fields, **inner}
 
 
-def _cells(answer: dict[str, Any]) -> dict[str, Any]:
+def _question(value: Any) -> Any:
+    """A question about a table as `/pipeline` has it: the published name of its text is another than its clients'."""
+    if isinstance(value, dict) and "question" in value and "query" not in value:
+        return {"query" if field == "question" else field: part for field, part in value.items()}
+    return value
+
+
+# What is published, or hosted, where neither the request nor the model says anything: all labels, and whole entities.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "text-classification": {"top_k": None},
+    "token-classification": {"aggregation_strategy": "simple"},
+}
+
+
+def _as_it_is(result: Any, several: bool) -> Any:  # noqa: ARG001 - as the other shapes
+    return result
+
+
+def _labels(result: Any, several: bool) -> Any:
+    """Each input has a list of labels of its own, a single one too."""
+    if several:
+        return [each if isinstance(each, list) else [each] for each in result]
+    return [result if isinstance(result, list) else [result]]
+
+
+def _zero_shot(result: Any, several: bool) -> Any:
+    def labels(each: Mapping[str, Any]) -> list[dict[str, Any]]:
+        pairs = zip(each["labels"], each["scores"], strict=True)
+        return [{"label": label, "score": score} for label, score in pairs]
+
+    return [labels(each) for each in result] if several else labels(result)
+
+
+def _cells(result: Any, several: bool) -> Any:
     """With an aggregator even where the model has none: huggingface.js insists on it."""
-    return {**answer, "aggregator": answer.get("aggregator", "NONE")}
+    if isinstance(result, list):
+        return [_cells(each, several) for each in result]
+    return {**result, "aggregator": result.get("aggregator", "NONE")}
 
 
-def _embed(model: Any, name: str, inputs: Any, wanted: dict[str, Any], gone: Callable[[], bool]) -> Any:
+# A pipeline's result, and whether several inputs were given, to the published form.
+_SHAPES: Mapping[str, Callable[[Any, bool], Any]] = {
+    "text-classification": _labels,
+    "zero-shot-classification": _zero_shot,
+    "table-question-answering": _cells,
+}
+
+
+# Vectors --------------------------------------------------------------------------------------------------------------
+
+
+def _embed(
+    record: ModelRecord, name: str, inputs: Any, wanted: Mapping[str, Any], fields: Mapping[str, str]
+) -> list[Any]:
     """Vectors of texts, or how much texts are alike."""
+    asked = validate(ComparedTexts if name == _SIMILARITY else SomeTexts, {"inputs": inputs})["inputs"]
     if name == _SIMILARITY:
-        if not isinstance(inputs, dict):
-            raise InvalidRequest("Invalid value for field 'inputs': must hold source_sentence and sentences", "inputs")
-        for field in ("source_sentence", "sentences"):
-            if field not in inputs:
-                raise MissingField(f"inputs.{field}")
-        source, sentences = inputs["source_sentence"], inputs["sentences"]
-        if not isinstance(source, str) or not isinstance(sentences, list):
-            raise InvalidRequest(
-                "Invalid value for field 'inputs': source_sentence must be text, and sentences a list of it", "inputs"
-            )
-        result = model.run("sentence-embeddings", [source, *sentences], _embedding(wanted), gone)
-        first, *others = result["embeddings"]
-        return [_cosine(first, other) for other in others]
-    if model.pools:
-        result = model.run("sentence-embeddings", inputs, _embedding(wanted), gone)
-        vectors = result["embeddings"]
-        if wanted.get("normalize"):
-            vectors = [_unit(vector) for vector in vectors]
-        return vectors if isinstance(inputs, list) else vectors[0]
+        asked = [asked["source_sentence"], *asked["sentences"]]
+    options = {field: wanted[field] for field in ("prompt_name", "truncate", "dimensions") if field in wanted}
+    with named(fields), lent(record, name, None) as (flight, model):
+        if name == _FEATURES and not model.pools:
+            result = model.run(_FEATURES, asked, _token_features(record, wanted), flight.gone)
+        else:
+            result = model.run("sentence-embeddings", asked, options, flight.gone)["embeddings"]
+            if name == _SIMILARITY:
+                result = [_cosine(result[0], other) for other in result[1:]]
+            else:
+                result = [_unit(vector) for vector in result] if wanted.get("normalize") else result
+                result = result if isinstance(inputs, list) else result[0]
+    services().registry.record_use(record.model_id)
+    return list(result)
+
+
+def _token_features(record: ModelRecord, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a model that gives a vector for each token.
+
+    Raises:
+        InvalidRequest: for what only a vector of the whole text can have.
+    """
     for field in ("normalize", "prompt_name", "dimensions"):
         if wanted.get(field):
             reason = "this model gives a vector for each token; only sentence-transformers models have it"
             raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
-    options = {} if wanted.get("truncate") is None else {"truncation": wanted["truncate"]}
-    return model.run(_FEATURES, inputs, options, gone)
-
-
-def _embedding(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: wanted[name] for name in ("prompt_name", "truncate", "dimensions") if wanted.get(name) is not None}
+    asked = {"truncation": wanted["truncate"]} if "truncate" in wanted else {}
+    with named({"truncation": "truncate"}):
+        return task_parameters(record, _FEATURES, asked)
 
 
 def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
@@ -188,50 +236,60 @@ def _unit(vector: Sequence[float]) -> list[float]:
 
 # Text generation ------------------------------------------------------------------------------------------------------
 
+# What the engine calls otherwise.
+_WORDS = {
+    "stop_strings": "parameters.stop",
+    "json_schema": "parameters.grammar.value",
+    "regex": "parameters.grammar.value",
+    "echo": "parameters.decoder_input_details",
+}
 
-def _generate(record: ModelRecord, body: HubBody, given: dict[str, Any]) -> Response:
-    wanted = validate(HubTextGeneration, given, "parameters.")
-    if not isinstance(body.inputs, str):
-        raise InvalidRequest("Invalid value for field 'inputs': must be text", "inputs")
+
+def _generate(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any], fields: Mapping[str, str]) -> Response:
+    prompt = validate(OneText, {"inputs": body.inputs})["inputs"]
+    count, streams, most = wanted.get("best_of", 1), bool(body.stream), wanted.get("truncate")
     registry = services().registry
-    count = wanted.get("best_of") or 1
-    if body.stream and count > 1:
-        raise InvalidRequest("Invalid value for field 'parameters.best_of': cannot be streamed", "parameters.best_of")
-    parameters = hub_parameters(record, _generation(wanted))
-    with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "text-generation", None, bool(body.stream)))
-        tokens = None
-        if (most := wanted.get("truncate")) is not None:
-            tokens = model.encode(body.inputs)[-most:]  # TGI too keeps the end
+    with ExitStack() as stack, named({**_WORDS, **fields}):
+        parameters = hub_parameters(record, _generation(wanted))
+        if count > 1:
+            _check_best_of(streams, parameters)
+        flight, model = stack.enter_context(lent(record, "text-generation", None, streams))
         alternatives = wanted.get("top_n_tokens")
-        told = bool(body.stream or wanted.get("details") or alternatives or count > 1)
+        told = streams or _detailed(wanted) or count > 1
         request = GenerationRequest(
             parameters,
-            prompt=None if tokens is not None else body.inputs,
-            tokens=tokens,
-            streams=bool(body.stream),
+            prompt=prompt if most is None else None,
+            tokens=None if most is None else model.encode(prompt)[-most:],  # TGI too keeps the end
+            streams=streams,
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),
             constraint=_constraint(wanted.get("grammar")),
         )
-        if not body.stream:
-            answers = []
-            for number in range(count):
-                seeded = GenerationRequest(**{**_fields(request), "parameters": _seeded(parameters, number)})
-                flight.attach(model.generate(seeded, flight.gone))
-                answers.append(list(flight.chunks())[-1])
-            answers.sort(key=_likelihood, reverse=count > 1)
+        if not streams:
+            requests = [replace(request, parameters=_seeded(parameters, number)) for number in range(count)]
+            begins = [partial(model.generate, each, flight.gone) for each in requests]
+            flight.attach(JointTicket(begins, _AT_ONCE))
+            made = sorted(flight.chunks(), key=lambda chunk: chunk.index)
+            made.sort(key=_likelihood, reverse=True)
             registry.record_use(record.model_id)
-            return jsonify([_answer(answers, body.inputs, wanted, parameters)])
+            return jsonify([_answer(made, prompt, wanted, parameters)])
         ticket = flight.attach(model.generate(request, flight.gone))
-        framing = _Framing(body.inputs, wanted, parameters, lambda: registry.record_use(record.model_id))
+        framing = _Framing(prompt, wanted, parameters, lambda: registry.record_use(record.model_id))
         response = event_stream(flight, ticket, framing)
         response.call_on_close(stack.pop_all().close)
         return response
 
 
-def _fields(request: GenerationRequest) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__dataclass_fields__}
+def _check_best_of(streams: bool, parameters: Mapping[str, Any]) -> None:
+    """As TGI: there is no best of texts that are shown as they are made, nor of texts that are all the same."""
+    reason = "cannot be streamed" if streams else "needs do_sample, without which all texts are the same"
+    if streams or not parameters.get("do_sample"):
+        raise InvalidRequest(f"Invalid value for field 'parameters.best_of': {reason}", "parameters.best_of")
+
+
+def _detailed(wanted: Mapping[str, Any]) -> bool:
+    """Whether the answer tells of tokens; what is asked about these asks for that too."""
+    return any(wanted.get(name) for name in ("details", "decoder_input_details", "top_n_tokens"))
 
 
 def _seeded(parameters: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -246,8 +304,8 @@ def _likelihood(chunk: Chunk) -> float:
 def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """TGI's parameters in this server's words. As TGI, it samples only if `do_sample` or what goes with it says so."""
     same = ("do_sample", "frequency_penalty", "max_new_tokens", "repetition_penalty", "seed", "temperature")
-    asked = {name: wanted[name] for name in (*same, "top_k", "top_p", "typical_p") if wanted.get(name) is not None}
-    stops = [*(wanted.get("stop") or ()), *(wanted.get("stop_sequences") or ())]
+    asked = {name: wanted[name] for name in (*same, "top_k", "top_p", "typical_p") if name in wanted}
+    stops = [*wanted.get("stop", ()), *wanted.get("stop_sequences", ())]
     if stops:
         asked["stop_strings"] = stops
     draws = any(name in asked for name in ("temperature", "top_k", "top_p", "typical_p"))
@@ -267,20 +325,39 @@ def _constraint(grammar: Mapping[str, Any] | None) -> Constraint | None:
     return Constraint("json_schema", value)
 
 
-def _reason(chunk: Chunk) -> str:
-    """TGI's words for why it ended."""
+def _reason(chunk: Chunk, prompt: str, made: str, parameters: Mapping[str, Any]) -> str:
+    """TGI's words for why it ended. A stop string may begin with the end of the prompt.
+
+    The last token does not tell: not all that end a model's texts are special, and a form that is whole needs none.
+    """
     if chunk.finish_reason == "length":
         return "length"
-    return "eos_token" if not chunk.tokens or chunk.tokens[-1].special else "stop_sequence"
+    stops = parameters.get("stop_strings", ())
+    for stop in [stops] if isinstance(stops, str) else stops:
+        if stop in prompt[max(0, len(prompt) - len(stop) + 1) :] + made:
+            return "stop_sequence"
+    return "eos_token"
 
 
-def _token(token: Token) -> dict[str, Any]:
-    return {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special}
-
-
-def _details(chunk: Chunk, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _told(token: Token, shown: str | None = None) -> dict[str, Any]:
     return {
-        "finish_reason": _reason(chunk),
+        "id": token.id,
+        "text": token.text if shown is None else shown,
+        "logprob": token.logprob,
+        "special": token.special,
+    }
+
+
+def _texts(tokens: Sequence[Token]) -> list[str]:
+    """What each token adds to the text: one that is a part of a character nothing, and the last part all of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(token.raw, final=place == len(tokens)) for place, token in enumerate(tokens, 1)]
+
+
+def _details(chunk: Chunk, prompt: str, made: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`made` is the text of all tokens that were made after the prompt."""
+    return {
+        "finish_reason": _reason(chunk, prompt, made, parameters),
         "generated_tokens": chunk.usage.completion_tokens if chunk.usage is not None else 0,
         "seed": parameters.get("seed"),
     }
@@ -289,28 +366,35 @@ def _details(chunk: Chunk, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _answer(
     chunks: Sequence[Chunk], prompt: str, wanted: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    def text(chunk: Chunk) -> str:
+    def whole(chunk: Chunk) -> str:
         return (prompt if wanted.get("return_full_text") else "") + (chunk.whole or "")
 
     def told(chunk: Chunk) -> dict[str, Any]:
-        details = _details(chunk, parameters)
-        details["prefill"] = [{"id": each.id, "text": each.text, "logprob": each.logprob} for each in chunk.prompt]
-        details["tokens"] = [_token(token) for token in chunk.tokens]
+        shown_tokens = _texts(chunk.tokens)
+        details = _details(chunk, prompt, "".join(shown_tokens), _seeded(parameters, chunk.index))
+        read = zip(chunk.prompt, _texts(chunk.prompt), strict=True)
+        details["prefill"] = [{"id": token.id, "text": shown, "logprob": token.logprob} for token, shown in read]
+        made = zip(chunk.tokens, shown_tokens, strict=True)
+        details["tokens"] = [_told(token, shown) for token, shown in made]
         if wanted.get("top_n_tokens"):
-            details["top_tokens"] = [[_token(each) for each in token.top] for token in chunk.tokens]
+            details["top_tokens"] = [[_told(each) for each in token.top] for token in chunk.tokens]
         return details
 
     best, *others = chunks
-    answer: dict[str, Any] = {"generated_text": text(best)}
-    if wanted.get("details") or wanted.get("decoder_input_details"):
+    answer: dict[str, Any] = {"generated_text": whole(best)}
+    if _detailed(wanted):
         answer["details"] = told(best)
         if others:
-            answer["details"]["best_of_sequences"] = [{"generated_text": text(each), **told(each)} for each in others]
+            answer["details"]["best_of_sequences"] = [{"generated_text": whole(each), **told(each)} for each in others]
     return answer
 
 
 class _Framing:
-    """TGI's events: one for each token, the last one with the whole text."""
+    """TGI's events: one for each token, the last one with the whole text.
+
+    The tokens' texts add up to that text: a special token that is not part of it has none, and a character that takes
+    several tokens comes with the last of them, for whoever prints them as they come.
+    """
 
     def __init__(
         self,
@@ -319,26 +403,41 @@ class _Framing:
         parameters: Mapping[str, Any],
         done: Callable[[], None],
     ) -> None:
-        self._prompt = prompt if wanted.get("return_full_text") else ""
+        self._prompt = prompt
+        self._before = prompt if wanted.get("return_full_text") else ""
         self._alternatives = bool(wanted.get("top_n_tokens"))
         self._parameters = parameters
         self._count = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._untold = ""
+        self._made = ""
         self._done = done
 
     def chunk(self, chunk: Chunk) -> Events:
         """An event for each token."""
-        for place, token in enumerate(chunk.tokens):
+        self._untold += chunk.text
+        for place, token in enumerate(chunk.tokens, 1):
+            own = self._decoder.decode(token.raw)
             self._count += 1
-            event: dict[str, Any] = {"index": self._count, "token": _token(token)}
+            self._made += own
+            latest = place == len(chunk.tokens)
+            event: dict[str, Any] = {"index": self._count, "token": _told(token, self._tell(own, latest=latest))}
             if self._alternatives:
-                event["top_tokens"] = [_token(each) for each in token.top]
-            last = chunk.finish_reason is not None and place == len(chunk.tokens) - 1
-            event["generated_text"] = self._prompt + (chunk.whole or "") if last else None
+                event["top_tokens"] = [_told(each) for each in token.top]
+            last = latest and chunk.finish_reason is not None
+            event["generated_text"] = self._before + (chunk.whole or "") if last else None
             event["details"] = None
             if last:
                 read = chunk.usage.prompt_tokens if chunk.usage is not None else 0
-                event["details"] = {**_details(chunk, self._parameters), "input_length": read}
+                details = _details(chunk, self._prompt, self._made, self._parameters)
+                event["details"] = {**details, "input_length": read}
             yield event
+
+    def _tell(self, own: str, *, latest: bool) -> str:
+        """The part of the text that goes with a token: all that is there with a chunk's last one, as with most."""
+        length = len(self._untold) if latest else len(own) if self._untold.startswith(own) else 0
+        told, self._untold = self._untold[:length], self._untold[length:]
+        return told
 
     def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
         """TGI has no word for it."""

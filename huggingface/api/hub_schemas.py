@@ -1,15 +1,18 @@
-"""The published schemas of Hugging Face's text tasks, as far as their parameters differ from `/pipeline`'s.
+"""The published schemas of Hugging Face's text tasks: `PUBLISHED` has one a task, `/pipeline`'s own where they agree.
 
-Source: the JSON schemas in `@huggingface/tasks`. A parameter that cannot be honoured here is refused by its name.
+Source: the JSON schemas in `@huggingface/tasks`. A parameter that cannot be honoured here is refused by its name; those
+of `/pipeline` that are not published work too.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .parameters import Parameters, Stop, Text, Texts
+from .parameters import TASK_PARAMETERS, AnyText, Parameters, Stop, TableQuestionAnsweringParameters, Text
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -24,13 +27,14 @@ class Grammar(Parameters):
 class HubTextGeneration(Parameters):
     """`text-generation`, as TGI has it."""
 
+    adapter_id: None = Field(None, description="There are no adapters to choose from.")
     best_of: int | None = Field(None, ge=1, le=64, description="Make so many, and answer with the likeliest.")
     decoder_input_details: bool | None = Field(None, description="Tell the prompt's tokens in the details.")
     details: bool | None = Field(None, description="Tell the tokens.")
     do_sample: bool | None = Field(None, description="Draw each token at random by its probability.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     grammar: Grammar | None = Field(None, strict=False)
-    max_new_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="100 where nothing else sets a limit.")
+    max_new_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="1024 where nothing else sets a limit.")
     repetition_penalty: float | None = Field(None, gt=0)
     return_full_text: bool | None = Field(None, description="Give the prompt before the text.")
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -42,6 +46,7 @@ class HubTextGeneration(Parameters):
     top_p: float | None = Field(None, gt=0, le=1)
     truncate: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="Read only so many of the prompt's tokens.")
     typical_p: float | None = Field(None, gt=0, le=1)
+    watermark: Literal[False] | None = Field(None, description="Texts cannot be marked here.")
 
 
 class HubText2Text(Parameters):
@@ -54,23 +59,68 @@ class HubText2Text(Parameters):
     truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = None
 
 
-class HubFeatures(Parameters):
-    """`feature-extraction`, as TEI has it; older clients put these beside the inputs."""
+class HubSimilarity(Parameters):
+    """`sentence-similarity`, as TEI has it."""
 
-    normalize: bool | None = Field(None, description="Make each vector one unit long.")
     prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
     truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads.")
     truncation_direction: Literal["right", "Right"] | None = None
     dimensions: int | None = Field(None, ge=1, description="The first so many of each vector's numbers.")
+
+
+class HubFeatures(HubSimilarity):
+    """`feature-extraction`, as TEI has it; the clients put these beside the inputs."""
+
+    normalize: bool | None = Field(
+        None, description="Make each vector one unit long; else they are as the model's own modules make them."
+    )
     encoding_format: Literal["float"] | None = None
 
 
-class HubTokenClassification(Parameters):
-    """`token-classification`."""
+class HubTableQuestionAnswering(TableQuestionAnsweringParameters):
+    """`table-question-answering`."""
 
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = None
-    ignore_labels: Texts | None = None
-    stride: int | None = Field(None, ge=1)
+    model: Text | None = Field(None, description="The address asked, which `huggingface_hub` sends along.")
+    padding: Literal["do_not_pad"] | None = Field(None, description="A table is read alone, without padding.")
+
+
+PUBLISHED: Mapping[str, type[Parameters]] = MappingProxyType(
+    {
+        **TASK_PARAMETERS,
+        "text-generation": HubTextGeneration,
+        "text2text-generation": HubText2Text,
+        "summarization": HubText2Text,
+        "translation": HubText2Text,
+        "table-question-answering": HubTableQuestionAnswering,
+        "feature-extraction": HubFeatures,
+        "sentence-similarity": HubSimilarity,
+    }
+)
+
+
+class OneText(Parameters):
+    """What text generation goes on from."""
+
+    inputs: AnyText
+
+
+class SomeTexts(Parameters):
+    """What vectors are made of."""
+
+    inputs: AnyText | Annotated[list[AnyText], Field(min_length=1)]
+
+
+class Compared(Parameters):
+    """Texts that are compared, the first with all others."""
+
+    source_sentence: AnyText
+    sentences: list[AnyText]
+
+
+class ComparedTexts(Parameters):
+    """The same, as a body has it."""
+
+    inputs: Compared = Field(strict=False)
 
 
 class TaskQuery(Parameters):
