@@ -438,6 +438,20 @@ def test_the_best_of_several_is_the_likeliest(client: openai.OpenAI, model: str)
     assert [choice.text for choice in best] == [choice.text for choice in ranked[:2]]
 
 
+def test_tokenizers_that_cannot_be_constrained_say_so(
+    client: openai.OpenAI, server: Server, tiny: Callable[[str], str]
+) -> None:
+    """T5's: its tokens are told of, and a form is refused with the reason."""
+    model = tiny("t5")
+    server.add(model, "text2text-generation")
+    made = client.completions.create(model=model, prompt="the cat", logprobs=1, max_tokens=4, temperature=0)
+    assert len(made.choices[0].logprobs.tokens) == made.usage.completion_tokens
+    body = {"model_id": model, "prompt": "the cat", "regex": "[a-z]+"}
+    refused = server.call("POST", "/generate", json=body)
+    assert refused.status_code in (200, 400)
+    assert refused.status_code == 200 or "cannot be constrained" in refused.json()["error"]
+
+
 # Responses ------------------------------------------------------------------------------------------------------------
 
 

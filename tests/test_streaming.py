@@ -63,7 +63,7 @@ def idle(server: Server, model_id: str) -> None:
         return not (state["running"] or state["waiting"] or state["slots"])
 
     wait_for(still)
-    assert server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0}
+    wait_for(lambda: server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0}, 5)
 
 
 @pytest.fixture

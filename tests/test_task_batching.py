@@ -528,3 +528,10 @@ def test_rows_are_padded_only_where_it_does_not_change_the_answer(models: Models
     if name != "attention within chunks":  # which is right for some lengths only
         assert any((mask == 0).any() for mask in seen) == (name in PADDED_RIGHT)
     assert len(seen) <= len(inputs)
+
+
+def test_a_call_without_inputs_has_its_result_at_once(models: Models) -> None:
+    """It has no row that could be waited for."""
+    runner = models.runner("bert-embed")
+    call = runner.submit("sentence-embeddings", [], {})
+    assert finish(runner, call) == [{"embeddings": [], "tokens": 0}]

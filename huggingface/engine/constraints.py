@@ -62,7 +62,10 @@ class Constraints:
                 if not getattr(self._hf, "is_fast", False):
                     raise InvalidRequest("This model's tokenizer cannot be constrained: it has no tokenizer.json")
                 ends = self._ends or [self._hf.eos_token_id or self._hf.pad_token_id or 0]
-                self._tokens = llguidance.hf.from_tokenizer(self._hf, n_vocab=self._vocabulary, eos_token=ends)
+                try:
+                    self._tokens = llguidance.hf.from_tokenizer(self._hf, n_vocab=self._vocabulary, eos_token=ends)
+                except ValueError as error:  # some kinds of pre-tokenizers
+                    raise InvalidRequest(f"This model's tokenizer cannot be constrained: {error}") from error
             return self._tokens
 
 

@@ -263,7 +263,10 @@ class Batcher:
         for call, request in submitted:
             try:
                 work = None if call.done() else self._begin(request)
-                self._jobs.append(_Job(call, request) if work is None else _Batched(call, request, work))
+                job = _Job(call, request) if work is None else _Batched(call, request, work)
+                self._jobs.append(job)
+                if isinstance(job, _Batched):
+                    self._conclude(job)  # one without any input has its result
             except Exception as error:  # noqa: BLE001 - it is raised again where the result is read
                 self._fail(_Job(call, request), error)
 
