@@ -24,27 +24,38 @@ _COMPOSED = (
 )
 
 
+# The formats that llguidance holds a text to.
+_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+
+
 def closed(schema: Any) -> Any:
-    """The same schema, with objects that name their properties held to these, where nothing else is said.
+    """The same schema in words that llguidance knows, with objects held to the properties that they name.
 
     Whatever fits it, fits the schema. A model would else invent property after property; OpenAI's strict schemas and
-    most servers hold to the named ones too. Schemas that put objects together (`allOf`) are left as they are.
+    most servers hold to the named ones too. Schemas that put objects together (`allOf`) are not narrowed so. Formats
+    that are not known are left out: JSON Schema has them as annotations.
     """
-    return schema if _has(schema, "allOf") else _closed(schema)
+    return _closed(schema, narrow=not _has(schema, "allOf"))
 
 
-def _closed(schema: Any) -> Any:
+def _closed(schema: Any, *, narrow: bool) -> Any:
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_closed(item, narrow=narrow) for item in schema]
     if not isinstance(schema, dict):
         return schema
     result = {
-        name: value if name in ("const", "enum", "default", "examples") else _closed(value)
+        name: value if name in ("const", "enum", "default", "examples") else _closed(value, narrow=narrow)
         for name, value in schema.items()
     }
+    if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
+        del result["format"]
     properties = schema.get("properties")
+    if "propertyNames" in schema:
+        _name_properties(result, schema["propertyNames"])
     if isinstance(properties, dict):
-        result["properties"] = {name: _closed(value) for name, value in properties.items()}  # whatever they are called
+        # Whatever they are called: also `format`, or `properties`.
+        result["properties"] = {name: _closed(value, narrow=narrow) for name, value in properties.items()}
+    if narrow and isinstance(properties, dict):
         required = schema.get("required", [])
         listed = isinstance(required, list) and all(name in properties for name in required)
         least = schema.get("minProperties", 0)
@@ -52,6 +63,19 @@ def _closed(schema: Any) -> Any:
         if properties and listed and enough and not any(name in schema for name in _COMPOSED):
             result["additionalProperties"] = False
     return result
+
+
+def _name_properties(schema: dict[str, Any], names: Any) -> None:
+    """Say `propertyNames` as `properties`, where it says that they are texts, or which ones there are."""
+    if names is True or names == {"type": "string"}:
+        del schema["propertyNames"]
+        return
+    listed = names.get("enum") if isinstance(names, dict) and names.keys() <= {"enum", "type"} else None
+    if isinstance(listed, list) and "properties" not in schema and "patternProperties" not in schema:
+        del schema["propertyNames"]
+        values = schema.get("additionalProperties", True)
+        schema["properties"] = {name: values for name in listed if isinstance(name, str)}
+        schema["additionalProperties"] = False
 
 
 def _has(schema: Any, keyword: str) -> bool:

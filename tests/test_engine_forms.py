@@ -149,6 +149,31 @@ def test_schemas_that_need_other_properties_stay_as_they_are(schema: Any) -> Non
     assert closed(schema) == schema
 
 
+@pytest.mark.parametrize(
+    ("schema", "held"),
+    [
+        ({"type": "string", "format": "password"}, {"type": "string"}),
+        ({"type": "string", "format": "uuid"}, {"type": "string", "format": "uuid"}),
+        ({"properties": {"format": {"type": "null"}}}, None),
+        (
+            {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "null"}},
+            {"type": "object", "additionalProperties": {"type": "null"}},
+        ),
+        (
+            {"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "null"}, "required": ["a"]},
+            {
+                "properties": {"a": {"type": "null"}, "b": {"type": "null"}},
+                "additionalProperties": False,
+                "required": ["a"],
+            },
+        ),
+        ({"propertyNames": {"pattern": "^a"}}, {"propertyNames": {"pattern": "^a"}}),
+    ],
+)
+def test_schemas_are_said_in_words_that_are_known(schema: Any, held: Any) -> None:
+    assert closed(schema) == (held or {**schema, "additionalProperties": False})
+
+
 def test_every_answer_is_what_its_schema_says(llama: Served) -> None:
     """500 schemas, sixteen at once, each with its own, greedy and sampled: all answers parse and validate."""
     draw = random.Random(11)
