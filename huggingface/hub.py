@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,13 @@ _ATTEMPTS = 3  # of one file, where the Hub stumbles; seconds between them: 1, 2
 _PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.spm", "*.jinja", "*.tiktoken", "*.codes", "*.tokenizer")
 _UNWANTED = ("*.index.json", "trainer_state.json", "all_results.json", "*_results.json", "README.txt", "LICENSE.txt")
 _TEMPLATES = "additional_chat_templates/"
+# What the modules of a sentence-transformers model lie in, beside its transformer: `1_Pooling/config.json`.
+_MODULE_FILE = re.compile(r"[0-9]+_[A-Za-z0-9_]+/(config\.json|model\.safetensors)")
+
 _NAMES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
     "generation_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
@@ -191,6 +198,7 @@ class _Repository:
             name
             for name in listing
             if (name.startswith(_TEMPLATES) and name.endswith(".jinja"))
+            or ("modules.json" in listing and _MODULE_FILE.fullmatch(name))
             or (
                 "/" not in name
                 and any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)

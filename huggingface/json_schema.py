@@ -11,6 +11,9 @@ from typing import Any
 # llguidance's options for JSON as `json.dumps` writes it: with whitespace at will, a model may write nothing else.
 TIDY: Mapping[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
+# Values, not schemas; and `properties`, whose names are not keywords.
+_AS_THEY_ARE = ("const", "enum", "default", "examples", "properties")
+
 # What may add properties to those of an object, beside it or from afar.
 _COMPOSED = (
     "additionalProperties",
@@ -34,6 +37,9 @@ def closed(schema: Any) -> Any:
     Whatever fits it, fits the schema. A model would else invent property after property; OpenAI's strict schemas and
     most servers hold to the named ones too. Schemas that put objects together (`allOf`) are not narrowed so. Formats
     that are not known are left out: JSON Schema has them as annotations.
+
+    Raises:
+        ValueError: it wants several properties without naming them: a name may come twice, and then be one too few.
     """
     return _closed(schema, narrow=not _has(schema, "allOf"))
 
@@ -43,13 +49,14 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
         return [_closed(item, narrow=narrow) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {
-        name: value if name in ("const", "enum", "default", "examples") else _closed(value, narrow=narrow)
-        for name, value in schema.items()
-    }
+    result = {name: value if name in _AS_THEY_ARE else _closed(value, narrow=narrow) for name, value in schema.items()}
     if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
         del result["format"]
     properties = schema.get("properties")
+    least = schema.get("minProperties", 0)
+    open_ended = schema.get("additionalProperties", True) is not False or "patternProperties" in schema
+    if isinstance(least, int) and least > max(1, len(schema.get("required", ()))) and open_ended:
+        raise ValueError(f"minProperties of {least} needs properties that are named, and no others")
     if "propertyNames" in schema:
         _name_properties(result, schema["propertyNames"])
     if isinstance(properties, dict):
@@ -58,9 +65,7 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
     if narrow and isinstance(properties, dict):
         required = schema.get("required", [])
         listed = isinstance(required, list) and all(name in properties for name in required)
-        least = schema.get("minProperties", 0)
-        enough = isinstance(least, int) and least <= len(properties)
-        if properties and listed and enough and not any(name in schema for name in _COMPOSED):
+        if properties and listed and not any(name in schema for name in _COMPOSED):
             result["additionalProperties"] = False
     return result
 

@@ -50,9 +50,10 @@ from .errors import (
 from .memory import forget_frames, release_freed
 from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, LoadOptions, ModelRecord, timestamp
 from .tasks import HEADS, MODEL_TYPES, Head
-from .tasks.embedding import Pooling, find_pooling, note_activation
+from .tasks.embedding import Pooling, find_pooling
 from .tasks.generation import generation_arguments
 from .tasks.positions import max_positions
+from .tasks.reranking import note_cross_encoder
 from .tasks.runner import TaskRunner
 from .tasks.text_generation import TextGenerations
 
@@ -332,14 +333,15 @@ def _load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
     head = _head(model_id, config, wanted)
     with _BUILDING:
         model = _read_model(model_id, folder, config, head, device, options, trusted)
-    note_activation(model.config, folder)
-    return LoadedModel(record, model, tokenizer, head, device, options.engine, _pooling(folder))
+        pooling = _pooling(folder, model, trusted)
+    note_cross_encoder(model.config, folder)
+    return LoadedModel(record, model, tokenizer, head, device, options.engine, pooling)
 
 
-def _pooling(folder: Path) -> Pooling | LocalLLMError | None:
+def _pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError | None:
     """What a sentence-transformers folder says of making vectors; what is wrong there is told to who asks for one."""
     try:
-        return find_pooling(folder)
+        return find_pooling(folder, model, trusted=trusted)
     except InvalidRequest as error:
         return error
     except Exception as error:
@@ -480,7 +482,7 @@ def _read_model(
     model_id: str, folder: Path, config: Any, head: Head, device: str, options: LoadOptions, trusted: bool
 ) -> Any:
     try:
-        model, info = _HEADS[head].auto_class.from_pretrained(
+        model, info = _auto_class(config, head).from_pretrained(
             folder,
             config=config,
             dtype=torch.float32 if device == "cpu" else "auto",
@@ -500,6 +502,14 @@ def _read_model(
         if "allocate memory" in str(error):  # what torch's CPU allocator says
             raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
         raise _refusal(model_id, folder, error, "its weights or its config.json") from error
+
+
+def _auto_class(config: Any, head: Head) -> Any:
+    """What loads the model: of T5 and its kin there are weights of the encoder alone, as in sentence-t5."""
+    encoder = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    if head == "base" and encoder.endswith("EncoderModel") and encoder in (config.architectures or ()):
+        return transformers.AutoModelForTextEncoding
+    return _HEADS[head].auto_class
 
 
 def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:

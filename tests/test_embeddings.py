@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +68,107 @@ def test_vectors_are_those_of_sentence_transformers(
     model = embedding(name)
     assert np.allclose(vectors(client, model, TEXTS), expected(models_dir, model, TEXTS), atol=1e-5)
     assert np.allclose(vectors(client, model, TEXTS[0]), expected(models_dir, model, TEXTS[:1]), atol=1e-5)
+
+
+# What `save` makes: the model under the modules, how they pool, and what else is said.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "several": {"mode": ("cls", "max", "mean_sqrt_len_tokens")},
+    "root-of-length": {"mode": "mean_sqrt_len_tokens"},
+    "layer-norm": {"layer_norm": True},
+    "weighted-outside": {"mode": "weightedmean", "prompts": {"q": "the cat "}, "default": "q", "include": False},
+    "encoder-of-t5": {"base": "t5"},
+    "whole-bart": {"base": "bart"},
+    "chat": {"base": "llama", "mode": "lasttoken"},
+    "chat-prompt": {"base": "llama", "prompts": {"q": "the cat "}, "default": "q"},
+}
+
+
+@pytest.fixture(scope="module")
+def save(server: Server, models_dir: Path, tiny: Callable[[str], str]) -> Callable[..., str]:
+    """Has sentence-transformers save a model of `VARIANTS`, registers it, and gives its id.
+
+    `changes` are what its JSON files then say besides, `name` what it is called if it is not the variant itself.
+    """
+
+    def make(variant: str, name: str = "", **changes: dict[str, Any]) -> str:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Transformer
+        from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
+        how = VARIANTS.get(variant, {})
+        model_id = f"tiny/st-made-{name or variant}"
+        if not (models_dir / model_id).is_dir():
+            transformer = Transformer(str(models_dir / tiny(how.get("base", "bert-embed"))))
+            pooling = Pooling(
+                transformer.get_embedding_dimension(), how.get("mode", "mean"), include_prompt=how.get("include", True)
+            )
+            modules: list[torch.nn.Module] = [transformer, pooling]
+            if how.get("layer_norm"):
+                modules.append(LayerNorm(pooling.get_embedding_dimension()))
+            prompts, default = how.get("prompts"), how.get("default")
+            SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default, device="cpu").save(
+                str(models_dir / model_id), create_model_card=False
+            )
+            for file, values in changes.items():
+                path = models_dir / model_id / f"{file}.json"
+                said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+                path.write_text(json.dumps({**said, **values}), "utf-8")
+            server.add(model_id, "feature-extraction")
+        return model_id
+
+    return make
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_modules_models_and_chat_templates_are_used_as_the_library_uses_them(
+    name: str, client: openai.OpenAI, save: Callable[..., str], models_dir: Path
+) -> None:
+    model = save(name)
+    texts = [*TEXTS, "The CAT is ΟΔΟΣ"]
+    assert np.allclose(vectors(client, model, texts), expected(models_dir, model, texts), atol=1e-5)
+
+
+def test_a_folder_of_an_older_version_says_the_same(
+    client: openai.OpenAI, save: Callable[..., str], models_dir: Path
+) -> None:
+    """Of how texts are read: the file had another name for some models, and lengths and letters stood in it."""
+    model = save("older", sentence_roberta_config={"max_seq_length": 9, "do_lower_case": True})
+    (models_dir / model / "sentence_bert_config.json").unlink()
+    texts = ["the CAT sat on the mat and the dog sat on the cat", "The CAT"]
+    with pytest.raises(openai.BadRequestError, match="reads 9"):
+        vectors(client, model, texts)
+    cut = vectors(client, model, texts, extra_body={"truncate": True})
+    assert np.allclose(cut, expected(models_dir, model, texts), atol=1e-5)
+
+
+def test_a_prompt_may_be_empty(client: openai.OpenAI, embedding: Callable[[str], str], models_dir: Path) -> None:
+    model = embedding("prompts")  # which has one by default
+    bare = vectors(client, model, TEXTS, extra_body={"prompt_name": "document"})
+    assert np.allclose(bare, expected(models_dir, model, TEXTS, prompt_name="document"), atol=1e-5)
+    assert not np.allclose(bare, vectors(client, model, TEXTS), atol=1e-3)
+
+
+def test_no_prompt_concerns_tokens(client: openai.OpenAI, save: Callable[..., str], models_dir: Path) -> None:
+    """None goes before them, so none of them is left out of the average; naming one is refused."""
+    model = save("weighted-outside")
+    ids = AutoTokenizer.from_pretrained(models_dir / model)(TEXTS[0])["input_ids"]
+    plain = expected(models_dir, model, TEXTS[:1], prompt="")
+    assert np.allclose(vectors(client, model, ids), plain, atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match="tokens") as caught:
+        vectors(client, model, ids, extra_body={"prompt_name": "q"})
+    assert caught.value.param == "prompt_name"
+
+
+@pytest.mark.parametrize("kind", ["sentence_transformers.base.modules.router.Router", "custom_code.Transformer"])
+def test_modules_that_are_not_served_are_refused_by_their_names(
+    kind: str, client: openai.OpenAI, save: Callable[..., str], models_dir: Path
+) -> None:
+    model = save("refused", kind.rpartition(".")[2].lower())
+    path = models_dir / model / "modules.json"
+    first, *others = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps([{**first, "type": kind}, *others]), "utf-8")
+    with pytest.raises(openai.BadRequestError, match=kind.rpartition(".")[2]):
+        vectors(client, model, TEXTS)
 
 
 @pytest.mark.parametrize("name", ["prompts", "outside"])
@@ -187,10 +290,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 
 
 def test_models_that_give_no_vectors_say_so(client: openai.OpenAI, server: Server, tiny: Callable[[str], str]) -> None:
-    model = tiny("tapas")
-    server.add(model, "table-question-answering")
-    with pytest.raises(openai.BadRequestError, match="table-question-answering"):
-        vectors(client, model, TEXTS)
+    for name, task in (("tapas", "table-question-answering"), ("t5", "summarization"), ("mbart", "translation")):
+        model = tiny(name)
+        server.add(model, task)
+        with pytest.raises(openai.BadRequestError, match=task):
+            vectors(client, model, TEXTS)
     with pytest.raises(openai.NotFoundError) as caught:
         vectors(client, "no/such-model", TEXTS)
     assert caught.value.code == "model_not_found"
@@ -218,6 +322,42 @@ def test_documents_are_ranked_as_a_cross_encoder_ranks_them(
         assert "document" not in result
     best = requests.post(f"{server.url}/v1/rerank", json={**body, "top_n": 2, "return_documents": True}, timeout=60)
     assert [result["document"]["text"] for result in best.json()["results"]] == [documents[i] for i in ranked[:2]]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"activation_fn": "torch.nn.modules.activation.Tanh"},
+        {"activation_fn": "torch.nn.Identity"},
+        {"activation_fn": "somebody.elses.Code"},
+        {"prompts": {"q": "a dog "}, "default_prompt_name": "q"},
+    ],
+)
+def test_what_a_cross_encoders_folder_says_counts(
+    said: dict[str, Any], server: Server, models_dir: Path, tiny: Callable[[str], str], request: pytest.FixtureRequest
+) -> None:
+    """Its own file before the model's config; pairs are cut at the tokenizer's limit, not at the model's."""
+    from sentence_transformers import CrossEncoder
+
+    model = f"tiny/cross-{request.node.callspec.id}"
+    folder = models_dir / model
+    shutil.copytree(models_dir / build_cross_encoder(models_dir, tiny), folder)
+    for file, changes in (
+        ("config_sentence_transformers.json", said),
+        ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.ReLU"}}),
+    ):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+    server.add(model, "text-classification")
+    documents = [*TEXTS, "the cat and a dog " * 20]
+    body = {"model": model, "query": "where is the cat", "documents": documents}
+    refused = requests.post(f"{server.url}/v1/rerank", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"documents.{len(TEXTS)}")
+    assert "reads 64" in refused.json()["error"]["message"]
+    answer = requests.post(f"{server.url}/v1/rerank", json={**body, "truncate": True}, timeout=60).json()
+    scores = CrossEncoder(str(folder), device="cpu").predict([(body["query"], text) for text in documents])
+    for result in answer["results"]:
+        assert result["relevance_score"] == pytest.approx(float(scores[result["index"]]), rel=1e-5, abs=1e-5)
 
 
 def test_reranking_refuses_what_it_cannot_do(server: Server, models_dir: Path, tiny: Callable[[str], str]) -> None:

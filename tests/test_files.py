@@ -7,13 +7,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import tiny_models
 from conftest import Server
+from embedding_models import build_embedding
 from hub_place import Place, load, refused, sent, works
 
 TOKEN = "hf_token_of_the_tests"
@@ -89,6 +91,18 @@ def test_chat_templates_in_files_of_their_own_are_used(place: Place, server: Ser
     assert "onnx/tokenizer.json" not in files
     chat = {"model_id": "org/templates", "messages": [{"role": "user", "content": "Hello"}]}
     assert "messages" in server.call("POST", "/generate", json=chat).json()["error"]  # the broken template was asked
+
+
+def test_the_modules_of_a_sentence_embedding_model_are_brought_too(
+    place: Place, server: Server, models_dir: Path, tiny: Callable[[str], str]
+) -> None:
+    model_id = build_embedding(models_dir, tiny, "dense")
+    shutil.copytree(models_dir / model_id, place.hub.root / "org/embedder")
+    assert load(server, "org/embedder", "feature-extraction").status_code == 200
+    body = {"model": "org/embedder", "input": "the cat"}
+    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    assert answer["pooling"] == "sentence-transformers"
+    assert len(answer["data"][0]["embedding"]) == 12, "through its dense module"
 
 
 def sharded(folder: Path) -> None:

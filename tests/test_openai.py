@@ -292,6 +292,96 @@ def test_a_call_that_must_be_made_fits_its_tool(
             assert reason == "tool_calls"
 
 
+def test_a_call_that_is_cut_off_is_none_to_act_on(client: openai.OpenAI, model: str) -> None:
+    """It ends for its length, or at its stop, and what is not a call yet is not shown as text."""
+    long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 500}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": long}}
+    options: dict[str, Any] = {"model": model, "messages": HI, "tools": [tool], "tool_choice": "required"}
+    for most in (3, 60):
+        [choice] = client.chat.completions.create(max_tokens=most, **options).choices
+        assert choice.finish_reason == "length"
+        assert not choice.message.content
+        events = list(client.chat.completions.create(max_tokens=most, stream=True, **options))
+        assert events[-1].choices[0].finish_reason == "length"
+        assert not any(event.choices[0].delta.content for event in events)
+    [stopped] = client.chat.completions.create(stop='"a"', **options).choices
+    assert stopped.finish_reason == "stop"
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, of what it adds
+def test_what_the_client_parsed_can_be_sent_back(client: openai.OpenAI, model: str) -> None:
+    class City(pydantic.BaseModel):
+        city: Literal["Oslo", "Rome"]
+
+    options: dict[str, Any] = {"model": model, "temperature": 0}
+    tool = openai.pydantic_function_tool(City)
+    options |= {"max_tokens": 60}
+    asked = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    message = client.chat.completions.parse(messages=HI, **asked, **options).choices[0].message
+    assert isinstance(message.tool_calls[0].function.parsed_arguments, City)
+    options |= {"max_tokens": 20}
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "ok", "name": "f"} for call in message.tool_calls]
+    assert client.chat.completions.create(messages=[*HI, message, *results], **options).choices
+    parsed = client.chat.completions.parse(messages=HI, response_format=City, **options).choices[0].message
+    assert isinstance(parsed.parsed, City)
+    assert client.chat.completions.create(messages=[*HI, parsed, *HI], **options).choices
+
+
+def test_what_is_null_is_left_out(server: Server, model: str) -> None:
+    """Whatever OpenAI has that can be null."""
+    nothing = {"chat/completions": {"messages": HI}, "completions": {"prompt": "a"}, "responses": {"input": "a"}}
+    fields = {
+        "chat/completions": "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens "
+        "max_tokens metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key "
+        "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store stream "
+        "stream_options temperature tool_choice tools top_logprobs top_p user verbosity web_search_options",
+        "completions": "best_of echo frequency_penalty logit_bias logprobs n presence_penalty seed stop stream "
+        "stream_options suffix temperature top_p user",
+        "responses": "background conversation include instructions max_tool_calls metadata parallel_tool_calls "
+        "previous_response_id prompt prompt_cache_key reasoning safety_identifier service_tier store stream "
+        "stream_options temperature text tool_choice tools top_logprobs top_p truncation user",
+    }
+    for path, body in nothing.items():
+        limit = "max_output_tokens" if path == "responses" else "max_tokens"
+        asked = {"model": model, **body, **dict.fromkeys(fields[path].split()), limit: 2}
+        answer = requests.post(f"{server.url}/v1/{path}", json=asked, timeout=60)
+        assert answer.status_code == 200, (path, answer.text)
+
+
+def test_refusals_of_forms_name_the_field_that_was_sent(server: Server, model: str) -> None:
+    bad = {"type": "object", "properties": {"a": {"not": {}}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": bad}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": bad}}
+    flat = {"type": "json_schema", "name": "a", "schema": bad}
+    endless = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}}}}
+    endless["$defs"]["a"] |= {"required": ["x"], "additionalProperties": False}  # type: ignore[index]
+    many = {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 3}
+    for path, body, field in (
+        ("chat/completions", {"messages": HI, "response_format": form}, "response_format"),
+        ("chat/completions", {"messages": HI, "tools": [tool], "tool_choice": "required"}, "tools"),
+        ("responses", {"input": "a", "text": {"format": flat}}, "text.format"),
+        ("responses", {"input": "a", "reasoning": {"effort": "low"}}, "reasoning.effort"),
+        (
+            "chat/completions",
+            {"messages": HI, "response_format": {**form, "json_schema": {"name": "a", "schema": many}}},
+            "response_format",
+        ),
+    ):
+        error = requests.post(f"{server.url}/v1/{path}", json={"model": model, **body}, timeout=60).json()["error"]
+        assert error["param"] == field, error
+        assert "start:" not in error["message"]
+    body = {"messages": HI, "response_format": {**form, "json_schema": {"name": "a", "schema": endless}}}
+    answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60)
+    assert answer.status_code == 400
+    assert "<state>" not in answer.text
+    tool["function"] = {"name": "f", "parameters": {"type": "array"}}
+    body = {"messages": HI, "tools": [tool]}
+    error = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60).json()[
+        "error"
+    ]
+    assert error["param"] == "tools.0.function.parameters"
+
+
 def test_tools_and_what_they_gave_reach_the_template(client: openai.OpenAI, tooled: str) -> None:
     """Each of them changes how many tokens the prompt has."""
 

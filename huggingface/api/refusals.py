@@ -100,8 +100,11 @@ def _reason(problem: Mapping[str, Any]) -> str:
         least = context["min_length"]
         unit = "item(s)" if kind == "too_short" else "character(s)"
         return "must not be empty" if least == 1 else f"must have at least {least} {unit}"
-    if kind == "literal_error" and " or " not in context["expected"]:
-        return f"must be {context['expected']}"
+    if kind == "literal_error":
+        expected = context["expected"]
+        for python, json in (("False", "false"), ("True", "true"), ("None", "null")):
+            expected = expected.replace(python, json)
+        return f"must be one of {expected}" if " or " in expected else f"must be {expected}"
     if kind == "value_error":
         return str(context["error"])
     if kind in _REASONS:

@@ -98,12 +98,15 @@ class Form:
     @property
     def complete(self) -> bool:
         """Whether the text is whole, and nothing may follow."""
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
     def error(self) -> str:
         """What is wrong, as where a grammar turns out to be too complex; else empty."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        if not self._matcher.is_error():
+            return ""
+        said = str(self._matcher.get_error()).split("\n<state>")[0]  # what follows is llguidance's own state
+        return "nothing fits it" if said.strip().startswith("NoExtension") else said
 
 
 class Constrained(LogitsProcessor):  # type: ignore[misc]
@@ -165,6 +168,8 @@ def _grammar(constraint: Constraint) -> str:
             return str(LLMatcher.grammar_from_regex(value))
         if kind == "choice":
             return str(LLMatcher.grammar_from_lark(_choices(value)))
+    except RecursionError as error:
+        raise _refuse(kind, "nested too deeply") from error
     except (ValueError, TypeError) as error:
         raise _refuse(kind, str(error)) from error
     return str(LLMatcher.grammar_from_lark(value))

@@ -169,7 +169,10 @@ class Preparer:
         """
         constraint = request.constraint
         if callable(constraint):
-            constraint = constraint(end)
+            try:
+                constraint = constraint(end)
+            except (ValueError, RecursionError) as error:
+                raise refuse("grammar", f"it cannot be compiled: {error}") from error
         if constraint is None:
             return None
         for name in ("min_new_tokens", "min_length"):

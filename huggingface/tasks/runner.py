@@ -143,26 +143,24 @@ class TaskRunner:
         from .embedding import EmbeddingWork
 
         pooling = self._pooling()
-        config = self._model.config
-        if pooling is not None and config.is_encoder_decoder:
-            pipeline = self._pipeline("feature-extraction", self._model.get_encoder())
-        elif "feature-extraction" in self.supported:
-            pipeline = self._pipeline("feature-extraction")
-        else:
+        config, whole = self._model.config, "feature-extraction" in self.supported
+        decodes = config.is_encoder_decoder and hasattr(self._model.base_model, "decoder")
+        if (decodes and pooling is None) or not (decodes or whole):
             raise UnsupportedTask(self._model_id, "embeddings", self.supported)
+        # As sentence-transformers: the encoder alone, of a model that must be told what to decode.
+        pipeline = self._pipeline("feature-extraction", None if whole else self._model.get_encoder())
         limits = (pipeline.limit, config.get_text_config().vocab_size)
         return EmbeddingWork(pipeline, self._tokenizer, pooling, request.inputs, request.parameters, limits)
 
     def _reranking(self, request: Request) -> Work:
-        from .embedding import RerankWork, activation_of
+        from .reranking import RerankWork
 
         if self._head != "sequence-classification":
             raise UnsupportedTask(self._model_id, "rerank", self.supported)
         if self._model.config.num_labels != 1:
             raise shapes.refuse("model", f"is no cross-encoder: it has {self._model.config.num_labels} labels, not one")
         pipeline = self._pipeline("text-classification")
-        activation = activation_of(self._model.config)
-        return RerankWork(pipeline, self._tokenizer, activation, request.inputs, request.parameters)
+        return RerankWork(pipeline, self._tokenizer, self._model.config, request.inputs, request.parameters)
 
     def _whole(self, request: Request) -> Any:
         name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -45,12 +46,14 @@ def answer_chat(
         if most is not None:
             asked["max_new_tokens"] = most
         named = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        with openai_names({"max_new_tokens": named, "stop_strings": "stop"}):
+        form = "tools" if wish.tools and wish.choice not in ("auto", "none") else "response_format"
+        names = {"max_new_tokens": named, "stop_strings": "stop", "json_schema": "response_format", "grammar": form}
+        with openai_names(names):
             parameters = openai_parameters(record, model.own_parameters, asked)
         conversation = Conversation(model.chat, plain_messages(body.messages), wish)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = conversation.requests(parameters, count, streams=bool(body.stream), logprobs=logprobs)
-        ticket = begin(model, flight, requests)
+        ticket = begin(model, flight, requests, names)
         about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
         if not body.stream:
             answer = _whole(list(flight.chunks()), conversation, ticket.prompt_end, about, body, count)
@@ -61,7 +64,7 @@ def answer_chat(
             about,
             body,
             count,
-            conversation.single_call,
+            conversation,
             lambda: registry.record_use(record.model_id),
         )
         response = event_stream(flight, ticket, framing)
@@ -158,41 +161,54 @@ def _whole(
     for index, its in sorted(by_index.items()):
         text = its[-1].whole or ""
         parser = conversation.parser(prompt_end)
-        message, called = message_of([*parser.feed(text), *parser.finish()], conversation.single_call)
+        message = message_of([*parser.feed(text), *parser.finish()], conversation)
+        calls = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
         tokens = [token for chunk in its for token in chunk.tokens]
         choices.append(
             {
                 "index": index,
                 "message": message,
                 "logprobs": chat_logprobs(within(text, tokens)) if body.logprobs else None,
-                "finish_reason": "tool_calls" if called else its[-1].finish_reason,
+                "finish_reason": _reason(its[-1], calls),
             }
         )
     return {**about, "object": "chat.completion", "choices": choices, "usage": counted.to_dict()}
 
 
-def message_of(parts: Sequence[Part], single_call: bool) -> tuple[dict[str, Any], bool]:
-    """An assistant's message, and whether it calls tools."""
+def _reason(last: Chunk, calls: Sequence[str]) -> str | None:
+    """Why an answer ended that makes calls with these arguments: for a call's sake only if that is whole."""
+    if last.finish_reason == "length" or not calls:
+        return last.finish_reason
+    try:
+        json.loads(calls[-1])
+    except ValueError:
+        return last.finish_reason
+    return "tool_calls"
+
+
+def message_of(parts: Sequence[Part], conversation: Conversation) -> dict[str, Any]:
+    """An assistant's message. Where a call must be made, what is none is the beginning of one, and not told."""
     content, reasoning = "", ""
     calls: list[dict[str, Any]] = []
     for part in parts:
         match part:
             case Content():
-                content += part.text
+                content += "" if conversation.must_call else part.text
             case Reasoning():
                 reasoning += part.text
             case CallStart():
                 calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
             case CallArguments():
                 calls[part.index]["function"]["arguments"] += part.text
-    if single_call:
+    if conversation.single_call:
         del calls[1:]
-    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    nothing = None if calls or conversation.must_call else ""
+    message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
-    return message, bool(calls)
+    return message
 
 
 class _Framing:
@@ -204,17 +220,17 @@ class _Framing:
         about: Mapping[str, Any],
         body: schemas.ChatBody,
         count: int,
-        single_call: bool,
+        conversation: Conversation,
         done: Callable[[], None],
     ) -> None:
         self._parser = parser
         self._parsers: dict[int, AnswerParser] = {}
-        self._called: set[int] = set()
+        self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
         self._about = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._counted = Counted(count)
-        self._single_call = single_call
+        self._conversation = conversation
         self._done = done
 
     def chunk(self, chunk: Chunk) -> Events:
@@ -235,21 +251,22 @@ class _Framing:
         for place, delta in enumerate(deltas):
             yield self._event(index, delta, tokens=tokens if not place else ())
         if chunk.finish_reason is not None:
-            yield self._event(index, {}, "tool_calls" if index in self._called else chunk.finish_reason)
+            yield self._event(index, {}, _reason(chunk, self._arguments[index]))
 
     def _delta(self, index: int, part: Part) -> dict[str, Any] | None:
         match part:
             case Content():
-                return {"content": part.text}
+                return None if self._conversation.must_call else {"content": part.text}
             case Reasoning():
                 return {"reasoning_content": part.text}
-            case _ if self._single_call and part.index > 0:
+            case _ if self._conversation.single_call and part.index > 0:
                 return None
             case CallStart():
-                self._called.add(index)
+                self._arguments[index].append("")
                 function = {"name": part.name, "arguments": ""}
                 return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
             case CallArguments():
+                self._arguments[index][-1] += part.text
                 return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
     def _event(

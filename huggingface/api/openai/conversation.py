@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+
 from ...chat.formats import (
     ReasoningTags,
     ToolFormat,
@@ -100,6 +103,11 @@ class Conversation:
         )
 
     @property
+    def must_call(self) -> bool:
+        """Whether nothing but calls is wanted."""
+        return bool(self._tools) and self._wish.choice not in ("auto", "none")
+
+    @property
     def single_call(self) -> bool:
         """Whether no more than one call is wanted."""
         return not self._wish.parallel
@@ -109,8 +117,7 @@ class Conversation:
 
     def _constraint(self) -> Constraint | Callable[[str], Constraint | None] | None:
         wish, reasoning = self._wish, self._reasoning
-        must_call = bool(self._tools) and wish.choice not in ("auto", "none")
-        if must_call:
+        if self.must_call:
             assert self._format is not None  # noqa: S101 - there are tools
             form, named = self._format, None if wish.choice == "required" else wish.choice
 
@@ -165,6 +172,11 @@ class Conversation:
         )
 
     def _has(self, variable: str) -> bool:
+        try:
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(self._template)
+            return variable in find_undeclared_variables(parsed)
+        except TemplateSyntaxError:  # transformers has a tag of its own, which marks what an assistant says
+            pass
         return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", self._template) is not None
 
     def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

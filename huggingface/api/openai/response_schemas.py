@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .schemas import Asked, Count, Part, Text, ToolName, one_of, refuse
+from .schemas import Asked, Count, Part, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
 
 
 class InputText(Part):
@@ -56,6 +56,10 @@ class CallItem(Part):
     arguments: Text
     id: Text | None = None
     status: Text | None = None
+    parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
+    caller: None = None
+    namespace: None = None
+    async_: None = Field(None, alias="async")
 
 
 class ResultItem(Part):
@@ -64,6 +68,7 @@ class ResultItem(Part):
     type: Literal["function_call_output"]
     call_id: Text
     output: ItemContent
+    caller: None = None
     id: Text | None = None
     status: Text | None = None
 
@@ -96,6 +101,11 @@ class FunctionTool(Part):
     description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return of_an_object(value)
 
 
 class NamedFunctionTool(Part):
@@ -176,6 +186,9 @@ class ResponseBody(Asked):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
+    max_tool_calls: None = None
+    prompt: None = None
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:

@@ -34,16 +34,20 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
         asked = body.own() | body.drawing()
         if body.max_output_tokens is not None:
             asked["max_new_tokens"] = body.max_output_tokens
-        with openai_names({"max_new_tokens": "max_output_tokens"}):
+        wish = _wish(body)
+        form = "tools" if wish.tools and wish.choice not in ("auto", "none") else "text.format"
+        names = {"max_new_tokens": "max_output_tokens", "json_schema": "text.format", "grammar": form}
+        names |= {"reasoning_effort": "reasoning.effort", "messages": "input"}
+        with openai_names(names):
             parameters = openai_parameters(record, model.own_parameters, asked)
-        conversation = Conversation(model.chat, _messages(body), _wish(body))
+            conversation = Conversation(model.chat, _messages(body), wish)
         logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
         requests = conversation.requests(parameters, 1, streams=bool(body.stream), logprobs=logprobs)
-        ticket = begin(model, flight, requests)
+        ticket = begin(model, flight, requests, names)
         writer = _Writer(
             _about(record.model_id, body, parameters),
             lambda: conversation.parser(ticket.prompt_end),
-            conversation.single_call,
+            conversation,
             logprobs is not None,
         )
         if not body.stream:
@@ -161,12 +165,12 @@ class _Writer:
     """Makes the output's items of an answer, and the events that tell of them, as they are written."""
 
     def __init__(
-        self, about: Mapping[str, Any], parser: Callable[[], AnswerParser], single_call: bool, logprobs: bool
+        self, about: Mapping[str, Any], parser: Callable[[], AnswerParser], conversation: Conversation, logprobs: bool
     ) -> None:
         self._about = about
         self._make_parser = parser
         self._parser: AnswerParser | None = None
-        self._single_call = single_call
+        self._conversation = conversation
         self._logprobs = logprobs
         self._tokens: list[Token] = []
         self._output: list[dict[str, Any]] = []
@@ -184,7 +188,7 @@ class _Writer:
         if chunk.finish_reason is not None:
             self._last = chunk
             events += [event for part in self._parser.finish() for event in self._part(part)]
-            if not self._output:
+            if not self._output and not self._conversation.must_call:
                 events += self._begin_message()
             events += self._close()
         return events
@@ -218,11 +222,13 @@ class _Writer:
 
     def _part(self, part: Part) -> list[dict[str, Any]]:
         match part:
+            case Content() if self._conversation.must_call:
+                return []
             case Content():
                 return self._write("message", "output_text", part.text)
             case Reasoning():
                 return self._write("reasoning", "reasoning_text", part.text)
-            case _ if self._single_call and part.index > 0:
+            case _ if self._conversation.single_call and part.index > 0:
                 return []
             case CallStart():
                 item = {"type": "function_call", "id": new_id("fc_"), "call_id": part.id, "name": part.name}

@@ -50,6 +50,21 @@ def refuse(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
 
 
+# Seeds there are here, with some left for further answers.
+_SEEDS = 2**63 - 256
+
+
+def of_an_object(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    """See that the schema of a function's arguments is one of an object.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if parameters is not None and parameters.get("type", "object") != "object":
+        raise ValueError("must be the schema of an object")
+    return parameters
+
+
 class Part(BaseModel):
     """Some of a body."""
 
@@ -133,7 +148,7 @@ class Penalized(Asked):
 
     n: int | None = Field(None, ge=1, le=128, description="How many answers.")
     stop: Stop | Stops | None = None
-    seed: int | None = Field(None, ge=0, lt=2**63 - 256)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] | None = None
@@ -153,7 +168,7 @@ class Penalized(Asked):
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": self.logit_bias or None,
             "stop_strings": stops or None,
-            "seed": self.seed,
+            "seed": None if self.seed is None else self.seed % _SEEDS,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -180,6 +195,7 @@ class CalledFunction(Part):
 
     name: ToolName
     arguments: Text = Field(description="A JSON object, as text.")
+    parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
 
 
 class ToolCall(Part):
@@ -228,6 +244,8 @@ class AssistantMessage(Part):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
+    parsed: Any = None  # what OpenAI's own client adds, and sends back
+    reasoning: Text | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -242,6 +260,7 @@ class ToolMessage(Part):
     role: Literal["tool"]
     content: Content
     tool_call_id: Text
+    name: Text | None = None
 
 
 _ROLES: dict[str, type[BaseModel]] = {
@@ -265,12 +284,23 @@ class Function(Part):
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object.")
     strict: bool | None = Field(None, description="Arguments of a call that must be made always fit the schema.")
 
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return of_an_object(value)
+
 
 class Tool(Part):
     """A tool."""
 
     type: Literal["function"]
     function: Function
+
+
+if TYPE_CHECKING:
+    AnyTool = Tool
+else:
+    AnyTool = one_of("type", {"function": Tool}, "must be 'function': other tools are OpenAI's own")
 
 
 class NamedFunction(Part):
@@ -333,7 +363,7 @@ class ChatBody(Penalized):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[AnyTool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -345,6 +375,14 @@ class ChatBody(Penalized):
     modalities: list[Literal["text"]] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
+    verbosity: Literal["medium"] | None = None
+    # They mean nothing here, and null is the same as nothing.
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    prediction: None = None
+    prompt_cache_retention: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
@@ -425,6 +463,7 @@ class CompletionBody(Penalized):
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to name for each token.")
     best_of: int | None = Field(None, ge=1, le=128, description="Make so many, and answer with the likeliest `n`.")
+    suffix: None = None
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -54,8 +54,10 @@ def openai_names(names: Mapping[str, str] = _NAMES) -> Iterator[None]:
         raise renamed from error
 
 
-def begin(model: Any, flight: InFlight, requests: Sequence[GenerationRequest]) -> JointTicket:
-    """Queue generations, read as one: the chunks' `index` is the place in `requests`.
+def begin(
+    model: Any, flight: InFlight, requests: Sequence[GenerationRequest], names: Mapping[str, str] = _NAMES
+) -> JointTicket:
+    """Queue generations, read as one: the chunks' `index` is the place in `requests`; `names` as `openai_names`.
 
     Raises: as `LoadedModel.generate`.
     """
@@ -63,7 +65,7 @@ def begin(model: Any, flight: InFlight, requests: Sequence[GenerationRequest]) -
     def begins(request: GenerationRequest) -> Callable[[], Any]:
         return lambda: model.generate(request, flight.gone)
 
-    with openai_names():
+    with openai_names(names):
         ticket = JointTicket([begins(request) for request in requests], _AT_ONCE)
     flight.attach(ticket)
     return ticket

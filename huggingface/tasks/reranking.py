@@ -1,0 +1,116 @@
+"""How well documents answer a query: a cross-encoder of `sentence-transformers`, on weights already loaded.
+
+Owns what such a model's folder says beyond its weights: what becomes of the one logit, and what goes before a query.
+Rows are batched across calls as those of `text-classification` are. Engine's thread only, but for `note_cross_encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import GenerationFailed, InvalidRequest
+from .embedding import CONFIG, sane_length
+from .lane import Lane, Outputs, Tensors, token_count
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def note_cross_encoder(config: Any, folder: Path) -> None:
+    """Put what a cross-encoder's folder says of its activation and its prompt into the model's config.
+
+    Older folders have the activation there; where both say it, the newer place counts, as in the library.
+    """
+    try:
+        said = dict(json.loads((folder / CONFIG).read_text("utf-8")))
+    except (FileNotFoundError, ValueError):
+        return
+    if said.get("model_type") != "CrossEncoder":
+        return
+    noted: dict[str, Any] = {}
+    if _activation(said.get("activation_fn")) is not None:
+        noted["activation_fn"] = said["activation_fn"]
+    if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name")):
+        noted["prompt"] = prompt
+    if noted:
+        config.sentence_transformers = {**(getattr(config, "sentence_transformers", None) or {}), **noted}
+
+
+class RerankWork:
+    """How well each of some documents answers a query: a `batching.Work`. Its result: `scores`, and `tokens` read.
+
+    As `sentence_transformers.CrossEncoder.predict`: the one logit, by default through a sigmoid.
+    """
+
+    def __init__(
+        self, pipeline: Any, tokenizer: Any, config: Any, inputs: Mapping[str, Any], parameters: Mapping[str, Any]
+    ) -> None:
+        """`pipeline` is the model's for classification, `inputs` are the `query` and the `documents`."""
+        self.lane: Lane = pipeline.lane
+        self._pipeline = pipeline
+        self._tokenizer = tokenizer
+        noted = getattr(config, "sentence_transformers", None) or {}
+        self._activation = activation_of(config)
+        self._query: str = noted.get("prompt", "") + inputs["query"]
+        self._documents: list[str] = inputs["documents"]
+        self._truncate = bool(parameters.get("truncate"))
+        positions = getattr(config, "max_position_embeddings", -1)  # XLNet says -1: no limit
+        mosts = [pipeline.limit, sane_length(tokenizer.model_max_length), positions if positions > 0 else None]
+        self._most = min((most for most in mosts if most is not None), default=None)
+        self.count = len(self._documents)
+        self._tokens = 0
+
+    def rows(self, index: int) -> Iterator[tuple[Tensors, Any]]:
+        """The one row of a document: the query and it."""
+        row = self._read(index)
+        count = token_count(row)
+        if self._most is not None and count > self._most:
+            if not self._truncate:
+                reason = f"{count} tokens with the query, but the model reads {self._most}; 'truncate' cuts them"
+                raise InvalidRequest(f"Invalid value for field 'documents.{index}': {reason}", f"documents.{index}")
+            row = self._read(index, truncation="longest_first", max_length=self._most)
+            count = token_count(row)
+        self._tokens += count
+        yield row, None
+
+    def answer(self, rows: Sequence[tuple[Any, Outputs]]) -> float:
+        """One score."""
+        [(_, outputs)] = rows
+        score = self._activation(outputs[0].float()).reshape(-1)[0]
+        if not torch.isfinite(score):
+            raise GenerationFailed("The model computed a value that is not a finite number")
+        return float(score)
+
+    def whole(self, answers: list[Any]) -> Any:
+        """All scores, and the count."""
+        return {"scores": answers, "tokens": self._tokens}
+
+    def blame(self, error: Exception, tokens: int) -> Exception:
+        """As the pipeline's."""
+        blamed: Exception = self._pipeline.blame(error, tokens)
+        return blamed
+
+    def _read(self, index: int, **options: Any) -> dict[str, Any]:
+        return dict(self._tokenizer(self._query, self._documents[index], return_tensors="pt", **options))
+
+
+def activation_of(config: Any) -> Activation:
+    """What a cross-encoder's config says becomes of its logit: one of torch's own functions, else the sigmoid."""
+    said = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    said = said or getattr(config, "sbert_ce_default_activation_function", None)
+    return _activation(said) or torch.sigmoid
+
+
+def _activation(said: Any) -> Activation | None:
+    """The function of that name; None for one that is not torch's own, which would be anybody's code."""
+    if not isinstance(said, str) or not said.startswith("torch.nn."):
+        return None
+    kind = getattr(torch.nn, said.rpartition(".")[2], None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        return None
+    made: Activation = kind()
+    return made
