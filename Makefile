@@ -68,7 +68,7 @@ $(STAMPS)/dev: requirements-dev.txt $(STAMPS)/run
 	@touch $@
 
 $(STAMPS)/node: tests/clients/package-lock.json $(STAMPS)/venv
-	@command -v npm >/dev/null || { echo "Node.js 18 or newer is needed: the tests run the clients for Node" >&2; exit 1; }
+	@command -v npm >/dev/null || { echo "Node.js 20 or newer is needed: the tests run the clients for Node" >&2; exit 1; }
 	@echo "Getting the clients for Node that the tests run"
 	@cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@

@@ -53,9 +53,10 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
     if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
         del result["format"]
     properties = schema.get("properties")
-    least = schema.get("minProperties", 0)
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
     open_ended = schema.get("additionalProperties", True) is not False or "patternProperties" in schema
-    if isinstance(least, int) and least > max(1, len(schema.get("required", ()))) and open_ended:
+    sure = len(required) if isinstance(required, list) else 0
+    if isinstance(least, int) and least > max(1, sure) and open_ended:
         raise ValueError(f"minProperties of {least} needs properties that are named, and no others")
     if "propertyNames" in schema:
         _name_properties(result, schema["propertyNames"])
@@ -63,7 +64,6 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
         # Whatever they are called: also `format`, or `properties`.
         result["properties"] = {name: _closed(value, narrow=narrow) for name, value in properties.items()}
     if narrow and isinstance(properties, dict):
-        required = schema.get("required", [])
         listed = isinstance(required, list) and all(name in properties for name in required)
         if properties and listed and not any(name in schema for name in _COMPOSED):
             result["additionalProperties"] = False

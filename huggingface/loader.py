@@ -189,6 +189,10 @@ class LoadedModel:
         """The text of tokens, special ones included."""
         return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens its tokenizer makes of a text, without special ones."""
+        return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with the special ones that the model's tokenizer adds."""
         return list(self._open().tokenizer(text, return_attention_mask=False)["input_ids"])

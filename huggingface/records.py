@@ -93,10 +93,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and made, counted by the model's own tokenizer (special tokens included)."""
+    """Tokens read and made, counted by the model's own tokenizer (special tokens included).
+
+    `cached_tokens` are those of the prompt that were in the KV cache already.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

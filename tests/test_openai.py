@@ -374,6 +374,11 @@ def test_refusals_of_forms_name_the_field_that_was_sent(server: Server, model: s
     answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60)
     assert answer.status_code == 400
     assert "<state>" not in answer.text
+    for nonsense in ({"required": 5}, {"required": None}, {"properties": 3}, {"minProperties": 2}):
+        tool["function"] = {"name": "f", "parameters": {"type": "object", **nonsense}}
+        body = {"messages": HI, "tools": [tool], "tool_choice": "required", "max_tokens": 1}
+        answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     tool["function"] = {"name": "f", "parameters": {"type": "array"}}
     body = {"messages": HI, "tools": [tool]}
     error = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60).json()[
@@ -520,6 +525,16 @@ def test_completions_tell_how_likely_a_text_is(client: openai.OpenAI, model: str
     assert made.usage.completion_tokens == 0
 
 
+def test_a_stream_counts_as_the_whole_answer_does(client: openai.OpenAI, model: str) -> None:
+    """Of nothing but the prompt, no token was made."""
+    for most in (0, 3):
+        options = {"model": model, "prompt": "the cat", "echo": True, "max_tokens": most, "temperature": 0}
+        whole = client.completions.create(**options)
+        *_, last = client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+        assert last.usage == whole.usage
+        assert whole.usage.completion_tokens == most
+
+
 def test_the_best_of_several_is_the_likeliest(client: openai.OpenAI, model: str) -> None:
     options = {"model": model, "prompt": "the", "temperature": 3.0, "seed": 1, "max_tokens": 8, "logprobs": 0}
     several = client.completions.create(n=6, **options).choices
@@ -561,6 +576,24 @@ def test_a_response_is_the_same_answer(client: openai.OpenAI, model: str) -> Non
     assert "".join(deltas) == response.output_text
     assert events[-1].type == f"response.{response.status}"
     assert events[-1].response.output_text == response.output_text
+
+
+def test_a_response_counts_what_was_thought_and_what_was_there_already(
+    client: openai.OpenAI, tooled: str, models_dir: Path
+) -> None:
+    said = "a question that nobody has asked before, number one"
+    thinks = {"chat_template_kwargs": {"thinks": True}}
+    options: dict[str, Any] = {"model": tooled, "temperature": 0, "max_output_tokens": 8, "extra_body": thinks}
+    first = client.responses.create(input=said, **options)
+    again = client.responses.create(input=said, **options)
+    assert first.usage.input_tokens_details.cached_tokens < first.usage.input_tokens - 10
+    assert again.usage.input_tokens_details.cached_tokens == first.usage.input_tokens - 1, "all but the last"
+    [thought] = first.output
+    tokenizer = AutoTokenizer.from_pretrained(models_dir / tooled)
+    count = len(tokenizer(thought.content[0].text, add_special_tokens=False)["input_ids"])
+    assert first.usage.output_tokens_details.reasoning_tokens == count > 0
+    plain = client.responses.create(model=tooled, input=said, temperature=0, max_output_tokens=8)
+    assert plain.usage.output_tokens_details.reasoning_tokens == 0
 
 
 def test_a_response_calls_tools(client: openai.OpenAI, tooled: str) -> None:

@@ -85,19 +85,10 @@ def openai_parameters(record: ModelRecord, own: Mapping[str, Any], asked: Mappin
     Raises:
         InvalidRequest: what was asked does not go together; names the field.
     """
-    known = GenerationParameters.model_fields
     asked = dict(asked)
     if "do_sample" not in asked and {"temperature", "top_p"} & asked.keys():
         asked["do_sample"] = True  # with OpenAI, everything is sampled
-    # How many answers are wanted is the request's alone to say.
-    registered = {
-        name: value for name, value in record.parameters.items() if name in known and name != "num_return_sequences"
-    }
-    layers = [OPENAI_DEFAULTS, {name: value for name, value in own.items() if name in known}, registered, asked]
-    effective = merge(*layers)
-    if effective["temperature"] == 0:
-        effective["do_sample"] = False
-    return _agreed(GenerationParameters, effective, asked)
+    return _effective_text(asked, OPENAI_DEFAULTS, own, _registered_for_text(record))
 
 
 # What the published schema says of a text generation, and TGI does: as many tokens, or as there is room for. It has no
@@ -111,11 +102,18 @@ def hub_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, A
     Raises:
         InvalidRequest: what was asked does not go together; names the field.
     """
-    known = GenerationParameters.model_fields
-    registered = {
-        name: value for name, value in record.parameters.items() if name in known and name != "num_return_sequences"
-    }
-    effective = merge(HUB_DEFAULTS, registered, asked)
+    return _effective_text(asked, HUB_DEFAULTS, _registered_for_text(record))
+
+
+def _registered_for_text(record: ModelRecord) -> dict[str, Any]:
+    """The registered parameters of a generation; how many answers are wanted is the request's alone to say."""
+    known = GenerationParameters.model_fields.keys() - {"num_return_sequences"}
+    return {name: value for name, value in record.parameters.items() if name in known}
+
+
+def _effective_text(asked: Mapping[str, Any], *below: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked over the layers below it; a temperature of 0 means greedy."""
+    effective = merge(*below, asked)
     if effective.get("temperature") == 0:
         effective["do_sample"] = False
     return _agreed(GenerationParameters, effective, asked)

@@ -11,22 +11,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from flask import Response, jsonify
 from flask_openapi3 import Tag
 
-from ..engine.joint import JointTicket
 from ..errors import InvalidRequest, LocalLLMError, UnknownField
 from ..records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
 from ..tasks import MODEL_TYPES, canonical_task
 from . import models, schemas
 from .effective import hub_parameters, task_parameters
 from .errors import body as error_body
+from .generating import begin, likelihood, named, seeded
 from .hub_schemas import PUBLISHED, ComparedTexts, HubAnswer, HubBody, HubText2Text, OneText, SomeTexts, TaskQuery
 from .lending import lent
-from .openai.serving import openai_names as named
 from .parameters import Parameters, validate
 from .services import services
 from .sse import Events, event_stream
@@ -35,8 +33,6 @@ _TAG = Tag(name="Hugging Face", description="The protocol of Hugging Face's own 
 
 _SIMILARITY = "sentence-similarity"
 _FEATURES = "feature-extraction"
-
-_AT_ONCE = 32  # of one request's texts, in the queue or running
 
 
 # On the models' own blueprint: of two that share an address, the API's document would show one.
@@ -266,11 +262,10 @@ def _generate(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any], fie
             constraint=_constraint(wanted.get("grammar")),
         )
         if not streams:
-            requests = [replace(request, parameters=_seeded(parameters, number)) for number in range(count)]
-            begins = [partial(model.generate, each, flight.gone) for each in requests]
-            flight.attach(JointTicket(begins, _AT_ONCE))
+            requests = [replace(request, parameters=seeded(parameters, number)) for number in range(count)]
+            begin(model, flight, requests)
             made = sorted(flight.chunks(), key=lambda chunk: chunk.index)
-            made.sort(key=_likelihood, reverse=True)
+            made.sort(key=likelihood, reverse=True)
             registry.record_use(record.model_id)
             return jsonify([_answer(made, prompt, wanted, parameters)])
         ticket = flight.attach(model.generate(request, flight.gone))
@@ -290,15 +285,6 @@ def _check_best_of(streams: bool, parameters: Mapping[str, Any]) -> None:
 def _detailed(wanted: Mapping[str, Any]) -> bool:
     """Whether the answer tells of tokens; what is asked about these asks for that too."""
     return any(wanted.get(name) for name in ("details", "decoder_input_details", "top_n_tokens"))
-
-
-def _seeded(parameters: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {**parameters, "seed": parameters["seed"] + number} if "seed" in parameters else dict(parameters)
-
-
-def _likelihood(chunk: Chunk) -> float:
-    values = [token.logprob or 0.0 for token in chunk.tokens]
-    return sum(values) / max(len(values), 1)
 
 
 def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,7 +357,7 @@ def _answer(
 
     def told(chunk: Chunk) -> dict[str, Any]:
         shown_tokens = _texts(chunk.tokens)
-        details = _details(chunk, prompt, "".join(shown_tokens), _seeded(parameters, chunk.index))
+        details = _details(chunk, prompt, "".join(shown_tokens), seeded(parameters, chunk.index))
         read = zip(chunk.prompt, _texts(chunk.prompt), strict=True)
         details["prefill"] = [{"id": token.id, "text": shown, "logprob": token.logprob} for token, shown in read]
         made = zip(chunk.tokens, shown_tokens, strict=True)

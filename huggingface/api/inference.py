@@ -6,7 +6,6 @@ Every view is parse, call, shape. A client that hangs up while it waits is notic
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any, Literal
 
 from flask import Response
@@ -124,6 +123,10 @@ def _generated(
         "model_info": record.summary(),
         "finish_reason": reasons[0],
         **({"finish_reasons": reasons} if several else {}),
-        "usage": {**asdict(usage), "total_tokens": usage.prompt_tokens + usage.completion_tokens},
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        },
         "timings": timings,  # the encoder writes it as its fields
     }

@@ -171,7 +171,7 @@ class Preparer:
         if callable(constraint):
             try:
                 constraint = constraint(end)
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise refuse("grammar", f"it cannot be compiled: {error}") from error
         if constraint is None:
             return None

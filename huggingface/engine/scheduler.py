@@ -66,7 +66,8 @@ class Scheduler:
             if sequence.slot is None:
                 return
             self.waiting.popleft()
-            sequence.admitted = sequence.admitted or time.monotonic()
+            if not sequence.admitted:  # else it was put back, and goes on
+                sequence.admitted, sequence.reused = time.monotonic(), sequence.computed
             sequence.ticket.admitted()
             self.prefilling.append(sequence)
 

@@ -59,6 +59,7 @@ class Sequence:
     made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
     read_tokens: list[Token] = field(default_factory=list)
     told_prompt: bool = False
+    reused: int = 0  # tokens of the prompt that its first slot held already
     finished: FinishReason | None = None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -108,7 +109,7 @@ class Sequence:
 
     def _finish(self, now: float, shown: str) -> None:
         rest, whole = self.text.finish()
-        usage = Usage(self.prompt_tokens, self.made)
+        usage = Usage(self.prompt_tokens, self.made, self.reused)
         timings = Timings.of(self.submitted, self.admitted, self.first, now, self.made)
         text = shown + rest if self.streams else whole
         self.ticket.put(Chunk(text, 0, self.finished, usage, self.parameters, timings, whole, **self._tokens()))

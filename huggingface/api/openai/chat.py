@@ -14,12 +14,13 @@ from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part
 from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
+from ..generating import begin, named
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import schemas
 from .conversation import Conversation, Wish, call_arguments
-from .serving import DONE, Counted, begin, chat_logprobs, failure, new_id, now, openai_names, within
+from .serving import DONE, NAMES, Counted, chat_logprobs, failure, new_id, now, within
 
 
 def answer_chat(
@@ -45,15 +46,15 @@ def answer_chat(
         most = body.max_completion_tokens or body.max_tokens
         if most is not None:
             asked["max_new_tokens"] = most
-        named = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        form = "tools" if wish.tools and wish.choice not in ("auto", "none") else "response_format"
-        names = {"max_new_tokens": named, "stop_strings": "stop", "json_schema": "response_format", "grammar": form}
-        with openai_names(names):
-            parameters = openai_parameters(record, model.own_parameters, asked)
+        names = {**NAMES, **wish.names("response_format")}
+        if body.max_completion_tokens:
+            names["max_new_tokens"] = "max_completion_tokens"
         conversation = Conversation(model.chat, plain_messages(body.messages), wish)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        requests = conversation.requests(parameters, count, streams=bool(body.stream), logprobs=logprobs)
-        ticket = begin(model, flight, requests, names)
+        with named(names):
+            parameters = openai_parameters(record, model.own_parameters, asked)
+            requests = conversation.requests(parameters, count, streams=bool(body.stream), logprobs=logprobs)
+            ticket = begin(model, flight, requests)
         about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
         if not body.stream:
             answer = _whole(list(flight.chunks()), conversation, ticket.prompt_end, about, body, count)

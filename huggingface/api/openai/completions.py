@@ -13,11 +13,12 @@ from flask import Response
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, GenerationRequest, ModelRecord, Token
 from ..effective import openai_parameters
+from ..generating import begin, likelihood, named, seeded
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from .schemas import CompletionBody
-from .serving import DONE, Counted, begin, completion_logprobs, failure, new_id, now, openai_names, seeded, within
+from .serving import DONE, NAMES, Counted, completion_logprobs, failure, new_id, now, within
 
 _DEFAULT_TOKENS = 16  # OpenAI's own
 _MOST_STREAMS = 128
@@ -45,7 +46,8 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
             for prompt in prompts
             for number in range(made)
         ]
-        ticket = begin(model, flight, requests)
+        with named(NAMES):
+            ticket = begin(model, flight, requests)
         shape = _Shape(body, model_name or record.model_id, [_echoed(body, model, prompt) for prompt in prompts], made)
         if not body.stream:
             answer = shape.whole(list(flight.chunks()))
@@ -61,7 +63,7 @@ def _parameters(record: ModelRecord, model: Any, body: CompletionBody) -> dict[s
     asked = body.own() | body.penalties() | body.drawing()
     if body.max_tokens is not None:
         asked["max_new_tokens"] = max(body.max_tokens, 1)  # of nothing but the prompt: one more, that is not shown
-    with openai_names():
+    with named(NAMES):
         parameters = openai_parameters(record, model.own_parameters, asked)
     if not {"max_new_tokens", "max_length"} & parameters.keys():
         parameters["max_new_tokens"] = _DEFAULT_TOKENS
@@ -116,13 +118,17 @@ class _Shape:
         for prompt in range(len(self._echoes)):
             texts = [_joined(by_index[prompt * self._made + number]) for number in range(self._made)]
             if self._made > self.n:
-                texts.sort(key=_likelihood, reverse=True)
+                texts.sort(key=likelihood, reverse=True)
             for rank, chunk in enumerate(texts[: self.n]):
                 choices.append(self.choice(chunk, prompt * self.n + rank, chunk.finish_reason, first=True))
+        return self.answer(choices, self.usage())
+
+    def usage(self) -> dict[str, Any]:
+        """The counts; where nothing but the prompt is wanted, no token counts as made."""
         usage = self.counted.to_dict()
-        if not self._shows_text:
-            usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        return self.answer(choices, usage)
+        if self._shows_text:
+            return usage
+        return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
 
     def choice(
         self, chunk: Chunk, index: int, reason: str | None, *, first: bool, offset: int | None = None
@@ -170,7 +176,7 @@ class _Framing:
         """The counts, where they were asked for, and the end."""
         self._done()
         if self._usage:
-            yield self._shape.answer([], self._shape.counted.to_dict())
+            yield self._shape.answer([], self._shape.usage())
         yield DONE
 
     def error(self, error: LocalLLMError) -> Events:
@@ -185,9 +191,3 @@ def _joined(chunks: Sequence[Chunk]) -> Chunk:
     if last.finish_reason == "stop" and tokens and not tokens[-1].special:
         tokens = within(last.whole or "", tokens)  # a stop string is not part of the text
     return replace(last, text=last.whole or "", tokens=tokens, prompt=chunks[0].prompt)
-
-
-def _likelihood(chunk: Chunk) -> float:
-    """The mean log-probability of its tokens."""
-    values = [token.logprob or 0.0 for token in chunk.tokens]
-    return sum(values) / max(len(values), 1)

@@ -1,5 +1,6 @@
-"""A chat in OpenAI's words becomes one in the model's: what its template is given, what its answer has to be, how it is
-read. Shared by chats and responses. What models write, `huggingface.chat` knows."""
+"""A chat in OpenAI's words becomes one in the model's: what its template is given, what its answer has to be, how that
+is read. Shared by chats and responses; must not know their bodies. What models write, `huggingface.chat` knows.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from ...chat.grammar import answer_grammar, calls_grammar
 from ...chat.parser import AnswerParser
 from ...errors import InvalidRequest
 from ...records import ChatTraits, Constraint, GenerationRequest
-from .serving import seeded
+from ..generating import seeded
 
 # Variables of a chat template that have fields of their own, or that only this server sets.
 _RESERVED = frozenset(
@@ -49,6 +50,15 @@ class Wish:
     parallel: bool = True
     effort: str | None = None
     template: Mapping[str, Any] | None = None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether nothing but calls is wanted."""
+        return bool(self.tools) and self.choice not in ("auto", "none")
+
+    def names(self, form: str) -> dict[str, str]:
+        """What the engine's fields of a text's form are called in a body that has it as `form`."""
+        return {"json_schema": form, "grammar": "tools" if self.must_call else form}
 
 
 class Conversation:
@@ -105,7 +115,7 @@ class Conversation:
     @property
     def must_call(self) -> bool:
         """Whether nothing but calls is wanted."""
-        return bool(self._tools) and self._wish.choice not in ("auto", "none")
+        return self._wish.must_call
 
     @property
     def single_call(self) -> bool:

@@ -15,12 +15,16 @@ from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
+from ..generating import begin, named
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import response_schemas as schemas
 from .conversation import Conversation, Wish, call_arguments
-from .serving import begin, chat_logprobs, failure, new_id, now, openai_names, within
+from .serving import chat_logprobs, failure, new_id, now, within
+
+# What the engine, and chats, name otherwise.
+_NAMES = {"max_new_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort", "messages": "input"}
 
 
 def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] | Response:
@@ -35,19 +39,17 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
         if body.max_output_tokens is not None:
             asked["max_new_tokens"] = body.max_output_tokens
         wish = _wish(body)
-        form = "tools" if wish.tools and wish.choice not in ("auto", "none") else "text.format"
-        names = {"max_new_tokens": "max_output_tokens", "json_schema": "text.format", "grammar": form}
-        names |= {"reasoning_effort": "reasoning.effort", "messages": "input"}
-        with openai_names(names):
+        logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
+        with named({**_NAMES, **wish.names("text.format")}):
             parameters = openai_parameters(record, model.own_parameters, asked)
             conversation = Conversation(model.chat, _messages(body), wish)
-        logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
-        requests = conversation.requests(parameters, 1, streams=bool(body.stream), logprobs=logprobs)
-        ticket = begin(model, flight, requests, names)
+            requests = conversation.requests(parameters, 1, streams=bool(body.stream), logprobs=logprobs)
+            ticket = begin(model, flight, requests)
         writer = _Writer(
             _about(record.model_id, body, parameters),
             lambda: conversation.parser(ticket.prompt_end),
             conversation,
+            model.count_tokens,
             logprobs is not None,
         )
         if not body.stream:
@@ -165,9 +167,16 @@ class _Writer:
     """Makes the output's items of an answer, and the events that tell of them, as they are written."""
 
     def __init__(
-        self, about: Mapping[str, Any], parser: Callable[[], AnswerParser], conversation: Conversation, logprobs: bool
+        self,
+        about: Mapping[str, Any],
+        parser: Callable[[], AnswerParser],
+        conversation: Conversation,
+        count: Callable[[str], int],
+        logprobs: bool,
     ) -> None:
+        """`about` is what the response tells of its request, `count` tells how many tokens a text is."""
         self._about = about
+        self._count = count
         self._make_parser = parser
         self._parser: AnswerParser | None = None
         self._conversation = conversation
@@ -177,7 +186,6 @@ class _Writer:
         self._calls: dict[int, dict[str, Any]] = {}
         self._open: dict[str, Any] | None = None
         self._last: Chunk | None = None
-        self._reasoning_tokens = 0
 
     def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
         """The events of a piece of the answer."""
@@ -204,9 +212,9 @@ class _Writer:
             read, made = last.usage.prompt_tokens, last.usage.completion_tokens
             usage = {
                 "input_tokens": read,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": last.usage.cached_tokens},
                 "output_tokens": made,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": self._thought()},
                 "total_tokens": read + made,
             }
         ended = {"completed_at": now()} if status == "completed" else {}
@@ -219,6 +227,11 @@ class _Writer:
             "output": [dict(item) for item in self._output],
             "usage": usage,
         }
+
+    def _thought(self) -> int:
+        """The tokens of the reasoning, as the model's tokenizer would write it."""
+        texts = [item["content"][0]["text"] for item in self._output if item["type"] == "reasoning"]
+        return sum(self._count(text) for text in texts)
 
     def _part(self, part: Part) -> list[dict[str, Any]]:
         match part:

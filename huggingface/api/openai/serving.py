@@ -1,28 +1,21 @@
-"""What OpenAI's routes have in common: several generations as one, names, counts, log-probabilities."""
+"""What OpenAI's routes have in common: ids, names, counts, log-probabilities."""
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...engine.joint import JointTicket
-from ...errors import InvalidRequest, LocalLLMError
-from ...records import Chunk, GenerationRequest, Token
+from ...errors import LocalLLMError
+from ...records import Chunk, Token
 from ..errors import openai_body, status_of
-from ..inflight import InFlight
 
 DONE = b"[DONE]"
 
-# The engine's names of what OpenAI names otherwise.
-_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop", "num_return_sequences": "n"}
-
-# Generations of one request that are in the queue or run at once.
-_AT_ONCE = 32
+# What OpenAI names otherwise than the engine.
+NAMES: Mapping[str, str] = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 
 
 def new_id(kind: str) -> str:
@@ -35,49 +28,6 @@ def now() -> int:
     return int(time.time())
 
 
-@contextmanager
-def openai_names(names: Mapping[str, str] = _NAMES) -> Iterator[None]:
-    """Have refusals name the fields as OpenAI's bodies do.
-
-    Raises:
-        InvalidRequest: in place of one that names the engine's field.
-    """
-    try:
-        yield
-    except InvalidRequest as error:
-        name = names.get(error.field or "")
-        if name is None:
-            raise
-        renamed = type(error).__new__(type(error))
-        message = re.sub(rf"\b{error.field}\b", name, str(error))
-        InvalidRequest.__init__(renamed, message, name)
-        raise renamed from error
-
-
-def begin(
-    model: Any, flight: InFlight, requests: Sequence[GenerationRequest], names: Mapping[str, str] = _NAMES
-) -> JointTicket:
-    """Queue generations, read as one: the chunks' `index` is the place in `requests`; `names` as `openai_names`.
-
-    Raises: as `LoadedModel.generate`.
-    """
-
-    def begins(request: GenerationRequest) -> Callable[[], Any]:
-        return lambda: model.generate(request, flight.gone)
-
-    with openai_names(names):
-        ticket = JointTicket([begins(request) for request in requests], _AT_ONCE)
-    flight.attach(ticket)
-    return ticket
-
-
-def seeded(parameters: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """The parameters of the `number`-th answer to one prompt: with a seed, each has another one."""
-    if "seed" not in parameters:
-        return dict(parameters)
-    return {**parameters, "seed": parameters["seed"] + number}
-
-
 @dataclass
 class Counted:
     """Tokens read and made, over the answers to one request. Each prompt counts once, however many answers it gets."""
@@ -85,7 +35,6 @@ class Counted:
     answers: int  # to each prompt
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    reasoning_tokens: int = 0
     _seen: set[int] = field(default_factory=set)
 
     def add(self, chunk: Chunk) -> None:
