@@ -19,6 +19,9 @@ import torch
 from conftest import STARTER, Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from huggingface.api.openai.chat import reason_of
+from huggingface.records import Chunk
+
 HI = [{"role": "user", "content": "where is the cat?"}]
 LONG = 24  # tokens
 WEATHER = {
@@ -306,6 +309,20 @@ def test_a_call_that_is_cut_off_is_none_to_act_on(client: openai.OpenAI, model: 
         assert not any(event.choices[0].delta.content for event in events)
     [stopped] = client.chat.completions.create(stop='"a"', **options).choices
     assert stopped.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("ended", "calls", "told"),
+    [
+        ("length", ['{"a": 1}'], "length"),  # more were to come
+        ("length", [], "length"),
+        ("stop", ['{"a": 1}'], "tool_calls"),
+        ("stop", ['{"a": 1}', '{"a'], "stop"),
+        ("stop", [], "stop"),
+    ],
+)
+def test_an_answer_ends_for_its_calls_only_if_they_are_whole(ended: Any, calls: list[str], told: str) -> None:
+    assert reason_of(Chunk("", finish_reason=ended), calls) == told
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, of what it adds

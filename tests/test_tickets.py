@@ -102,3 +102,16 @@ def test_to_cancel_one_is_to_cancel_all() -> None:
     joint.wait(0.01)
     joint.cancel()
     assert all(ticket.cancelled() for ticket in tickets)
+
+
+def test_one_that_begins_while_all_is_cancelled_is_cancelled_too() -> None:
+    first, late = Ticket(), Ticket()
+
+    def begin_late() -> Ticket:
+        joint.cancel()
+        return late
+
+    joint = JointTicket([lambda: first, begin_late], 2)
+    joint.wait(0.01)
+    assert first.cancelled()
+    assert late.cancelled()

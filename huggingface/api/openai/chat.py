@@ -170,13 +170,13 @@ def _whole(
                 "index": index,
                 "message": message,
                 "logprobs": chat_logprobs(within(text, tokens)) if body.logprobs else None,
-                "finish_reason": _reason(its[-1], calls),
+                "finish_reason": reason_of(its[-1], calls),
             }
         )
     return {**about, "object": "chat.completion", "choices": choices, "usage": counted.to_dict()}
 
 
-def _reason(last: Chunk, calls: Sequence[str]) -> str | None:
+def reason_of(last: Chunk, calls: Sequence[str]) -> str | None:
     """Why an answer ended that makes calls with these arguments: for a call's sake only if that is whole."""
     if last.finish_reason == "length" or not calls:
         return last.finish_reason
@@ -252,7 +252,7 @@ class _Framing:
         for place, delta in enumerate(deltas):
             yield self._event(index, delta, tokens=tokens if not place else ())
         if chunk.finish_reason is not None:
-            yield self._event(index, {}, _reason(chunk, self._arguments[index]))
+            yield self._event(index, {}, reason_of(chunk, self._arguments[index]))
 
     def _delta(self, index: int, part: Part) -> dict[str, Any] | None:
         match part:
