@@ -66,7 +66,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pydantic": (
         "config.py",
         *(f"huggingface/api/{name}.py" for name in ("schemas", "hub_schemas", "parameters", "errors")),
-        *(f"huggingface/api/openai/{name}.py" for name in ("schemas", "response_schemas", "answers")),
+        *(
+            f"huggingface/api/openai/{name}.py"
+            for name in ("bodies", "schemas", "text_schemas", "response_schemas", "answers")
+        ),
     ),
     "pydantic_settings": ("config.py",),
     "torch": TORCH,

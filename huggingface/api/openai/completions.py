@@ -17,8 +17,8 @@ from ..generating import begin, likelihood, named, seeded
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
-from .schemas import CompletionBody
 from .serving import DONE, NAMES, Counted, completion_logprobs, failure, new_id, now, within
+from .text_schemas import CompletionBody
 
 _DEFAULT_TOKENS = 16  # OpenAI's own
 _MOST_STREAMS = 128

@@ -13,8 +13,8 @@ from typing import Any
 from ...records import ModelRecord
 from ..lending import lent
 from ..services import services
-from .schemas import EmbeddingBody, RerankBody
 from .serving import new_id
+from .text_schemas import EmbeddingBody, RerankBody
 
 
 def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:

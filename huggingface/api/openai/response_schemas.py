@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .schemas import Asked, Count, Part, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
+from .bodies import Asked, Count, Part, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
 
 
 class InputText(Part):

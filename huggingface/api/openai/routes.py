@@ -14,7 +14,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from ...records import ModelRecord
 from ..schemas import ModelPath
 from ..services import services
-from . import schemas
+from . import schemas, text_schemas
 from .answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -69,7 +69,7 @@ def chat_completions(body: schemas.ChatBody) -> dict[str, Any] | Response:
 
 
 @blueprint.post("/completions", responses={200: CompletionAnswer})
-def completions(body: schemas.CompletionBody) -> dict[str, Any] | Response:
+def completions(body: text_schemas.CompletionBody) -> dict[str, Any] | Response:
     """Continue texts, or tell how likely they are."""
     return complete(services().registry.get(body.model), body)
 
@@ -81,13 +81,13 @@ def responses(body: ResponseBody) -> dict[str, Any] | Response:
 
 
 @blueprint.post("/embeddings", responses={200: EmbeddingsAnswer})
-def embeddings(body: schemas.EmbeddingBody) -> dict[str, Any]:
+def embeddings(body: text_schemas.EmbeddingBody) -> dict[str, Any]:
     """Make vectors of texts."""
     return embed(services().registry.get(body.model), body)
 
 
 @blueprint.post("/rerank", responses={200: RerankAnswer})
-def rerank_documents(body: schemas.RerankBody) -> dict[str, Any]:
+def rerank_documents(body: text_schemas.RerankBody) -> dict[str, Any]:
     """Sort documents by how well they answer a query."""
     return rerank(services().registry.get(body.model), body)
 
@@ -99,7 +99,7 @@ def hub_chat_completions(path: ModelPath, body: schemas.HubChatBody) -> dict[str
 
 
 @hub_chat.post("/models/<path:model_id>/v1/completions", responses={200: CompletionAnswer})
-def hub_completions(path: ModelPath, body: schemas.HubCompletionBody) -> dict[str, Any] | Response:
+def hub_completions(path: ModelPath, body: text_schemas.HubCompletionBody) -> dict[str, Any] | Response:
     """Continue texts, by the model that the address names."""
     if body.return_full_text is not None:
         body = body.model_copy(update={"echo": body.return_full_text})
