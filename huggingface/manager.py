@@ -22,7 +22,7 @@ from .records import LoadOptions, ModelRecord
 from .registry import ModelRegistry
 
 if TYPE_CHECKING:
-    from .loader import LoadedModel
+    from .loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface.loader import LoadedModel
+from huggingface.loaded import LoadedModel
 from huggingface.records import EngineOptions, ModelRecord
 
 END = "<|endoftext|>"

@@ -18,7 +18,7 @@ from tiny_tokenizers import TEXT
 
 from huggingface.engine.runner import NotBatchable
 from huggingface.errors import Cancelled, GenerationFailed, OutOfMemory, QueueFull
-from huggingface.loader import LoadedModel
+from huggingface.loaded import LoadedModel
 from huggingface.records import Chunk, GenerationRequest
 
 WORDS = TEXT.split()

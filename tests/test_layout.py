@@ -34,11 +34,18 @@ ROOMS: dict[str, set[str]] = {
     "api": {"manager", "registry", "devices", "libraries", "tasks", "engine", "chat", "records", "errors"},
     "": {"api", "manager", "registry", "records", "errors"},
 }
-PARTS = {"registry_content": "registry", "registry_file": "registry", "hub": "files", "hub_errors": "files"}
+PARTS = {
+    "loaded": "loader",
+    "registry_content": "registry",
+    "registry_file": "registry",
+    "hub": "files",
+    "hub_errors": "files",
+}
 
 # Who may import a library, as patterns of paths; and who only inside of a function, when it is needed.
 TORCH = (
     "huggingface/loader.py",
+    "huggingface/loaded.py",
     "huggingface/tasks/[!_]*.py",
     *(
         f"huggingface/engine/{name}.py"
