@@ -29,8 +29,8 @@ from .registry_file import RegistryFile, Signature, Version
 
 _LOG = logging.getLogger(__name__)
 
-PROTECTED_FIELDS = ("model_id", "added_date", "usage_count")
-CHANGEABLE_FIELDS = ("name", "model_type", "description", "parameters", "status", "last_used")
+PROTECTED_FIELDS = ("model_id", "added_date", "usage_count", "details")
+CHANGEABLE_FIELDS = tuple(name for name in FIELDS if name not in PROTECTED_FIELDS)
 
 _SETTLE_SECONDS = 0.1  # an editor that writes in place is given this long to finish, again after each of its writes
 _SETTLE_TRIES = 20
@@ -185,6 +185,27 @@ class ModelRegistry:
             different = {name: value for name, value in wanted.items() if not same_json(value, getattr(result, name))}
             if different:
                 result = records[model_id] = replace(result, **different)
+
+        self._change(edit)
+        return result
+
+    def describe(self, record: ModelRecord, details: Mapping[str, Any]) -> ModelRecord:
+        """Note what was found out about a model's files; returns its record as it now is.
+
+        Raises:
+            ModelNotFound: the model, as it was registered at that time, is not there any more.
+        """
+        wanted = stored_value("details", details)
+        result: ModelRecord
+
+        def edit(records: dict[str, ModelRecord]) -> None:
+            nonlocal result
+            present = records.get(record.model_id)
+            if present is None or present.added_date != record.added_date:
+                raise ModelNotFound(record.model_id)
+            result = present
+            if not same_json(wanted, present.details):
+                result = records[record.model_id] = replace(present, details=wanted)
 
         self._change(edit)
         return result

@@ -22,6 +22,26 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_adapters(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _or_null(accepts: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value is None or accepts(value), f"{rule} or null"
+
+
 # field -> (test of its JSON value, the rule in words); for the file and for callers alike, so that what is accepted
 # can be read again.
 FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -29,11 +49,25 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "a string"),
     "model_type": (_is_text, "a string"),
     "description": (_is_text, "a string"),
-    "parameters": (lambda value: isinstance(value, dict), "an object"),
+    "parameters": (_is_object, "an object"),
     "added_date": (_is_text, "a string"),
-    "last_used": (lambda value: value is None or isinstance(value, str), "a string or null"),
+    "last_used": _or_null(_is_text, "a string"),
     "usage_count": (lambda value: type(value) is int and value >= 0, "a whole number, not negative"),
     "status": (_is_text, "a string"),
+    "revision": _or_null(_is_text, "a string"),
+    "gguf_file": _or_null(_is_text, "a string"),
+    "adapters": _or_null(_is_adapters, "an object of strings"),
+    "pinned": _or_null(lambda value: isinstance(value, bool), "true or false"),
+    "keep_alive": _or_null(_is_number, "a number"),
+    "device": _or_null(_is_text, "a string"),
+    "device_map": _or_null(lambda value: isinstance(value, str | dict), "a string or an object"),
+    "dtype": _or_null(_is_text, "a string"),
+    "quantization": _or_null(_is_text, "a string"),
+    "attn_implementation": _or_null(_is_text, "a string"),
+    "compile": _or_null(lambda value: isinstance(value, bool), "true or false"),
+    "max_context": _or_null(_is_count, "a whole number above 0"),
+    "slots": _or_null(_is_count, "a whole number above 0"),
+    "details": _or_null(_is_object, "an object"),
 }
 REQUIRED_FIELDS = ("model_id", "name", "model_type")
 
@@ -118,9 +152,8 @@ def encode(content: Content) -> bytes:
     """
     extras = content.record_extras
     document = {
-        # orjson writes a dataclass as its fields: ten thousand dicts less for the garbage collector.
         "models": [
-            {**record.to_dict(), **extras[model_id]} if model_id in extras else record
+            {**record.to_dict(), **extras[model_id]} if model_id in extras else record.to_dict()
             for model_id, record in content.records.items()
         ],
         "last_updated": content.last_updated,

@@ -28,7 +28,7 @@ blueprint = APIBlueprint(
 @blueprint.get("/models", responses={200: schemas.ModelsAnswer})
 def list_models(query: schemas.TypeQuery) -> dict[str, Any]:
     """List the registered models."""
-    models = services().registry.list(query.type)  # the encoder writes a record as its fields
+    models = [record.to_dict() for record in services().registry.list(query.type)]
     return {"success": True, "models": models, "count": len(models)}
 
 
@@ -38,7 +38,7 @@ def add_model(body: schemas.NewModel) -> dict[str, Any]:
     records.check_model_id(body.model_id)
     _check_type(body.model_type)
     check_registered(body.model_type, body.parameters)
-    record = services().registry.add(records.ModelRecord(**body.model_dump()))
+    record = services().registry.add(records.ModelRecord(**body.model_dump(exclude_unset=True)))
     return _changed(record, "added")
 
 

@@ -65,9 +65,15 @@ def _optional(description: str, **constraints: Any) -> Any:
     return Field(default=None, description=description, **constraints)
 
 
+def _shown(description: str) -> Any:
+    """A field of an answer that is there only where it is set."""
+    return Field(default=None, description=description)
+
+
 def _drop_defaults(schema: dict[str, Any]) -> None:
     for field in schema["properties"].values():
-        del field["default"]
+        if field.get("default") is None:
+            field.pop("default", None)
 
 
 class ModelPath(BaseModel):
@@ -78,14 +84,47 @@ class ModelPath(BaseModel):
     model_id: str = Field(description=_MODEL_ID_TEXT)
 
 
+class Settings(Strict):
+    """How a model is loaded. What is left out is the server's choice."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults)
+
+    device: str | None = _optional("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device_map: str | dict[str, int | str] | None = _optional(
+        "accelerate's: `auto`, `balanced`, `balanced_low_0`, `sequential`, or devices by module; `disk` offloads."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = _optional(
+        "Of the weights in memory. `auto`: float32 on a CPU without native bfloat16, else the weights' own."
+    )
+    quantization: str | None = _optional("A lossy form of the weights that takes less memory; none is the default.")
+    attn_implementation: str | None = _optional("How transformers computes attention, such as `sdpa` or `eager`.")
+    compile: bool | None = _optional("Compile the model with `torch.compile`, which takes minutes at the first use.")
+    max_context: int | None = _optional("The most tokens of one sequence.", ge=1)
+    slots: int | None = _optional("The most sequences in one batch.", ge=1, le=1024)
+
+
+class Registered(Settings):
+    """What may be said of a model beyond what is documented."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults)
+
+    revision: str | None = _optional("A branch, tag or commit of the repository.", min_length=1)
+    gguf_file: str | None = _optional("The file of the repository or folder that holds the weights as GGUF.")
+    adapters: dict[str, str] | None = _optional("LoRA adapters by the name that requests choose one by, each an id.")
+    pinned: bool | None = _optional("Never take it out of memory to make room for another.")
+    keep_alive: float | None = _optional("Seconds in memory after the last use; 0 for none, -1 for ever.", ge=-1)
+
+
 class TypeQuery(Strict):
     """Filter of the model list."""
 
     type: str | None = Field(None, description="Only models of this type.")
 
 
-class NewModel(Strict):
+class NewModel(Registered):
     """A model to register."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults)
 
     model_id: str = Field(description=_MODEL_ID_TEXT, examples=["microsoft/DialoGPT-medium"])
     name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
@@ -98,7 +137,7 @@ class NewModel(Strict):
     )
 
 
-class ModelChanges(Strict):
+class ModelChanges(Registered):
     """What to change of a registered model. A field that is left out stays as it is.
 
     `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
@@ -117,6 +156,7 @@ class ModelChanges(Strict):
     model_id: str = _optional("Protected.")
     added_date: str = _optional("Protected.")
     usage_count: int = _optional("Protected.")
+    details: dict[str, Any] | None = _optional("Protected.")
 
 
 class LoadBody(Strict):
@@ -146,6 +186,20 @@ class Model(ModelInfo):
     last_used: str | None
     usage_count: int
     status: Literal["available", "disabled"]
+    revision: str | None = _shown("A branch, tag or commit of its repository.")
+    gguf_file: str | None = _shown("The file that holds the weights, as GGUF.")
+    adapters: dict[str, str] | None = _shown("LoRA adapters by name.")
+    pinned: bool | None = _shown("Whether it is never taken out of memory to make room.")
+    keep_alive: float | None = _shown("Seconds in memory after the last use; -1 is for ever.")
+    device: str | None = _shown("Where it is loaded.")
+    device_map: str | dict[str, int | str] | None = _shown("accelerate's map of devices.")
+    dtype: str | None = _shown("Of the weights in memory.")
+    quantization: str | None = _shown("The lossy form of its weights.")
+    attn_implementation: str | None = _shown("How attention is computed.")
+    compile: bool | None = _shown("Whether it is compiled.")
+    max_context: int | None = _shown("The most tokens of one sequence.")
+    slots: int | None = _shown("The most sequences in one batch.")
+    details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
 
 
 class ModelsAnswer(Answer):

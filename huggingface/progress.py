@@ -1,0 +1,163 @@
+"""How far a long piece of work is: written by whoever does it, watched and cancelled by any number of others.
+
+Standard library only. Any thread may call anything here. Phases are told in order; bytes are those of the phase. Speed
+is a running mean over the last seconds, so that time left follows what the network does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import Cancelled
+
+Phase = Literal["waiting", "download", "read", "ready", "failed", "cancelled"]
+
+_ENDS = ("ready", "failed", "cancelled")
+_WINDOW = 5.0  # seconds that the speed is a mean of
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """How far it is at one moment. `total` is None while it is not known; speed is in bytes a second."""
+
+    phase: Phase
+    done: int
+    total: int | None
+    speed: float
+    seconds_left: float | None
+    error: str | None = None
+    file: str | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """The part of the phase that is done, 0 to 1."""
+        if self.phase == "ready":
+            return 1.0
+        return None if not self.total else min(1.0, self.done / self.total)
+
+    def to_dict(self) -> dict[str, object]:
+        """As the API shows it."""
+        fraction, left = self.fraction, self.seconds_left
+        return {
+            "phase": self.phase,
+            "bytes_done": self.done,
+            "bytes_total": self.total,
+            "bytes_per_second": round(self.speed),
+            "seconds_left": None if left is None else round(left, 1),
+            "fraction": None if fraction is None else round(fraction, 4),
+            "file": self.file,
+            "error": self.error,
+        }
+
+
+class Progress:
+    """One piece of work."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._phase: Phase = "waiting"
+        self._done = 0
+        self._total: int | None = None
+        self._file: str | None = None
+        self._error: str | None = None
+        self._version = 0
+        self._cancelled = False
+        self._seen: deque[tuple[float, int]] = deque()  # times and bytes that arrived then
+
+    # Whoever works ---------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: Phase, total: int | None = None, done: int = 0) -> None:
+        """Begin a phase of `total` bytes, of which `done` are there already."""
+        with self._changed:
+            self._phase, self._total, self._done = phase, total, done
+            self._file = None
+            self._seen.clear()
+            self._note()
+
+    def expect(self, total: int, done: int = 0) -> None:
+        """Say how many bytes the phase has, now that it is known."""
+        with self._changed:
+            self._total, self._done = total, done
+            self._note()
+
+    def at(self, file: str) -> None:
+        """Say which file is worked on."""
+        with self._changed:
+            self._file = file
+            self._note()
+
+    def advance(self, count: int) -> None:
+        """Note `count` more bytes; fewer where it is negative, as some have to come again.
+
+        Raises:
+            Cancelled: nobody wants the work any more.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._done = max(0, self._done + count)
+            if count > 0:
+                self._seen.append((now, count))
+            while self._seen and now - self._seen[0][0] > _WINDOW:
+                self._seen.popleft()
+            self._note()
+            cancelled = self._cancelled
+        if cancelled:
+            raise Cancelled("The download was cancelled")
+
+    def check(self) -> None:
+        """Raise Cancelled if nobody wants the work any more."""
+        if self._cancelled:
+            raise Cancelled("The download was cancelled")
+
+    def end(self, phase: Phase, error: str | None = None) -> None:
+        """Say that it is over, and how."""
+        with self._changed:
+            if self._phase not in _ENDS:
+                self._phase, self._error = phase, error
+                self._note()
+
+    def _note(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
+
+    # Whoever watches -------------------------------------------------------------------------------------------------
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it is to be given up."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Have it given up at the next opportunity."""
+        with self._changed:
+            self._cancelled = True
+            self._note()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self._phase in _ENDS
+
+    def now(self) -> Moment:
+        """How far it is."""
+        with self._changed:
+            return self._moment()
+
+    def wait(self, version: int, seconds: float) -> tuple[int, Moment]:
+        """The next state after `version` (begin with -1), or the present one if nothing changes for `seconds`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, seconds)
+            return self._version, self._moment()
+
+    def _moment(self) -> Moment:
+        now = time.monotonic()
+        recent = [(at, count) for at, count in self._seen if now - at <= _WINDOW]
+        speed = sum(count for _, count in recent) / max(now - recent[0][0], 0.2) if recent else 0.0
+        left = None
+        if self._total is not None and speed > 0 and self._phase not in _ENDS:
+            left = max(0, self._total - self._done) / speed
+        return Moment(self._phase, self._done, self._total, speed, left, self._error, self._file)
