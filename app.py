@@ -16,6 +16,7 @@ from config import Settings, read_settings
 from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
+from huggingface.budget import parse_limits
 from huggingface.memory import keep_few_arenas
 from huggingface.records import EngineOptions, LoadOptions
 
@@ -42,9 +43,14 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
             device=settings.device,
             allow_pickle=settings.allow_pickle,
             trust_remote_code=settings.trust_remote_code,
+            offline=settings.offline,
             engine=EngineOptions(settings.max_batch, settings.max_queue, settings.kv_cache_bytes),
         ),
         busy_timeout=settings.busy_timeout,
+        keep_alive=settings.keep_alive,
+        memory_timeout=settings.memory_timeout,
+        memory_limits=parse_limits(settings.memory_budget),
+        preload=settings.preload,
         threads=settings.threads,
         allowed_hosts=settings.allowed_hosts,
     )

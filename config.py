@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from huggingface.budget import parse_limits
+
 ROOT = Path(__file__).resolve().parent
 
 
@@ -56,6 +58,24 @@ class Settings(BaseSettings):
         ge=1024**2,
         description="Most memory for one model's KV cache, in bytes. It grows by need, and is measured before.",
     )
+    memory_budget: str = Field(
+        "0.9",
+        description="Most memory for models: `12GB`, a share of what is free, or by device: `cpu=12GB,cuda:0=0.8`.",
+    )
+    memory_timeout: float = Field(
+        5.0,
+        ge=0,
+        description="Seconds that a load waits for the users of models that are to go for it, before it is refused.",
+    )
+    keep_alive: float = Field(
+        -1.0,
+        ge=-1,
+        description="Seconds in memory after the last use, where nobody says otherwise; -1 is for ever.",
+    )
+    preload: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Model ids, separated by commas, that are loaded at the start; `/ready` waits for them."
+    )
+    offline: bool = Field(False, description="Never ask the Hub for anything; only what is on this machine is used.")
     busy_timeout: float = Field(
         30.0,
         ge=0,
@@ -82,6 +102,19 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return frozenset(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("preload", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _amount(cls, value: str) -> str:
+        parse_limits(value)
         return value
 
     @field_validator("log_level", mode="before")

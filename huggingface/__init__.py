@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flask_openapi3 import OpenAPI
 
-from .api import cache, docs, inference, models, requests, system
+from .api import cache, docs, downloads, inference, models, preflight, requests, system
 from .api import hub_protocol as hub_protocol  # adds its route to those of the models
 from .api.errors import init_errors
 from .api.guard import init_guard
@@ -22,10 +22,14 @@ from .api.openai import routes as openai
 from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
 from .api.wire import JSONProvider, JSONRequest, check_query
+from .budget import Budget, Limit
 from .errors import RegistryError
 from .manager import ModelManager
+from .preflight import Preflight
 from .records import LoadOptions
 from .registry import ModelRegistry
+from .statistics import Statistics, beside
+from .warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +41,34 @@ def init_app(
     options: LoadOptions,
     busy_timeout: float,
     threads: int,
+    keep_alive: float = -1.0,
+    memory_timeout: float = 5.0,
+    memory_limits: Mapping[str, Limit] | None = None,
+    preload: Sequence[str] = (),
     allowed_hosts: Iterable[str] = (),
 ) -> None:
     """Put the services on `app` and register the routes.
 
-    `registry` is the JSON file, `options` say how models are loaded, `busy_timeout` is how many seconds an unload waits
-    for the model's users, `threads` are those that serve requests (an eighth of them is kept for those that need no
-    model), `allowed_hosts` are names under which the server may be addressed besides the local ones.
+    `registry` is the JSON file, `options` say how models are loaded. `busy_timeout` is how many seconds an unload waits
+    for the model's users, `memory_timeout` how many a load waits for those of others, `keep_alive` how many a model
+    stays after its last use (-1: for ever). `memory_limits` are what models may take on each device, `preload` the
+    models to load at the start. `threads` are those that serve requests (an eighth of them is kept for those that need
+    no model), `allowed_hosts` are names under which the server may be addressed besides the local ones.
     """
     records = ModelRegistry(registry)
-    manager = ModelManager(records, options, busy_timeout=busy_timeout)
+    manager = ModelManager(
+        records,
+        options,
+        busy_timeout=busy_timeout,
+        keep_alive=keep_alive,
+        memory_timeout=memory_timeout,
+        budget=Budget(memory_limits),
+        statistics=Statistics(beside(registry)),
+    )
     places = threading.BoundedSemaphore(max(1, threads - max(1, threads // 8)))
-    app.extensions[EXTENSION] = Services(records, manager, options, Requests(), places)
+    app.extensions[EXTENSION] = Services(
+        records, manager, options, Requests(), places, Preflight(options), Warmup(manager, preload)
+    )
     app.request_class = JSONRequest
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
@@ -56,7 +76,7 @@ def init_app(
     init_guard(app, allowed_hosts)
     init_errors(app)
     init_request_ids(app)
-    for routes in (system, models, inference, requests, cache, openai):
+    for routes in (system, preflight, models, downloads, inference, requests, cache, openai):
         app.register_api(routes.blueprint)
     app.register_api(openai.hub_chat)
     app.register_api(system.root)
@@ -78,6 +98,7 @@ def start(app: OpenAPI, import_delay: float | None) -> None:
         logger.info("%d models registered", count)
     if import_delay is not None:
         services.manager.import_libraries(import_delay)
+    services.warmup.start()
 
 
 def close(app: OpenAPI) -> None:
@@ -86,4 +107,5 @@ def close(app: OpenAPI) -> None:
     try:
         services.manager.close()
     finally:
+        services.manager.statistics.close()
         services.registry.close()

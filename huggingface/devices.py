@@ -9,12 +9,37 @@ import ctypes
 import sys
 from importlib import metadata
 
+from .memory import available_bytes, resident_bytes
+
 
 def resolve_device(setting: str) -> str:
     """The device that `setting` means here: `auto` is `cuda` where torch would find a CUDA device, else `cpu`."""
     if setting != "auto":
         return setting
     return "cuda" if cuda_available() else "cpu"
+
+
+def free_bytes(device: str) -> int | None:
+    """Bytes that could be taken on a device without harm to others; None where that cannot be told."""
+    if device == "cpu":
+        return available_bytes()
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, int(free + kept - total // 50))
+
+
+def used_bytes(device: str) -> int | None:
+    """Bytes that this process (on a CPU), or all processes (elsewhere), have on a device; None where unknown."""
+    if device == "cpu":
+        return resident_bytes()
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
 
 
 def cuda_available() -> bool:

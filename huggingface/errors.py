@@ -141,8 +141,29 @@ class DeviceMissing(LoadError):
     """The device that the settings name is not there."""
 
 
+class DownloadNotFound(LocalLLMError):
+    """No download of that model runs, or ever did."""
+
+    def __init__(self, model_id: str, more: str = "") -> None:
+        super().__init__(f"No download of model '{model_id}'{more}")
+
+
+class DiskFull(LoadError):
+    """The disk has not enough room for a model's files."""
+
+
 class OutOfMemory(LoadError):
     """The device has not enough memory for what was asked."""
+
+
+class NeverFits(LoadError):
+    """The model needs more memory than models may ever have here."""
+
+
+class MemoryHeld(LoadError):
+    """The model would fit, but for models that are in use or pinned; `retry_after` is in seconds."""
+
+    retry_after = 5
 
 
 class ModelBusy(LocalLLMError):
@@ -178,6 +199,10 @@ class QueueFull(LocalLLMError):
             f"The queue of model '{model_id}' is full: {waiting} requests wait. Try again in {retry_after} s"
         )
         self.retry_after = retry_after
+
+
+class NotReady(LocalLLMError):
+    """Models that are to be in memory before the server counts as ready are not there yet, or failed to load."""
 
 
 class Cancelled(LocalLLMError):

@@ -109,6 +109,14 @@ def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset
     return config
 
 
+def weights_bytes(model_id: str, folder: Path, *, allow_pickle: bool) -> int:
+    """Bytes of the files that hold the weights of a folder that `check` has let pass."""
+    names = weight_names(read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
+    first = next(name for name in names if (folder / name).is_file())
+    parts = shards(model_id, folder, first) if first.endswith(".json") else [first]
+    return sum((folder / name).stat().st_size for name in parts)
+
+
 def _check_tokenizer_files(model_id: str, folder: Path) -> None:
     """Refuse Git LFS pointers, which some tokenizers would read as a vocabulary. A whole tokenizer.json is enough."""
     if (folder / "tokenizer.json").is_file() and not _is_pointer(folder / "tokenizer.json"):

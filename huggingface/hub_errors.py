@@ -8,16 +8,20 @@ path of this machine.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from . import files
-from .errors import FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError
+from .errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from .hub_transfer import Damaged, Stalled
+
+_LONGEST_WAIT = 300.0  # seconds that a Hub may ask to wait before the next request; it counts in windows of that length
 
 
-def damaged(model_id: str, name: str) -> FilesCorrupt:
+def damaged(model_id: str, name: str, reason: str = "") -> FilesCorrupt:
     """The error of a file that arrived, but not as the Hub says that it is."""
-    return FilesCorrupt(f"Model '{model_id}': {name} was damaged on its way from the Hub; load the model again")
+    what = f" ({reason})" if reason else ""
+    return FilesCorrupt(f"Model '{model_id}': {name} was damaged on its way from the Hub{what}; load the model again")
 
 
 def _status(error: BaseException) -> int | None:
@@ -38,12 +42,32 @@ def is_absent(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether another attempt may go better: not after a silence, which was waited for long enough already."""
+    """Whether another attempt may go better.
+
+    Not after a silence, which was waited for long enough already; except in the middle of a file, where a new
+    connection often helps.
+    """
+    if isinstance(error, Damaged | Stalled):
+        return isinstance(error, Stalled) or error.resumed
     status = _status(error)
     if status is not None:
         return status >= 500 or status == 429
     silent = any("Timeout" in type(cause).__name__ for cause in _chain(error))
-    return isinstance(error, FilesCorrupt) or (_is_transport(error) and not silent)
+    return _is_transport(error) and not silent
+
+
+def pause_after(error: BaseException, attempt: int) -> float:
+    """Seconds to the next attempt: as many as the Hub asks for, if it does."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    headers: Mapping[str, str] = next(
+        (cause.response.headers for cause in _chain(error) if hasattr(cause, "response")), {}
+    )
+    limit = parse_ratelimit_headers(headers) if _status(error) == 429 else None
+    asked = str(headers.get("Retry-After", ""))
+    if limit is not None and limit.remaining == 0:
+        asked = str(limit.reset_in_seconds)
+    return min(_LONGEST_WAIT, max(float(attempt), float(asked) if asked.isdecimal() else 0.0))
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -57,18 +81,28 @@ def _is_transport(error: BaseException) -> bool:
 
 
 @contextmanager
-def hub_errors(model_id: str) -> Iterator[None]:
-    """Turn whatever a call to the Hub raises within the block into a `LoadError` for the user."""
+def hub_errors(model_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever a call to the Hub raises within the block into a `LoadError` for the user; but not `Cancelled`."""
     try:
         yield
-    except LoadError:
+    except LocalLLMError:
         raise
     except Exception as error:
-        raise _hub_error(model_id, error) from error
+        raise _hub_error(model_id, revision, error) from error
 
 
-def _hub_error(model_id: str, error: BaseException) -> LoadError:
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+def unknown_revision(model_id: str, revision: str) -> FilesMissing:
+    """The error of a revision that the repository does not have."""
+    return FilesMissing(f"Model '{model_id}' has no branch, tag or commit '{revision}' on the Hub; check its revision")
+
+
+def _hub_error(model_id: str, revision: str | None, error: BaseException) -> LoadError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     causes = list(_chain(error))
 
@@ -81,6 +115,8 @@ def _hub_error(model_id: str, error: BaseException) -> LoadError:
             f"Model '{model_id}' is gated on the Hub: accept its terms on its page there, then set HF_TOKEN to a token "
             "of that account"
         )
+    if revision is not None and caused_by(RevisionNotFoundError):
+        return unknown_revision(model_id, revision)
     if caused_by(RepositoryNotFoundError) or status == 404:
         return FilesMissing(
             f"Model '{model_id}' has no folder in the models folder and no repository on the Hub that this server may "
@@ -90,11 +126,12 @@ def _hub_error(model_id: str, error: BaseException) -> LoadError:
         return FilesGated(f"Model '{model_id}': the Hub refuses access ({status}); set HF_TOKEN to a token that has it")
     if caused_by(OfflineModeIsEnabled):
         return HubUnreachable(
-            f"Model '{model_id}' is not (completely) on this machine, and the Hub is switched off (HF_HUB_OFFLINE). "
+            f"Model '{model_id}' is not (completely) on this machine, and the Hub is switched off "
+            "(LOCAL_LLM_OFFLINE or HF_HUB_OFFLINE). "
             "Put its files into the models folder, or allow the download"
         )
     if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return LoadError(f"Model '{model_id}' could not be downloaded: the disk is full")
+        return DiskFull(f"Model '{model_id}' could not be downloaded: the disk of the Hub's cache is full")
     if status is not None:
         return HubUnreachable(f"Model '{model_id}' could not be downloaded: the Hub answered {status}; try again later")
     if _is_transport(error):

@@ -1,4 +1,4 @@
-"""A model in memory: its engine, its tasks, and how requests are put to them.
+"""A model in memory: its engine, its tasks, how requests are put to them, and how much memory it takes.
 
 `loader` makes it of files, the manager keeps it. Any thread may call it. Must not know files, the registry, the manager
 or HTTP.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from .adapters import Adapters
+from .devices import free_bytes
 from .engine.batch import TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
@@ -25,9 +32,11 @@ from .engine.runner import BatchRunner, NotBatchable
 from .engine.solo import Solo
 from .engine.ticket import Ticket
 from .engine.tokens import TokenTexts
-from .errors import Cancelled, LocalLLMError, UnsupportedTask
-from .memory import release_freed
-from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, timestamp
+from .errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, UnsupportedTask
+from .memory import drop_pages, forget_frames, mapped_files, release_freed
+from .quantization import QuantizedLinear
+from .quantization import tensor_bytes as quantized_bytes
+from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
 from .tasks import Head
 from .tasks.embedding import Pooling
 from .tasks.generation import generation_arguments
@@ -42,7 +51,54 @@ _GENERATION = "text-generation"  # the one task whose work the batch does
 # Of a generation config: what an answer's caller may set too.
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
 
+_DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights that are copied out of their file before the load is over
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
+
+
+class Memory(Protocol):
+    """Where a model asks for memory, and says how much it has."""
+
+    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+        """Say how many bytes a part of the model has on each device."""
+
+    def take(self, part: str, device: str, size: int) -> bool:
+        """Ask for bytes more, or give them back where they are negative; tells whether they may be taken."""
+
+    def relieve(self) -> bool:
+        """Have others give memory up; tells whether some did."""
+
+
+class Unlimited:
+    """Memory that nobody counts: for a model outside of a manager."""
+
+    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+        """Nothing is noted."""
+
+    def take(self, part: str, device: str, size: int) -> bool:  # noqa: ARG002 - the protocol's
+        """Whether it is free."""
+        free = free_bytes(device)
+        return free is None or size <= free
+
+    def relieve(self) -> bool:
+        """There is nobody else."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a model was loaded as: `effective` are the settings that are in effect, by their names.
+
+    `key` tells its weights and settings from any others, so that what was found out about them can be kept.
+    """
+
+    record: ModelRecord
+    head: Head
+    device: str
+    effective: Mapping[str, Any]
+    key: Hashable = None
+    max_context: int | None = None
+    compiles: bool = False
+    folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +112,7 @@ class _Parts:
     tokenizer: Any
     batched: bool
     generations: TextGenerations
+    copied_bytes: int
 
 
 class LoadedModel:
@@ -66,61 +123,172 @@ class LoadedModel:
 
     def __init__(
         self,
-        record: ModelRecord,
+        setup: Setup,
         model: Any,
         tokenizer: Any,
-        head: Head,
-        device: str,
         options: EngineOptions,
         pooling: Pooling | LocalLLMError | None = None,
+        memory: Memory | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """`pooling` is what makes one vector of a text's, or why that cannot be had."""
-        model_id = record.model_id
-        self.model_id = model_id
-        self.model_type = record.model_type
-        self.head = head
-        self.device = device
+        """`pooling` is what makes one vector of a text's, or why that cannot be had; `adapters` are on the model.
+
+        How the model is served best is found out on a thread of its own, which whoever asks something waits for.
+        """
+        self.setup = setup
+        self.model_id = setup.record.model_id
+        self.model_type = setup.record.model_type
+        self.head = setup.head
+        self.device = setup.device
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.loaded_at = timestamp()
-        runner, reason = _batch_runner(model, head)
+        self.pools = pooling is not None
+        self._memory = memory or Unlimited()
+        self._options = options
+        self._adapters = adapters or Adapters(self.model_id, model, {})
+        self._weights = tensor_bytes(model)
+        self._kv: dict[str, int] = {}
+        self._peak = 0
+        self._counting = threading.Lock()
+        self._memory.note("weights", self._weights)
+        # Of one call, so that whoever comes meanwhile finds a place.
+        self._most_prompts = max(1, options.max_batch // 2)
+        self._contexts = _contexts(model, setup.max_context)
+        self._closing = False
+        self._made: Future[_Parts] | None = Future()
+        self._note_peak()
+        small = sum(self._weights.values()) <= _DETACHED_AT_ONCE
+        if small:
+            detach(model)
+        # It ends, as the load's thread does: see `loader.load`.
+        work = partial(self._prepare, self._made, model, tokenizer, pooling, small)
+        self._preparing = threading.Thread(target=work, name=f"prepare-{self.model_id}")
+        self._preparing.start()
+
+    def _prepare(
+        self, parts: Future[_Parts], model: Any, tokenizer: Any, pooling: LocalLLMError | Pooling | None, detached: bool
+    ) -> None:
+        """Take the weights into memory of its own, and find out how the model is served."""
+        try:
+            if not detached:
+                detach(model, lambda: self._closing)
+            parts.set_result(self._make_parts(model, tokenizer, pooling))
+        except BaseException as error:
+            forget_frames(error)
+            if not isinstance(error, Cancelled):
+                logger.exception("%s could not be prepared", self.model_id)
+                error = EngineFailed(self.model_id)
+            parts.set_exception(error)
+
+    def _make_parts(self, model: Any, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
+        """Find out how the model is served, and build all that serves it."""
+        model_id, options = self.model_id, self._options
+        runner, reason = self._batch_runner(model)
         constraints = _constraints(model, tokenizer)
         texts = TokenTexts(tokenizer, lambda: constraints.tokens)
-        batch = None if runner is None else TransformersBatch(model_id, runner, texts, options)
-        self.pools = pooling is not None
+        batch, copied = None, 0
+        if runner is not None:
+            runner.cache.take = self._take_cache
+            batch = TransformersBatch(model_id, runner, texts, options)
+            copied = runner.products.copied_bytes if runner.products is not None else 0
 
         def find() -> Pooling | None:
             if isinstance(pooling, LocalLLMError):
                 raise pooling
             return pooling
 
-        tasks = TaskRunner(model_id, model, tokenizer, head, find)
-        engine = Engine(model_id, batch, tasks, options, reason)
+        active = self._adapters.active
+        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active)
+        engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve)
         preparer = Preparer(
             model_id,
             model,
             tokenizer,
-            contexts=_contexts(model),
+            contexts=self._contexts,
             room=None if batch is None else batch.slots.longest,
             constraints=constraints,
             arguments=lambda given: generation_arguments(given, model),
+            check_adapter=self._adapters.check,
         )
-        solo = Solo(model_id, model, tokenizer, texts)
+        solo = Solo(model_id, model, tokenizer, texts, active)
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
-        self._parts: _Parts | None = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None, generations)
-        # Of one call, so that whoever comes meanwhile finds a place.
-        self._most_prompts = max(1, options.max_batch // 2)
-        self._context = _contexts(model)[0]
+        if copied:
+            self._memory.note("copies", {self.device: copied})
+        parts = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None, generations, copied)
+        self._note_peak(copied)
+        release_freed()  # trying took memory
+        return parts
+
+    def _batch_runner(self, model: Any) -> tuple[BatchRunner | None, str | None]:
+        """What serves the model in a batch, or why it is served one request at a time."""
+        if self.head == "seq2seq-lm":
+            return None, "it is an encoder-decoder"
+        if self.head != "causal-lm":
+            return None, "it does not generate text"
+        try:
+            findings, key = self._options.findings, self.setup.key
+            runner = batch_runner(model, findings, key, lambda: self._closing, self._adapters)
+        except NotBatchable as error:
+            logger.info("%s is served one request at a time: %s", self.model_id, error)
+            return None, str(error)
+        return runner, None
+
+    def _take_cache(self, device: str, size: int) -> bool:
+        if not self._memory.take("kv cache", device, size):
+            return False
+        with self._counting:
+            self._kv[device] = self._kv.get(device, 0) + size
+        self._note_peak()
+        return True
+
+    def _note_peak(self, more: int = 0) -> None:
+        with self._counting:
+            present = sum(self._weights.values()) + sum(self._kv.values())
+            self._peak = max(self._peak, present + (more or self._copied))
+
+    @property
+    def _copied(self) -> int:
+        parts = self._made
+        return parts.result().copied_bytes if parts is not None and parts.done() and not parts.exception() else 0
+
+    @property
+    def sizes(self) -> Sizes:
+        """How much memory it takes at this moment."""
+        with self._counting:
+            kv, copied = dict(self._kv), self._copied
+        devices = dict(self._weights)
+        devices[self.device] = devices.get(self.device, 0) + copied
+        for device, size in kv.items():
+            devices[device] = devices.get(device, 0) + size
+        weights = sum(self._weights.values())
+        return Sizes(
+            weights, copied, sum(kv.values()), self._peak, {name: size for name, size in devices.items() if size}
+        )
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
         """The tasks that were run since the load, whose pipelines are kept."""
-        parts = self._parts
+        parts = self._done
         return () if parts is None else parts.tasks.opened
 
     @property
     def status(self) -> EngineStatus | None:
         """What its engine is doing; None where it has been taken out of memory."""
-        parts = self._parts
-        return None if parts is None else parts.engine.status()
+        parts = self._made
+        if parts is not None and not parts.done():
+            return EngineStatus("starting", None, None, 0, 0, 0, 0, 0, 0, self._options.kv_cache_bytes)
+        done = self._done
+        return None if done is None else done.engine.status()
+
+    @property
+    def _parts(self) -> _Parts:
+        return self._open()
+
+    @property
+    def _done(self) -> _Parts | None:
+        """What it is made of, if that is there and is whole."""
+        parts = self._made
+        return parts.result() if parts is not None and parts.done() and parts.exception() is None else None
 
     @property
     def own_parameters(self) -> Mapping[str, Any]:
@@ -151,8 +319,10 @@ class LoadedModel:
     @property
     def failed(self) -> bool:
         """Whether its engine is broken, so that it is to be loaded anew."""
-        parts = self._parts
-        return parts is not None and parts.engine.failed
+        parts, done = self._made, self._done
+        if done is not None:
+            return done.engine.failed
+        return parts is not None and parts.done()
 
     def generate(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> Ticket:
         """Queue a generation; its ticket gives the text, and the errors of what computes it.
@@ -164,7 +334,7 @@ class LoadedModel:
             InvalidRequest: the prompt or a parameter is one that this model cannot honour.
             QueueFull, OutOfMemory, EngineFailed, Cancelled: it was not taken into the queue.
         """
-        parts = self._open()
+        parts = self._open(gone)
         if self.head not in ("causal-lm", "seq2seq-lm"):
             raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
         submitted = time.monotonic()
@@ -173,31 +343,58 @@ class LoadedModel:
         if parts.batched and prepared.settled is not None:
             parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, gone, request.streams))
         else:
-            parts.engine.submit_job(
-                ticket,
-                lambda given_up: parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up),
-                gone,
-            )
+
+            def generate(given_up: Callable[[], bool]) -> None:
+                try:
+                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
+                except OutOfMemory as error:
+                    if ticket.made or not self._memory.relieve():
+                        raise
+                    forget_frames(error)
+                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
+
+            parts.engine.submit_job(ticket, generate, gone)
         return ticket
 
     def run(
-        self, task: str, inputs: Any, parameters: Mapping[str, Any], gone: Callable[[], bool] = lambda: False
+        self,
+        task: str,
+        inputs: Any,
+        parameters: Mapping[str, Any],
+        gone: Callable[[], bool] = lambda: False,
+        adapter: str | None = None,
     ) -> Any:
         """Run a task and return its result as JSON values; it is batched with whoever else asks at the time.
 
         Prompts of `text-generation` run as generations do, unless they ask for what only the model itself can: beams.
+        `adapter` names one of the model's.
 
         Raises:
             UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
             QueueFull: as many calls wait as may.
             Cancelled: `gone()` turned true, or the model is being unloaded.
         """
-        parts = self._open()
+        parts = self._open(gone)
+        self._adapters.check(adapter)
         if task == _GENERATION and parts.batched:
             generation = parts.generations.begin(inputs, parameters)
-            if run_in_batch(generation, parts.engine, most=self._most_prompts, context=self._context, gone=gone):
+            limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
+            if run_in_batch(generation, parts.engine, **limits, gone=gone, adapter=adapter):
                 parts.tasks.note(task)
                 return generation.result()
+        if adapter is not None:
+            parameters = {**parameters, "adapter": adapter}
+        try:
+            return self._run(parts, task, inputs, parameters, gone)
+        except OutOfMemory as error:
+            if not self._memory.relieve():
+                raise
+            forget_frames(error)
+            return self._run(parts, task, inputs, parameters, gone)
+
+    def _run(
+        self, parts: _Parts, task: str, inputs: Any, parameters: Mapping[str, Any], gone: Callable[[], bool]
+    ) -> Any:
         parts.engine.check_queue_for_task()
         call = parts.tasks.submit(task, inputs, parameters, gone)
         parts.engine.wake()
@@ -209,33 +406,43 @@ class LoadedModel:
                     call.cancel()
                     raise Cancelled from None
 
-    def _open(self) -> _Parts:
-        parts = self._parts
-        if parts is None:
-            raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
-        return parts
+    def settles(self, seconds: float) -> bool:
+        """Wait so long at most until it is known how it is served; tells whether it is."""
+        made = self._made
+        return made is None or bool(wait([made], seconds).done)
+
+    def prepared(self, gone: Callable[[], bool] = lambda: False) -> None:
+        """Wait until it is known how it is served.
+
+        Raises:
+            Cancelled: `gone()` turned true, or it is being unloaded. EngineFailed: it cannot be served.
+        """
+        self._open(gone)
+
+    def _open(self, gone: Callable[[], bool] = lambda: False) -> _Parts:
+        parts = self._made
+        while parts is not None:
+            try:
+                return parts.result(_LOOK_AGAIN)
+            except TimeoutError:
+                if gone():
+                    raise Cancelled from None
+        raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
 
     def close(self) -> None:
         """Cancel what runs, and give the memory back to the system. The model cannot be used afterwards."""
-        parts, self._parts = self._parts, None
+        self._closing = True
+        parts, self._made = self._made, None
         if parts is None:
             return
-        parts.engine.close()
+        if parts.exception() is None:  # waits for it to be prepared, which is given up soon
+            parts.result().engine.close()
         del parts
+        self._preparing.join()  # it holds the model
+        self._weights = {}
+        if self.setup.folder is not None:
+            shutil.rmtree(self.setup.folder, ignore_errors=True)
         free()
-
-
-def _batch_runner(model: Any, head: Head) -> tuple[BatchRunner | None, str | None]:
-    """What serves the model in a batch, or why it is served one request at a time."""
-    if head == "seq2seq-lm":
-        return None, "it is an encoder-decoder"
-    if head != "causal-lm":
-        return None, "it does not generate text"
-    try:
-        return batch_runner(model), None
-    except NotBatchable as error:
-        logger.info("%s is served one request at a time: %s", model.config.name_or_path, error)
-        return None, str(error)
 
 
 def free() -> None:
@@ -252,11 +459,62 @@ def _constraints(model: Any, tokenizer: Any) -> Constraints:
     """What constrains the model's texts; llguidance looks at the tokenizer when it is first asked."""
     own = model.generation_config.eos_token_id if model.can_generate() else None
     ends = own if isinstance(own, list) else [] if own is None else [own]
-    return Constraints(tokenizer, model.config.get_text_config().vocab_size, ends)
+    words = getattr(model.config.get_text_config(), "vocab_size", 0)  # CANINE reads characters, and has none
+    return Constraints(tokenizer, words, ends)
 
 
-def _contexts(model: Any) -> tuple[int | None, int | None]:
-    """How many tokens the model can read, and how many it can have in what it writes: its weights or its config say."""
+def detach(model: Any, given_up: Callable[[], bool] = lambda: False) -> None:
+    """Copy weights that lie in a mapped file into memory of their own.
+
+    Mapped, a load takes next to no time; but a file that somebody overwrites in place would take the whole process
+    with it, and its pages would be counted for nobody. Tensors are changed one by one, and whoever computes meanwhile
+    is not disturbed.
+
+    Raises:
+        Cancelled: `given_up()` turned true.
+    """
+    files = mapped_files()
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            address = tensor.data_ptr()
+            if tensor.device.type != "cpu" or not any(start <= address < end for start, end in files):
+                continue
+            if given_up():
+                raise Cancelled
+            key = (address, tensor.shape)
+            if key not in copies:
+                copies[key] = tensor.data.clone()
+                if tensor.is_contiguous():
+                    drop_pages(address, tensor.numel() * tensor.itemsize)
+            tensor.data = copies[key]
+
+
+def tensor_bytes(model: Any) -> dict[str, int]:
+    """Bytes of a model's tensors by device, each storage once."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return {str(model.device): quantized_bytes(model)}
+    seen: set[tuple[str, int]] = set()
+    sizes: dict[str, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        device = str(tensor.device)
+        key = (device, tensor.data_ptr())
+        if tensor.device.type != "meta" and key not in seen:
+            seen.add(key)
+            sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.itemsize
+    return sizes
+
+
+def _contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
+    """How many tokens the model can read, and how many it can have in what it writes: its weights, its config or its
+    settings say, whichever is least."""
+    reads, writes = _own_contexts(model)
+    if most is None:
+        return reads, writes
+    return min(reads or most, most), min(writes or most, most)
+
+
+def _own_contexts(model: Any) -> tuple[int | None, int | None]:
     reads = max_positions(model)
     if reads is None:
         said = getattr(model.config.get_text_config(), "max_position_embeddings", None)

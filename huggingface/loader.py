@@ -6,24 +6,29 @@ the registry, the manager or HTTP.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from . import files, hub
-from .devices import resolve_device
+from . import estimating, files, gguf_files
+from .adapters import attach
 from .engine.products import Products
 from .errors import (
-    DeviceMissing,
     FilesCorrupt,
     FilesMissing,
     FilesRefused,
@@ -33,17 +38,26 @@ from .errors import (
     ModelUnsupported,
     OutOfMemory,
 )
-from .loaded import LoadedModel, free
+from .headers import GGUFHeader
+from .loaded import LoadedModel, Memory, Setup, free
 from .memory import forget_frames
-from .records import LoadOptions, ModelRecord
+from .placement import Placement, place
+from .progress import Progress
+from .quantization import quantize
+from .records import EngineOptions, Estimate, LoadOptions, LoadSettings, ModelRecord
 from .tasks import HEADS, MODEL_TYPES, Head
 from .tasks.embedding import Pooling, find_pooling
 from .tasks.reranking import note_cross_encoder
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 # How transformers says that it lacks an optional package, where it does not raise an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
+
+# Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
+_NOWHERE = "no-adapter-of-its-own"
 
 # transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
 # built at once. Files are fetched outside of it: a slow download holds nobody up.
@@ -84,45 +98,234 @@ def warm_up() -> None:
         Products(torch.nn.Sequential(torch.nn.Linear(576, 1536)))
 
 
-def load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
-    """Bring a registered model into memory: from the models folder, else from the Hub.
+def load(
+    record: ModelRecord,
+    options: LoadOptions,
+    folder: Path,
+    *,
+    settings: LoadSettings | None = None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+    progress: Progress | None = None,
+    memory: Memory | None = None,
+) -> LoadedModel:
+    """Bring a registered model, whose files are in `folder`, into memory.
 
-    float32 on a CPU, the weights' own dtype elsewhere.
+    `settings` are those in effect; without them the record's. `adapters` are the folders of its adapters by their
+    names. `memory` is where it asks for memory later on.
 
     Raises:
         LoadError: one of its kinds, with a message that names the model and says what to do.
+        InvalidRequest: a setting that cannot be honoured, by its name.
+        Cancelled: `progress` was cancelled.
     """
+    settings, progress = settings or record.settings, progress or Progress()
+    return _on_a_thread(partial(_load, record, options, folder, settings, adapters, progress, memory))
+
+
+def estimate(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings | None = None) -> Estimate:
+    """What `load` would take, from the config and the files' headers alone.
+
+    Raises: as `load`.
+    """
+    return _on_a_thread(lambda: _estimate(_look(record, options, folder, settings or record.settings), options))
+
+
+def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
+    """About as many bytes as a load takes at most, told by the size of the files alone, in no time.
+
+    Twice and a half the files: weights of 16 bits become ones of 32, and a table of embeddings may lie there twice.
+
+    Raises: as `load`.
+    """
+    size = files.weights_bytes(record.model_id, folder, allow_pickle=options.allow_pickle)
+    return size * 5 // 2 + options.engine.kv_cache_bytes // 4
+
+
+def _on_a_thread(work: Callable[[], T]) -> T:
+    """Have work done on a thread of its own, that ends: OpenMP keeps a team of threads for every thread that ever
+    computed, and where there are more of them than cores, none waits actively, which makes each small product slower
+    by half."""
     try:
-        # On a thread of its own, that ends: OpenMP keeps a team of threads for every thread that ever computed, and
-        # where there are more of them than cores, none waits actively, which makes each small product slower by half.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
-            return thread.submit(_load, record, options).result()
-    except LoadError as error:
+            return thread.submit(work).result()
+    except LocalLLMError as error:
         forget_frames(error)  # they hold whatever was read so far
         free()
         raise
 
 
-def _load(record: ModelRecord, options: LoadOptions) -> LoadedModel:
-    model_id = record.model_id
-    allow_pickle, trusted_ids = options.allow_pickle, options.trust_remote_code
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is known of a model before its weights are read."""
+
+    record: ModelRecord
+    folder: Path
+    config: Any
+    head: Head
+    placement: Placement
+    trusted: bool
+    gguf: GGUFHeader | None = None
+
+
+def _look(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> _Plan:
+    """Check a model's files and settings, and find out what it is to become. No weight is read."""
+    model_id, trusted_ids = record.model_id, options.trust_remote_code
     trusted = model_id in trusted_ids
-    device = resolve_device(options.device)
-    _check_device(device)
-    folder = files.local_folder(options.models_dir, model_id)
-    if folder is None:
-        folder = hub.fetch(model_id, allow_pickle=allow_pickle, trusted=trusted_ids)
+    placement = place(settings, options)
     # From here on everything is read from the folder, and the network is not touched.
-    files.check(model_id, folder, allow_pickle=allow_pickle, trusted=trusted_ids)
-    config = _read_config(model_id, folder, trusted)
-    tokenizer = _read_tokenizer(model_id, folder, config, trusted)
+    header = None
+    if record.gguf_file is not None:
+        header = gguf_files.check(model_id, folder, record.gguf_file)
+        config = gguf_files.read_config(model_id, folder, record.gguf_file, header)
+    else:
+        files.check(model_id, folder, allow_pickle=options.allow_pickle, trusted=trusted_ids)
+        config = _read_config(model_id, folder, trusted)
     wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
     head = _head(model_id, config, wanted)
-    with _BUILDING:
-        model = _read_model(model_id, folder, config, head, device, options, trusted)
-        pooling = _pooling(folder, model, trusted)
-    note_cross_encoder(model.config, folder)
-    return LoadedModel(record, model, tokenizer, head, device, options.engine, pooling)
+    return _Plan(record, folder, config, head, placement, trusted, header)
+
+
+def _estimate(plan: _Plan, options: LoadOptions) -> Estimate:
+    auto_class, config = _auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
+    config.name_or_path = str(plan.folder)  # where code of its own is looked for
+
+    def build() -> Any:
+        return auto_class.from_config(config, trust_remote_code=plan.trusted)
+
+    own = _own_dtype(plan)
+    engine = _engine_options(plan, options)
+    try:
+        with _BUILDING:
+            return estimating.estimate(build, plan.head, plan.placement, own, engine)
+    except LocalLLMError:
+        raise
+    except Exception as error:
+        raise _refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
+
+
+def _own_dtype(plan: _Plan) -> torch.dtype:
+    """The type of the weights in their files: what the config says, as transformers takes it."""
+    said = getattr(plan.config, "dtype", None) or torch.float32
+    return getattr(torch, said) if isinstance(said, str) else said
+
+
+def _engine_options(plan: _Plan, options: LoadOptions) -> EngineOptions:
+    slots = plan.placement.slots
+    return options.engine if slots is None else replace(options.engine, max_batch=slots)
+
+
+def _load(
+    record: ModelRecord,
+    options: LoadOptions,
+    folder: Path,
+    settings: LoadSettings,
+    adapters: Mapping[str, Path],
+    progress: Progress,
+    memory: Memory | None,
+) -> LoadedModel:
+    plan = _look(record, options, folder, settings)
+    model_id, placement = record.model_id, plan.placement
+    if plan.gguf is not None and record.gguf_file is not None and not files.has_tokenizer(folder):
+        tokenizer = gguf_files.read_tokenizer(model_id, folder, record.gguf_file, plan.gguf)
+    else:
+        tokenizer = _read_tokenizer(model_id, folder, plan.config, plan.trusted)
+    _check_context(plan)
+    own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
+    try:
+        with _BUILDING:
+            progress.begin("read", _file_bytes(plan, options))
+            with _watched(progress):
+                model = _read_model(plan, options, own)
+            attached = attach(model_id, model, adapters, tokenizer)
+            pooling = _pooling(folder, model, plan.trusted)
+        note_cross_encoder(model.config, folder)
+        setup = Setup(
+            record=record,
+            head=plan.head,
+            device=str(model.device) if placement.device_map is not None else placement.device,
+            effective=_effective(plan, model, options),
+            key=_key(plan, options, adapters),
+            max_context=placement.max_context,
+            compiles=placement.compiles,
+            folder=own,
+        )
+        return LoadedModel(setup, model, tokenizer, _engine_options(plan, options), pooling, memory, attached)
+    except BaseException:
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        raise
+
+
+def _effective(plan: _Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
+    """The settings that are in effect."""
+    placement = plan.placement
+    mapping = None
+    if placement.device_map is not None:  # transformers notes none where one device has all of it
+        mapping = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {
+        "device": placement.device if mapping is None else None,
+        "device_map": None if mapping is None else {name: str(device) for name, device in mapping.items()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": placement.quantization,
+        "attn_implementation": model.config.get_text_config()._attn_implementation,
+        "compile": placement.compiles,
+        "max_context": placement.max_context,
+        "slots": _engine_options(plan, options).max_batch,
+    }
+
+
+def _file_bytes(plan: _Plan, options: LoadOptions) -> int:
+    """Bytes of the files that the weights are read from."""
+    if plan.record.gguf_file is not None:
+        return (plan.folder / plan.record.gguf_file).stat().st_size
+    return files.weights_bytes(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
+
+
+def _key(plan: _Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tuple[Any, ...]:
+    """What tells these weights, as they are loaded, from any others."""
+    folders = (plan.folder, *adapters.values())
+    paths = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    marks = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    wanted = (plan.head, str(plan.placement), plan.record.gguf_file, tuple(adapters))
+    return (marks, *wanted, options.engine.kv_cache_bytes)
+
+
+def _check_context(plan: _Plan) -> None:
+    asked, own = plan.placement.max_context, getattr(plan.config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and own and asked > own > 0:
+        raise InvalidRequest(
+            f"Invalid value for field 'max_context': model '{plan.record.model_id}' reads {own} tokens at most",
+            "max_context",
+        )
+
+
+@contextmanager
+def _watched(progress: Progress) -> Iterator[None]:
+    """Tell `progress` how many of the weights are read, as transformers tells its own progress bar.
+
+    Its hook is the process's, as are the switches it builds models under: used with the lock for these only.
+    """
+    total = progress.now().total or 0
+
+    def watch(factory: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if named.get("desc") != "Loading weights" or not arguments:
+            return factory(*arguments, **named)
+        items = list(arguments[0])
+
+        def each() -> Iterator[Any]:
+            told = 0
+            for index, item in enumerate(items, 1):
+                yield item
+                progress.advance(total * index // len(items) - told)
+                told = total * index // len(items)
+
+        return factory(each(), **{**named, "total": len(items)})
+
+    before = transformers.utils.logging.set_tqdm_hook(watch)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(before)
 
 
 def _pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError | None:
@@ -134,15 +337,6 @@ def _pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError
     except Exception as error:
         logger.info("the modules of a sentence-transformers model cannot be used", exc_info=error)
         return InvalidRequest(f"This model's modules.json cannot be used: {files.public(error, folder)}")
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeviceMissing(
-            f"The device '{device}' is not to be had here; choose another one in the server's setting LOCAL_LLM_DEVICE"
-        ) from error
 
 
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
@@ -237,30 +431,55 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
     )
 
 
-def _read_model(
-    model_id: str, folder: Path, config: Any, head: Head, device: str, options: LoadOptions, trusted: bool
-) -> Any:
+def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
+    model_id, placement = plan.record.model_id, plan.placement
+    spread: dict[str, Any] = {}
+    if placement.device_map is not None:
+        spread = {"device_map": placement.device_map, "offload_folder": offload}
+    if placement.attention is not None:
+        spread["attn_implementation"] = placement.attention
+    auto_class, gguf_file = _auto_class(plan.config, plan.head), plan.record.gguf_file
+    dtype = placement.dtype or "auto"
     try:
-        model, info = _auto_class(config, head).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            use_safetensors=None if options.allow_pickle else True,
-            trust_remote_code=trusted,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported in the info, and refused below in words of our own
-            output_loading_info=True,
-        )
-        _check_weights(model_id, head, info)
-        return model.to(device)
-    except LoadError:
+        if plan.gguf is not None and gguf_file is not None:
+            model, info = gguf_files.read_model(
+                model_id, plan.folder, gguf_file, plan.gguf, auto_class, plan.config, dtype=dtype, **spread
+            )
+        else:
+            model, info = auto_class.from_pretrained(
+                plan.folder,
+                config=plan.config,
+                dtype=dtype,
+                use_safetensors=None if options.allow_pickle else True,
+                trust_remote_code=plan.trusted,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported in the info, and refused below in words of our own
+                output_loading_info=True,
+                adapter_kwargs={"subfolder": _NOWHERE},
+                **spread,
+            )
+        _check_weights(model_id, plan.head, info)
+        if placement.quantization is not None:
+            quantize(model, placement.quantization, placement.device)
+        return model if placement.device_map is not None else model.to(placement.device)
+    except LocalLLMError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
+        raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
     except Exception as error:
         if "allocate memory" in str(error):  # what torch's CPU allocator says
-            raise OutOfMemory(f"Not enough memory on {device} to load model '{model_id}'") from error
-        raise _refusal(model_id, folder, error, "its weights or its config.json") from error
+            raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
+        if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
+            raise InvalidRequest(
+                f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "
+                f"{files.public(error, plan.folder)}",
+                "attn_implementation",
+            ) from error
+        if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
+            raise InvalidRequest(
+                f"Invalid value for field 'device_map': {files.public(error, plan.folder)}", "device_map"
+            ) from error
+        raise _refusal(model_id, plan.folder, error, "its weights or its config.json") from error
 
 
 def _auto_class(config: Any, head: Head) -> Any:

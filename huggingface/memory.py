@@ -6,12 +6,14 @@ Standard library only; what concerns glibc does nothing under another C library.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h
+_MADV_DONTNEED = 4  # sys/mman.h
 
 
 def keep_few_arenas() -> None:
@@ -29,6 +31,30 @@ def release_freed() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def mapped_files() -> list[tuple[int, int]]:
+    """The addresses, each from and to, at which files are mapped into this process; empty where that is not told."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            addresses, _, _, _, inode, *_ = line.split(None, 5)
+            if inode != "0":
+                start, _, end = addresses.partition("-")
+                found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def drop_pages(address: int, size: int) -> None:
+    """Have the pages of a mapped file, of which a copy was made, not lie in memory any more.
+
+    Whoever still reads there gets them from the file again; they must not have been written to.
+    """
+    madvise = _glibc("madvise")
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -53,7 +79,7 @@ def _glibc(name: str) -> ctypes._NamedFuncPointer | None:
 def available_bytes() -> int | None:
     """Bytes that can be taken without swapping, a little left over for others; None where that cannot be told.
 
-    The least of what Linux says of the machine (`MemAvailable`) and of this process's control group (version 2).
+    The least of what Linux says of the machine (`MemAvailable`) and of this process's control group (version 2 or 1).
     """
     if sys.platform != "linux":
         return None
@@ -62,8 +88,22 @@ def available_bytes() -> int | None:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
         found.append(sizes["MemAvailable"] - sizes["MemTotal"] // 50)
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text("ascii"))
-        found.append(limit - int((group / "memory.current").read_text("ascii")))
-    return min(found, default=None)
+    group = Path("/sys/fs/cgroup")
+    for limit, current, statistics, name in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):
+            room = int((group / limit).read_text("ascii")) - int((group / current).read_text("ascii"))
+            # Pages of files that nobody uses count as the group's, but go when they are in the way.
+            lines = (group / statistics).read_text("ascii").splitlines()
+            found.append(room + next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0))
+    return max(0, min(found)) if found else None
+
+
+def resident_bytes() -> int | None:
+    """Bytes of this process that lie in memory; None where that cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return None

@@ -67,28 +67,34 @@ class Progress:
         self._version = 0
         self._cancelled = False
         self._seen: deque[tuple[float, int]] = deque()  # times and bytes that arrived then
+        self._begun: list[tuple[int, Moment]] = []  # each phase as it began, and the version then
 
     # Whoever works ---------------------------------------------------------------------------------------------------
 
     def begin(self, phase: Phase, total: int | None = None, done: int = 0) -> None:
         """Begin a phase of `total` bytes, of which `done` are there already."""
         with self._changed:
+            if self._phase in _ENDS:
+                return
             self._phase, self._total, self._done = phase, total, done
             self._file = None
             self._seen.clear()
             self._note()
+            self._begun.append((self._version, self._moment()))
 
     def expect(self, total: int, done: int = 0) -> None:
         """Say how many bytes the phase has, now that it is known."""
         with self._changed:
-            self._total, self._done = total, done
-            self._note()
+            if self._phase not in _ENDS:
+                self._total, self._done = total, done
+                self._note()
 
     def at(self, file: str) -> None:
         """Say which file is worked on."""
         with self._changed:
-            self._file = file
-            self._note()
+            if self._phase not in _ENDS:
+                self._file = file
+                self._note()
 
     def advance(self, count: int) -> None:
         """Note `count` more bytes; fewer where it is negative, as some have to come again.
@@ -119,6 +125,7 @@ class Progress:
             if self._phase not in _ENDS:
                 self._phase, self._error = phase, error
                 self._note()
+                self._begun.append((self._version, self._moment()))
 
     def _note(self) -> None:
         self._version += 1
@@ -152,6 +159,11 @@ class Progress:
         with self._changed:
             self._changed.wait_for(lambda: self._version != version, seconds)
             return self._version, self._moment()
+
+    def phases(self, version: int) -> list[Moment]:
+        """The phases that began after `version`, as they began: a short one may be over by now."""
+        with self._changed:
+            return [moment for begun, moment in self._begun if begun > version]
 
     def _moment(self) -> Moment:
         now = time.monotonic()

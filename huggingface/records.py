@@ -7,7 +7,7 @@ Standard library only, so that anyone may import it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,6 +145,7 @@ class LoadOptions:
     device: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: frozenset[str] = frozenset()
+    offline: bool = False
     engine: EngineOptions = field(default_factory=lambda: EngineOptions())
 
 
@@ -204,7 +205,8 @@ class GenerationRequest:
     tokens as there is room for, where the parameters set no limit. `logprobs` is how many alternatives of each token
     are to be named with it, None for no tokens at all; `prompt_logprobs` asks for those of the prompt too. `constraint`
     is what the text has to be, or a function that tells it from the end of the prompt as the chat template has laid it
-    out. `special_tokens` are left in the text, other special tokens are not.
+    out. `special_tokens` are left in the text, other special tokens are not. `adapter` names one of the model's, None
+    is the model itself.
     """
 
     parameters: Mapping[str, Any]
@@ -218,6 +220,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     constraint: Constraint | Callable[[str], Constraint | None] | None = None
     special_tokens: Sequence[str] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,19 +273,88 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How much a model's engine may take on: sequences in one batch, requests that wait, and bytes of KV cache."""
+    """How much a model's engine may take on: sequences in one batch, requests that wait, and bytes of KV cache.
+
+    `findings` are what the engines of this server have found out about this machine, so that it is found out once.
+    """
 
     max_batch: int = 64
     max_queue: int = 64
     kv_cache_bytes: int = 2 * 1024**3
+    findings: MutableMapping[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many bytes a model in memory takes: its weights, copies of some of them that lie as products want them, and
+    its KV cache; `peak` is the most that these were together. `devices` are the bytes by device.
+    """
+
+    weights: int
+    copies: int
+    kv_cache: int
+    peak: int
+    devices: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.copies + self.kv_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a load would take, in bytes, told from config and headers: its weights, copies of some of them, and the KV
+    cache that the first generations take. `token_bytes` is the KV cache of one token. `devices` are the bytes by
+    device.
+    """
+
+    weights: int
+    copies: int
+    kv_cache: int
+    token_bytes: int
+    device: str
+    dtype: str
+    quantization: str | None
+    devices: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.copies + self.kv_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Whether a load would succeed: its estimate, the bytes that are to be had on each device now and at most, and the
+    models that would go for it. `possible` tells whether it could ever fit.
+    """
+
+    estimate: Estimate
+    available: Mapping[str, int]
+    limits: Mapping[str, int]
+    fits: bool
+    possible: bool
+    evicts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """What came of an unload: whether the model was there, the bytes that it had, and those that came back."""
+
+    was_loaded: bool
+    bytes: int
+    freed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What an engine is doing. `mode` is `batched`, or `one at a time` with the `reason` why."""
+    """What an engine is doing. `mode` is `batched`, or `one at a time` with the `reason` why; None while it is being
+    found out.
+    """
 
-    state: Literal["running", "failed"]
-    mode: Literal["batched", "one at a time"]
+    state: Literal["starting", "running", "failed"]
+    mode: Literal["batched", "one at a time"] | None
     reason: str | None
     running: int
     waiting: int

@@ -16,7 +16,7 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface.loaded import LoadedModel
+from huggingface.loaded import LoadedModel, Setup
 from huggingface.records import EngineOptions, ModelRecord
 
 END = "<|endoftext|>"
@@ -75,4 +75,6 @@ def build(name: str) -> tuple[Any, Any]:
 def serve(name: str, model: Any, tokenizer: Any, **options: Any) -> LoadedModel:
     """The model as the server has it in memory."""
     record = ModelRecord(f"tiny/{name}", name, "text-generation")
-    return LoadedModel(record, model, tokenizer, "causal-lm", "cpu", EngineOptions(**options))
+    loaded = LoadedModel(Setup(record, "causal-lm", "cpu", {}), model, tokenizer, EngineOptions(**options))
+    loaded.prepared()
+    return loaded

@@ -12,7 +12,7 @@ from typing import Any
 
 import tiny_models
 
-from huggingface import loader
+from huggingface import files, loader
 from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
 
 
@@ -33,7 +33,9 @@ def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:
 def load(root: Path, model_id: str, model_type: str, **options: Any) -> loader.LoadedModel:
     """Load a model without the server around it."""
     record = ModelRecord(model_id, model_id, model_type)
-    return loader.load(record, LoadOptions(root, device="cpu", **options))
+    folder = files.local_folder(root, model_id)
+    assert folder is not None
+    return loader.load(record, LoadOptions(root, device="cpu", **options), folder)
 
 
 def text(model: loader.LoadedModel, prompt: str = "The little harbour") -> str:

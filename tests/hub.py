@@ -1,8 +1,8 @@
 """A small Hub on loopback: real HTTP, asked by `huggingface_hub` itself through `HF_ENDPOINT`.
 
-Serves the folders of one directory as model repositories, each with a commit, ETags, redirects and byte ranges, and
-keeps a record of every request. A repository can be gated, private, damaged or slow: see `Repository`. The test's
-thread changes repositories, the server's threads read them.
+Serves the folders of one directory as model repositories, each with commits, ETags, redirects and byte ranges, and
+keeps a record of every request and of the bytes sent. A repository can be gated, private, damaged or slow, and have
+branches and tags: see `Repository`. The test's thread changes repositories, the server's threads read them.
 By hand: `python tests/hub.py FOLDER [PORT]`.
 """
 
@@ -28,21 +28,33 @@ _BLOB = re.compile(r"/cdn/(?P<id>[^/]+(?:/[^/]+)?)/(?P<commit>[0-9a-f]{40})/(?P<
 _API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)(?:/revision/(?P<revision>[^/]+))?")
 _TREE = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+_LARGE = (".safetensors", ".bin", ".model", ".gguf")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked: method, path without its query, and the token that came along."""
+    """What was asked: method, path without its query, the token that came along, and from and up to which byte."""
 
     method: str
     path: str
     token: str | None
     start: int = 0
+    end: int | None = None
 
     @property
     def file(self) -> str:
         """The name at the end of the path."""
         return self.path.rsplit("/", 1)[-1]
+
+
+@dataclass
+class Body:
+    """The rest of a file as it is sent: from which byte on, and how many bytes so far."""
+
+    model_id: str
+    file: str
+    start: int
+    count: int = 0
 
 
 @dataclass
@@ -57,25 +69,41 @@ class Repository:
     tokens: frozenset[str] = frozenset()  # who may read it, where it is gated or private
     silent: frozenset[str] = frozenset()  # files about which no question is ever answered
     stall: frozenset[str] = frozenset()  # files whose download sends its headers and nothing more
-    # By a file's name: after how many bytes of any answer the connection breaks; the statuses of its next downloads;
-    # what is sent in its stead under its true checksum; a size that is announced and is not true.
+    whole: frozenset[str] = frozenset()  # files that are sent whole, whatever range is asked for
+    revisions: dict[str, Path] = field(default_factory=dict)  # branches and tags besides main: a folder each
+    # By a file's name: after how many bytes of any answer the connection breaks; the statuses of its next downloads
+    # (200 is none); what is sent in its stead under its true checksum; a size that is announced and is not true; how
+    # many bytes a second are sent. Whoever asks for a piece with an end gets it; these are for who downloads.
     cut: dict[str, int] = field(default_factory=dict)
     status: dict[str, list[int]] = field(default_factory=dict)
     replace: dict[str, bytes] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    rate: dict[str, int] = field(default_factory=dict)
 
-    def files(self) -> dict[str, Path]:
-        """Every file, by its name in the repository."""
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path for path in paths}
+    def files(self, folder: Path | None = None) -> dict[str, Path]:
+        """Every file, by its name in the repository; of main, or of a revision's folder."""
+        folder = folder or self.folder
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path for path in paths}
 
     @property
     def commit(self) -> str:
+        """That of main."""
+        return self.commit_of(self.folder)
+
+    def commit_of(self, folder: Path) -> str:
         """Changes when any file does."""
         digest = hashlib.sha1(usedforsecurity=False)
-        for name, path in self.files().items():
+        for name, path in self.files(folder).items():
             digest.update(f"{name}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\0".encode())
         return digest.hexdigest()
+
+    def at(self, revision: str | None) -> Path | None:
+        """The folder of a branch, tag or commit, or None where there is none."""
+        folders = {"main": self.folder, **self.revisions}
+        if revision is None or revision in folders:
+            return folders[revision or "main"]
+        return next((folder for folder in folders.values() if self.commit_of(folder) == revision), None)
 
 
 class Hub:
@@ -84,6 +112,7 @@ class Hub:
     def __init__(self, root: Path, port: int = 0) -> None:
         self.root = root
         self.requests: list[Request] = []
+        self.bodies: list[Body] = []
         self.down: int | None = None  # a status that every request gets
         self._repositories: dict[str, Repository] = {}
         self._released = threading.Event()
@@ -116,12 +145,16 @@ class Hub:
         return [request for request in self.requests if f"/{model_id}/" in f"{request.path}/"]
 
     def downloads(self, model_id: str) -> list[str]:
-        """The names of the files that were sent (GET), in order; what was only asked about is not among them."""
+        """The names of the files that were sent (GET), in order; not those of which a piece was, or that there are."""
         return [
             request.file
             for request in self.asked(model_id)
-            if request.method == "GET" and not request.path.startswith("/api/")
+            if request.method == "GET" and not request.path.startswith("/api/") and request.end is None
         ]
+
+    def bodies_of(self, model_id: str, file: str) -> list[Body]:
+        """What was sent of a file's content, in order."""
+        return [body for body in self.bodies if (body.model_id, body.file) == (model_id, file)]
 
     def wait_stalled(self, seconds: float | None = None) -> None:
         """Block a stalled download until the Hub stops."""
@@ -180,18 +213,23 @@ class _Handler(BaseHTTPRequestHandler):
         """The record is enough."""
 
     def _answer(self) -> None:
-        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        hub, quoted = self.server.hub, urlsplit(self.path).path
+        path = unquote(quoted)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         span = _RANGE.fullmatch(self.headers.get("Range") or "")
-        hub.requests.append(Request(self.command, path, token, int(span[1]) if span else 0))
+        start, end = (int(span[1]), int(span[2]) if span[2] else None) if span else (0, None)
+        hub.requests.append(Request(self.command, path, token, start, end))
         if hub.down is not None:
             return self._send(hub.down, b"out of order")
         for pattern, answer in ((_BLOB, self._blob), (_RESOLVE, self._resolve), (_TREE, self._tree), (_API, self._api)):
-            found = pattern.fullmatch(path)
-            repository = hub.find(found["id"]) if found else None
-            if found and repository is None:
+            match = pattern.fullmatch(quoted)  # a branch's name may hold a slash, as %2F
+            if match is None:
+                continue
+            found = {name: unquote(part or "") for name, part in match.groupdict().items()}
+            repository = hub.find(found["id"])
+            if repository is None:
                 return self._refuse(404 if token else 401, "RepoNotFound")
-            if found and repository:
+            if repository:
                 if answer != self._blob and not self._admitted(repository, token, answer == self._resolve):
                     return None
                 return answer(repository, found)
@@ -209,67 +247,93 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _resolve(self, repository: Repository, found: re.Match[str]) -> None:
-        name, commit = found["file"], repository.commit
-        if found["revision"] not in ("main", commit):
+    def _resolve(self, repository: Repository, found: dict[str, str]) -> None:
+        name, folder = found["file"], repository.at(found["revision"])
+        if folder is None:
             return self._refuse(404, "RevisionNotFound", repository)
+        commit = repository.commit_of(folder)
         if name in repository.silent:
             self.close_connection = True
             return self.server.hub.wait_stalled(60)
-        path = repository.files().get(name)
+        path = repository.files(folder).get(name)
         if path is None:
             return self._refuse(404, "EntryNotFound", repository)
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if path.suffix in (".safetensors", ".bin", ".model"):  # large files lie elsewhere
+        if path.suffix in _LARGE:  # large files lie elsewhere
             size = repository.sizes.get(name, path.stat().st_size)
             headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": f'"{_sha256(path)}"'}
             # Another host name, as the real Hub's storage has: the token must not follow there.
             storage = self.server.hub.url.replace("127.0.0.1", "localhost")
             return self._send(302, b"", headers | {"Location": f"{storage}/cdn/{found['id']}/{commit}/{name}"})
-        return self._file(repository, name, path, headers | {"ETag": f'"{_git_hash(path)}"'})
+        return self._file(repository, found, path, headers | {"ETag": f'"{_git_hash(path)}"'})
 
-    def _blob(self, repository: Repository, found: re.Match[str]) -> None:
-        path = repository.files()[found["file"]]
-        self._file(repository, found["file"], path, {"ETag": f'"{_sha256(path)}"', "Accept-Ranges": "bytes"})
+    def _blob(self, repository: Repository, found: dict[str, str]) -> None:
+        path = repository.files(repository.at(found["commit"]))[found["file"]]
+        self._file(repository, found, path, {"ETag": f'"{_sha256(path)}"', "Accept-Ranges": "bytes"})
 
-    def _file(self, repository: Repository, name: str, path: Path, headers: dict[str, str]) -> None:
+    def _file(self, repository: Repository, found: dict[str, str], path: Path, headers: dict[str, str]) -> None:
+        name = found["file"]
         content = repository.replace.get(name, path.read_bytes())
         if self.command == "HEAD":
             size = repository.sizes.get(name, path.stat().st_size)
             return self._send(200, b"", headers | {"Content-Length": str(size)})
-        if faults := repository.status.get(name):
-            return self._send(faults.pop(0), b"try later")
         status, start = 200, 0
-        if span := _RANGE.fullmatch(self.headers.get("Range") or ""):
+        span = _RANGE.fullmatch(self.headers.get("Range") or "")
+        faults = repository.status.get(name) if not (span and span[2]) else None
+        if faults and (fault := faults.pop(0)) != 200:
+            return self._send(fault, b"try later")
+        if span and name not in repository.whole:
             status, start = 206, int(span[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            content = content[start:]
+            if start >= len(content):
+                return self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            end = min(int(span[2]) + 1 if span[2] else len(content), len(content))
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            content = content[start:end]
+            if span[2]:
+                return self._send(status, content, headers)
+        body = Body(found["id"], name, start)
+        self.server.hub.bodies.append(body)
+        self._send(status, b"", headers | {"Content-Length": str(len(content))})
+        self.wfile.flush()
         if name in repository.stall:
-            self._send(status, b"", headers | {"Content-Length": str(len(content))})
-            self.wfile.flush()
             return self.server.hub.wait_stalled(60)
         if name in repository.cut and repository.cut[name] < len(content):
-            self._send(status, content[: repository.cut[name]], headers | {"Content-Length": str(len(content))})
+            self._pour(body, content[: repository.cut[name]], repository.rate.get(name))
             return self._hang_up()
-        return self._send(status, content, headers)
+        return self._pour(body, content, repository.rate.get(name))
 
-    def _api(self, repository: Repository, found: re.Match[str]) -> None:
-        commit = repository.commit
-        if found["revision"] not in (None, "main", commit):
+    def _pour(self, body: Body, content: bytes, rate: int | None) -> None:
+        """Send what a file holds, at so many bytes a second."""
+        step = max(1, rate // 20) if rate else 1024**2
+        for start in range(0, len(content), step):
+            piece = content[start : start + step]
+            self.wfile.write(piece)
+            self.wfile.flush()
+            body.count += len(piece)
+            if rate:
+                self.server.hub.wait_stalled(len(piece) / rate)
+
+    def _api(self, repository: Repository, found: dict[str, str]) -> None:
+        folder = repository.at(found["revision"] or None)
+        if folder is None:
             return self._refuse(404, "RevisionNotFound", repository)
+        commit = repository.commit_of(folder)
         siblings = []
-        for name, path in repository.files().items():
-            sibling: dict[str, Any] = {"rfilename": name, "size": path.stat().st_size, "blobId": _git_hash(path)}
-            if path.suffix in (".safetensors", ".bin", ".model"):
-                sibling["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 133}
+        for name, path in repository.files(folder).items():
+            size = repository.sizes.get(name, path.stat().st_size)
+            sibling: dict[str, Any] = {"rfilename": name, "size": size, "blobId": _git_hash(path)}
+            if path.suffix in _LARGE:
+                sibling["lfs"] = {"sha256": _sha256(path), "size": size, "pointerSize": 133}
             siblings.append(sibling)
         info = {"id": found["id"], "modelId": found["id"], "sha": commit, "tags": [], "siblings": siblings}
         return self._json(info | {"private": repository.private, "gated": "auto" if repository.gated else False})
 
-    def _tree(self, repository: Repository, found: re.Match[str]) -> None:
-        folder = found["path"] or ""
+    def _tree(self, repository: Repository, found: dict[str, str]) -> None:
+        folder, root = found["path"], repository.at(found["revision"])
+        if root is None:
+            return self._refuse(404, "RevisionNotFound", repository)
         entries = []
-        for name, path in repository.files().items():
+        for name, path in repository.files(root).items():
             if not folder or name.startswith(f"{folder}/"):
                 entries.append({"type": "file", "path": name, "size": path.stat().st_size, "oid": _git_hash(path)})
         if folder and not entries:

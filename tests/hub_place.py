@@ -80,5 +80,9 @@ def refused(answer: Any, status: int, model_id: str, *words: str) -> str:
 
 
 def sent(requests: list[Request]) -> list[str]:
-    """The names of the files that these requests brought, in order."""
-    return [request.file for request in requests if request.method == "GET" and "/api/" not in request.path]
+    """The names of the files that these requests brought, in order; not of those of which they brought a piece."""
+    return [
+        request.file
+        for request in requests
+        if request.method == "GET" and "/api/" not in request.path and request.end is None
+    ]

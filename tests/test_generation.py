@@ -288,7 +288,7 @@ def test_the_answer_shows_how_many_tokens_there_was_room_for(generate: Any) -> N
 def test_a_request_that_was_given_up_holds_no_memory(models_dir: Path, tiny: Any) -> None:
     """The cache of a cancelled generation is gone with it, without waiting for the garbage collector."""
     record = ModelRecord(tiny("gpt2"), "x", "text-generation")
-    model = loader.load(record, LoadOptions(models_dir, "cpu"))
+    model = loader.load(record, LoadOptions(models_dir, "cpu"), models_dir / record.model_id)
     asked = itertools.count()
     gc.collect()
     gc.disable()

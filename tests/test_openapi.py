@@ -86,7 +86,7 @@ def test_every_error_is_described_in_the_one_documented_shape(document: dict[str
 @pytest.mark.parametrize(
     ("method", "path", "required", "optional"),
     [
-        ("post", "/api/huggingface/models", {"model_id", "name", "model_type"}, {"description", "parameters"}),
+        ("post", "/api/huggingface/models", {"model_id", "name"}, {"model_type", "description", "parameters"}),
         (
             "put",
             "/api/huggingface/models/{model_id}",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..errors import InvalidRequest, ModelNotFound
+from ..devices import resolve_device
+from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
+from ..manager import Resident
 from . import schemas
 from .services import services
 
@@ -20,25 +23,80 @@ blueprint = APIBlueprint(
 )
 
 
+# Seconds that an answer waits for models that were loaded just now, until it is known how they are served: of most that
+# is known in a moment, and of a large one it is not worth the wait.
+_SETTLE = 0.5
+
+
 @blueprint.get("/cache", responses={200: schemas.CacheAnswer})
 def show_cache() -> dict[str, Any]:
-    """Show which models are in memory."""
-    loaded = services().manager.loaded()
+    """Show which models are in memory, what they take there, and what is being loaded."""
+    manager = services().manager
+    residents = manager.residents()
     types = _types()
+    until = time.monotonic() + _SETTLE
+    for resident in residents.values():
+        resident.model.settles(max(0.0, until - time.monotonic()))
     return {
         "success": True,
         "cached_models": {
-            model_id: {
-                "loaded_at": model.loaded_at,
-                "device": model.device,
-                "model_type": types.get(model_id, model.model_type),
-                "engine": model.status,  # the encoder writes it as its fields
-            }
-            for model_id, model in loaded.items()
+            model_id: _resident(resident, types.get(model_id, resident.model.model_type))
+            for model_id, resident in residents.items()
         },
-        "cached_pipelines": [f"{model_id}_{task}" for model_id, model in loaded.items() for task in model.opened_tasks],
-        "total_cached": len(loaded),
+        "cached_pipelines": [
+            f"{model_id}_{task}" for model_id, resident in residents.items() for task in resident.model.opened_tasks
+        ],
+        "total_cached": len(residents),
+        "loading": {model_id: progress.now().to_dict() for model_id, progress in manager.loading().items()},
+        "memory": {
+            device: {
+                "bytes": size,
+                "available_bytes": manager.budget.room(device),
+                "limit_bytes": manager.budget.most(device),
+            }
+            for device, size in (manager.budget.held() or {resolve_device(services().options.device): 0}).items()
+        },
     }
+
+
+def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
+    model = resident.model
+    sizes, status = model.sizes, model.status
+    return {
+        "loaded_at": model.loaded_at,
+        "device": model.device,
+        "model_type": model_type,
+        "engine": status,  # the encoder writes it as its fields
+        "dtype": model.dtype,
+        "bytes": sizes.total,
+        "weights_bytes": sizes.weights,
+        "copies_bytes": sizes.copies,
+        "kv_cache_bytes": sizes.kv_cache,
+        "peak_bytes": sizes.peak,
+        "devices": sizes.devices,
+        "in_use": resident.users,
+        "queue": status.waiting if status is not None else 0,
+        "expires_at": resident.expires_at,
+        "pinned": resident.pinned,
+        "load_seconds": round(resident.load_seconds, 3),
+        "settings": model.setup.effective,
+    }
+
+
+@blueprint.post(
+    "/cache/warm",
+    responses={200: schemas.WarmAnswer, **schemas.BODY_FAILURES, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer},
+)
+def warm_cache(body: schemas.WarmBody) -> dict[str, Any]:
+    """Load models in the background, one after the other."""
+    records = {record.model_id: record for record in services().registry.list()}
+    for model_id in body.model_ids:
+        if model_id not in records:
+            raise ModelNotFound(model_id)
+        if records[model_id].status == "disabled":
+            raise ModelDisabled(model_id)
+    states = services().warmup.add(dict.fromkeys(body.model_ids))
+    return {"success": True, "message": f"Loading {len(states)} models in the background", "models": states}
 
 
 @blueprint.delete("/cache", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer})

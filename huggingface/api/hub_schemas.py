@@ -27,7 +27,7 @@ class Grammar(Parameters):
 class HubTextGeneration(Parameters):
     """`text-generation`, as TGI has it."""
 
-    adapter_id: None = Field(None, description="There are no adapters to choose from.")
+    adapter_id: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
     best_of: int | None = Field(None, ge=1, le=64, description="Make so many, and answer with the likeliest.")
     decoder_input_details: bool | None = Field(None, description="Tell the prompt's tokens in the details.")
     details: bool | None = Field(None, description="Tell the tokens.")

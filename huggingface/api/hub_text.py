@@ -30,6 +30,7 @@ _WORDS = {
     "json_schema": "parameters.grammar.value",
     "regex": "parameters.grammar.value",
     "echo": "parameters.decoder_input_details",
+    "adapter": "parameters.adapter_id",
 }
 
 
@@ -56,6 +57,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),
             constraint=_constraint(wanted.get("grammar")),
+            adapter=wanted.get("adapter_id"),
         )
         if not streams:
             requests = [replace(request, parameters=seeded(parameters, number)) for number in range(count)]

@@ -49,7 +49,8 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
     source: dict[str, Any] = {name: fields.pop(name) for name in ("prompt", "messages") if name in fields}
     if len(source) != 1:
         raise MissingField("prompt") if not source else InvalidRequest("Give prompt or messages, not both", "messages")
-    streams, timeout = fields.pop("stream", False), fields.pop("timeout", None)
+    streams, timeout, keep_alive = (fields.pop(name, None) for name in ("stream", "timeout", "keep_alive"))
+    adapter = fields.pop("adapter", None)
     forms: dict[str, Any] = {name: fields.pop(name) for name in _FORMS if name in fields}
     if len(forms) > 1:
         raise InvalidRequest(f"Give only one of {', '.join(forms)}", next(iter(forms)))
@@ -58,12 +59,14 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "generate", timeout, streams))
-        ticket = flight.attach(model.generate(_request(record, source, parameters, streams, constraint), flight.gone))
+        flight, model = stack.enter_context(lent(record, "generate", timeout, bool(streams), keep_alive))
+        ticket = flight.attach(
+            model.generate(_request(record, source, parameters, bool(streams), constraint, adapter), flight.gone)
+        )
 
         def answer(chunks: list[Chunk]) -> dict[str, Any]:
             registry.record_use(record.model_id)
-            return _generated(record, source, chunks, forms)
+            return _generated(record, source, chunks, forms | ({"adapter": adapter} if adapter is not None else {}))
 
         if not streams:
             return answer(list(flight.chunks()))
@@ -78,8 +81,8 @@ def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
     registry = services().registry
     record = registry.get(body.model_id)
     parameters = task_parameters(record, body.task, body.model_extra or {})
-    with lent(record, body.task, body.timeout) as (flight, model):
-        results = model.run(body.task, body.inputs, parameters, flight.gone)
+    with lent(record, body.task, body.timeout, keep_alive=body.keep_alive) as (flight, model):
+        results = model.run(body.task, body.inputs, parameters, flight.gone, body.adapter)
     registry.record_use(record.model_id)
     return {
         "success": True,
@@ -97,15 +100,16 @@ def _request(
     parameters: dict[str, Any],
     streams: bool,
     constraint: Constraint | None,
+    adapter: str | None,
 ) -> GenerationRequest:
     """What to generate from; the prompt of a conversational model is the user's turn of a chat."""
     if record.model_type == "conversational" and "prompt" in source:
         source = {"messages": [{"role": "user", "content": source["prompt"]}]}
-    return GenerationRequest(parameters, **source, streams=streams, constraint=constraint)
+    return GenerationRequest(parameters, **source, streams=streams, constraint=constraint, adapter=adapter)
 
 
 def _generated(
-    record: ModelRecord, source: dict[str, Any], chunks: list[Chunk], forms: dict[str, Any]
+    record: ModelRecord, source: dict[str, Any], chunks: list[Chunk], further: dict[str, Any]
 ) -> dict[str, Any]:
     """The documented answer, from the chunks of which each is its sequence's last."""
     last = sorted((chunk for chunk in chunks if chunk.finish_reason is not None), key=lambda chunk: chunk.index)
@@ -119,7 +123,7 @@ def _generated(
         **({"responses": texts} if several else {}),
         "model_used": record.model_id,
         **source,
-        "parameters": {**(last[-1].parameters or {}), **forms},
+        "parameters": {**(last[-1].parameters or {}), **further},
         "model_info": record.summary(),
         "finish_reason": reasons[0],
         **({"finish_reasons": reasons} if several else {}),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..engine.ticket import Ticket
-from ..errors import Cancelled, DeadlineExceeded, RequestCancelled, RequestNotFound
+from ..errors import Cancelled, DeadlineExceeded, LocalLLMError, RequestCancelled, RequestNotFound
 from ..records import Chunk, timestamp
 
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
@@ -42,6 +42,7 @@ class InFlight:
         self._cancelled = False
         self._leased = False
         self._ticket: Ticket | None = None
+        self.failure: LocalLLMError | None = None  # what ended it after its response had begun
 
     def gone(self) -> bool:
         """Whether nobody wants the answer any more."""
@@ -104,6 +105,11 @@ class InFlight:
         if self._expired and self._timeout is not None:
             return DeadlineExceeded(self._timeout)
         return error
+
+    @property
+    def made(self) -> int:
+        """Tokens made so far."""
+        return self._ticket.made if self._ticket is not None else 0
 
     @property
     def position(self) -> int | None:

@@ -5,15 +5,21 @@ Every view is parse, call, shape. Ids may hold a slash, raw or as `%2F`: both re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
 from .. import records
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, MissingField, ModelExists, ModelNotFound
+from ..progress import Progress
 from ..tasks import MODEL_TYPES
 from . import schemas
 from .effective import check_registered
+from .load_events import load_events
 from .services import admitted, services
 
 blueprint = APIBlueprint(
@@ -34,12 +40,45 @@ def list_models(query: schemas.TypeQuery) -> dict[str, Any]:
 
 @blueprint.post("/models", responses={200: schemas.ChangedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer})
 def add_model(body: schemas.NewModel) -> dict[str, Any]:
-    """Register a model. Nothing is downloaded or loaded yet."""
+    """Register a model. Nothing is downloaded or loaded yet; what its files tell is looked up and kept in `details`.
+
+    Where `model_type` is left out, it is what the model's config tells, if it does.
+    """
     records.check_model_id(body.model_id)
-    _check_type(body.model_type)
-    check_registered(body.model_type, body.parameters)
-    record = services().registry.add(records.ModelRecord(**body.model_dump(exclude_unset=True)))
-    return _changed(record, "added")
+    registry = services().registry
+    _check_new(body.model_id)
+    given = body.model_dump(exclude_unset=True)
+    if body.model_type is not None:
+        _check_type(body.model_type)
+        check_registered(body.model_type, body.parameters)
+    record = records.ModelRecord(**{"model_type": "", **given})
+    _check_settings(record)
+    details = services().preflight.look(record)
+    if body.model_type is None:
+        if details["model_type"] is None:
+            raise MissingField("model_type")
+        record = replace(record, model_type=details["model_type"])
+        check_registered(record.model_type, body.parameters)
+    return _changed(registry.add(replace(record, details=details)), "added")
+
+
+def _check_new(model_id: str) -> None:
+    """Refuse an id that is registered, before its files are looked for."""
+    try:
+        services().registry.get(model_id)
+    except ModelNotFound:
+        return
+    raise ModelExists(model_id)
+
+
+def _check_settings(record: records.ModelRecord) -> None:
+    """Refuse what could never be honoured, whatever the model."""
+    if record.device is not None and record.device_map is not None:
+        raise InvalidRequest("Give device or device_map, not both", "device_map")
+    if record.keep_alive is not None and -1 < record.keep_alive < 0:
+        raise InvalidRequest("Invalid value for field 'keep_alive': must be -1 (for ever), 0 or more", "keep_alive")
+    for adapter in (record.adapters or {}).values():
+        records.check_model_id(adapter)
 
 
 @blueprint.get("/models/<path:model_id>", responses={200: schemas.ModelAnswer})
@@ -58,7 +97,12 @@ def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[st
     if "parameters" in changes or model_type != record.model_type:
         _check_type(model_type)
         check_registered(model_type, changes.get("parameters", record.parameters))
-    return _changed(registry.update(path.model_id, changes), "updated")
+    wanted = replace(record, **{name: changes[name] for name in changes if name in records.OPTIONAL_FIELDS})
+    _check_settings(wanted)
+    updated = registry.update(path.model_id, changes)
+    if (wanted.revision, wanted.gguf_file) != (record.revision, record.gguf_file):
+        updated = registry.describe(updated, services().preflight.look(updated))
+    return _changed(updated, "updated")
 
 
 @blueprint.delete("/models/<path:model_id>", responses={200: schemas.RemovedAnswer, 409: schemas.ErrorAnswer})
@@ -72,16 +116,89 @@ def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
     "/models/<path:model_id>/load",
     responses={200: schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
 )
-def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any]:
-    """Bring a model into memory. The body may be left out."""
-    record = services().registry.get(path.model_id)
-    with admitted():
-        model = services().manager.load(path.model_id, force_reload=body.force_reload)
+def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any] | Response:
+    """Bring a model into memory; its files are downloaded if they are not here. The body may be left out.
+
+    The settings named are in effect over the registered ones until the model is unloaded. With `stream` the answer is
+    server-sent events: `{"progress"}` with the phase (download, read, ready), bytes and time left, and last this very
+    answer, or an error's body.
+    """
+    present = services()
+    manager, record = present.manager, present.registry.get(path.model_id)
+    given = body.model_dump(exclude_unset=True)
+    settings = {name: given[name] for name in records.LOAD_SETTINGS if name in given}
+    _check_settings(replace(record, keep_alive=body.keep_alive, **settings))
+
+    def load(gone: Callable[[], bool], watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+        model = manager.load(
+            record.model_id,
+            force_reload=body.force_reload,
+            settings=records.LoadSettings(**settings) if settings else None,
+            keep_alive=body.keep_alive,
+            gone=gone,
+            watch=watch,
+        )
+        return {
+            "success": True,
+            "message": f"Model '{record.model_id}' loaded successfully",
+            "model_info": record.summary(),
+            "device": model.device,
+            "settings": model.setup.effective,
+        }
+
+    if not body.stream:
+        with admitted():
+            return load(request.environ.get("waitress.client_disconnected", lambda: False))
+    with ExitStack() as stack:
+        stack.enter_context(admitted())
+        return load_events(load, stack.pop_all().close)
+
+
+@blueprint.post(
+    "/models/<path:model_id>/unload",
+    responses={200: schemas.UnloadedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer},
+)
+def unload_model(path: schemas.ModelPath, body: schemas.EmptyBody) -> dict[str, Any]:  # noqa: ARG001 - it is checked
+    """Take a model out of memory, after those who use it are done; tells how much memory came back."""
+    services().registry.get(path.model_id)
+    unloaded = services().manager.unload(path.model_id)
+    what = "unloaded successfully" if unloaded.was_loaded else "was not in memory"
     return {
         "success": True,
-        "message": f"Model '{path.model_id}' loaded successfully",
-        "model_info": record.summary(),
-        "device": model.device,
+        "message": f"Model '{path.model_id}' {what}",
+        "bytes": unloaded.bytes,
+        "freed_bytes": unloaded.freed_bytes,
+    }
+
+
+@blueprint.get("/models/<path:model_id>/estimate", responses={200: schemas.EstimateAnswer, **schemas.MODEL_FAILURES})
+def estimate_model(path: schemas.ModelPath, query: schemas.EstimateQuery) -> dict[str, Any]:
+    """Tell what a load would take, whether there is room for it, and which models would go. Nothing is loaded."""
+    given = query.model_dump(exclude_unset=True)
+    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given))
+    estimate = forecast.estimate
+    return {
+        "success": True,
+        "model_id": path.model_id,
+        "bytes": estimate.total,
+        "weights_bytes": estimate.weights,
+        "copies_bytes": estimate.copies,
+        "kv_cache_bytes": estimate.kv_cache,
+        "kv_cache_bytes_per_token": estimate.token_bytes,
+        "device": estimate.device,
+        "dtype": estimate.dtype,
+        "quantization": estimate.quantization,
+        "devices": {
+            device: {
+                "bytes": size,
+                "available_bytes": forecast.available.get(device),
+                "limit_bytes": forecast.limits.get(device),
+            }
+            for device, size in estimate.devices.items()
+        },
+        "fits": forecast.fits,
+        "possible": forecast.possible,
+        "evicts": forecast.evicts,
     }
 
 

@@ -128,7 +128,11 @@ class NewModel(Registered):
 
     model_id: str = Field(description=_MODEL_ID_TEXT, examples=["microsoft/DialoGPT-medium"])
     name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
-    model_type: str = Field(description="What the model is for.", examples=["conversational"])
+    model_type: str | None = Field(
+        None,
+        description="What the model is for; it may be left out where the model's config tells.",
+        examples=["conversational"],
+    )
     description: str = Field("", description="Anything that helps to tell the model from others.")
     parameters: dict[str, Any] = Field(
         default_factory=dict,
@@ -159,12 +163,39 @@ class ModelChanges(Registered):
     details: dict[str, Any] | None = _optional("Protected.")
 
 
-class LoadBody(Strict):
+class LoadBody(Settings):
     """How to load."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults, openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+
+    force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
+    stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
+    keep_alive: float | None = _optional("Seconds in memory from now on, if nobody uses it; -1 is for ever.", ge=-1)
+
+
+class EmptyBody(Strict):
+    """Nothing; it may be left out."""
 
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
-    force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
+
+class WarmBody(Strict):
+    """What to load."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_ids: list[str] = Field(min_length=1, description="Registered models, in the order to load them in.")
+
+
+class EstimateQuery(BaseModel):
+    """Settings to estimate with, over the registered ones."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_drop_defaults)
+
+    device: str | None = _optional("As in a load.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = _optional("As in a load.")
+    quantization: str | None = _optional("As in a load.")
+    slots: int | None = _optional("As in a load.", ge=1, le=1024)
 
 
 class ModelInfo(BaseModel):
@@ -240,12 +271,69 @@ class RemovedAnswer(Answer):
     models_data: ModelsData
 
 
+class EffectiveSettings(BaseModel):
+    """How a model in memory was loaded."""
+
+    device: str | None = Field(description="Null where a device map spreads it.")
+    device_map: dict[str, str] | None
+    dtype: str
+    quantization: str | None
+    attn_implementation: str | None
+    compile: bool
+    max_context: int | None = Field(description="Null for the model's own.")
+    slots: int
+
+
 class LoadedAnswer(Answer):
     """The model is in memory."""
 
     message: str
     model_info: ModelInfo
     device: str = Field(examples=["cpu", "cuda", "cuda:1"])
+    settings: EffectiveSettings
+
+
+class UnloadedAnswer(Answer):
+    """The model is not in memory any more."""
+
+    message: str
+    bytes: int = Field(description="What the model had.")
+    freed_bytes: int = Field(description="What came back, as the system tells: other work at the time is in it too.")
+
+
+class DeviceEstimate(BaseModel):
+    """Memory of one device."""
+
+    bytes: int
+    available_bytes: int | None = Field(description="What could be taken now; null where nothing tells.")
+    limit_bytes: int | None = Field(description="What models may have there, all together.")
+
+
+class EstimateAnswer(Answer):
+    """What a load would take, in bytes, told from config and headers."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    bytes: int = Field(description="All of it: weights, copies and KV cache.")
+    weights_bytes: int
+    copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")
+    kv_cache_bytes: int = Field(description="KV cache of the first generations; it grows with their number and length.")
+    kv_cache_bytes_per_token: int
+    device: str
+    dtype: str
+    quantization: str | None
+    devices: dict[str, DeviceEstimate]
+    fits: bool = Field(description="Whether a load would succeed now, with `evicts` gone.")
+    possible: bool = Field(description="Whether it could ever fit.")
+    evicts: list[str] = Field(description="The models that would go for it.")
+
+
+class WarmAnswer(Answer):
+    """How far each model is."""
+
+    message: str
+    models: dict[str, Literal["waiting", "loading", "ready", "failed"]]
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -269,6 +357,8 @@ class GenerateBody(GenerationParameters):
     messages: list[Message] = _optional("A chat, oldest turn first.", min_length=1)
     stream: bool = _optional("Send the text as it is made, as server-sent events.")
     timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: float = _optional("Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1)
+    adapter: str = _optional("Which of the model's adapters to use; without it, none.", min_length=1)
     json_schema: dict[str, Any] = _optional("The text is to be JSON of this schema. At most one of these five.")
     json_object: Literal[True] = _optional("The text is to be a JSON object.")
     regex: str = _optional("The text is to match this regular expression, whole.", min_length=1)
@@ -330,12 +420,15 @@ class PipelineBody(BaseModel):
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
     timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: float = _optional("Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1)
+    adapter: str = _optional("Which of the model's adapters to use; without it, none.", min_length=1)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
         """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
         schema = super().model_json_schema(*arguments, **options)
-        del schema["properties"]["timeout"]["default"]  # none is given: it stands for that
+        for name in ("timeout", "keep_alive", "adapter"):
+            del schema["properties"][name]["default"]  # none is given: it stands for that
         schema["anyOf"] = []
         for name, parameters in TASK_PARAMETERS.items():
             fields = parameters.model_json_schema(*arguments, **options)
@@ -372,8 +465,10 @@ class CacheQuery(Strict):
 class EngineState(BaseModel):
     """What the engine of a model in memory is doing."""
 
-    state: Literal["running", "failed"] = Field(description="`failed`: the next request loads the model anew.")
-    mode: Literal["batched", "one at a time"] = Field(description="How generations are served.")
+    state: Literal["starting", "running", "failed"] = Field(
+        description="`starting`: how it is served best is being found out; `failed`: the next request loads it anew."
+    )
+    mode: Literal["batched", "one at a time"] | None = Field(description="How generations are served.")
     reason: str | None = Field(description="Why one at a time.")
     running: int = Field(description="Generations that run.")
     waiting: int = Field(description="Generations that wait.")
@@ -393,6 +488,32 @@ class CachedModel(BaseModel):
     device: str
     model_type: str
     engine: EngineState | None
+    dtype: str = Field(description="Of its weights in memory.")
+    bytes: int = Field(description="All that it takes: weights, copies and KV cache.")
+    weights_bytes: int
+    copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")
+    kv_cache_bytes: int
+    peak_bytes: int = Field(description="The most that it took since the load.")
+    devices: dict[str, int] = Field(description="Bytes by device.")
+    in_use: int = Field(description="Requests that have it at this moment.")
+    queue: int = Field(description="Generations that wait for a place in its batch.")
+    expires_at: str | None = Field(description="When it goes if nobody uses it (ISO 8601, UTC); null for never.")
+    pinned: bool = Field(description="It never goes to make room for another.")
+    load_seconds: float
+    settings: EffectiveSettings
+
+
+class LoadProgress(BaseModel):
+    """How far a load is."""
+
+    phase: Literal["waiting", "download", "read", "ready", "failed", "cancelled"]
+    bytes_done: int
+    bytes_total: int | None
+    bytes_per_second: int
+    seconds_left: float | None
+    fraction: float | None = Field(description="The part of the phase that is done.")
+    file: str | None
+    error: str | None
 
 
 class CacheAnswer(Answer):
@@ -401,6 +522,8 @@ class CacheAnswer(Answer):
     cached_models: dict[str, CachedModel]
     cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
     total_cached: int = Field(description="Models in memory.")
+    loading: dict[str, LoadProgress] = Field(description="The loads under way.")
+    memory: dict[str, DeviceEstimate] = Field(description="What models have on each device, and what they may have.")
 
 
 class RunningRequest(BaseModel):
@@ -450,6 +573,36 @@ class MostUsed(BaseModel):
     usage_count: int
 
 
+class Latency(BaseModel):
+    """Quantiles of the seconds from a request's arrival to its answer's end; null where there was none."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class LoadTimes(BaseModel):
+    """Seconds that loads took."""
+
+    mean: float | None
+    last: float | None
+
+
+class ModelStatistics(BaseModel):
+    """How a model did."""
+
+    requests: int = Field(description="Requests that it answered.")
+    latency_seconds: Latency
+    tokens: int = Field(description="Tokens that it made.")
+    tokens_per_second: float | None = Field(description="Tokens by the seconds of the requests that made them.")
+    loads: int
+    load_seconds: LoadTimes
+    cache_hits: int = Field(description="Requests that found it in memory.")
+    cache_misses: int = Field(description="Requests that had to wait for its load.")
+    evictions: int = Field(description="How often it went to make room for another.")
+    errors: dict[str, int] = Field(description="Requests and loads that failed, by kind.")
+
+
 class Statistics(BaseModel):
     """Sums over the registry."""
 
@@ -460,6 +613,7 @@ class Statistics(BaseModel):
     model_types: dict[str, int]
     last_updated: str | None
     most_used: MostUsed | None
+    models: dict[str, ModelStatistics] = Field(description="How each model did, also before the last start.")
 
 
 class StatisticsAnswer(Answer):
@@ -488,6 +642,18 @@ class DependenciesAnswer(Answer):
     """Whether models can be run here."""
 
     dependencies: Dependencies
+
+
+class HealthAnswer(Answer):
+    """The server answers."""
+
+    status: Literal["ok"]
+
+
+class ReadyAnswer(Answer):
+    """The models that are to be loaded at the start are in memory."""
+
+    status: Literal["ready"]
 
 
 class ServerAnswer(Answer):

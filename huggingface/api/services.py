@@ -16,8 +16,10 @@ from flask import current_app
 
 from ..errors import ServerFull
 from ..manager import ModelManager
+from ..preflight import Preflight
 from ..records import LoadOptions
 from ..registry import ModelRegistry
+from ..warmup import Warmup
 from .inflight import Requests
 
 EXTENSION = "local-llm"
@@ -32,6 +34,8 @@ class Services:
     options: LoadOptions
     requests: Requests
     places: threading.BoundedSemaphore  # of requests that may wait for a model at once
+    preflight: Preflight
+    warmup: Warmup
     started: float = field(default_factory=time.monotonic)
 
 

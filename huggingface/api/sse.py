@@ -104,6 +104,7 @@ def _events(flight: InFlight, first: Chunk | None, framing: Framing) -> Iterator
             yield from _encoded(framing.chunk(chunk))
         yield from _encoded(framing.end())
     except LocalLLMError as error:
+        flight.failure = error
         log(error, "a stream")
         yield from _encoded(framing.error(error))
 

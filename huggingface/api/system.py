@@ -8,7 +8,7 @@ from typing import Any
 from flask_openapi3 import APIBlueprint, Tag
 
 from ..devices import cuda_available, resolve_device
-from ..errors import DependencyMissing
+from ..errors import DependencyMissing, NotReady
 from ..libraries import import_library
 from . import schemas
 from .services import services
@@ -37,10 +37,30 @@ def show_server() -> dict[str, Any]:
     }
 
 
+@root.get("/health", responses={200: schemas.HealthAnswer})
+def show_health() -> dict[str, Any]:
+    """Tell that the server answers."""
+    return {"success": True, "status": "ok"}
+
+
+@root.get("/ready", responses={200: schemas.ReadyAnswer, 503: schemas.ErrorAnswer})
+def show_readiness() -> dict[str, Any]:
+    """Tell whether the models that are to be loaded at the start are in memory: a 503 that names them until then."""
+    missing = services().warmup.missing.items()
+    if missing:
+        texts = [f"'{name}' ({f'failed: {error}' if error else state})" for name, (state, error) in missing]
+        raise NotReady(f"Not in memory yet: {'; '.join(texts)}")
+    return {"success": True, "status": "ready"}
+
+
 @blueprint.get("/statistics", responses={200: schemas.StatisticsAnswer})
 def show_statistics() -> dict[str, Any]:
-    """Show how much the registered models were used."""
-    return {"success": True, "statistics": services().registry.statistics()}
+    """Show how much the registered models were used, and how well they did."""
+    present = services()
+    return {
+        "success": True,
+        "statistics": {**present.registry.statistics(), "models": present.manager.statistics.shown()},
+    }
 
 
 @blueprint.get("/model-types", responses={200: schemas.ModelTypesAnswer})

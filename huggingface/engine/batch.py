@@ -40,7 +40,7 @@ class TransformersBatch:
         Raises: as `failures.typed`.
         """
         pieces = [
-            Piece(row.sequence.slot, row.tokens, row.start, every=_wants_prompt(row))
+            Piece(row.sequence.slot, row.tokens, row.start, every=_wants_prompt(row), adapter=row.sequence.adapter)
             for row in rows
             if row.sequence.slot is not None
         ]
@@ -115,4 +115,5 @@ def sequence_of(
         max_time=config.max_time,
         logprobs=prepared.logprobs,
         prompt_logprobs=prepared.prompt_logprobs,
+        adapter=prepared.adapter,
     )

@@ -7,14 +7,14 @@ store. Engine's thread only. Must not know sequences, sampling or text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
 
-from ..memory import available_bytes
+from ..devices import free_bytes
 
 # Shape of one layer's keys or values for one token: heads and width of a head.
 Shape = tuple[int, int]
@@ -67,6 +67,9 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.packed = False  # whether the tokens of all segments come in one row
         self.handles: Mapping[str, torch.Tensor] = {}  # what the model is given as its masks, by kind of layer
         self.layer = 0  # whose `update` was called last
+        # Asks for bytes on a device, or gives them back where they are negative; tells whether they may be taken.
+        self.take: Callable[[str, int], bool] = _take_if_free
+        self._bank_bytes: dict[int, dict[str, int]] = {}
         self.token_bytes = sum(shape.token_bytes for shape in self._shapes if shape is not None)
 
     # What the model calls --------------------------------------------------------------------------------------------
@@ -115,26 +118,41 @@ class SlotCache(Cache):  # type: ignore[misc]
     # What the slot table calls ---------------------------------------------------------------------------------------
 
     def create(self, bank: int, rows: int, capacity: int) -> bool:
-        """Take the memory of a bank, if it is there to be taken: it is measured, and filled with zeros at once."""
-        for device in {shape.device for shape in self._shapes if shape is not None}:
-            free = _free_bytes(device)
-            if free is not None and rows * capacity * self.token_bytes > free:
-                return False
+        """Take the memory of a bank, if it is there to be taken: it is asked for, and filled with zeros at once."""
+        needs: dict[str, int] = {}
+        for shape in self._shapes:
+            if shape is not None:
+                device = str(shape.device)
+                needs[device] = needs.get(device, 0) + rows * capacity * shape.token_bytes
+        taken: dict[str, int] = {}
         try:
+            for device, need in needs.items():
+                if not self.take(device, need):
+                    return False
+                taken[device] = need
             self._banks[bank] = [self._layer(shape, rows, capacity) for shape in self._shapes]
+            self._bank_bytes[bank], taken = taken, {}
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 return False
             raise
+        finally:
+            self._give(taken)
         return True
+
+    def _give(self, taken: Mapping[str, int]) -> None:
+        for device, size in taken.items():
+            self.take(device, -size)
 
     def drop(self, bank: int) -> None:
         """Give a bank's memory back."""
         del self._banks[bank]
+        self._give(self._bank_bytes.pop(bank))
 
     def drop_all(self) -> None:
         """Give all memory back."""
-        self._banks.clear()
+        for bank in list(self._banks):
+            self.drop(bank)
         self.segments, self.handles = (), {}
 
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
@@ -174,6 +192,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         return keys, values
 
 
+def _take_if_free(device: str, size: int) -> bool:
+    free = free_bytes(device)
+    return free is None or size <= free
+
+
 def layer_shapes(cache: Any) -> list[LayerShape | None]:
     """What each layer of a model keeps, read from a cache that the model itself has filled.
 
@@ -194,14 +217,3 @@ def layer_shapes(cache: Any) -> list[LayerShape | None]:
     if not any(shapes):
         raise ValueError("no layer keeps keys and values")
     return shapes
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device without harm to others; None where that cannot be told."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + kept - total // 50)
-    if device.type == "cpu":
-        return available_bytes()
-    return None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull
-from ..memory import forget_frames
+from ..memory import forget_frames, release_freed
 from ..records import EngineOptions, EngineStatus
 from .pace import Pace
 from .scheduler import Row, Scheduler
@@ -35,6 +35,10 @@ T = TypeVar("T")
 # Seconds without work after which the thread ends. OpenMP keeps a team of threads for every thread that ever computed,
 # and where there are more of them than cores, none waits actively: models that idle would slow down those that do not.
 _IDLE = 10.0
+
+# Seconds between two times that a busy engine gives memory back that it has let go of. glibc keeps it for the next
+# step, which needs it in other pieces: it would grow by half of what a small model takes.
+_TIDY = 2.0
 
 
 class Batch(Protocol):
@@ -87,9 +91,19 @@ class Engine:
     """Serves one model's callers: sequences in a batch, everything else between its steps."""
 
     def __init__(
-        self, model_id: str, batch: Batch | None, tasks: Background, options: EngineOptions, reason: str | None = None
+        self,
+        model_id: str,
+        batch: Batch | None,
+        tasks: Background,
+        options: EngineOptions,
+        reason: str | None = None,
+        relieve: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Without a `batch` each generation is a job of its own; `reason` says why."""
+        """Without a `batch` each generation is a job of its own; `reason` says why.
+
+        `relieve` is asked for memory where there is none; it tells whether it could free some.
+        """
+        self._relieve = relieve
         self._model_id = model_id
         self._batch = batch
         self._tasks = tasks
@@ -103,6 +117,7 @@ class Engine:
         self._jobs: deque[_Job] = deque()
         self._job: _Job | None = None
         self._closing = False
+        self._tidy_at = 0.0
         self._failed = False
         self._ended = False
         self._thread: threading.Thread | None = None  # none while nobody wants anything
@@ -257,6 +272,7 @@ class Engine:
         started = time.monotonic()
         self._compute(rows)
         if rows:
+            self._tidy()
             tokens = sum(len(row.tokens) for row in rows) - decoding
             self._pace.took(time.monotonic() - started, decoding=decoding, prompt_tokens=tokens)
 
@@ -275,6 +291,13 @@ class Engine:
             self._failed = error is not None
             self._closing = True
         self._end(error or Cancelled())
+
+    def _tidy(self) -> None:
+        """Give back now and then what was taken for a step and let go of."""
+        now = time.monotonic()
+        if now >= self._tidy_at:
+            self._tidy_at = now + _TIDY
+            release_freed()
 
     def _wait(self) -> Literal["step", "rest", "close"]:
         """Wait until there is something to do, and tell what. Where nobody comes, this thread is let go."""
@@ -336,11 +359,14 @@ class Engine:
     def _let_in(self) -> None:
         """Give places and slots to those who wait; whoever does not fit into all the memory there is, is refused."""
         assert self._scheduler is not None  # noqa: S101 - only called with a batch
-        with self._changed:
-            self._scheduler.admit()
-            for position, sequence in enumerate(self._scheduler.waiting, 1):
-                sequence.ticket.position = position
-            stuck = self._scheduler.waiting[0] if self._scheduler.waiting and not self._scheduler.running else None
+        while True:
+            with self._changed:
+                self._scheduler.admit()
+                for position, sequence in enumerate(self._scheduler.waiting, 1):
+                    sequence.ticket.position = position
+                stuck = self._scheduler.waiting[0] if self._scheduler.waiting and not self._scheduler.running else None
+            if stuck is None or not self._relieve():
+                break
         if stuck is not None:
             reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
             self._fail(stuck, OutOfMemory(reason))
@@ -353,11 +379,16 @@ class Engine:
                 stuck = self._scheduler.make_room()
             if stuck is None:
                 return
+            if self._relieve():
+                continue
             reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
             self._fail(stuck, OutOfMemory(reason))
 
     def _compute(self, rows: Many[Row]) -> None:
-        """Compute rows and give each sequence its next token. A failure is pinned on the rows that fail alone, too."""
+        """Compute rows and give each sequence its next token. A failure is pinned on the rows that fail alone, too.
+
+        Where memory is short and some can be freed, it is tried once more.
+        """
         if not rows:
             return
         assert self._scheduler is not None and self._batch is not None  # noqa: S101, PT018 - only called with a batch
@@ -366,6 +397,10 @@ class Engine:
         except EngineFailed:
             raise
         except LocalLLMError as error:
+            if isinstance(error, OutOfMemory) and self._relieve():
+                forget_frames(error)
+                self._compute(rows)
+                return
             if len(rows) == 1:
                 self._fail(rows[0].sequence, error, clean=False)
                 return

@@ -8,13 +8,17 @@ Called on the engine's thread. Must not know how requests look.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..errors import Cancelled
+from .adapted import Adapters
 from .runner import BatchRunner, NotBatchable, Piece
 from .slots import SMALLEST, SlotTable
 
@@ -26,29 +30,81 @@ _NEW = 3
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-def batch_runner(model: PreTrainedModel) -> BatchRunner:
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What `generate` makes of a prompt, as one of the model's adapters or as the model itself.
+
+    `logits` are those before each of the new `tokens`, (new tokens, vocabulary).
+    """
+
+    prompt: list[int]
+    adapter: str | None
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def batch_runner(
+    model: PreTrainedModel,
+    findings: MutableMapping[Hashable, Any] | None = None,
+    key: Hashable = None,
+    given_up: Callable[[], bool] = lambda: False,
+    adapters: Adapters | None = None,
+) -> BatchRunner:
     """The runner that serves this model in a batch, as fast as it can be right.
+
+    `findings` keep what came of it, under `key`, for when the very same weights are loaded again,
+    with the very same adapters.
 
     Raises:
         NotBatchable: none gives the model's own numbers; the message says why.
+        Cancelled: `given_up()` turned true.
     """
+    noted: MutableMapping[Hashable, Any] = {} if findings is None or key is None else findings
+    known = noted.get(("parity", key))
+    if isinstance(known, str):
+        raise NotBatchable(known)
+    if known is not None:
+        by_segments, mixes = known
+        runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
+        runner.use_fastest_products(findings, given_up)
+        return runner
     try:
-        expected = [(prompt, *_generated(model, prompt)) for prompt in _prompts(model)]
+        runner = _find(model, findings, given_up, adapters)
+    except NotBatchable as error:
+        noted["parity", key] = str(error)
+        raise
+    noted["parity", key] = (runner.by_segments, runner.mixes)
+    return runner
+
+
+def _find(
+    model: PreTrainedModel,
+    findings: MutableMapping[Hashable, Any] | None,
+    given_up: Callable[[], bool],
+    adapters: Adapters | None,
+) -> BatchRunner:
+    try:
+        expected = _all_expected(model, adapters)
     except Exception as error:
         logger.info("generate failed", exc_info=error)
         raise NotBatchable(f"its own generate fails ({type(error).__name__})") from error
     reasons = []
-    for by_segments in (True, False):
+    mixed = (True, False) if adapters is not None and adapters.keys else (True,)
+    for mixes, by_segments in product(mixed, (True, False)):
         runner = None
         try:
-            runner = BatchRunner(model, by_segments=by_segments)
+            runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
             if runner.by_segments is by_segments:
-                _compare(expected, runner, model.dtype)
-                runner.use_fastest_products()
-                _compare(expected, runner, model.dtype)
+                for rows in expected:
+                    _compare(rows, runner, model.dtype)
+                runner.use_fastest_products(findings, given_up)
+                for rows in expected:
+                    _compare(rows, runner, model.dtype)
                 return runner
         except NotBatchable as error:
             reasons.append(str(error))
+        except Cancelled:
+            raise
         except Exception as error:
             logger.info("a forward pass in a batch failed", exc_info=error)
             reasons.append(f"its forward pass cannot be given rows of several sequences ({type(error).__name__})")
@@ -57,12 +113,23 @@ def batch_runner(model: PreTrainedModel) -> BatchRunner:
     raise NotBatchable(reasons[-1])
 
 
-def _compare(
-    expected: Sequence[tuple[list[int], list[int], torch.Tensor]], runner: BatchRunner, dtype: torch.dtype
-) -> None:
-    """`expected` are prompts, the tokens that follow, and the logits before each of these."""
-    prompts = [prompt for prompt, _, _ in expected]
-    sequences = [[*prompt, *tokens] for prompt, tokens, _ in expected]
+def _all_expected(model: PreTrainedModel, adapters: Adapters | None) -> list[list[_Expected]]:
+    """Three rows at a time that go together: the model's own, and each of its adapters with another and the model."""
+    prompts = _prompts(model)
+    names = list(adapters.keys) if adapters is not None else []
+    trios = [(None, None, None), *((None, names[at], names[at - 1]) for at in range(0, len(names), 2))]
+
+    def expected(prompt: list[int], name: str | None) -> _Expected:
+        with nullcontext() if adapters is None else adapters.active(name):
+            return _Expected(prompt, name, *_generated(model, prompt))
+
+    return [[expected(prompt, name) for prompt, name in zip(prompts, trio, strict=True)] for trio in trios]
+
+
+def _compare(expected: Sequence[_Expected], runner: BatchRunner, dtype: torch.dtype) -> None:
+    """Have three rows computed together, and see that they are as expected."""
+    prompts = [each.prompt for each in expected]
+    sequences = [[*each.prompt, *each.tokens] for each in expected]
     table = SlotTable(runner.cache, 8 * SMALLEST)
     # The last one needs a larger row, and so stands in a bank of its own.
     slots = [table.take([-1], SMALLEST * (1 + index // (len(prompts) - 1))) for index in range(len(prompts))]
@@ -75,7 +142,8 @@ def _compare(
             slot = slots[index]
             assert slot is not None  # noqa: S101 - there is room for all
             start = len(slot.tokens)
-            pieces.append(Piece(slot, sequences[index][start : start + count], start))
+            tokens = sequences[index][start : start + count]
+            pieces.append(Piece(slot, tokens, start, adapter=expected[index].adapter))
         for (index, _), piece, logits in zip(work, pieces, runner.forward(pieces), strict=True):
             piece.slot.tokens.extend(piece.tokens)
             if len(piece.slot.tokens) >= len(prompts[index]):
@@ -95,8 +163,8 @@ def _compare(
             table.release(slot, keep=False)  # type: ignore[arg-type]
         with suppress(Exception):
             table.forget()
-    for logits, (_, _, wanted) in zip(seen, expected, strict=True):
-        _check_close(torch.stack(logits), wanted, dtype)
+    for logits, wanted in zip(seen, expected, strict=True):
+        _check_close(torch.stack(logits), wanted.logits, dtype)
 
 
 def _prompts(model: PreTrainedModel) -> list[list[int]]:

@@ -72,6 +72,7 @@ class Prepared:
     special_tokens: Sequence[str]
     logprobs: int | None
     prompt_logprobs: bool
+    adapter: str | None = None
 
 
 def fits_a_row(settled: Settled) -> bool:
@@ -105,11 +106,13 @@ class Preparer:
         room: int | None,
         constraints: Constraints,
         arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
+        check_adapter: Callable[[str | None], None] = lambda _: None,
     ) -> None:
         """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
         begins with the prompt); `room` is how many the KV cache holds of one sequence; None for no limit.
 
-        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
+        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour;
+        `check_adapter` refuses the name of an adapter that the model does not have.
         """
         self._model_id = model_id
         self._model = model
@@ -119,6 +122,7 @@ class Preparer:
         self._room = room
         self._constraints = constraints
         self._arguments_for = arguments
+        self._check_adapter = check_adapter
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Tokens, parameters and processors of a request.
@@ -131,6 +135,7 @@ class Preparer:
             return self._prepare(request)
 
     def _prepare(self, request: GenerationRequest) -> Prepared:
+        self._check_adapter(request.adapter)
         inputs = self.encode(request)
         prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
         end = str(self._tokenizer.decode(inputs["input_ids"][0, -_END:].tolist())) if inputs else ""
@@ -157,6 +162,7 @@ class Preparer:
             special_tokens=request.special_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            adapter=request.adapter,
         )
 
     def _constrained(

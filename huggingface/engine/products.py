@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import Cancelled
 from ..memory import release_freed
 
 # (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs)
@@ -30,6 +32,8 @@ _RUNS = 2
 _WORTH = 0.95  # torch's own way stays unless another takes at most this share of its time
 _PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
 _PACK_WORTH = 0.95  # weights are laid out for oneDNN if the steps then take at most this share of their time
+_PACK_AT_LEAST = 32 * 2**20  # bytes of weights; fewer stay in the caches whichever way they lie
+_GIVE_BACK_AT = 32 * 2**20  # bytes that are laid out anew between two times that the system gets memory back
 _REST = 32  # steps without anybody using the model itself, before its weights are laid out again
 
 
@@ -99,8 +103,21 @@ class Product(nn.Module):
 class Products:
     """All products of a twin, and how their weights lie."""
 
-    def __init__(self, twin: nn.Module) -> None:
-        """Replace the twin's products by ones of the fastest ways; nothing is changed where there is no choice."""
+    def __init__(
+        self,
+        twin: nn.Module,
+        findings: MutableMapping[Hashable, Any] | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Replace the twin's products by ones of the fastest ways; nothing is changed where there is no choice.
+
+        `findings` keep what was found out about this machine for the next model.
+
+        Raises:
+            Cancelled: `given_up()` turned true.
+        """
+        self._findings = {} if findings is None else findings
+        self._given_up = given_up
         uses = Counter(id(parameter) for module in twin.modules() for parameter in module._parameters.values())
         found = [
             (parent, name, Product(child, shared=uses[id(child.weight)] > 1))
@@ -109,6 +126,7 @@ class Products:
             if _replaceable(child)
         ]
         self._all = [product for _, _, product in found]
+        self._weights_bytes = sum(product.weight.numel() * product.weight.itemsize for product in self._all)
         with torch.inference_mode():
             self._worth_packing = self._tune()
         for parent, name, product in found:
@@ -122,8 +140,7 @@ class Products:
         if self._worth_packing and not self._packed and self._rested >= _REST:
             self._packed = True
             with torch.inference_mode(False), torch.no_grad():  # the parameters are to stay ordinary ones
-                for product in self._all:
-                    product.pack()
+                self._for_each(Product.pack)
             release_freed()
 
     def step_aside(self) -> None:
@@ -132,9 +149,25 @@ class Products:
         if self._packed:
             self._packed = False
             with torch.inference_mode(False), torch.no_grad():
-                for product in self._all:
-                    product.unpack()
+                self._for_each(Product.unpack)
             release_freed()
+
+    def _for_each(self, change: Callable[[Product], None]) -> None:
+        """Change all products; what is let go of on the way is given back now and then, for it may lie in another heap
+        than what is taken."""
+        changed = 0
+        for product in self._all:
+            change(product)
+            changed += product.out_features * product.in_features * 4
+            if changed >= _GIVE_BACK_AT:
+                changed = 0
+                release_freed()
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of weights that lie in memory twice, because others than a product use them too."""
+        shared = [product.weight for product in self._all if product.shared]
+        return sum(weight.numel() * weight.itemsize for weight in shared) if self._worth_packing else 0
 
     def _tune(self) -> bool:
         """Find the fastest way for each shape and size; tells whether it is worth it to have oneDNN lay them out."""
@@ -142,22 +175,51 @@ class Products:
         for product in self._all:
             by_shape[product.weight.shape].append(product)
         as_they_lie = laid_out = 0.0  # seconds of a step of each size, added up
-        for alike in by_shape.values():
+        for shape, alike in by_shape.items():
             sample = alike[: max(1, _SAMPLE_BYTES // (alike[0].weight.numel() * 4))]
-            weights, bias = [product.weight for product in sample], sample[0].bias
-            packed = _try_to_pack(weights)
-            ways = []
-            for size in _SIZES:
-                rows = torch.rand(size, alike[0].in_features) - 0.5
-                way, seconds = _fastest(rows, weights, bias)
-                ways.append(way)
-                as_they_lie += seconds * len(alike)
-                if packed is not None:
-                    seconds = _seconds(_onednn, rows, packed, bias)
-                laid_out += seconds * len(alike)
+            strided = sample[0].weight.is_contiguous()
+            key = ("products", shape, strided, sample[0].bias is None, len(sample), torch.get_num_threads())
+            if key not in self._findings:
+                self._findings[key] = self._try(sample)
+            ways, lying, packed = self._findings[key]
+            as_they_lie += lying * len(alike)
+            laid_out += packed * len(alike)
             for product in alike:
-                product.ways = tuple(ways)
-        return laid_out < _PACK_WORTH * as_they_lie
+                product.ways = ways
+        return self._weights_bytes >= _PACK_AT_LEAST and laid_out < _PACK_WORTH * as_they_lie
+
+    def _try(self, sample: Sequence[Product]) -> tuple[tuple[Way, ...], float, float]:
+        """The fastest ways for products of one shape, and the seconds that one takes in a step of each size, added up:
+        with the weights as they lie, and as oneDNN lays them out."""
+        weights, bias = [product.weight for product in sample], sample[0].bias
+        packed = _try_to_pack(weights)
+        ways = []
+        as_they_lie = laid_out = 0.0
+        for size in _SIZES:
+            if self._given_up():
+                raise Cancelled
+            rows = torch.rand(size, sample[0].in_features) - 0.5
+            way, seconds = _fastest(rows, weights, bias)
+            ways.append(way)
+            as_they_lie += seconds
+            if packed is not None:
+                seconds = _seconds(_onednn, rows, packed, bias)
+            laid_out += seconds
+        return tuple(ways), as_they_lie, laid_out
+
+
+def copies(model: nn.Module) -> int:
+    """Bytes of weights that would lie in memory twice if a twin of this model had its products packed."""
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    weights: dict[int, torch.Tensor] = {
+        id(module.weight): module.weight  # type: ignore[misc]
+        for module in model.modules()
+        if type(module) in (nn.Linear, Conv1D)
+    }
+    sizes = {key: weight.numel() * torch.float32.itemsize for key, weight in weights.items()}
+    if sum(sizes.values()) < _PACK_AT_LEAST:
+        return 0
+    return sum(size for key, size in sizes.items() if uses[key] > 1)
 
 
 def _replaceable(module: nn.Module) -> bool:

@@ -88,11 +88,19 @@ class _Row:
         return self.sequence.ticket.position is not None
 
 
-def run_in_batch(call: Call, engine: Engine, *, most: int, context: int | None, gone: Callable[[], bool]) -> bool:
+def run_in_batch(
+    call: Call,
+    engine: Engine,
+    *,
+    most: int,
+    context: int | None,
+    gone: Callable[[], bool],
+    adapter: str | None = None,
+) -> bool:
     """Have the batch make the tokens of all prompts of `call`; False where it cannot, and the call is to be done whole.
 
     At most `most` of them are in the batch at once. It cannot where `generate` would do more than one plain row, nor
-    beyond the `context`, a number of tokens, or the cache.
+    beyond the `context`, a number of tokens, or the cache. `adapter` names one of the model's, None is itself.
 
     Raises:
         QueueFull: as many wait as may; only before the first prompt, the others of a call wait for room.
@@ -105,7 +113,7 @@ def run_in_batch(call: Call, engine: Engine, *, most: int, context: int | None, 
     try:
         while begun < call.count or running:
             while begun < call.count and len(running) < most and sum(row.waits for row in running.values()) < _QUEUED:
-                ready = ready or _row(call, begun, engine, context, gone, told)
+                ready = ready or _row(call, begun, engine, context, gone, told, adapter)
                 if ready is None:
                     return False
                 try:
@@ -138,7 +146,13 @@ def _wait(told: SimpleQueue[None]) -> None:
 
 
 def _row(
-    call: Call, index: int, engine: Engine, context: int | None, gone: Callable[[], bool], told: SimpleQueue[None]
+    call: Call,
+    index: int,
+    engine: Engine,
+    context: int | None,
+    gone: Callable[[], bool],
+    told: SimpleQueue[None],
+    adapter: str | None,
 ) -> _Row | None:
     """The row that gives a prompt what `generate` would; None where the batch cannot."""
     settled, masked = _settle(call, index)
@@ -162,6 +176,7 @@ def _row(
         parameters={},
         gone=gone,
         max_time=config.max_time,
+        adapter=adapter,
     )
     return _Row(sequence, tokens)
 

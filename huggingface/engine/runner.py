@@ -7,7 +7,8 @@ positions of its own. Engine's thread only. Must not know tickets, text or sampl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .adapted import Adapters, Mix, NotMixable, mix_adapters
 from .cache import Segment, SlotCache, layer_shapes
 from .products import Products
 from .slots import Slot
@@ -41,13 +43,15 @@ class NotBatchable(Exception):
 class Piece:
     """A row of work: `tokens` that follow the `start` ones which the slot holds already.
 
-    `every` asks for the logits that follow each of them.
+    `every` asks for the logits that follow each of them. `adapter` names whose numbers they are to be, None for the
+    model's own.
     """
 
     slot: Slot
     tokens: Sequence[int]
     start: int
     every: bool = False
+    adapter: str | None = None
 
     @property
     def kept(self) -> Sequence[int]:
@@ -58,14 +62,24 @@ class Piece:
 class BatchRunner:
     """Computes rows with a transformers model's own modules."""
 
-    def __init__(self, model: PreTrainedModel, *, by_segments: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        by_segments: bool = True,
+        adapters: Adapters | None = None,
+        mixes: bool = True,
+    ) -> None:
         """Look at what the model keeps and how it masks; whether its numbers are right, `parity.py` finds out.
 
         Without `by_segments`, or where the model's attention does not allow it, each forward pass serves rows that lie
         next to each other in one bank, with masks that any model can read; else all rows share one.
 
+        Rows of different `adapters` share a pass if it `mixes`; else the twin's layers are switched between them.
+
         Raises:
-            NotBatchable: it keeps something else than keys and values, or has a kind of layer not known here.
+            NotBatchable: it keeps something else than keys and values, or has a kind of layer not known here; or it is
+                to mix what cannot be mixed.
         """
         text = model.config.get_text_config()
         self._kinds, self._by_kind = _layer_kinds(text)
@@ -79,6 +93,10 @@ class BatchRunner:
             self._twin = make_twin(model)
         except Exception as error:
             raise NotBatchable("its modules cannot be copied") from error
+        self._adapters = adapters if adapters is not None and adapters.keys else None
+        self._numbered = {name: number for number, name in enumerate(self._adapters.keys)} if self._adapters else {}
+        self._mix = self._mixed(self._adapters) if self._adapters is not None and mixes else None
+        self._active: str | None = None  # which adapter the twin answers as, where its layers are switched
         self.products: Products | None = None
         parameters = inspect.signature(self._twin.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -88,9 +106,20 @@ class BatchRunner:
         self._hidden = torch.full_like(self._nothing, torch.finfo(self._twin.dtype).min)
         self.by_segments = by_segments and attend_by_segments(self._twin, self.cache)
 
-    def use_fastest_products(self) -> None:
-        """Find out how this machine multiplies fastest, and do so from now on."""
-        self.products = Products(self._twin)
+    def use_fastest_products(
+        self, findings: MutableMapping[Hashable, Any] | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Find out how this machine multiplies fastest, and do so from now on; see `Products`.
+
+        Layers that are switched stay as they are: some of them read the base's weights, wherever these lie.
+        """
+        if self._adapters is None or self._mix is not None:
+            self.products = Products(self._twin, findings, given_up)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows of different adapters share a forward pass."""
+        return self._mix is not None
 
     def step_aside(self) -> None:
         """Have the model itself whole: somebody is about to use it."""
@@ -108,20 +137,57 @@ class BatchRunner:
         """
         if self.products is not None:
             self.products.step()
-        if self.by_segments:
-            kept = self._compute_packed(pieces)
-            if not any(piece.every for piece in pieces):
-                return kept
-            logits = list(torch.split(kept, [len(piece.kept) for piece in pieces]))
-        else:
-            logits = [torch.empty(0)] * len(pieces)
-            for group in _split(range(len(pieces)), lambda a, b: _neighbours(pieces[a], pieces[b])):
-                for index, rows in zip(group, self._compute_aligned([pieces[index] for index in group]), strict=True):
-                    logits[index] = rows
+        logits = [torch.empty(0)] * len(pieces)
+        passes = self._passes(pieces)
+        for group in passes:
+            together = [pieces[index] for index in group]
+            self._begin(together)
+            if self.by_segments:
+                kept = self._compute_packed(together)
+                if len(passes) == 1 and not any(piece.every for piece in pieces):
+                    return kept
+                computed: Iterable[torch.Tensor] = torch.split(kept, [len(piece.kept) for piece in together])
+            else:
+                computed = self._compute_aligned(together)
+            for index, rows in zip(group, computed, strict=True):
+                logits[index] = rows
         for index, piece in enumerate(pieces):
             if piece.every:
                 every(index, logits[index])
         return torch.stack([rows[-1] for rows in logits])
+
+    def _passes(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Which rows share a forward pass, by their numbers; in each of them they are in their order."""
+        groups = [list(range(len(pieces)))]
+        if self._adapters is not None and self._mix is None:
+            by_adapter: dict[str | None, list[int]] = defaultdict(list)
+            for index, piece in enumerate(pieces):
+                by_adapter[piece.adapter].append(index)
+            groups = list(by_adapter.values())
+        if self.by_segments:
+            return groups
+        return [part for group in groups for part in _split(group, lambda a, b: _neighbours(pieces[a], pieces[b]))]
+
+    def _begin(self, pieces: Sequence[Piece]) -> None:
+        """Have the rows' adapters, and no others, at work in the next pass."""
+        if self._adapters is None:
+            return
+        if self._mix is None:
+            [adapter] = {piece.adapter for piece in pieces}
+            if adapter != self._active:
+                self._adapters.activate(self._twin, adapter)
+                self._active = adapter
+            return
+        numbers = [-1 if piece.adapter is None else self._numbered[piece.adapter] for piece in pieces]
+        tokens = [number for number, piece in zip(numbers, pieces, strict=True) for _ in piece.tokens]
+        kept = [number for number, piece in zip(numbers, pieces, strict=True) for _ in piece.kept]
+        self._mix.begin(tokens, kept, self._device)
+
+    def _mixed(self, adapters: Adapters) -> Mix:
+        try:
+            return mix_adapters(self._twin, list(adapters.keys.values()))
+        except NotMixable as error:
+            raise NotBatchable("its adapters cannot share a forward pass") from error
 
     # One forward pass ------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class Scheduler:
             sequence = self.waiting[0]
             # Whoever wants to know how likely the prompt is, has to have all of it computed.
             known = () if sequence.prompt_logprobs else sequence.tokens
-            sequence.slot = self._slots.take(known, sequence.first_need)
+            sequence.slot = self._slots.take(known, sequence.first_need, sequence.adapter)
             if sequence.slot is None:
                 return
             self.waiting.popleft()

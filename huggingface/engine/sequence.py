@@ -39,7 +39,7 @@ class Sequence:
     `tokens` are the prompt's and the new ones; those that `slot.tokens` holds are computed. `most` is how many tokens
     there may be in all, `ends` are the token ids that end the text. `logprobs` is how many alternatives are to be told
     of each new token, None for no tokens at all; `prompt_logprobs` asks for the prompt's. Whoever draws puts these into
-    `made_tokens` and `read_tokens`.
+    `made_tokens` and `read_tokens`. `adapter` names whose numbers these are, None for the model's own.
     """
 
     tokens: list[int]
@@ -56,6 +56,7 @@ class Sequence:
     slot: Slot | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
     made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
     read_tokens: list[Token] = field(default_factory=list)
     told_prompt: bool = False

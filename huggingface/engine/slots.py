@@ -52,13 +52,17 @@ class Bank:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence's row. `tokens` are those whose keys and values it holds, from position 0 on."""
+    """One sequence's row. `tokens` are those whose keys and values it holds, from position 0 on.
+
+    They are the numbers of `adapter`, None for the model's own, and of use to nobody else.
+    """
 
     bank: Bank
     row: int
     tokens: list[int] = field(default_factory=list)
     taken: bool = True
     used: int = 0  # the tick of its last use
+    adapter: str | None = None
 
     @property
     def decodes(self) -> bool:
@@ -96,14 +100,16 @@ class SlotTable:
         """Slots that are kept for reuse."""
         return sum(1 for slot in self._slots() if not slot.taken)
 
-    def take(self, prompt: Sequence[int], need: int) -> Slot | None:
+    def take(self, prompt: Sequence[int], need: int, adapter: str | None = None) -> Slot | None:
         """A slot for a sequence of at most `need` tokens, with as much of `prompt` in it as is to be had; or None.
+
+        What other adapters have made of the prompt is not to be had.
 
         At least one token of the prompt is left to compute: its logits are what the first new token is drawn from.
         """
         self._tick += 1
         capacity = _capacity(need)
-        source, shared = self._best_prefix(prompt)
+        source, shared = self._best_prefix(prompt, adapter)
         if source is not None and self._in_place(source, shared, capacity):
             slot: Slot | None = source
         else:
@@ -120,7 +126,7 @@ class SlotTable:
             self._store.copy((source.bank.key, source.row), (slot.bank.key, slot.row), shared)
             slot.tokens = list(prompt[:shared])
             source.used = self._tick
-        slot.taken, slot.used = True, self._tick
+        slot.taken, slot.used, slot.adapter = True, self._tick, adapter
         return slot
 
     @property
@@ -183,9 +189,11 @@ class SlotTable:
     def _holds(self, slot: Slot) -> bool:
         return slot.bank in self._banks and slot.bank.rows[slot.row] is slot
 
-    def _best_prefix(self, prompt: Sequence[int]) -> tuple[Slot | None, int]:
+    def _best_prefix(self, prompt: Sequence[int], adapter: str | None) -> tuple[Slot | None, int]:
         best, longest = None, 0
         for slot in self._slots():
+            if slot.adapter != adapter:
+                continue
             shared = _shared(slot.tokens, prompt, max(len(prompt) - 1, 0))
             if shared > longest or (shared == longest and best is not None and best.taken and not slot.taken):
                 best, longest = slot, shared
@@ -226,7 +234,7 @@ class SlotTable:
     def _create(self, capacity: int) -> Bank | None:
         """A new bank: of several rows, or of the one row that the limit and the memory still have room for."""
         room = self._limit - self.allocated
-        rows = max(1, min(_BANK_ROWS, self._limit // 4 // capacity))
+        rows = _rows(self._limit, capacity)
         while rows:
             if rows * capacity <= room and self._store.create(self._next_key, rows, capacity):
                 bank = Bank(self._next_key, capacity, [None] * rows)
@@ -253,6 +261,15 @@ class SlotTable:
             other.row = old
         bank.rows[old], bank.rows[row] = other, slot
         slot.row = row
+
+
+def first_bank(limit: int) -> int:
+    """Tokens that the first bank of a table of `limit` tokens has room for, where short sequences come first."""
+    return _rows(limit, SMALLEST) * SMALLEST if limit >= SMALLEST else 0
+
+
+def _rows(limit: int, capacity: int) -> int:
+    return max(1, min(_BANK_ROWS, limit // 4 // capacity))
 
 
 def _capacity(need: int) -> int:

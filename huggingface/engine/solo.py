@@ -52,12 +52,19 @@ class Solo:
     """Generates with a transformers model's own `generate`, one request at a time."""
 
     def __init__(
-        self, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts
+        self,
+        model_id: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: TokenTexts,
+        active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        """`active` has the model answer as one of its adapters, by its name."""
         self._model_id = model_id
         self._texts = texts
         self.model = model
         self._tokenizer = tokenizer
+        self._active = active
         self._reads_answer = not model.config.is_encoder_decoder
 
     def generate(
@@ -77,7 +84,7 @@ class Solo:
             Cancelled: `cancelled()` turned true meanwhile.
             Others as `failures.typed`.
         """
-        with typed(self._model_id):
+        with typed(self._model_id), self._active(prepared.adapter):
             self._generate(prepared, streams, submitted, emit, cancelled)
 
     def _generate(

@@ -8,7 +8,9 @@ which of them go together is the batcher's business. Must not know the registry,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from . import inputs as shapes
 from .batching import Batcher, Request, TaskCall, Work
 from .generation import generation_arguments
 from .json_values import json_value
-from .lane import Lane, Outputs, token_count
+from .lane import Lane, Outputs, Tensors, token_count
 
 if TYPE_CHECKING:
     from .embedding import Pooling
@@ -34,21 +36,24 @@ class TaskRunner:
         tokenizer: Any,
         head: Head,
         pooling: Callable[[], Pooling | None] = lambda: None,
+        active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 
-        `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not.
+        `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not. `active`
+        has the model answer as one of its adapters, by its name, and as itself afterwards.
         """
         self._model_id = model_id
         self._pooling = pooling
+        self._active = active
         self._model = model
         self._shared_tokenizer = tokenizer
         self._own_tokenizer: Any = None
         self._head: Head = head
         self._supported: tuple[str, ...] | None = None
-        self._pipelines: dict[str, Any] = {}
-        self._lanes: dict[tuple[str | int, ...], Lane] = {}
-        self._questions: Any = None
+        self._pipelines: dict[tuple[str | None, str], Any] = {}
+        self._lanes: dict[tuple[str | None, tuple[str | int, ...]], Lane] = {}
+        self._questions: dict[str | None, Any] = {}
         self._opened: dict[str, None] = {}
         self._calls = Batcher(begin=self._begin, whole=self._whole, explain=self._explain, finished=self._finished)
 
@@ -73,9 +78,10 @@ class TaskRunner:
     ) -> TaskCall:
         """Queue `task` on `inputs`, one item or a list, for `step` to do as transformers' pipeline of that name would.
 
-        `parameters` are those of `TASK_PARAMETERS`, validated. `cancelled` tells, on the engine's thread, that the
-        client has gone: asked before each batch, item and token. Any thread; every error comes from the call's
-        `result`: those of `run`, and `Cancelled` after `close`.
+        `parameters` are those of `TASK_PARAMETERS`, validated; `adapter` among them names the adapter that the model is
+        to answer as, which is one that it has. `cancelled` tells, on the engine's thread, that the client has gone:
+        asked before each batch, item and token. Any thread; every error comes from the call's `result`: those of
+        `run`, and `Cancelled` after `close`.
         """
         return self._calls.submit(task, inputs, parameters, cancelled)
 
@@ -121,25 +127,28 @@ class TaskRunner:
     # A call's life ----------------------------------------------------------------------------------------------------
 
     def _begin(self, request: Request) -> Work | None:
+        adapter, request = _split(request)
         if request.task in ("sentence-embeddings", "rerank"):
-            return self._embedding(request) if request.task == "sentence-embeddings" else self._reranking(request)
+            make = self._embedding if request.task == "sentence-embeddings" else self._reranking
+            return make(request, adapter)
         name = canonical_task(request.task)
         if name not in map(canonical_task, self.supported):
             raise UnsupportedTask(self._model_id, request.task, self.supported)
         if name == "question-answering":
             from .question_answering import QuestionAnswering, QuestionWork
 
-            if self._questions is None:
-                self._questions = QuestionAnswering(self._model, self._tokenizer)
-            return QuestionWork(self._questions, request.inputs, request.parameters)
+            if adapter not in self._questions:
+                self._questions[adapter] = QuestionAnswering(self._model, self._tokenizer)
+                self._questions[adapter].lane = self._lane(self._questions[adapter].lane, adapter)
+            return QuestionWork(self._questions[adapter], request.inputs, request.parameters)
         if name not in _CHECKS or name == "table-question-answering":
             return None
         from .pipelines import PipelineWork
 
         inputs, parameters = self._checked(name, request)
-        return PipelineWork(self._pipeline(name), inputs, parameters)
+        return PipelineWork(self._pipeline(name, adapter), inputs, parameters)
 
-    def _embedding(self, request: Request) -> Work:
+    def _embedding(self, request: Request, adapter: str | None) -> Work:
         from .embedding import EmbeddingWork
 
         pooling = self._pooling()
@@ -148,21 +157,26 @@ class TaskRunner:
         if (decodes and pooling is None) or not (decodes or whole):
             raise UnsupportedTask(self._model_id, "embeddings", self.supported)
         # As sentence-transformers: the encoder alone, of a model that must be told what to decode.
-        pipeline = self._pipeline("feature-extraction", None if whole else self._model.get_encoder())
+        pipeline = self._pipeline("feature-extraction", adapter, None if whole else self._model.get_encoder())
         limits = (pipeline.limit, config.get_text_config().vocab_size)
         return EmbeddingWork(pipeline, self._tokenizer, pooling, request.inputs, request.parameters, limits)
 
-    def _reranking(self, request: Request) -> Work:
+    def _reranking(self, request: Request, adapter: str | None) -> Work:
         from .reranking import RerankWork
 
         if self._head != "sequence-classification":
             raise UnsupportedTask(self._model_id, "rerank", self.supported)
         if self._model.config.num_labels != 1:
             raise shapes.refuse("model", f"is no cross-encoder: it has {self._model.config.num_labels} labels, not one")
-        pipeline = self._pipeline("text-classification")
+        pipeline = self._pipeline("text-classification", adapter)
         return RerankWork(pipeline, self._tokenizer, self._model.config, request.inputs, request.parameters)
 
     def _whole(self, request: Request) -> Any:
+        adapter, request = _split(request)
+        with self._active(adapter):
+            return self._answer(request)
+
+    def _answer(self, request: Request) -> Any:
         name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
         if name == "table-question-answering":
             return json_value(self._call(name, *self._checked(name, request), cancelled))
@@ -224,22 +238,26 @@ class TaskRunner:
         finally:
             del pipeline.cancelled  # it may hold on to the whole request
 
-    def _pipeline(self, name: str, part: Any = None) -> Any:
-        """The pipeline of a task, around a `part` of the model where one is given."""
-        key = name if part is None else f"{name} of a part"
+    def _pipeline(self, name: str, adapter: str | None = None, part: Any = None) -> Any:
+        """The pipeline of a task, around a `part` of the model where one is given; its lane is the adapter's own."""
+        key = (adapter, name if part is None else f"{name} of a part")
         if key not in self._pipelines:
             from .pipelines import Batched, open_pipeline
 
             model = self._model.base_model if name == "feature-extraction" else self._model
             pipeline = open_pipeline(name, model if part is None else part, self._tokenizer)
             if part is not None:
-                pipeline.lane = pipeline.open_lane()
+                pipeline.lane = self._lane(pipeline.open_lane(), adapter)
             elif isinstance(pipeline, Batched):
-                if pipeline.outputs not in self._lanes:
-                    self._lanes[pipeline.outputs] = pipeline.open_lane()
-                pipeline.lane = self._lanes[pipeline.outputs]
+                lane = (adapter, pipeline.outputs)
+                if lane not in self._lanes:
+                    self._lanes[lane] = self._lane(pipeline.open_lane(), adapter)
+                pipeline.lane = self._lanes[lane]
             self._pipelines[key] = pipeline
         return self._pipelines[key]
+
+    def _lane(self, lane: Lane, adapter: str | None) -> Lane:
+        return lane if adapter is None else _AdaptedLane(lane, lambda: self._active(adapter))
 
     @property
     def _tokenizer(self) -> Any:
@@ -299,6 +317,27 @@ class TaskRunner:
                 if f"`{field}`" in reason or f"{field}=" in reason:
                     return shapes.refuse(field, reason)
         return GenerationFailed(f"Model '{self._model_id}' failed to do '{task}'")
+
+
+class _AdaptedLane(Lane):
+    """A lane in which the model answers as one of its adapters."""
+
+    def __init__(self, lane: Lane, active: Callable[[], AbstractContextManager[Any]]) -> None:
+        """`lane` is a new one, which nobody else uses."""
+        vars(self).update(vars(lane))
+        self._active = active
+
+    def run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
+        """As any lane does."""
+        with self._active():
+            return super().run(rows)
+
+
+def _split(request: Request) -> tuple[str | None, Request]:
+    """The name of the adapter that a request asks for, and the request without it."""
+    parameters = dict(request.parameters)
+    adapter = parameters.pop("adapter", None)
+    return adapter, replace(request, parameters=parameters)
 
 
 def _one_by_one(work: Work, gone: Callable[[], bool]) -> Any:

@@ -33,7 +33,7 @@ def answer_chat(
     registry = services().registry
     count = body.n or 1
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "chat", body.timeout, bool(body.stream)))
+        flight, model = stack.enter_context(lent(record, "chat", body.timeout, bool(body.stream), body.keep_alive))
         wish = Wish(
             form=form_of(body.response_format),
             tools=[plain_tool(tool) for tool in body.tools or ()],
@@ -53,7 +53,9 @@ def answer_chat(
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         with named(names):
             parameters = openai_parameters(record, model.own_parameters, asked)
-            requests = conversation.requests(parameters, count, streams=bool(body.stream), logprobs=logprobs)
+            requests = conversation.requests(
+                parameters, count, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter
+            )
             ticket = begin(model, flight, requests)
         about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
         if not body.stream:

@@ -38,7 +38,9 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
         )
     registry = services().registry
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "completions", body.timeout, bool(body.stream)))
+        flight, model = stack.enter_context(
+            lent(record, "completions", body.timeout, bool(body.stream), body.keep_alive)
+        )
         parameters = _parameters(record, model, body)
         ranked = made > n
         requests = [
@@ -80,6 +82,7 @@ def _request(
         streams=bool(body.stream),
         logprobs=body.logprobs if body.logprobs is not None else 0 if ranked else None,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        adapter=body.adapter,
     )
 
 

@@ -84,7 +84,13 @@ class Conversation:
         self.messages = self._laid_out(messages)
 
     def requests(
-        self, parameters: Mapping[str, Any], count: int, *, streams: bool, logprobs: int | None
+        self,
+        parameters: Mapping[str, Any],
+        count: int,
+        *,
+        streams: bool,
+        logprobs: int | None,
+        adapter: str | None = None,
     ) -> list[GenerationRequest]:
         """The generations that answer it `count` times."""
         kept = set(self._format.special_tokens if self._format else ())
@@ -99,6 +105,7 @@ class Conversation:
                 logprobs=logprobs,
                 constraint=self._constraint(),
                 special_tokens=tuple(kept & self._special),
+                adapter=adapter,
             )
             for number in range(count)
         ]

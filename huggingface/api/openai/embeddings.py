@@ -24,8 +24,8 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
     """
     given = {"truncate": body.truncate, "prompt_name": body.prompt_name, "dimensions": body.dimensions}
     parameters = {name: value for name, value in given.items() if value is not None}
-    with lent(record, "embeddings", body.timeout) as (flight, model):
-        result = model.run("sentence-embeddings", body.input, parameters, flight.gone)
+    with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+        result = model.run("sentence-embeddings", body.input, parameters, flight.gone, body.adapter)
         pooling = "sentence-transformers" if model.pools else "mean"
     services().registry.record_use(record.model_id)
     written = _as_base64 if body.encoding_format == "base64" else list
@@ -48,8 +48,10 @@ def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:
     """
     documents = [each if isinstance(each, str) else each.text for each in body.documents]
     parameters = {} if body.truncate is None else {"truncate": body.truncate}
-    with lent(record, "rerank", body.timeout) as (flight, model):
-        result = model.run("rerank", {"query": body.query, "documents": documents}, parameters, flight.gone)
+    with lent(record, "rerank", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+        result = model.run(
+            "rerank", {"query": body.query, "documents": documents}, parameters, flight.gone, body.adapter
+        )
     services().registry.record_use(record.model_id)
     ranked = sorted(enumerate(result["scores"]), key=lambda item: -item[1])
     shown = {index: {"document": {"text": documents[index]}} if body.return_documents else {} for index, _ in ranked}

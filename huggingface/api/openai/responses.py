@@ -34,7 +34,7 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
     """
     registry = services().registry
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "responses", body.timeout, bool(body.stream)))
+        flight, model = stack.enter_context(lent(record, "responses", body.timeout, bool(body.stream), body.keep_alive))
         asked = body.own() | body.drawing()
         if body.max_output_tokens is not None:
             asked["max_new_tokens"] = body.max_output_tokens
@@ -43,7 +43,9 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
         with named({**_NAMES, **wish.names("text.format")}):
             parameters = openai_parameters(record, model.own_parameters, asked)
             conversation = Conversation(model.chat, _messages(body), wish)
-            requests = conversation.requests(parameters, 1, streams=bool(body.stream), logprobs=logprobs)
+            requests = conversation.requests(
+                parameters, 1, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter
+            )
             ticket = begin(model, flight, requests)
         writer = _Writer(
             _about(record.model_id, body, parameters),

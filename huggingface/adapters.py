@@ -1,0 +1,268 @@
+"""LoRA adapters on a model in memory: read from their folders, attached by peft, and switched.
+
+The model stays the base that it was: no adapter is at work until somebody asks for one, and none afterwards. `attach`
+may be called by any thread before the model is used; switching is the engine's thread's. Must not know the registry,
+requests or HTTP. Whatever an adapter changes besides two factors for a product is honoured, or refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from . import files
+from .errors import FilesCorrupt, FilesMissing, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
+
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, PICKLES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# What a LoRA config may ask for besides factors beside products, with the words for why it is not to be had here.
+_REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "modules_to_save": "it replaces whole modules",
+        "trainable_token_indices": "it changes single tokens' vectors",
+        "layer_replication": "it repeats the model's layers",
+        "target_parameters": "it adapts parameters that are not those of a product",
+        "megatron_config": "it is for Megatron's layers",
+        "alora_invocation_tokens": "it is at work from a token on only",
+        "use_qalora": "it is for quantized groups of inputs",
+        "use_bdlora": "its factors are in blocks",
+        "arrow_config": "it chooses among other adapters",
+        "kasa_config": "it changes the base's weights",
+        "velora_config": "it is a way of training",
+        "monteclora_config": "its factors are drawn by chance",
+    }
+)
+# How factors began matters only where the base's weights were changed with them. These leave the base as it was.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class Adapters:
+    """The adapters of one model, none of them at work."""
+
+    def __init__(self, model_id: str, model: Any, keys: Mapping[str, str]) -> None:
+        """`keys` are what each is called in the model's layers, by the name that requests choose it by."""
+        self._model_id = model_id
+        self._model = model
+        self.keys: Mapping[str, str] = MappingProxyType(dict(keys))
+
+    def check(self, name: str | None) -> None:
+        """Any thread.
+
+        Raises:
+            InvalidRequest: the model has no adapter of this name; the message lists those that it has.
+        """
+        if name is not None and name not in self.keys:
+            names = ", ".join(self.keys) or "none"
+            raise InvalidRequest(
+                f"Invalid value for field 'adapter': model '{self._model_id}' has no '{name}'. It has: {names}",
+                "adapter",
+            )
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Have the model answer as this adapter within, as the base (None) before and afterwards."""
+        if name is None:
+            yield
+            return
+        try:
+            self.activate(self._model, name)
+            yield
+        finally:
+            self.activate(self._model, None)
+
+    def activate(self, model: Any, name: str | None) -> None:
+        """Have a model of these layers, this one or a twin of it, answer as this adapter from now on."""
+        for layer in _layers(model):
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter([self.keys[name]], inference_mode=True)
+
+
+def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: Any = None) -> Adapters:
+    """Put the adapters of some folders onto a model, in place, by the names they are to be chosen by.
+
+    `model` is a `PreTrainedModel` in eval mode; `tokenizer` is its own, whose tokens have to be theirs too.
+
+    Raises:
+        FilesMissing, FilesCorrupt, FilesRefused, ModelUnsupported: an adapter that cannot be used; the message names it
+            and says why. OutOfMemory. The model is not to be used then.
+    """
+    keys = {name: f"adapter_{number}" for number, name in enumerate(folders)}
+    for name, folder in folders.items():
+        what = f"Adapter '{name}' of model '{model_id}'"
+        try:
+            _attach(what, model, keys[name], folder, tokenizer)
+        except LoadError:
+            raise
+        except ImportError as error:
+            raise ModelUnsupported(f"{what} needs a package that is not installed: {error.name or 'peft'}") from error
+        except Exception as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+                raise OutOfMemory(f"Not enough memory for {what[0].lower()}{what[1:]}") from error
+            logger.info("%s cannot be attached", what, exc_info=error)
+            raise FilesCorrupt(f"{what} cannot be used: {files.public(error, folder)}") from error
+    handle = Adapters(model_id, model, keys)
+    if keys:
+        handle.activate(model, None)
+        model.requires_grad_(False)
+        model.eval()
+    return handle
+
+
+def check(what: str, folder: Path) -> dict[str, Any]:
+    """The content of an adapter's config, after a look at it and at the weights beside it; without peft or torch.
+
+    Raises: as `attach`.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FilesMissing(f"{what}: its folder holds no {CONFIG}; put the complete adapter there")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FilesCorrupt(f"{what}: {CONFIG} is damaged (not JSON); download it again") from error
+    if not isinstance(config, dict):
+        raise FilesCorrupt(f"{what}: {CONFIG} is damaged (not a JSON object); download it again")
+    if config.get("peft_type") != "LORA":
+        raise ModelUnsupported(f"{what} is of the kind {config.get('peft_type')}; only LORA can be chosen per request")
+    for field, why in _REFUSED.items():
+        if config.get(field):
+            raise ModelUnsupported(f"{what} cannot be chosen per request: {why} ({field} in {CONFIG})")
+    if config.get("bias", "none") != "none":
+        raise ModelUnsupported(f"{what} cannot be chosen per request: it changes the base's biases (bias in {CONFIG})")
+    if (beginning := config.get("init_lora_weights", True)) not in _BEGINNINGS:
+        raise ModelUnsupported(
+            f"{what} is made for a base whose weights were changed when it began ('{beginning}'); convert it to plain "
+            "LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained)"
+        )
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLES).is_file():
+            raise FilesRefused(f"{what} has pickled weights only ({PICKLES}), which can run any code; save it anew")
+        raise FilesMissing(f"{what}: its folder holds no {WEIGHTS}; put the complete adapter there")
+    if not files.is_whole(folder / WEIGHTS):
+        raise FilesCorrupt(f"{what}: {WEIGHTS} is damaged or incomplete; download it again")
+    return config
+
+
+def _attach(what: str, model: Any, key: str, folder: Path, tokenizer: Any) -> None:
+    from peft import inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    config = _config(what, check(what, folder))
+    _check_tokens(what, folder, tokenizer)
+    weights = _factors(what, load_peft_weights(str(folder), device="cpu"), model)
+    _teach_quantized(what, config, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of adapters that are there already, and of how a Conv1D's weights lie
+        inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
+    if config.target_parameters:  # what peft makes of a mixture's experts
+        raise ModelUnsupported(f"{what} cannot be chosen per request: {_REFUSED['target_parameters']}")
+    _check_places(what, model)
+    result: Any = set_peft_model_state_dict(model, weights, key, low_cpu_mem_usage=True)
+    missing = [name for name in result.missing_keys if key in name.split(".")]
+    if missing or result.unexpected_keys:
+        names = ", ".join([*missing, *result.unexpected_keys][:3])
+        raise FilesCorrupt(
+            f"{what} does not fit: {len(missing)} tensors missing, {len(result.unexpected_keys)} that the model has no "
+            f"place for, such as {names}; it is incomplete, or belongs to another base"
+        )
+    # As peft's own `from_pretrained`: half-precision factors in float32.
+    cast_adapter_dtype(model, adapter_name=key)
+
+
+def _config(what: str, content: Mapping[str, Any]) -> Any:
+    """peft's own config, of nothing but what this version of it knows."""
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)}
+    for name, value in content.items():
+        if name not in known and value not in (None, False, [], {}):
+            raise ModelUnsupported(
+                f"{what} asks for '{name}' in {CONFIG}, which the peft that is installed does not know"
+            )
+    config = LoraConfig(**{name: value for name, value in content.items() if name in known})
+    config.inference_mode, config.init_lora_weights, config.lora_dropout = True, True, 0.0
+    return config
+
+
+def _teach_quantized(what: str, config: Any, model: Any) -> None:
+    """Tell peft how layers that `quantization` has made are adapted: as any product, beside it."""
+    from peft.tuners.lora import Linear
+
+    from .quantization import QuantizedLinear
+
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return
+    if config.use_dora:
+        raise ModelUnsupported(f"{what} cannot be used with quantization: it reads the base's weights (use_dora)")
+
+    class Quantized(Linear):
+        def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
+            return base_layer.codes.device, base_layer.dtype
+
+    config._register_custom_module({QuantizedLinear: Quantized})
+
+
+def _check_tokens(what: str, folder: Path, tokenizer: Any) -> None:
+    """Refuse an adapter that was trained with tokens that the base does not have, or has in other places."""
+    path = folder / "tokenizer.json"
+    if tokenizer is None or not path.is_file():
+        return
+    try:
+        added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
+        tokens = {str(token["content"]): token["id"] for token in added}
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise FilesCorrupt(f"{what}: its tokenizer.json is damaged; download it again") from error
+    vocabulary = tokenizer.get_vocab()
+    for token, number in tokens.items():
+        if vocabulary.get(token) != number:
+            raise ModelUnsupported(f"{what} has a tokenizer of its own: the base does not have its token '{token}'")
+
+
+def _factors(what: str, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The adapter's tensors but for copies of the base's own, which peft puts beside them where it adapts words.
+
+    Raises:
+        ModelUnsupported: these differ from the base's: loading them would change the model for everybody.
+        FilesCorrupt: a number is none; rows of other adapters are multiplied with them too, if only by nothing.
+    """
+    own = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+    factors = {}
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise FilesCorrupt(f"{what}: {WEIGHTS} is damaged ({name} holds what is no number); download it again")
+        if "lora_" in name:
+            factors[name] = tensor
+            continue
+        base = own.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+        if base is None or base.shape != tensor.shape or not bool((tensor.to(base) == base).all()):
+            raise ModelUnsupported(f"{what} cannot be chosen per request: it changes the base's {name}")
+    return factors
+
+
+def _check_places(what: str, model: Any) -> None:
+    """Refuse adapters of what is neither a product nor the table of the words: of positions, above all."""
+    from torch import nn
+
+    words = model.get_input_embeddings()
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    for layer in _layers(model):
+        base = layer.get_base_layer()
+        if isinstance(base, others) and layer is not words:
+            raise ModelUnsupported(f"{what} cannot be chosen per request: it adapts a {type(base).__name__}")
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The adapted layers of a model, as far as peft has put them there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))

@@ -1,0 +1,52 @@
+"""The contract of downloads as pydantic models: what a body may hold, and what an answer holds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+
+from .schemas import Answer, Strict
+
+
+class DownloadBody(Strict):
+    """How to be told of the download."""
+
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+
+    stream: StrictBool = Field(False, description="Tell how far it is as server-sent events, until it is over.")
+
+
+class Download(BaseModel):
+    """How far a download is. Bytes are of all files that the model needs; what was here already counts as done."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    revision: str | None = Field(
+        description="The branch, tag or commit that was asked for; null is the default branch."
+    )
+    commit: str | None = Field(description="What the revision stands for, once that is known.")
+    phase: Literal["waiting", "download", "ready", "failed", "cancelled", "interrupted"] = Field(
+        description="`interrupted`: an earlier run of this server began it; a new download goes on from there."
+    )
+    bytes_done: int
+    bytes_total: int | None = Field(description="Null while it is not known.")
+    bytes_per_second: int = Field(description="The mean of the last seconds.")
+    seconds_left: float | None
+    fraction: float | None = Field(description="The part that is done, 0 to 1.")
+    file: str | None = Field(description="The file that is being brought.")
+    error: str | None
+
+
+class DownloadAnswer(Answer):
+    """A download that was asked for."""
+
+    message: str
+    download: Download
+
+
+class DownloadState(Answer):
+    """How far it is."""
+
+    download: Download

@@ -1,0 +1,339 @@
+"""Downloads as jobs that any number of callers share: one at a time for a model, its revision, GGUF file and adapters.
+
+Any thread may call anything here; every job has a thread of its own. A job goes on while somebody wants it: a load that
+waits for it, or whoever asked for the download itself. What it brought stays, whatever ends it, and the next one goes
+on from there. It must not know HTTP's routes, the registry or what is in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from . import files, hub
+from .errors import Cancelled, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from .progress import Moment, Progress
+from .records import LoadOptions, ModelRecord
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
+_CLOSING = 2.0  # seconds that jobs get to end when the server stops; what they do then can be cut off at any point
+_BAR_AFTER = 1.0  # seconds that a job runs before there is a bar: most find all files in the cache
+
+_Key = tuple[str, str | None, str | None, frozenset[str]]
+
+
+class Job:
+    """One download. `commit` and `folder` are known in its course, `error` is what it ended with, if it failed."""
+
+    def __init__(self, record: ModelRecord) -> None:
+        self.model_id = record.model_id
+        self.revision = record.revision
+        self.gguf_file = record.gguf_file
+        self.adapters = frozenset((record.adapters or {}).values())
+        self.progress = Progress()
+        self.commit: str | None = None
+        self.folder: Path | None = None
+        self.error: LocalLLMError | None = None
+        self._ended = threading.Event()
+        self._ending = threading.Lock()
+        # Of `Downloads`, under its lock.
+        self.wanted = 0
+        self.kept = False
+        self.thread: threading.Thread | None = None
+
+    @property
+    def key(self) -> _Key:
+        """What there is one job for at a time."""
+        return self.model_id, self.revision, self.gguf_file, self.adapters
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end."""
+        return self._ended.is_set()
+
+    @property
+    def brought(self) -> bool:
+        """Whether any byte came from the Hub in the last seconds."""
+        return self.progress.now().speed > 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; returns whether it came."""
+        return self._ended.wait(seconds)
+
+    def result(self) -> Path:
+        """The folder with the files, of a job that is over.
+
+        Raises: what it failed of.
+        """
+        if self.folder is None:
+            raise self.error or Cancelled
+        return self.folder
+
+    def resolved(self, commit: str) -> None:
+        """Note which commit the revision stands for."""
+        self.commit = commit
+
+    def end(self, folder: Path | None = None, error: LocalLLMError | None = None) -> None:
+        """Come to the end; who comes second with this changes nothing."""
+        with self._ending:
+            if self._ended.is_set():
+                return
+            self.folder, self.error = folder, error
+            if error is None:
+                self.progress.end("ready")
+            else:
+                self.progress.end("cancelled" if isinstance(error, Cancelled) else "failed", str(error))
+            self._ended.set()
+
+    def cancel(self, reason: str = "The download was cancelled") -> None:
+        """Be over at once. Its thread ends when it next looks, which a silent connection may put off for seconds."""
+        self.end(error=Cancelled(reason))
+        self.progress.cancel()
+
+
+class Downloads:
+    """All downloads of one server."""
+
+    def __init__(self, options: LoadOptions, *, terminal: TextIO | None = None) -> None:
+        """`terminal` is where bars are drawn; where it is None, on stderr, if that is a terminal."""
+        self._options = options
+        self._terminal = terminal
+        self._lock = threading.Lock()
+        self._latest: dict[str, Job] = {}  # by model
+        self._jobs: dict[_Key, Job] = {}  # the last of each kind
+        self._closed = False
+
+    def start(self, record: ModelRecord) -> Job:
+        """Begin to download the model, or join whoever does; it goes on until it is done or cancelled.
+
+        A model that has a folder in the models folder is ready at once.
+
+        Raises:
+            Cancelled: the server is stopping. FilesMissing: its folder cannot be read.
+        """
+        job = Job(record)
+        folder = files.local_folder(self._options.models_dir, record.model_id)
+        if folder is None or job.adapters:
+            return self._join(record, keep=True)
+        job.end(folder)
+        with self._lock:
+            self._latest[record.model_id] = job
+        return job
+
+    def get(self, model_id: str) -> Job | None:
+        """The latest job of the model since the server's start, whether it runs or is over."""
+        with self._lock:
+            return self._latest.get(model_id)
+
+    def running(self, model_id: str) -> bool:
+        """Whether a download of the model is under way."""
+        job = self.get(model_id)
+        return job is not None and not job.over
+
+    def left_behind(self, model_id: str) -> int | None:
+        """How many bytes of files that are not whole an ended download left; None where there is no such file."""
+        return hub.partial_bytes(model_id)
+
+    def cancel(self, model_id: str) -> bool:
+        """Give up every download of the model; what has arrived stays. Returns whether there was one."""
+        with self._lock:
+            jobs = [job for job in self._jobs.values() if job.model_id == model_id and not job.over]
+        for job in jobs:
+            job.cancel()
+        return bool(jobs)
+
+    def folder(self, record: ModelRecord, progress: Progress, gone: Callable[[], bool] = lambda: False) -> Path:
+        """The folder with the model's files: its own in the models folder, or downloaded as far as they are not here.
+
+        `progress` is told what the download's own is, and gives the wait up when it is cancelled, as `gone()` does; the
+        download goes on where others want it.
+
+        Raises:
+            LoadError: the files cannot be had. Cancelled: nobody waits any more, or somebody cancelled the download.
+        """
+        folder = files.local_folder(self._options.models_dir, record.model_id)
+        if folder is not None:
+            return folder
+        job = self._join(record, keep=False)
+        try:
+            mirror = _Mirror(progress)
+            version = -1
+            while not job.over:
+                version, moment = job.progress.wait(version, _LOOK_AGAIN)
+                mirror.show(moment)
+                if gone():
+                    raise Cancelled
+            mirror.show(job.progress.now())
+            return job.result()
+        finally:
+            self._leave(job)
+
+    def present(self, record: ModelRecord) -> Path:
+        """The folder with the model's files, as they are on this machine; no packet is sent.
+
+        Raises:
+            LoadError: they are not here, or cannot be used.
+        """
+        folder = files.local_folder(self._options.models_dir, record.model_id)
+        if folder is not None:
+            return folder
+        try:
+            return self._fetch(record.model_id, record.revision, record.gguf_file, Progress(), offline=True)
+        except HubUnreachable as error:
+            raise FilesMissing(
+                f"Model '{record.model_id}' is not (completely) on this machine; download it first"
+            ) from error
+
+    def adapters(self, record: ModelRecord, progress: Progress | None = None) -> dict[str, Path]:
+        """The folders of the record's adapters by their names, downloaded as far as they are not here.
+
+        Raises: as `folder`.
+        """
+        wanted = (record.adapters or {}).items()
+        return {name: self._adapter(adapter, progress or Progress()) for name, adapter in wanted}
+
+    def close(self) -> None:
+        """Give up all downloads, and let none begin; what has arrived stays."""
+        with self._lock:
+            self._closed = True
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            if not job.over:
+                job.cancel("The server is stopping; the download goes on from here when it is asked for again")
+        end = time.monotonic() + _CLOSING
+        for job in jobs:
+            if job.thread is not None:
+                job.thread.join(max(0.0, end - time.monotonic()))
+
+    def _join(self, record: ModelRecord, *, keep: bool) -> Job:
+        """The running job for what the record asks for, or a new one."""
+        new = Job(record)
+        with self._lock:
+            if self._closed:
+                raise Cancelled("The server is shutting down")
+            before = self._jobs.get(new.key)
+            job = new if before is None or before.over else before
+            job.kept = job.kept or keep
+            job.wanted += not keep
+            self._latest[record.model_id] = job
+            if job is new:
+                self._jobs[job.key] = job
+                # A daemon, as a connection that has fallen silent must not hold up the end of the process.
+                job.thread = threading.Thread(
+                    target=self._run, args=(job, before), name=f"download-{job.model_id}", daemon=True
+                )
+                job.thread.start()
+        return job
+
+    def _leave(self, job: Job) -> None:
+        """Want the job no more."""
+        with self._lock:
+            job.wanted -= 1
+            unwanted = not job.wanted and not job.kept
+        if unwanted and not job.over:
+            job.cancel()
+
+    def _run(self, job: Job, before: Job | None) -> None:
+        """What a job's thread does."""
+        drawing = threading.Thread(target=self._draw, args=(job,), name=f"{job.model_id}-bar", daemon=True)
+        terminal = self._terminal or sys.stderr
+        if self._terminal is not None or (terminal is not None and terminal.isatty()):
+            drawing.start()
+        try:
+            while before is not None and before.thread is not None and before.thread.is_alive():
+                job.progress.check()  # one that was cancelled, and has not noticed yet
+                before.thread.join(_LOOK_AGAIN)
+            started = time.monotonic()
+            folder = files.local_folder(self._options.models_dir, job.model_id)
+            if folder is None:
+                folder = self._fetch(job.model_id, job.revision, job.gguf_file, job.progress, resolved=job.resolved)
+            for adapter in sorted(job.adapters):
+                self._adapter(adapter, job.progress)
+            if job.brought:
+                logger.info("downloaded %s in %.1f s", job.model_id, time.monotonic() - started)
+            job.end(folder)
+        except LocalLLMError as error:
+            logger.info("download of %s: %s", job.model_id, error)
+            job.end(error=error)
+        except BaseException as error:
+            logger.exception("download of %s failed", job.model_id)
+            failure = LoadError(f"Model '{job.model_id}' could not be downloaded: {files.public(error)}")
+            failure.__cause__ = error
+            job.end(error=failure)
+
+    def _fetch(
+        self,
+        model_id: str,
+        revision: str | None,
+        gguf_file: str | None,
+        progress: Progress,
+        *,
+        offline: bool = False,
+        resolved: Callable[[str], None] = lambda _: None,
+    ) -> Path:
+        return hub.fetch(
+            model_id,
+            allow_pickle=self._options.allow_pickle,
+            trusted=self._options.trust_remote_code,
+            revision=revision,
+            gguf_file=gguf_file,
+            progress=progress,
+            offline=offline or self._options.offline,
+            resolved=resolved,
+        )
+
+    def _adapter(self, adapter_id: str, progress: Progress) -> Path:
+        folder = files.local_folder(self._options.models_dir, adapter_id)
+        if folder is not None:
+            return folder
+        return hub.fetch_adapter(adapter_id, progress=progress, offline=self._options.offline)
+
+    def _draw(self, job: Job) -> None:
+        """Keep a bar on the terminal as long as the job runs."""
+        from tqdm import tqdm
+
+        with tqdm(
+            desc=job.model_id, unit="B", unit_scale=True, delay=_BAR_AFTER, file=self._terminal, dynamic_ncols=True
+        ) as bar:
+            version = -1
+            while True:
+                version, moment = job.progress.wait(version, 1.0)
+                bar.total = moment.total
+                bar.update(moment.done - bar.n)
+                if job.over:
+                    return
+                time.sleep(_LOOK_AGAIN)
+
+
+class _Mirror:
+    """Shows in one progress what another tells."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._seen: Moment | None = None
+
+    def show(self, moment: Moment) -> None:
+        """Catch up with `moment`.
+
+        Raises:
+            Cancelled: nobody wants what the progress is of.
+        """
+        seen, self._seen = self._seen, moment
+        if moment.phase != "waiting":
+            if seen is None or seen.phase == "waiting":
+                self._progress.begin("download", moment.total, moment.done)
+            else:
+                if moment.total is not None and moment.total != seen.total:
+                    self._progress.expect(moment.total, seen.done)
+                if moment.done != seen.done:
+                    self._progress.advance(moment.done - seen.done)
+            if moment.file is not None and (seen is None or moment.file != seen.file):
+                self._progress.at(moment.file)
+        self._progress.check()

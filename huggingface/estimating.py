@@ -1,0 +1,105 @@
+"""What a load would take, told before a weight is read: from the model that its config describes, built of nothing.
+
+The modules are built on torch's meta device, which holds shapes and no numbers, so that ties, heads that are left out
+and buffers count as they will. Imports torch, so it is imported with the loader. Must not know files or the manager.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .engine.cache import layer_shapes
+from .engine.products import copies
+from .engine.slots import first_bank
+from .placement import Placement
+from .quantization import predicted_bytes
+from .records import EngineOptions, Estimate
+from .tasks import Head
+
+logger = logging.getLogger(__name__)
+
+
+def estimate(
+    build: Callable[[], Any],
+    head: Head,
+    placement: Placement,
+    own_dtype: torch.dtype,
+    options: EngineOptions,
+) -> Estimate:
+    """What the model that `build` makes would take; `own_dtype` is that of the weights in their files."""
+    with torch.device("meta"), torch.no_grad():
+        model = build()
+    dtype = placement.dtype or own_dtype
+    tensors = _tensors(model, dtype)
+    weights = sum(tensors.values())
+    devices = _by_device(model, tensors, placement)
+    if placement.quantization is not None:
+        weights = predicted_bytes(model, placement.quantization, placement.device)
+        devices = {placement.device: weights}
+    packs = placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None
+    copied = copies(model) if packs and head == "causal-lm" and placement.quantization is None else 0
+    token_bytes = _token_bytes(model, dtype) if head == "causal-lm" else 0
+    kv_cache = first_bank(options.kv_cache_bytes // token_bytes) * token_bytes if token_bytes else 0
+    devices[placement.device] = devices.get(placement.device, 0) + copied + kv_cache
+    return Estimate(
+        weights=weights,
+        copies=copied,
+        kv_cache=kv_cache,
+        token_bytes=token_bytes,
+        device=placement.device,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=placement.quantization,
+        devices=devices,
+    )
+
+
+def _tensors(model: Any, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each parameter and buffer, ties once."""
+    return {
+        name: tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> dict[str, int]:
+    """Bytes of the weights on each device; what is offloaded to the disk takes no memory."""
+    mapping = placement.device_map
+    if mapping is None:
+        return {placement.device: sum(tensors.values())}
+    if isinstance(mapping, str):
+        from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
+
+        mapping = infer_auto_device_map(model, no_split_module_classes=getattr(model, "_no_split_modules", None))
+    sizes: dict[str, int] = {}
+    for name, size in tensors.items():
+        owners = [module for module in mapping if not module or name == module or name.startswith(f"{module}.")]
+        device = str(torch.device(mapping[max(owners, key=len)])) if owners and mapping[owners[0]] != "disk" else "disk"
+        if device != "disk":
+            sizes[device] = sizes.get(device, 0) + size
+    return sizes
+
+
+def _token_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token, where the model keeps nothing else."""
+    try:
+        with torch.inference_mode():
+            inputs = torch.zeros((1, 1), dtype=torch.long, device="meta")
+            cache = model(input_ids=inputs, use_cache=True, return_dict=True).past_key_values
+        shapes = layer_shapes(cache)
+    except Exception as error:  # noqa: BLE001 - it is not served in a batch then, or it is one that cannot be run without numbers
+        logger.debug("the cache of %s cannot be told: %s", type(model).__name__, error)
+        return _configured_bytes(model.config.get_text_config(), dtype)
+    floats = sum(shape.token_bytes // shape.dtype.itemsize for shape in shapes if shape is not None)
+    return int(floats * dtype.itemsize)
+
+
+def _configured_bytes(config: Any, dtype: torch.dtype) -> int:
+    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
+    if not layers or not heads or getattr(config, "state_size", None):
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width * dtype.itemsize)

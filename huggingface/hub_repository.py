@@ -1,0 +1,439 @@
+"""One repository, as the Hub shows it at one commit or as the Hub's cache has it: its files by name, and their sizes.
+
+The cache is `huggingface_hub`'s own; a file comes into it by `hub_transfer`, and `huggingface_hub` then puts it in its
+place. One thread has an object of this, any number of threads and processes have the same cache. It must not know what
+a model is made of. Errors are the library's, but for `Cancelled` and what `get` and `expect` say.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from . import files
+from .errors import DiskFull, FilesMissing, LoadError
+from .hub_errors import damaged, is_absent, is_passing, pause_after, unknown_revision
+from .hub_transfer import PARTIAL, Count, Damaged, Source, partial_of, transfer
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub.file_download import HfFileMetadata
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3  # of one file, where the Hub stumbles; seconds between them: 1, 2
+_HEADWAY = 1024**2  # bytes of a file that came since the last stumble, and let the attempts be counted anew
+_FRESH = 60.0  # seconds in which the address of a file, which is signed for a while, is not asked for again
+_STALE = 24 * 3600.0  # seconds after which a partial file that nobody went on with is taken to be given up
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What git allows in the name of a branch or tag, as far as it could lead out of the cache's folder of references.
+_REVISION = re.compile(
+    r"(?!.*(\.\.|//|/\.|@\{|\.lock(/|\Z)))[^\s./~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}"
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the Hub's description of a repository tells of a file; `etag` is its blob's name in the cache."""
+
+    size: int | None
+    etag: str | None
+    sha256: str | None
+
+
+class Repository:
+    """One repository at one revision: a branch, a tag, a commit, or the default branch where it is None."""
+
+    def __init__(
+        self, model_id: str, revision: str | None = None, *, offline: bool = False, progress: Progress | None = None
+    ) -> None:
+        """`offline` allows no packet; `progress` is told of every byte.
+
+        Raises:
+            FilesMissing: no repository can have such a revision.
+        """
+        if revision is not None and (not _REVISION.fullmatch(revision) or revision.endswith("/")):
+            raise unknown_revision(model_id, revision)
+        self.model_id = model_id
+        self.online = False
+        self.commit: str | None = None  # where the Hub tells it
+        self._revision = revision
+        self._offline = offline
+        self._progress = progress or Progress()
+        self._key = ""
+        self._listing: dict[str, _Entry] | None = None
+        self._asked: dict[str, tuple[float, HfFileMetadata]] = {}  # and when
+        self._absent: set[str] = set()
+        self._counts: dict[str, Count] = {}
+        self._total: int | None = None
+        self._failure: Exception | None = None
+
+    def open(self, key: str) -> None:
+        """Find out whether the Hub can be asked, and for which commit. `key` is a file that has to be there."""
+        from huggingface_hub import HfApi, constants, get_hf_file_metadata
+
+        self._key = key
+        if self._offline or constants.HF_HUB_OFFLINE:
+            return
+        patience = constants.HF_HUB_ETAG_TIMEOUT
+        try:
+            info = HfApi().model_info(self.model_id, revision=self._revision, timeout=patience, files_metadata=True)
+        except Exception as error:  # noqa: BLE001 - as in transformers: many small Hubs serve files and nothing else
+            logger.debug("the Hub does not describe %s: %s", self.model_id, error)
+        else:
+            self._take(info)
+        if self.commit is None:
+            try:
+                get_hf_file_metadata(self._url(key), timeout=patience)
+            except Exception as error:  # noqa: BLE001 - the cache may do; if not, `fail` raises it
+                self._failure = error
+                logger.info("the Hub does not give %s, so its cached files are used: %s", self.model_id, error)
+                return
+        self.online = True
+
+    def _take(self, info: Any) -> None:
+        """Learn from the Hub's description; any part of it may be absent."""
+        listing = {}
+        for sibling in info.siblings or ():
+            sha256 = sibling.lfs.sha256 if sibling.lfs else None
+            size = sibling.lfs.size if sibling.lfs else sibling.size
+            listing[sibling.rfilename] = _Entry(size, sha256 or sibling.blob_id, sha256)
+        if info.sha is not None:
+            self.commit = info.sha
+        if self._key in listing:
+            self._listing = listing
+
+    def names(self) -> Iterable[str]:
+        """The files that the repository has, as far as the Hub tells; empty where it does not."""
+        if self._listing is not None:
+            return self._listing
+        return self._list() if self.online else ()
+
+    def _list(self) -> Iterable[str]:
+        """The repository's files, from the route that lists them; none where the Hub has no such route."""
+        from huggingface_hub import HfApi
+
+        try:
+            names = frozenset(HfApi().list_repo_files(self.model_id, revision=self._at))
+        except Exception:  # noqa: BLE001 - a small Hub
+            return ()
+        return names if self._key in names else ()
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; of the cache, where the Hub cannot be asked."""
+        if self._listing is not None:
+            return name in self._listing
+        return self._cached(name) is not None if not self.online else self._ask(name) is not None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Say which files will be fetched, as far as there are such: the progress is told how much that is.
+
+        Raises:
+            DiskFull: there is no room for what is missing.
+        """
+        total, there = 0, 0
+        for name in dict.fromkeys(names):
+            size, present = self._extent(name)
+            if size is None:
+                continue
+            self._counts[name] = Count(self._progress, present)
+            total, there = total + size, there + present
+        self._total = total
+        self._check_room(total - there)
+        self._progress.expect(total, there)
+
+    def _extent(self, name: str) -> tuple[int | None, int]:
+        """The size of a file, None where there is none or it is not told; and how much of it is here."""
+        entry = self._listing.get(name) if self._listing is not None else None
+        cached = self._cached(name) if self.commit is not None or not self.online else None
+        if not self.online:
+            size = cached.stat().st_size if cached else None
+            return size, size or 0
+        size, etag = (entry.size, entry.etag) if entry else (None, None)
+        if size is None and (self._listing is None or entry):
+            metadata = self._ask(name)
+            size, etag = (metadata.size, metadata.etag) if metadata else (None, None)
+        if size is None:
+            return None, 0
+        if cached and cached.stat().st_size == size:
+            return size, size
+        blob = self._blob(etag)
+        if blob is None:
+            return size, 0
+        if blob.exists():
+            present = blob.stat().st_size
+            return size, present if present == size else 0
+        partial = partial_of(blob)
+        return size, min(size, partial.stat().st_size) if partial.exists() else 0
+
+    def _check_room(self, missing: int) -> None:
+        if missing <= 0:
+            return
+        place = self._storage
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if missing > free:
+            raise DiskFull(
+                f"Model '{self.model_id}': {_text(missing)} are still to be downloaded, and the disk of the Hub's "
+                f"cache has {_text(free)} free; make room there, or set HF_HOME to a place on another disk"
+            )
+
+    def find(self, name: str) -> Path | None:
+        """The file in the cache, fetched if it was not there, or None where the repository has no such file."""
+        if name in self._absent or (self._listing is not None and name not in self._listing):
+            return None
+        if not self.online:
+            return self._cached(name)
+        try:
+            return self._fetch(name)
+        except Exception as error:
+            if is_absent(error):
+                self._absent.add(name)
+                return None
+            raise
+
+    def get(self, name: str, *, anew: bool = False) -> Path:
+        """The file in the cache; with `anew` fetched again, whatever is there.
+
+        Raises:
+            FilesMissing: the repository has none. Else: whatever tells why it cannot be had.
+        """
+        path = self._fetch(name, anew=True) if anew else self.find(name)
+        if path is None:
+            if not self.online:
+                self.fail()
+            raise FilesMissing(
+                f"Model '{self.model_id}': its repository on the Hub lacks {name}, so it cannot be loaded here"
+            )
+        return path
+
+    def fail(self) -> NoReturn:
+        """Raise why the Hub cannot be asked."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        raise self._failure or OfflineModeIsEnabled("offline")
+
+    def keep_commit(self, folder: Path) -> None:
+        """Note in the cache that this commit is what the revision stands for, now that all of it is there.
+
+        So that the next load without a Hub finds it, and not one that was begun later and never completed.
+        """
+        revision = self._revision or "main"
+        if self.commit is None or not self.online or revision == self.commit:
+            return
+        reference = self._storage / "refs" / revision
+        try:
+            if not reference.is_file() or reference.read_text(encoding="utf-8") != folder.name:
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                beside = reference.with_name(f"{reference.name}.{time.monotonic_ns()}")
+                beside.write_text(folder.name, encoding="utf-8")
+                beside.replace(reference)
+        except OSError as error:  # a cache that others keep, and that is read only here
+            logger.debug("the commit of %s could not be noted: %s", self.model_id, error)
+
+    def sweep(self) -> None:
+        """Remove what is left of downloads that were given up long ago, perhaps as the file has changed since."""
+        for path in partials(self.model_id):
+            try:
+                if time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink()
+            except OSError as error:
+                logger.debug("%s stays: %s", path.name, error)
+
+    # One file --------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, name: str, *, anew: bool = False) -> Path:
+        """Have the file in the cache; passing failures are waited out.
+
+        Raises: what `is_absent` knows, where there is none.
+        """
+        cached = self._cached(name)
+        entry = self._listing.get(name) if self._listing is not None else None
+        if cached is not None and self.commit is not None and not anew:
+            if entry is None or entry.sha256 is None or cached.stat().st_size == entry.size:
+                return cached  # at a commit: it cannot have changed
+            anew = True  # something cut it short
+        self._progress.at(name)
+        try:
+            return self._patiently(name, lambda: self._download(name, anew=anew))
+        except Damaged as error:
+            raise damaged(self.model_id, name, str(error)) from error
+
+    def _download(self, name: str, *, anew: bool) -> Path:
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.utils._runtime import is_xet_available
+
+        metadata = self._metadata(name)
+        self._asked.pop(name, None)  # should this fail, the address may be why
+        blob, count, path = self._blob(metadata.etag), self._count(name, metadata.size), self._cached(name)
+        if metadata.xet_file_data is not None and (metadata.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            # The Hub gives files so large in parts only, which `hf_xet` puts together; that cannot be resumed.
+            if not is_xet_available():
+                raise LoadError(
+                    f"Model '{self.model_id}': {name} is so large that the Hub gives it to the package hf_xet only; "
+                    "install that (pip install hf_xet)"
+                )
+            hub_bar: Any = _bar(count)
+            path = Path(
+                hf_hub_download(self.model_id, name, revision=self._at, force_download=anew, tqdm_class=hub_bar)
+            )
+        else:
+            if blob is not None and metadata.commit_hash is not None:
+                lock = self._storage.parent / ".locks" / self._storage.name / f"{blob.name}.lock"
+                transfer(self._source(name, metadata), blob, lock, count, anew=anew)
+                if anew and path is not None:
+                    path.unlink(missing_ok=True)  # where there are no links, it is the damaged file itself
+            path = Path(hf_hub_download(self.model_id, name, revision=self._at))
+        count.set(path.stat().st_size)
+        return path
+
+    def _source(self, name: str, metadata: HfFileMetadata) -> Source:
+        """Where the file is to be had; the token goes to the Hub only, as in `huggingface_hub`'s own downloads."""
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import _is_same_or_hub_host
+
+        url, headers = self._url(name), build_hf_headers()
+        if metadata.xet_file_data is None and metadata.location != url:
+            if not _is_same_or_hub_host(url, metadata.location):
+                headers.pop("authorization", None)
+            url = metadata.location
+        entry = self._listing.get(name) if self._listing is not None else None
+        sha256 = entry.sha256 if entry else None
+        if sha256 is None and metadata.etag is not None and _SHA256.fullmatch(metadata.etag):
+            sha256 = metadata.etag
+        return Source(url, headers, metadata.size, sha256)
+
+    def _ask(self, name: str) -> HfFileMetadata | None:
+        """What the Hub tells of the file, None where there is none."""
+        if name in self._absent:
+            return None
+        try:
+            return self._patiently(name, lambda: self._metadata(name))
+        except Exception as error:
+            if is_absent(error):
+                self._absent.add(name)
+                return None
+            raise
+
+    def _metadata(self, name: str) -> HfFileMetadata:
+        """What the Hub tells of the file, with a short patience: `hf_hub_download` itself would try for minutes."""
+        from huggingface_hub import constants, get_hf_file_metadata
+
+        asked, metadata = self._asked.get(name, (0.0, None))
+        if metadata is None or time.monotonic() - asked > _FRESH:
+            metadata = get_hf_file_metadata(self._url(name), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            self._asked[name] = time.monotonic(), metadata
+        return metadata
+
+    def _patiently(self, name: str, work: Callable[[], T]) -> T:
+        """Do `work` on a file, again where the Hub stumbles, as long as that gets it further.
+
+        Raises: what the last attempt failed of. Cancelled.
+        """
+        attempt, reached = 0, 0
+        while True:
+            self._progress.check()
+            try:
+                return work()
+            except Exception as error:
+                there = self._counts[name].there if name in self._counts else 0
+                attempt = 1 if there >= reached + _HEADWAY else attempt + 1
+                reached = there
+                if attempt >= _ATTEMPTS or not is_passing(error):
+                    raise
+                logger.warning("%s of %s was not had, trying again: %s", name, self.model_id, files.public(error))
+                self._rest(pause_after(error, attempt))
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._progress.check()
+            time.sleep(min(0.1, left))
+
+    def _count(self, name: str, size: int | None) -> Count:
+        """How much of the file is there; one that was not expected is added to what there is to do."""
+        if name not in self._counts:
+            self._counts[name] = Count(self._progress)
+            if self._total is not None and size is not None:
+                self._total += size
+                self._progress.expect(self._total, sum(count.there for count in self._counts.values()))
+        return self._counts[name]
+
+    # The cache -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _at(self) -> str | None:
+        """The revision to ask for: the commit, once it is known."""
+        return self.commit or self._revision
+
+    @property
+    def _storage(self) -> Path:
+        return storage(self.model_id)
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.model_id, name, revision=self._at)
+
+    def _cached(self, name: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.model_id, name, revision=self._at)
+        return Path(path) if isinstance(path, str) else None
+
+    def _blob(self, etag: str | None) -> Path | None:
+        """Where the cache keeps what has this tag; None for one that is no file's name."""
+        if etag is None or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", etag):
+            return None
+        return self._storage / "blobs" / etag
+
+
+def storage(model_id: str) -> Path:
+    """The folder that the Hub's cache has, or would have, for the repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model_id, repo_type="model")
+
+
+def partials(model_id: str) -> list[Path]:
+    """The files of the repository of which only a part is here."""
+    return sorted((storage(model_id) / "blobs").glob(f"*{PARTIAL}"))
+
+
+def _bar(count: Count) -> type:
+    """What `hf_xet` reports to, in place of a bar of tqdm's."""
+
+    class Bar:
+        total: int | None = None
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.n = 0
+
+        def update(self, more: int) -> None:
+            count.set(count.there + more)
+
+        def update_transfer(self, more: int) -> None:
+            """Bytes that came; those that were put into the file are what counts."""
+
+        def set_postfix_str(self, *_: object, **__: object) -> None:
+            """Nothing is drawn."""
+
+        set_transfer_postfix_str = refresh = close = set_postfix_str
+
+    return Bar
+
+
+def _text(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

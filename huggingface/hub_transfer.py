@@ -1,0 +1,246 @@
+"""One file of the Hub into one blob of its cache, from where an earlier attempt stopped.
+
+What has arrived lies beside the blob under a name of our own, which no reader of the cache takes for a file of a model;
+it outlives a cancelled download, a lost connection and a killed process, and becomes the blob when it is whole and has
+the checksum that the Hub tells. Any thread and process may call this: the cache's own lock lets one at a time write.
+It must not know models or revisions, nor what is to be tried again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from httpx2 import Response
+
+PARTIAL = ".local-llm.part"
+
+_STRIDE = 1024**2  # bytes between two looks at a file that is read, and at most between two that are told of
+_TELL = 0.1  # seconds, at most, between two times that arriving bytes are told of
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+class Damaged(Exception):
+    """What arrived is not what the Hub tells of the file; it was thrown away.
+
+    `resumed` tells that a part of it was of an earlier attempt, so that a fresh one may go better.
+    """
+
+    def __init__(self, reason: str, *, resumed: bool) -> None:
+        super().__init__(reason)
+        self.resumed = resumed
+
+
+class Stalled(ConnectionError):
+    """The Hub, or its storage, sent nothing for as long as is waited for a byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a file is to be had, with which headers, and what it is, as far as the Hub tells."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    size: int | None
+    sha256: str | None
+
+
+class Count:
+    """How many bytes of one file are there, told to the progress of all of them."""
+
+    def __init__(self, progress: Progress, there: int = 0) -> None:
+        """`there` are bytes that the progress counts already."""
+        self.progress = progress
+        self.there = there
+
+    def set(self, there: int) -> None:
+        """Note how many there are now.
+
+        Raises:
+            Cancelled: nobody wants the file any more.
+        """
+        more, self.there = there - self.there, there
+        if more:
+            self.progress.advance(more)
+        else:
+            self.progress.check()
+
+
+def transfer(source: Source, blob: Path, lock: Path, count: Count, *, anew: bool = False) -> None:
+    """Bring the file to `blob`, if it is not there; with `anew` from its first byte, in place of the one that is there.
+
+    Raises:
+        Cancelled: nobody wants it any more. Damaged, Stalled: as their names say.
+        OSError and the errors of `huggingface_hub` and its HTTP library: the transfer broke off. What is there stays.
+    """
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _held(lock, blob, count):
+        if blob.exists() and not anew:
+            count.set(blob.stat().st_size)
+            return
+        with _Partial(blob, count.progress) as partial:
+            if anew or (source.size is not None and partial.size > source.size):
+                partial.restart()
+            resumed = partial.size > 0
+            count.set(partial.size)
+            if source.size is None or partial.size < source.size:
+                _pour(source, partial, count)
+            if source.sha256 is not None and partial.sha256 != source.sha256:
+                partial.discard()
+                raise Damaged("its checksum is not the one that the Hub tells", resumed=resumed)
+            partial.become(blob)
+
+
+def partial_of(blob: Path) -> Path:
+    """Where the first bytes of a blob lie until it is whole."""
+    return blob.with_name(f"{blob.name}{PARTIAL}")
+
+
+def _pour(source: Source, partial: _Partial, count: Count) -> None:
+    """Ask for what is missing, and write it as it comes."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+    # Compressed, a file has neither the size that is told nor bytes that can be counted from.
+    headers = {**source.headers, "Accept-Encoding": "identity"}
+    if partial.size:
+        headers["Range"] = f"bytes={partial.size}-"
+    patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        with get_session().stream("GET", source.url, headers=headers, timeout=patience) as response:
+            if response.status_code == 416 and partial.size:
+                partial.restart()
+                raise ConnectionError("the Hub's file is shorter than what is here of it")
+            hf_raise_for_status(response)
+            _align(response, source, partial)
+            count.set(partial.size)
+            told = time.monotonic()
+            for chunk in response.iter_bytes():
+                partial.write(chunk)
+                now = time.monotonic()
+                if partial.size - count.there >= _STRIDE or now - told >= _TELL:
+                    count.set(partial.size)
+                    told = now
+                else:
+                    count.progress.check()
+    except httpx2.TimeoutException as error:
+        raise Stalled(f"nothing came for {patience} s") from error
+    finally:
+        _settle(count, partial.size)
+    if source.size is not None and partial.size != source.size:
+        if partial.size < source.size:
+            raise ConnectionError("the file ended early")
+        partial.discard()
+        raise Damaged(f"it has more than the {source.size} bytes that the Hub tells", resumed=False)
+
+
+def _settle(count: Count, there: int) -> None:
+    """Tell of the last bytes, whatever ended the transfer: that is what is raised, if anything is."""
+    more, count.there = there - count.there, there
+    if more and not count.progress.cancelled:
+        count.progress.advance(more)
+
+
+def _align(response: Response, source: Source, partial: _Partial) -> None:
+    """See that the answer goes on where the partial file ends, or let that begin again; and that it is the file."""
+    resumed = partial.size > 0
+    span = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status_code != 206:
+        if resumed:  # the range was not taken notice of
+            partial.restart()
+    elif span is None or int(span[1]) != partial.size:
+        partial.restart()
+        raise ConnectionError("the Hub sent another part of the file than it was asked for")
+    announced = None
+    if response.headers.get("Content-Encoding", "identity").lower() == "identity":
+        announced = (None if span[2] == "*" else span[2]) if span else response.headers.get("Content-Length")
+    if announced is not None and source.size is not None and int(announced) != source.size:
+        partial.discard()
+        raise Damaged(f"it has {announced} bytes, and not the {source.size} that the Hub tells", resumed=False)
+
+
+class _Partial:
+    """The first bytes of a blob: on disk at once, and in the checksum. One thread has it at a time, under the lock."""
+
+    def __init__(self, blob: Path, progress: Progress) -> None:
+        self.path = partial_of(blob)
+        self._progress = progress
+        self._file: IO[bytes] = self.path.open("ab+", buffering=0)
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def __enter__(self) -> _Partial:
+        try:
+            self._file.seek(0)
+            while chunk := self._file.read(_STRIDE):
+                self._progress.check()
+                self._digest.update(chunk)
+                self.size += len(chunk)
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def become(self, blob: Path) -> None:
+        """Be the blob, which is whole."""
+        self._file.close()
+        self.path.replace(blob)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that is there."""
+        return self._digest.hexdigest()
+
+    def write(self, chunk: bytes) -> None:
+        """Append to it."""
+        rest = memoryview(chunk)
+        while rest:  # an unbuffered file may take a part only
+            written = self._file.write(rest)
+            self._digest.update(rest[:written])
+            self.size += written
+            rest = rest[written:]
+
+    def restart(self) -> None:
+        """Forget what is there."""
+        self._file.truncate(0)
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.restart()
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(lock: Path, blob: Path, count: Count) -> Iterator[None]:
+    """The lock that `huggingface_hub` too takes for this blob; while another has it, its progress is told as ours."""
+    from filelock import FileLock, Timeout
+
+    holder = FileLock(lock, mode=0o664)  # as huggingface_hub has it: a group may share a cache
+    while True:
+        try:
+            holder.acquire(timeout=0.2)
+            break
+        except Timeout:
+            partial = partial_of(blob)
+            count.set(partial.stat().st_size if partial.exists() else 0)
+    try:
+        yield
+    finally:
+        holder.release()

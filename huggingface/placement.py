@@ -1,0 +1,115 @@
+"""What load settings mean on this machine: which device, which type of numbers, which kind of attention.
+
+Imports torch, so it is imported with the loader. Pure but for asking torch what is there. Every setting that cannot be
+honoured is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .devices import resolve_device
+from .errors import DeviceMissing, InvalidRequest
+from .quantization import check
+from .records import LoadOptions, LoadSettings
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+# accelerate's names for its own ways of spreading a model.
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# What transformers has code of its own for; any other name would be fetched from the Hub and run.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how a model is put. `device` is where its inputs go; `dtype` is None for the weights' own."""
+
+    device: str
+    dtype: torch.dtype | None
+    device_map: str | Mapping[str, Any] | None
+    quantization: str | None
+    attention: str | None
+    compiles: bool
+    max_context: int | None
+    slots: int | None
+
+
+def place(settings: LoadSettings, options: LoadOptions) -> Placement:
+    """The settings as they are to be on this machine.
+
+    On a CPU `auto` is float32: what many rows at once give is then the same as what one gives, to the last token, and
+    it is the fastest there with this server's products. Elsewhere it is the weights' own type.
+
+    Raises:
+        InvalidRequest: a value that nothing here honours, by its name. DeviceMissing: the device is not there.
+    """
+    if settings.device is not None and settings.device_map is not None:
+        raise InvalidRequest("Give device or device_map, not both", "device_map")
+    device = resolve_device(settings.device or options.device)
+    _check_device(device, asked=settings.device is not None)
+    if settings.device_map is not None:
+        _check_map(settings.device_map)
+    if settings.quantization is not None:
+        check(settings.quantization, device)
+        if settings.device_map is not None:
+            raise InvalidRequest("quantization cannot be had with a device_map", "quantization")
+    attention = settings.attn_implementation
+    if attention is not None and attention not in _ATTENTION:
+        raise InvalidRequest(
+            f"Invalid value for field 'attn_implementation': '{attention}' is none of {', '.join(_ATTENTION)}",
+            "attn_implementation",
+        )
+    named = settings.dtype or "auto"
+    if named != "auto" and named not in _DTYPES:
+        raise InvalidRequest(
+            f"Invalid value for field 'dtype': '{named}' is none of auto, {', '.join(_DTYPES)}", "dtype"
+        )
+    dtype = torch.float32 if named == "auto" and device == "cpu" else _DTYPES.get(named)
+    return Placement(
+        device,
+        dtype,
+        settings.device_map,
+        settings.quantization,
+        attention,
+        bool(settings.compile),
+        settings.max_context,
+        settings.slots,
+    )
+
+
+def _check_device(device: str, *, asked: bool) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        where = "the field 'device'" if asked else "the server's setting LOCAL_LLM_DEVICE"
+        message = f"The device '{device}' is not to be had here; choose another one in {where}"
+        raise (InvalidRequest(message, "device") if asked else DeviceMissing(message)) from error
+
+
+def _check_map(device_map: str | Mapping[str, Any]) -> None:
+    if isinstance(device_map, str):
+        if device_map not in _MAPS:
+            raise InvalidRequest(
+                f"Invalid value for field 'device_map': '{device_map}' is none of {', '.join(_MAPS)}", "device_map"
+            )
+        return
+    if not device_map:
+        raise InvalidRequest("Invalid value for field 'device_map': it names no module", "device_map")
+    for module, device in device_map.items():
+        if device == "disk":
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+            raise InvalidRequest(
+                f"Invalid value for field 'device_map': the device '{device}' of '{module}' is not to be had here",
+                "device_map",
+            ) from error

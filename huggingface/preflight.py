@@ -1,0 +1,165 @@
+"""Preflight: what a model is, told from its config and the heads of its files before any weights are fetched or read.
+
+A `Preflight` is one server's: it remembers what it has read of transformers' sources, and that the Hub was away. Any
+thread may call it, it never raises for what a model is or is not, and what it tells are JSON values that hold no path
+of this machine. Must not know the registry or HTTP, and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import files
+from .errors import HubUnreachable, LoadError, LocalLLMError
+from .preflight_folder import model_folders
+from .preflight_look import Look, blank, gguf_names
+from .preflight_names import Names
+from .preflight_source import (
+    Place,
+    as_load_error,
+    cached_place,
+    check_gguf_name,
+    folder_place,
+    hub_place,
+    is_offline,
+    offline_error,
+)
+from .records import LoadOptions, ModelRecord, check_model_id
+from .tasks import MODEL_TYPES
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 8.0  # seconds for all that is asked of the Hub in one look
+_AWAY = 30.0  # seconds in which a Hub that could not be reached is not asked again
+
+
+class Preflight:
+    """Looks at models for one server."""
+
+    def __init__(self, options: LoadOptions, *, timeout: float = _PATIENCE) -> None:
+        """`timeout` is how many seconds the Hub has to answer, all questions of one look together."""
+        self._options = options
+        self._timeout = timeout
+        self._names = Names()
+        self._away: float | None = None  # since when it does not answer, by `time.monotonic`
+
+    def look(self, record: ModelRecord) -> dict[str, Any]:
+        """What a registered model is, or one that is to be registered."""
+        return self.look_at(
+            record.model_id, revision=record.revision, gguf_file=record.gguf_file, model_type=record.model_type
+        )
+
+    def look_at(
+        self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, model_type: str | None = None
+    ) -> dict[str, Any]:
+        """What the model of that id is: of the models folder, else the Hub's cache, else the Hub.
+
+        `model_type` is what it is registered as: it picks the head, and so the tasks, where the loader lets it. The
+        type that is told is the one that fits best, whatever it is registered as.
+        """
+        try:
+            check_model_id(model_id)
+            if gguf_file is not None:
+                check_gguf_name(model_id, gguf_file)
+            wanted = MODEL_TYPES[model_type].heads if model_type is not None and model_type in MODEL_TYPES else None
+
+            def look(place: Place) -> dict[str, Any]:
+                return Look(place, self._options, self._names, wanted).take(gguf_file)
+
+            folder = files.local_folder(self._options.models_dir, model_id)
+            if folder is not None:
+                return look(folder_place(model_id, folder))
+            return self._within(model_id, lambda: self._look_away(model_id, revision, gguf_file, look))
+        except LocalLLMError as error:
+            return {**blank(), "problem": str(error)}
+        except Exception as error:
+            logger.warning("%s could not be looked at", model_id, exc_info=error)
+            return {**blank(), "problem": f"Model '{model_id}' could not be looked at: {files.public(error)}"}
+
+    def available(self) -> list[dict[str, Any]]:
+        """The models in the models folder, sorted by id: each with its `details`."""
+        found = []
+        for model_id, folder in model_folders(self._options.models_dir):
+            try:
+                place = folder_place(model_id, folder)
+            except LoadError as error:
+                logger.info("%s", error)
+                continue
+            ggufs = gguf_names(place)
+            only = ggufs[0] if ggufs and "config.json" not in place.names else None
+            details = self.look_at(model_id, gguf_file=only)
+            entry = {
+                "model_id": model_id,
+                "name": model_id.rpartition("/")[2].replace("-", " ").replace("_", " "),
+                "model_type": details["model_type"],
+                "bytes": sum(size or 0 for size in place.names.values()),
+                "gguf_files": ggufs,
+                "details": details,
+            }
+            if "adapter" in details:
+                entry["adapter"] = details["adapter"]
+            found.append(entry)
+        return sorted(found, key=lambda entry: str(entry["model_id"]))
+
+    # Where it is ------------------------------------------------------------------------------------------------------
+
+    def _within(self, model_id: str, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `look` finds in time. On a thread of its own: finding the Hub's address, say, knows no time limit."""
+        found: list[dict[str, Any]] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                found.append(look())
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="preflight", daemon=True)
+        thread.start()
+        thread.join(self._timeout + 0.5)
+        if thread.is_alive():
+            self._away = time.monotonic()
+            raise self._away_error(model_id)
+        if failures:
+            raise failures[0]
+        return found[0]
+
+    def _look_away(
+        self, model_id: str, revision: str | None, gguf_file: str | None, look: Callable[[Place], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Look into the cache where it has all of the model, else at the Hub, else at what the cache has."""
+        cached = cached_place(model_id, revision)
+        if cached is not None and self._is_whole(cached, gguf_file):
+            return look(cached)
+        away = self._away
+        if self._options.offline or is_offline():
+            reason = offline_error(model_id)
+        elif away is not None and time.monotonic() - away < _AWAY:
+            reason = self._away_error(model_id)
+        else:
+            try:
+                with hub_place(model_id, revision, self._timeout) as place:
+                    return look(place)
+            except HubUnreachable as error:
+                reason = error
+                if error.__cause__ is not None and not hasattr(error.__cause__, "response"):  # no answer at all
+                    self._away = time.monotonic()
+        if cached is None:
+            raise reason
+        return {**look(cached), "problem": str(reason)}
+
+    def _away_error(self, model_id: str) -> LoadError:
+        return as_load_error(model_id, ConnectionError("the Hub does not answer"))
+
+    def _is_whole(self, place: Place, gguf_file: str | None) -> bool:
+        if gguf_file is not None:
+            return gguf_file in place.names
+        try:
+            files.check(place.model_id, place.folder, allow_pickle=self._options.allow_pickle)
+        except (LoadError, OSError):
+            return False
+        return True

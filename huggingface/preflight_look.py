@@ -1,0 +1,361 @@
+"""One look at a model, wherever its files are: what they tell, and the first thing that keeps it from being loaded.
+
+The problems are told in the words in which the loader would, had it tried. Any thread may look; nothing is kept. Must
+not know how the files are reached.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from . import files, preflight_packages, preflight_traits
+from .errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+from .headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from .preflight_names import HEAD_TABLES, Names
+from .preflight_source import Place
+from .records import LoadOptions
+from .tasks import Head
+
+logger = logging.getLogger(__name__)
+
+_MOST_HEADER = 16 << 20  # bytes of one header that comes from the Hub
+_MOST_LOCAL_HEADER = 256 << 20
+_AT_ONCE = 8
+_MANY = 8  # files from which on the Hub's own count of the parameters is taken, rather than each one's header
+
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
+_PLAIN_GGUF = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
+
+
+class Look:
+    """What is found at one place; `details` are filled in as it is found."""
+
+    def __init__(self, place: Place, options: LoadOptions, names: Names, wanted: tuple[Head, ...] | None) -> None:
+        """`wanted` are the heads of the type that the model is registered as, if it is."""
+        self._place, self._options, self._names, self._wanted = place, options, names, wanted
+        self.details = {**blank(), "reachable": True, "source": place.source, "commit": place.commit}
+
+    def take(self, gguf_file: str | None) -> dict[str, Any]:
+        """Look, at the GGUF file of that name if there is one, and return what was found."""
+        details = self.details
+        parts: tuple[Callable[[], None], ...] = (self._config, self._weights, self._adapter)
+        for part in parts if gguf_file is None else (partial(self._gguf, gguf_file),):
+            try:
+                part()
+            except LoadError as error:
+                details["problem"] = details["problem"] or str(error)
+        if packages := details["missing_packages"]:
+            details["install"] = f"pip install {' '.join(packages)}"
+            details["problem"] = details["problem"] or (
+                f"Model '{self._place.model_id}' needs packages that are not installed: {', '.join(packages)} "
+                f"({details['install']})"
+            )
+        return details
+
+    def _config(self) -> None:
+        """What config and tokenizer tell."""
+        details, place, names = self.details, self._place, self._names
+        model_id = place.model_id
+        if ggufs := gguf_names(place):
+            details["gguf_files"] = ggufs
+            if not {*files.SAFETENSORS, *files.PICKLES, "adapter_config.json"} & set(place.names):
+                raise FilesMissing(
+                    f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:5])}"
+                )
+        config = files.read_config(model_id, place.folder)
+        kind = preflight_traits.text(config.get("model_type"))
+        architectures = preflight_traits.strings(config.get("architectures"))
+        details["architecture"] = architectures[0] if architectures else None
+        details["config_type"] = kind or None
+        details["quantized"], _bits = preflight_traits.quantization_of(config)
+        details["embedding"] = "modules.json" in place.names
+        tokenizer = _tokenizer_config(place)
+        templates = preflight_traits.templates_of(tokenizer, _template_files(place))
+        details["chat_template"] = bool(templates)
+        details["tools"] = preflight_traits.mentions_tools(templates)
+        details["context_length"] = preflight_traits.context_of(names, config)
+        if not names.installed:
+            details["needs_remote_code"] = bool(config.get("auto_map"))
+            raise LoadError(str(DependencyMissing()))
+        known = details["known"] = names.knows(kind)
+        head = preflight_traits.head_of(names, config, self._wanted)
+        if head is not None:
+            details["tasks"] = preflight_traits.tasks_of(names, config, head, tokenizer)
+        plain = preflight_traits.head_of(names, config) if architectures else head
+        details["model_type"] = preflight_traits.model_type_of(
+            model_id, config, plain, chat=bool(templates), embedding=details["embedding"]
+        )
+        needs_code = details["needs_remote_code"] = _needs_code(names, config, tokenizer, head)
+        packages = set(preflight_packages.quantizer_packages(details["quantized"]))
+        packages |= preflight_packages.tokenizer_packages(names, kind, tokenizer, place.names)
+        if model_id in self._options.trust_remote_code:
+            modules = files.code_modules(place.folder, model_id).get(model_id, [])
+            packages |= preflight_packages.code_packages(place.folder, modules)
+        details["missing_packages"] = preflight_packages.missing(packages)
+        self._check()
+        if needs_code and model_id not in self._options.trust_remote_code:
+            raise FilesRefused(
+                f"Model '{model_id}' needs Python code of its own repository. If you have read that code and trust it, "
+                f"set LOCAL_LLM_TRUST_REMOTE_CODE={model_id}"
+            )
+        if not known and not needs_code:
+            raise ModelUnsupported(
+                f"Model '{model_id}': transformers {names.version} does not know this kind of model (model_type in "
+                "config.json)"
+            )
+        if place.listed and not _has_tokenizer(place):
+            raise FilesMissing(
+                f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
+            )
+        if head is None and architectures:
+            raise ModelUnsupported(
+                f"Model '{model_id}' is a {', '.join(architectures)}, which does none of this server's text tasks"
+            )
+        if head is None and self._wanted is not None:
+            raise ModelUnsupported(
+                f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
+                f"and a {kind} has none that fits the model's type"
+            )
+
+    def _check(self) -> None:
+        """See that what is needed is there, and nothing that would run code against the settings."""
+        place, options = self._place, self._options
+        model_id = place.model_id
+        if place.source != "hub":
+            files.check(model_id, place.folder, allow_pickle=options.allow_pickle, trusted=options.trust_remote_code)
+            return
+        for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+            _object(place, name)
+        config = files.read_config(model_id, place.folder)
+        known = files.weight_names(config, model_id, allow_pickle=options.allow_pickle)
+        if not any(name in place.names for name in known):
+            if any(name in place.names for name in files.PICKLES):
+                raise files.only_pickles(model_id)
+            raise FilesMissing(
+                f"Model '{model_id}': its repository on the Hub holds no weights of a kind known here "
+                "(model.safetensors)"
+            )
+        if place.listed:
+            for name in _weight_files(place, config):
+                if name not in place.names:
+                    raise FilesMissing(
+                        f"Model '{model_id}': its repository on the Hub lacks {name}, so it cannot be loaded here"
+                    )
+
+    def _weights(self) -> None:
+        """What the heads of the weights tell; where they cannot be had, that is left open."""
+        place = self._place
+        try:
+            config = files.read_config(place.model_id, place.folder)
+            names = _weight_files(place, config)
+        except LoadError:
+            return  # told of already
+        self._measure(names, *preflight_traits.quantization_of(config))
+
+    def _adapter(self) -> None:
+        """What an adapter is to be put on."""
+        details, place = self.details, self._place
+        if "adapter_config.json" not in place.names:
+            return
+        base = _object(place, "adapter_config.json").get("base_model_name_or_path")
+        details["adapter"] = None if not isinstance(base, str) else files.public(ValueError(base))
+        if "config.json" not in place.names:
+            names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in place.names]
+            self._measure(names[:1], None, 0)
+
+    def _measure(self, names: list[str], quantization: str | None, bits: int) -> None:
+        """The sizes and types of the weights in these files."""
+        details, place = self.details, self._place
+        details["files"] = {"count": len(names), "names": names}
+        if place.counted and len(names) > _MANY:
+            details["parameters"] = sum(place.counted.values())
+            details["dtypes"] = preflight_traits.bytes_of_counts(place.counted)
+        else:
+            tensors = _tensors(place, names)
+            if tensors:
+                details["parameters"] = preflight_traits.count_parameters(tensors, quantization, bits)
+                details["dtypes"] = preflight_traits.bytes_by_type(tensors.values())
+        details["dtype"] = next(iter(details["dtypes"]), None)
+        sizes = [size for name in names if (size := place.size(name)) is not None]
+        details["weights_bytes"] = sum(sizes) if names and len(sizes) == len(names) else None
+
+    def _gguf(self, name: str) -> None:
+        """What a GGUF file tells of itself, which is all there is to know of its model."""
+        details, place, names = self.details, self._place, self._names
+        model_id = place.model_id
+        damaged = FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
+        if place.listed and name not in place.names:
+            raise FilesMissing(f"Model '{model_id}': there is no {name} among its files")
+        most = _MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
+        try:
+            header = gguf_header(lambda start, length: place.read(name, start, length), most=most)
+        except HeaderDamaged as error:
+            raise damaged from error
+        kind = preflight_traits.text(header.values.get("general.architecture"))
+        details["architecture"] = details["config_type"] = kind or None
+        context = header.values.get(f"{kind}.context_length")
+        details["context_length"] = context if isinstance(context, int) else None
+        template = preflight_traits.text(header.values.get("tokenizer.chat_template"))
+        details["chat_template"] = bool(template)
+        details["tools"] = preflight_traits.mentions_tools([template])
+        details["files"] = {"count": 1, "names": [name]}
+        details["weights_bytes"] = size = place.size(name)
+        if header.tensors is not None:
+            details["parameters"] = sum(tensor.count for tensor in header.tensors.values())
+            details["dtypes"] = preflight_traits.bytes_by_type(header.tensors.values())
+            details["dtype"] = next(iter(details["dtypes"]), None)
+            details["quantized"] = "gguf" if {tensor.type for tensor in header.tensors.values()} - _PLAIN_GGUF else None
+        if not names.installed:
+            raise LoadError(str(DependencyMissing()))
+        details["known"] = names.reads_gguf(kind)
+        if details["known"]:
+            head: Head = "seq2seq-lm" if kind in ("t5", "umt5") else "causal-lm"
+            head = "base" if kind == "t5encoder" else head
+            details["tasks"] = preflight_traits.tasks_of(names, {"model_type": kind}, head, {"mask_token": None})
+            details["model_type"] = preflight_traits.model_type_of(
+                model_id, {"model_type": kind}, head, chat=bool(template), embedding=False
+            )
+        if kind not in names.gguf_by_itself:
+            details["missing_packages"] = preflight_packages.missing(["gguf"])
+        if header.end is not None and size is not None and size < header.end:
+            raise damaged
+        if not details["known"]:
+            raise ModelUnsupported(
+                f"Model '{model_id}': transformers {names.version} does not read GGUF files of the architecture "
+                f"'{files.public(ValueError(kind))}'"
+            )
+
+
+def blank() -> dict[str, Any]:
+    """What is known of a model of which nothing is known."""
+    return {
+        "reachable": False,
+        "problem": None,
+        "source": None,
+        "commit": None,
+        "architecture": None,
+        "config_type": None,
+        "known": None,
+        "model_type": None,
+        "tasks": [],
+        "context_length": None,
+        "parameters": None,
+        "weights_bytes": None,
+        "dtype": None,
+        "dtypes": {},
+        "quantized": None,
+        "chat_template": False,
+        "tools": False,
+        "needs_remote_code": False,
+        "missing_packages": [],
+        "install": None,
+        "embedding": False,
+        "files": {"count": 0, "names": []},
+    }
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _object(place: Place, name: str) -> dict[str, Any]:
+    """A JSON object among the small files; an empty one where there is no such file.
+
+    Raises:
+        FilesCorrupt: it is damaged.
+    """
+    path = place.folder / name
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise FilesCorrupt(f"Model '{place.model_id}': {name} is damaged (not JSON); download it again") from error
+    if not isinstance(value, dict):
+        raise FilesCorrupt(f"Model '{place.model_id}': {name} is damaged (not a JSON object); download it again")
+    return value
+
+
+def _tokenizer_config(place: Place) -> dict[str, Any]:
+    """The tokenizer's config, and the special tokens that older ones keep beside it."""
+    config = _object(place, "tokenizer_config.json")
+    try:
+        special = _object(place, "special_tokens_map.json")
+    except FilesCorrupt:
+        special = {}
+    return {**{name: value for name, value in special.items() if name == "mask_token"}, **config}
+
+
+def _template_files(place: Place) -> list[str]:
+    """The chat templates that are files of their own."""
+    found = []
+    for path in (place.folder / "chat_template.jinja", *place.folder.glob("additional_chat_templates/*.jinja")):
+        if path.is_file():
+            found.append(path.read_text(encoding="utf-8", errors="replace"))
+    inner = _object(place, "chat_template.json").get("chat_template")
+    return [*found, inner] if isinstance(inner, str) else found
+
+
+def _has_tokenizer(place: Place) -> bool:
+    names = [name for name in place.names if "/" not in name]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZER)
+
+
+def gguf_names(place: Place) -> list[str]:
+    return sorted(name for name in place.names if name.lower().endswith(".gguf"))
+
+
+def _weight_files(place: Place, config: dict[str, Any]) -> list[str]:
+    """The files of the weights: the one, or those that its index lists. Pickles too, to be named and not to be read."""
+    known = files.weight_names(config, place.model_id, allow_pickle=True)
+    first = next((name for name in known if name in place.names), None)
+    if first is None or not first.endswith(".json"):
+        return [] if first is None else [first]
+    try:
+        return files.shards(place.model_id, place.folder, first)
+    except OSError:
+        return []
+
+
+def _tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
+    """What all the heads list together; nothing where one cannot be had."""
+
+    def head(name: str) -> dict[str, Tensor] | None:
+        most = _MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
+        return safetensors_header(lambda start, length: place.read(name, start, length), most=most)
+
+    if not names or not all(name.endswith(".safetensors") for name in names):
+        return {}
+    try:
+        if place.source == "hub":
+            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="preflight") as pool:
+                heads = list(pool.map(head, names))
+        else:
+            heads = [head(name) for name in names]
+    except Exception as error:  # noqa: BLE001 - what the config tells stands without them
+        logger.info("the heads of the weights of %s cannot be read: %s", place.model_id, error)
+        return {}
+    if any(found is None for found in heads):
+        return {}
+    return {name: tensor for found in heads if found is not None for name, tensor in found.items()}
+
+
+def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any], head: Head | None) -> bool:
+    """Whether config, model or tokenizer is of a class that transformers has not, and the folder names its own."""
+    kind = preflight_traits.text(config.get("model_type"))
+    remote = config.get("auto_map")
+    remote = remote if isinstance(remote, dict) else {}
+    if remote and not names.knows(kind):
+        return True
+    if head is not None and HEAD_TABLES[head][0] in remote and not names.classes(head, kind):
+        return True
+    own = tokenizer.get("auto_map")
+    own = own.get("AutoTokenizer") if isinstance(own, dict) else own
+    declared = preflight_traits.text(tokenizer.get("tokenizer_class"))
+    known = names.tokenizer(kind) is not None or names.is_tokenizer(declared)
+    return bool(own) and not known and kind not in names.corrected_tokenizers

@@ -1,0 +1,317 @@
+"""What the installed transformers knows, read from its source files without importing it, which takes seconds.
+
+Its tables are literals: which kinds of model there are, which class each head has, and what a config says of itself.
+One object reads each file once, when it is first asked for; any thread may ask. Where transformers is not installed
+there is nothing to read, and `installed` says so. Must not know files of models, the Hub or the registry.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .tasks import Head
+
+logger = logging.getLogger(__name__)
+
+# Of each head: the class that loads it, and its table, as the loader has them.
+HEAD_TABLES: Mapping[Head, tuple[str, str]] = {
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "sequence-classification": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    "table-question-answering": (
+        "AutoModelForTableQuestionAnswering",
+        "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
+    ),
+    "base": ("AutoModel", "MODEL_MAPPING_NAMES"),
+}
+
+Classes = tuple[str, ...]
+
+
+class Names:
+    """The tables of the installed transformers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._configs: dict[str, Mapping[str, Any]] = {}
+        self._packages: dict[str, frozenset[str]] = {}
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Where transformers lies, or None."""
+        try:
+            found = find_spec("transformers")
+        except (ImportError, ValueError):
+            return None
+        return Path(found.origin).parent if found is not None and found.origin else None
+
+    @property
+    def installed(self) -> bool:
+        """Whether there is anything to read."""
+        return self.folder is not None
+
+    @property
+    def version(self) -> str:
+        """Of transformers, for messages."""
+        try:
+            return metadata.version("transformers")
+        except metadata.PackageNotFoundError:
+            return ""
+
+    # The tables -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def configs(self) -> Mapping[str, str]:
+        """The config's class of each kind of model (`model_type` in config.json)."""
+        return {**self._pairs("auto_mappings", "CONFIG_MAPPING_NAMES"), **self._pairs(*_CONFIGURATION)}
+
+    @cached_property
+    def _heads(self) -> Mapping[str, Mapping[str, Classes]]:
+        tables = [table for _, table in HEAD_TABLES.values()]
+        source = self._source("models/auto/modeling_auto.py")
+        return {table: {name: _classes(value) for name, value in _literal_pairs(source, table)} for table in tables}
+
+    def classes(self, head: Head, config_type: str) -> Classes:
+        """The architectures (class names) with this head that a kind of model has."""
+        with self._lock:
+            return self._heads[HEAD_TABLES[head][1]].get(config_type, ())
+
+    def heads(self, head: Head) -> Mapping[str, Classes]:
+        """Those of every kind of model."""
+        with self._lock:
+            return self._heads[HEAD_TABLES[head][1]]
+
+    @cached_property
+    def tokenizers(self) -> Mapping[str, str | None]:
+        """The tokenizer's class of each kind of model."""
+        corrected = dict.fromkeys(self.corrected_tokenizers, "TokenizersBackend")
+        return {**corrected, **self._pairs("tokenization_auto", "TOKENIZER_MAPPING_NAMES")}
+
+    @cached_property
+    def corrected_tokenizers(self) -> frozenset[str]:
+        """Kinds of model whose own word about their tokenizer's class is not taken."""
+        source = self._source("models/auto/tokenization_auto.py")
+        return frozenset(_strings(_statement(source, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")))
+
+    @cached_property
+    def gguf(self) -> frozenset[str]:
+        """The architectures of GGUF files that transformers can read."""
+        names = set()
+        for file, table in (("ggml.py", "GGUF_CONFIG_MAPPING"), ("gguf/gguf_config_mapping.py", "GGUF_CONFIG_ARCHS")):
+            value = getattr(_statement(self._source(f"integrations/{file}"), table), "value", None)
+            if isinstance(value, ast.Dict):
+                names |= {key.value for key in value.keys if isinstance(key, ast.Constant)}
+        return frozenset(str(name) for name in names) - {"general", "tokenizer", "tokenizer_config"}
+
+    @cached_property
+    def gguf_by_itself(self) -> frozenset[str]:
+        """Those that it reads without the package `gguf`."""
+        value = getattr(
+            _statement(self._source("integrations/gguf/gguf_conversion_mapping.py"), "GGUF_ARCHS"), "value", 0
+        )
+        keys = value.keys if isinstance(value, ast.Dict) else []
+        return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
+
+    def knows(self, config_type: str) -> bool:
+        """Whether there is such a kind of model."""
+        with self._lock:
+            return config_type in self.configs
+
+    def tokenizer(self, config_type: str) -> str | None:
+        """The tokenizer's class of this kind of model."""
+        with self._lock:
+            return self.tokenizers.get(config_type)
+
+    def is_tokenizer(self, name: str) -> bool:
+        """Whether a tokenizer's class of this name is known."""
+        with self._lock:
+            plain = name.removesuffix("Fast")
+            return plain in {str(each).removesuffix("Fast") for each in self.tokenizers.values()} | _GENERIC
+
+    def reads_gguf(self, architecture: str) -> bool:
+        """Whether a GGUF file of this architecture can be loaded; some go by a longer name there, some by another."""
+        with self._lock:
+            plain = architecture.replace("-", "_").replace("moe", "_moe").replace("__", "_")
+            return bool({architecture, plain} & self.gguf) or architecture.startswith(("t5", "mistral"))
+
+    # A config's class -------------------------------------------------------------------------------------------------
+
+    def config_defaults(self, config_type: str) -> Mapping[str, Any]:
+        """The constants in the body of a config's class: what holds where config.json is silent, and other names."""
+        with self._lock:
+            if config_type not in self._configs:
+                try:
+                    self._configs[config_type] = self._config_defaults(config_type)
+                except (OSError, SyntaxError, ValueError) as error:
+                    logger.debug("the config class of %s cannot be read: %s", config_type, error)
+                    self._configs[config_type] = {}
+            return self._configs[config_type]
+
+    def _config_defaults(self, config_type: str) -> Mapping[str, Any]:
+        name = self.configs.get(config_type)
+        if name is None:
+            return {}
+        module = self._module(config_type)
+        classes = _class_bodies(self._source(f"models/{module}/configuration_{module}.py"))
+        found: dict[str, Any] = {}
+        while name in classes:
+            body, base = classes.pop(name)
+            found = {**body, **found}
+            name = base
+        return found
+
+    def _module(self, config_type: str) -> str:
+        return self._modules.get(config_type) or config_type.replace("-", "_")
+
+    @cached_property
+    def _modules(self) -> Mapping[str, str]:
+        table = "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
+        return {**self._pairs("auto_mappings", table), **self._pairs("configuration_auto", table)}
+
+    # A tokenizer's class ----------------------------------------------------------------------------------------------
+
+    def tokenizer_packages(self, name: str) -> frozenset[str]:
+        """The packages without which a tokenizer's class cannot be used, beside transformers' own."""
+        with self._lock:
+            if name not in self._packages:
+                try:
+                    self._packages[name] = frozenset(self._tokenizer_packages(name))
+                except (OSError, SyntaxError, ValueError) as error:
+                    logger.debug("the tokenizer class %s cannot be read: %s", name, error)
+                    self._packages[name] = frozenset()
+            return self._packages[name]
+
+    def _tokenizer_packages(self, name: str) -> Iterator[str]:
+        for config_type in (kind for kind, tokenizer in self.tokenizers.items() if tokenizer == name):
+            module = self._module(config_type)
+            path = f"models/{module}/tokenization_{module}.py"
+            if self.folder is None or not (self.folder / path).is_file():
+                continue
+            source = self._source(path)
+            if re.search(rf"^class {re.escape(name)}\b", source, re.MULTILINE):
+                if re.search(r"@requires\(|requires_backends\(|ImportError", source):
+                    yield from _required(ast.parse(source), name)
+                return
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def _source(self, path: str) -> str:
+        return "" if self.folder is None else (self.folder / path).read_text(encoding="utf-8")
+
+    def _pairs(self, module: str, table: str) -> dict[str, Any]:
+        return dict(_literal_pairs(self._source(f"models/auto/{module}.py"), table))
+
+
+_HAS_MISTRAL = find_spec("mistral_common") is not None
+_CONFIGURATION = ("configuration_auto", "CONFIG_MAPPING_NAMES")
+# Classes that read whatever a tokenizer.json holds, and such as are always there.
+_GENERIC = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", "BloomTokenizer"}
+
+
+def _statements(source: str, name: str) -> Iterator[ast.stmt]:
+    """The top-level statements that begin with `name`: only they are parsed, for the files are long."""
+    # From the name at a line's start to the next line that is not indented and closes nothing.
+    for found in re.finditer(rf"^{name}\b.*?(?=^[^\s)\]}}#]|\Z)", source, re.MULTILINE | re.DOTALL):
+        yield from ast.parse(found[0]).body
+
+
+def _statement(source: str, name: str) -> ast.stmt | None:
+    return next(_statements(source, name), None)
+
+
+def _literal_pairs(source: str, name: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a table that is built of literals: pairs in lists, and dictionaries."""
+    for statement in _statements(source, name):
+        yield from _entries(statement)
+
+
+def _entries(node: ast.AST) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, ast.Tuple) and len(node.elts) == 2 and isinstance(node.elts[0], ast.Constant):
+        yield str(node.elts[0].value), _plain(node.elts[1])  # and not into it: its value may be a pair of classes
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                yield str(key.value), _plain(value)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _entries(child)
+
+
+def _plain(node: ast.expr) -> Any:
+    """A literal. Of a choice by what is installed it is the first, since what is missing is told of elsewhere; but
+    mistral-common is one that transformers does without.
+    """
+    while isinstance(node, ast.IfExp):
+        node = node.orelse if "mistral_common" in ast.unparse(node.test) and not _HAS_MISTRAL else node.body
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _classes(value: Any) -> Classes:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(each) for each in value) if isinstance(value, tuple | list) else ()
+
+
+def _strings(node: ast.AST | None) -> Iterator[str]:
+    for each in ast.walk(node) if node is not None else ():
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            yield each.value
+
+
+def _class_bodies(source: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """The constants of each class of a file, and the name of its first base."""
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        body = {}
+        for entry in node.body:
+            target = entry.targets[0] if isinstance(entry, ast.Assign) else getattr(entry, "target", None)
+            value = getattr(entry, "value", None)
+            if isinstance(entry, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and value is not None:
+                try:
+                    body[target.id] = ast.literal_eval(value)
+                except ValueError:
+                    continue
+        base = node.bases[0] if node.bases else None
+        found[node.name] = (body, base.id if isinstance(base, ast.Name) else "")
+    return found
+
+
+def _required(tree: ast.Module, name: str) -> Iterator[str]:
+    """What a class is marked to need, asks for when it is made, or fails without."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or node.name != name:
+            continue
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "requires":
+                yield from _strings(decorator)
+        made = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+        for each in ast.walk(made) if made is not None else ():
+            if isinstance(each, ast.Call) and ast.unparse(each.func) == "requires_backends":
+                for argument in each.args[1:]:
+                    yield from _strings(argument)
+            elif isinstance(each, ast.Try) and any(
+                isinstance(inner, ast.Raise) for handler in each.handlers for inner in ast.walk(handler)
+            ):
+                for inner in each.body:
+                    if isinstance(inner, ast.Import):
+                        yield from (alias.name.partition(".")[0] for alias in inner.names)

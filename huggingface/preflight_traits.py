@@ -1,0 +1,294 @@
+"""What a model is, by its config, its tokenizer's config and the heads of its files: its head, its tasks, its sizes.
+
+The rules are those by which the loader picks a head and by which a loaded model tells what it can do, written for the
+words of a config instead of a model. Pure functions; any thread may call them. Must not know where files come from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from .headers import SAFETENSORS_TYPES, Tensor
+from .preflight_names import HEAD_TABLES, Names
+from .tasks import HEADS, MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
+
+# Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they can be run on a text alone.
+_RUNS_ON_TEXT = frozenset({"bart", "bigbird_pegasus", "fsmt", "led", "mbart", "mvp", "plbart"})
+# Kinds whose model under the head is the model itself, so that it has no hidden states of its own to give.
+_NO_BASE = frozenset({"llama4_text", "mllama"})
+# Kinds that count positions from behind the padding token's number on: so many places of the table are not used.
+_AFTER_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "lxmert",
+        "markuplm",
+        "mpnet",
+        "prophetnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+_TRANSLATORS = frozenset(
+    {"fsmt", "m2m_100", "marian", "mbart", "nllb-moe", "seamless_m4t", "seamless_m4t_v2", "xlm-prophetnet"}
+)
+_SUMMARIZERS = frozenset({"bigbird_pegasus", "pegasus", "pegasus_x"})
+_TALKERS = frozenset({"blenderbot", "blenderbot-small"})
+_SAYS_SUMMARY = re.compile(r"summar|[-_](cnn|xsum|samsum|cnn_dailymail|dialogsum)\b", re.IGNORECASE)
+_SAYS_TRANSLATION = re.compile(r"translat|opus-mt|nllb|m2m100|many-to-many|[-_][a-z]{2}-to-[a-z]{2}\b", re.IGNORECASE)
+
+# In a checkpoint but no parameters of the model: tables that are computed, masks, and what goes with packed weights.
+_BUFFERS = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|final_logits_bias|masked_bias|inv_freq|num_batches_tracked"
+    r"|qzeros|g_idx|weight_scale(_inv|_2)?|input_scale|weight_zero_point|weight_shape|weight_g_idx"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)|SCB|weight_format|.*_scales)$"
+)
+
+
+# Head and tasks -------------------------------------------------------------------------------------------------------
+
+
+def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | None = None) -> Head | None:
+    """The head that the weights have, as the loader finds it, or None where there is none that serves a task here.
+
+    Weights that do not say what they are have the first of `wanted` that their kind knows; without `wanted` it cannot
+    be told.
+    """
+    kind, architectures = text(config.get("model_type")), strings(config.get("architectures"))
+    remote = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
+    if wanted == ("base",) and names.classes("base", kind):
+        return "base"
+    order = [*(wanted or ()), *(head for head in HEADS if head not in (wanted or ()))]
+    for architecture in architectures:
+        if "masked-lm" in (wanted or ()) and architecture in names.classes("seq2seq-lm", kind):
+            return "seq2seq-lm"
+        for head in order:
+            if architecture in names.classes(head, kind):
+                return head
+        for head in order:
+            if HEAD_TABLES[head][0] in (remote or {}):
+                return head
+        if architecture.endswith(("ForPreTraining", "LMHeadModel")):
+            plain: tuple[Head, ...] = ("masked-lm", "causal-lm", "seq2seq-lm")
+            if wanted is not None:
+                plain = tuple(head for head in order if head in plain)
+            elif architecture.endswith("LMHeadModel"):
+                plain = ("causal-lm", "seq2seq-lm", "masked-lm")
+            for head in plain:
+                if names.classes(head, kind):
+                    return head
+    if not architectures and wanted is not None:
+        generates: tuple[Head, ...] = ("seq2seq-lm",) if is_encoder_decoder(names, config) else ()
+        return next((head for head in (*wanted, *generates) if names.classes(head, kind)), None)
+    return None
+
+
+def is_encoder_decoder(names: Names, config: Mapping[str, Any]) -> bool:
+    """Whether the model has an encoder and a decoder."""
+    default = names.config_defaults(text(config.get("model_type"))).get("is_encoder_decoder", False)
+    return bool(config.get("is_encoder_decoder", default))
+
+
+def tasks_of(names: Names, config: Mapping[str, Any], head: Head, tokenizer: Mapping[str, Any]) -> list[str]:
+    """The tasks of `TASKS` that a model with this head can do, in that table's order."""
+    kind = text(config.get("model_type"))
+    able = {canonical_task(name) for name in supported_tasks(head)}
+    mask = has_mask(tokenizer)
+    if head == "seq2seq-lm":
+        masked = {name for classes in names.heads("masked-lm").values() for name in classes}
+        if mask and set(strings(config.get("architectures"))) & masked:
+            able.add("fill-mask")
+        if kind in _RUNS_ON_TEXT:
+            able.add("feature-extraction")
+    elif not mask:
+        able.discard("fill-mask")
+    # Weights of the encoder alone, of T5 and its kin, can be run on a text; the whole of them cannot.
+    whole = not any(name.endswith("EncoderModel") for name in strings(config.get("architectures")))
+    if head == "base" and whole and is_encoder_decoder(names, config) and kind not in _RUNS_ON_TEXT:
+        able.discard("feature-extraction")
+    if head != "base" and kind in _NO_BASE:
+        able.discard("feature-extraction")
+    return [name for name in TASKS if name in able]
+
+
+def has_mask(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer has a mask token: it says so, or it is of a class of its own, which mostly has one."""
+    if "mask_token" in tokenizer:
+        return tokenizer["mask_token"] is not None
+    kind = text(tokenizer.get("tokenizer_class"))
+    return kind not in ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+
+
+def model_type_of(
+    model_id: str, config: Mapping[str, Any], head: Head | None, *, chat: bool, embedding: bool
+) -> str | None:
+    """The type of record that fits the model best, a name of `MODEL_TYPES`."""
+    found = _model_type(model_id, config, head, chat, embedding)
+    return found if found in MODEL_TYPES else None
+
+
+def _model_type(model_id: str, config: Mapping[str, Any], head: Head | None, chat: bool, embedding: bool) -> str | None:
+    asked = config.get("task_specific_params")
+    asked = set(asked) if isinstance(asked, dict) else set()
+    if head is None:
+        return None
+    if embedding:
+        return "feature-extraction"
+    if head == "causal-lm":
+        return "conversational" if chat or "conversational" in asked else "text-generation"
+    if head == "seq2seq-lm":
+        return _seq2seq_type(model_id, text(config.get("model_type")), asked)
+    if head == "sequence-classification":
+        labels = [text(label).lower() for label in _labels(config)]
+        if any(label.startswith("entail") for label in labels):
+            return "zero-shot-classification"
+        return "text-classification" if len(labels) == 1 else "sentiment-analysis"
+    plain: Mapping[Head, str] = {
+        "masked-lm": "fill-mask",
+        "token-classification": "token-classification",
+        "question-answering": "question-answering",
+        "table-question-answering": "table-question-answering",
+        "base": "feature-extraction",
+    }
+    return plain[head]
+
+
+def _seq2seq_type(model_id: str, kind: str, asked: set[str]) -> str:
+    if kind in _TALKERS:
+        return "conversational"
+    if kind in _SUMMARIZERS or _SAYS_SUMMARY.search(model_id):
+        return "summarization"
+    translates = {name for name in asked if name.startswith("translation")}
+    if _SAYS_TRANSLATION.search(model_id) or (asked and asked == translates):
+        return "translation"
+    # T5 names several things that it can do; BART's fine-tuned kin the one.
+    if "summarization" in asked and not translates:
+        return "summarization"
+    return "translation" if kind in _TRANSLATORS else "text2text-generation"
+
+
+def _labels(config: Mapping[str, Any]) -> list[Any]:
+    labels = config.get("id2label")
+    if isinstance(labels, dict):
+        return list(labels.values())
+    count = config.get("num_labels")
+    return [""] * (count if isinstance(count, int) and 0 < count < 10_000 else 2)
+
+
+# Context and sizes ----------------------------------------------------------------------------------------------------
+
+
+def context_of(names: Names, config: Mapping[str, Any]) -> int | None:
+    """How many tokens the model can read, as its config says; None where it says nothing."""
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    kind = text(config.get("model_type"))
+    defaults = names.config_defaults(kind)
+    others = defaults.get("attribute_map")
+    name = "max_position_embeddings"
+    name = others.get(name, name) if isinstance(others, dict) else name
+    said = config.get(name, config.get("max_position_embeddings", defaults.get(name)))
+    if said is None:
+        name = "max_encoder_position_embeddings"
+        said = config.get(name, defaults.get(name))
+    if not isinstance(said, int) or isinstance(said, bool) or said <= 0:
+        return None
+    if kind in _AFTER_PADDING:
+        padding = config.get("pad_token_id", defaults.get("pad_token_id"))
+        said -= (1 if kind == "mpnet" else padding if isinstance(padding, int) else 0) + 1
+    return said if said > 0 else None
+
+
+def quantization_of(config: Mapping[str, Any]) -> tuple[str | None, int]:
+    """How the weights were quantized by who made them, and the bits of one; (None, 0) where they were not."""
+    settings = config.get("quantization_config", config.get("compression_config"))
+    if not isinstance(settings, dict):
+        return None, 0
+    method = settings.get("quant_method")
+    if not isinstance(method, str):
+        bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+        method = "bitsandbytes" if bitsandbytes else "unknown"
+    bits = next((settings[name] for name in ("bits", "w_bit", "nbits") if isinstance(settings.get(name), int)), 0)
+    if method == "bitsandbytes" and not bits:
+        bits = 8 if settings.get("load_in_8bit") else 4
+    return method, bits or 4
+
+
+def count_parameters(tensors: Mapping[str, Tensor], quantization: str | None, bits: int) -> int:
+    """How many parameters the model has; of packed weights, how many values they stand for."""
+    total = 0
+    for name, tensor in tensors.items():
+        computed = name.endswith((".attn.bias", ".attention.bias")) and len(tensor.shape) == 4  # GPT-2's causal mask
+        if computed or _BUFFERS.search(name) or (quantization in ("gptq", "awq") and name.endswith(".scales")):
+            continue
+        packed = 1
+        if name.endswith((".qweight", ".weight_packed")) and tensor.type in ("I32", "U32"):
+            packed = max(1, 32 // bits)
+        elif tensor.type == "U8" and (
+            name.endswith("_blocks") or (quantization == "bitsandbytes" and bits == 4 and name.endswith(".weight"))
+        ):
+            packed = 2
+        total += tensor.count * packed
+    return total
+
+
+def bytes_by_type(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """The bytes of the tensors by their type, the most first; types are named as torch names them, or GGUF does."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        name = SAFETENSORS_TYPES.get(tensor.type, (tensor.type, 0))[0]
+        found[name] = found.get(name, 0) + (tensor.bytes or 0)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def bytes_of_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """The same from how many values there are of each type."""
+    known = {
+        SAFETENSORS_TYPES[kind][0]: count * SAFETENSORS_TYPES[kind][1] // 8
+        for kind, count in counts.items()
+        if kind in SAFETENSORS_TYPES
+    }
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
+
+
+# Chats ----------------------------------------------------------------------------------------------------------------
+
+
+def templates_of(tokenizer: Mapping[str, Any], files: Collection[str]) -> list[str]:
+    """The chat templates: those of files, whose texts are given, and those in the tokenizer's config."""
+    return [*files, *_template_texts(tokenizer.get("chat_template"))]
+
+
+def _template_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _template_texts(each.get("template") if isinstance(each, dict) else each)
+
+
+def mentions_tools(templates: Iterable[str]) -> bool:
+    """Whether any of the templates lays tools out."""
+    return any(re.search(r"\btools\b", template) for template in templates)
+
+
+# Words of a config ----------------------------------------------------------------------------------------------------
+
+
+def text(value: Any) -> str:
+    """A string, or an empty one for whatever else stands there."""
+    return value if isinstance(value, str) else ""
+
+
+def strings(value: Any) -> list[str]:
+    """The strings of a list, or none."""
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list | tuple) else []

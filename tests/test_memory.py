@@ -1,0 +1,626 @@
+"""Which model is in memory: what a load takes, who goes for whom, how long a model stays, and what comes back.
+
+Models of a hundred megabytes where resident memory is looked at, tiny ones elsewhere; budgets are the tests' own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import sized_models
+import tiny_models
+from conftest import STARTER, Server
+
+from huggingface import loader
+from huggingface.budget import Budget, Limit, parse_limits, readable
+from huggingface.errors import InvalidRequest, MemoryHeld, NeverFits
+from huggingface.eviction import Idle, choose
+from huggingface.manager import ModelManager
+from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry import ModelRegistry
+
+SIZED = 125_864_192  # bytes of a sized model with the KV cache of its first generations
+LONG = {"do_sample": False, "num_beams": 24, "min_new_tokens": 230, "max_new_tokens": 240}  # seconds on a tiny model
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with three models of about 90 MB."""
+    root = tmp_path_factory.mktemp("sized")
+    for name in "abc":
+        sized_models.build(root, f"sized/{name}")
+    return root
+
+
+@pytest.fixture
+def manage(tmp_path: Path, models_dir: Path) -> Iterator[Callable[..., ModelManager]]:
+    """Makes managers of their own registry with the models that are named."""
+    made: list[ModelManager] = []
+
+    def make(*records: ModelRecord, root: Path = models_dir, **options: Any) -> ModelManager:
+        registry = ModelRegistry(tmp_path / f"registry-{len(made)}.json")
+        for record in records:
+            registry.add(record)
+        options.setdefault("memory_timeout", 0.5)
+        made.append(ModelManager(registry, LoadOptions(root, "cpu"), **options))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
+        manager.statistics.close()
+
+
+def record(model_id: str, model_type: str = "text-generation", **fields: Any) -> ModelRecord:
+    return ModelRecord(model_id, model_id, model_type, **fields)
+
+
+def generate(server: Server, model_id: str, **fields: Any) -> Any:
+    body = {"model_id": model_id, "prompt": "The little harbour", "max_new_tokens": 4, "do_sample": False, **fields}
+    return server.call("POST", "/generate", json=body)
+
+
+def cached(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = server.call("GET", "/cache").json()["cached_models"]
+    return found
+
+
+# The ledger -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_read_in_amounts_shares_and_by_device() -> None:
+    assert parse_limits("12GB") == {"*": Limit(bytes=12 * 10**9)}
+    assert parse_limits("0.8") == {"*": Limit(share=0.8)}
+    both = {"cpu": Limit(bytes=3 * 2**29), "cuda:0": Limit(share=0.5)}
+    assert parse_limits("cpu=1.5GiB, cuda=0.5") == both
+
+
+@pytest.mark.parametrize("text", ["much", "12XB", "gpu=3GB", "cpu=", "-1GB"])
+def test_a_budget_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="memory"):
+        parse_limits(text)
+
+
+def test_what_is_set_aside_counts_until_it_is_taken_or_given_up() -> None:
+    budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
+    assert budget.reserve("a", {"cpu": 600})
+    assert not budget.reserve("b", {"cpu": 500})
+    assert (budget.room("cpu"), budget.most("cpu")) == (400, 1000)
+    budget.note("a", "weights", {"cpu": 550})
+    budget.settle("a")
+    assert budget.room("cpu") == 450
+    assert budget.take("a", "kv cache", "cpu", 450)
+    assert not budget.take("a", "kv cache", "cpu", 1)
+    assert budget.take("a", "kv cache", "cpu", -100)
+    assert budget.holders("cpu") == {"a": 900}
+    budget.forget("a")
+    assert budget.held() == {}
+
+
+def test_a_share_is_of_what_models_have_and_what_is_free_and_an_amount_is_never_more_than_that() -> None:
+    free = 1000
+    budget = Budget({"*": Limit(share=0.5)}, lambda _: free)
+    assert budget.room("cpu") == 500
+    budget.note("a", "weights", {"cpu": 200})
+    free -= 200
+    assert (budget.room("cpu"), budget.most("cpu")) == (300, 500)
+    assert Budget({"*": Limit(bytes=10**9)}, lambda _: 700).room("cpu") == 700
+
+
+def test_cuda_is_its_first_device() -> None:
+    budget = Budget({"cuda": Limit(bytes=100)}, lambda _: None)
+    budget.note("a", "weights", {"cuda": 60})
+    assert budget.room("cuda:0") == 40
+    assert budget.room("cuda:1") == 100
+
+
+@pytest.mark.parametrize(
+    ("lacking", "gone"),
+    [
+        ({"cpu": 5}, ["old"]),
+        ({"cpu": 15}, ["middle"]),  # which has to go, and is enough
+        ({"cpu": 25}, ["old", "middle"]),
+        ({"cpu": 100}, ["large"]),  # once the large one has to go, the others need not
+        ({"cpu": 141}, []),  # all of them would not do, so none goes
+        ({"cuda:0": 5}, ["elsewhere"]),
+    ],
+)
+def test_the_longest_unused_go_first_and_no_more_than_are_needed(lacking: dict[str, int], gone: list[str]) -> None:
+    idle = [
+        Idle("large", 3, {"cpu": 110}),
+        Idle("middle", 2, {"cpu": 20}),
+        Idle("old", 1, {"cpu": 10}),
+        Idle("elsewhere", 0, {"cuda:0": 50}),
+    ]
+    assert sorted(model.model_id for model in choose(idle, lacking)) == sorted(gone)
+
+
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+
+def check_estimate(root: Path, model_id: str, **settings: Any) -> None:
+    """What a load is said to take is what is measured, within a tenth, after a first generation."""
+    options, wanted = LoadOptions(root, "cpu"), LoadSettings(**settings)
+    told = loader.estimate(record(model_id, "auto"), options, root / model_id, wanted)
+    model = loader.load(record(model_id, "auto"), options, root / model_id, settings=wanted)
+    try:
+        model.prepared()
+        if model.head == "causal-lm" and model.status is not None and model.status.mode == "batched":
+            list(model.generate(GenerationRequest({"max_new_tokens": 2, "do_sample": False}, prompt="The cat")))
+        sizes = model.sizes
+        assert abs(told.weights + told.copies - sizes.weights - sizes.copies) <= 0.1 * (sizes.weights + sizes.copies)
+        assert abs(told.total - sizes.total) <= 0.1 * sizes.total
+        assert sum(told.devices.values()) == told.total
+        assert sizes.peak == sizes.total
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_an_estimate_is_what_is_measured(tiny: Callable[[str], str], models_dir: Path, name: str) -> None:
+    check_estimate(models_dir, tiny(name))
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"slots": 2}, {"attn_implementation": "eager"}])
+def test_an_estimate_knows_the_settings(tiny: Callable[[str], str], models_dir: Path, settings: dict[str, Any]) -> None:
+    check_estimate(models_dir, tiny("llama"), **settings)
+
+
+def test_the_starter_model_takes_what_was_told(starter_models_dir: Path) -> None:
+    check_estimate(starter_models_dir, STARTER)
+
+
+def test_an_estimate_over_http_says_whether_it_fits_and_who_would_go(sized: Path, start_server: Any) -> None:
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET="260MB")
+    for name in "abc":
+        server.add(f"sized/{name}", "text-generation")
+        told = server.call("GET", f"/models/sized/{name}/estimate").json()
+        assert (told["bytes"], told["fits"], told["possible"]) == (SIZED, True, True)
+        assert told["evicts"] == (["sized/a"] if name == "c" else [])
+        assert generate(server, f"sized/{name}").status_code == 200
+        assert cached(server)[f"sized/{name}"]["bytes"] == SIZED
+    assert set(cached(server)) == {"sized/b", "sized/c"}
+    assert server.call("GET", "/models/sized/a/estimate?dtype=bfloat16").json()["weights_bytes"] < 0.6 * SIZED
+    refused = server.call("GET", "/models/sized/a/estimate?dtype=int3")
+    assert refused.status_code == 400
+    assert "dtype" in refused.json()["error"]
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers_before_anything_is_read(
+    sized: Path, start_server: Any
+) -> None:
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET="100MB")
+    server.add("sized/a", "text-generation")
+    refused = server.call("POST", "/models/sized/a/load")
+    assert refused.status_code == 400
+    assert str(SIZED) in refused.json()["error"]
+    assert "100000000" in refused.json()["error"]
+    told = server.call("GET", "/models/sized/a/estimate").json()
+    assert (told["fits"], told["possible"]) == (False, False)
+    assert cached(server) == {}
+
+
+# Who goes -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_unused_goes_and_never_a_pinned_one(sized: Path, manage: Callable[..., ModelManager]) -> None:
+    records = [record("sized/a", pinned=True), record("sized/b"), record("sized/c")]
+    manager = manage(*records, root=sized, budget=Budget({"*": Limit(bytes=260_000_000)}))
+    for name in ("a", "b", "c", "b"):
+        manager.load(f"sized/{name}")
+    assert set(manager.loaded()) == {"sized/a", "sized/b"}
+    shown = manager.statistics.shown()
+    assert {name: counts["evictions"] for name, counts in shown.items()} == {
+        "sized/a": 0,
+        "sized/b": 1,
+        "sized/c": 1,
+    }
+
+
+def test_a_model_in_use_stays_and_the_refusal_says_who_has_the_memory(
+    sized: Path, manage: Callable[..., ModelManager]
+) -> None:
+    records = [record("sized/a", pinned=True), record("sized/b"), record("sized/c")]
+    manager = manage(*records, root=sized, budget=Budget({"*": Limit(bytes=260_000_000)}))
+    manager.load("sized/a")
+    with manager.lease("sized/b") as model:
+        with pytest.raises(MemoryHeld, match=r"'sized/a' \(125 MB, pinned\), 'sized/b' \(125 MB, in use\)"):
+            manager.load("sized/c")
+        assert manager.loaded()["sized/b"] is model
+    manager.load("sized/c")
+    assert set(manager.loaded()) == {"sized/a", "sized/c"}
+
+
+def test_who_waits_for_memory_has_his_turn_when_those_who_use_it_are_done(
+    sized: Path, manage: Callable[..., ModelManager]
+) -> None:
+    """Callers that keep two models busy without a pause do not keep a third one out for ever."""
+    records = [record(f"sized/{name}") for name in "abc"]
+    budget = Budget({"*": Limit(bytes=260_000_000)})
+    manager = manage(*records, root=sized, budget=budget, memory_timeout=30.0)
+    stop = threading.Event()
+
+    def keep_busy(model_id: str, offset: float) -> None:
+        time.sleep(offset)
+        while not stop.is_set():
+            with manager.lease(model_id, stop.is_set):
+                time.sleep(0.3)
+
+    with ThreadPoolExecutor(4) as pool:
+        for name in "ab":
+            for offset in (0.0, 0.15):
+                pool.submit(keep_busy, f"sized/{name}", offset)
+        time.sleep(2)
+        try:
+            manager.load("sized/c")
+        finally:
+            stop.set()
+
+
+def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage: Callable[..., ModelManager]) -> None:
+    manager = manage(record("sized/a"), root=sized, budget=Budget({"*": Limit(bytes=10**6)}))
+    with pytest.raises(NeverFits, match="1 MB"):
+        manager.load("sized/a")
+    assert manager.budget.holders("cpu") == {}
+
+
+@pytest.mark.timeout(300)
+def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(sized: Path, start_server: Any) -> None:
+    """No model is loaded twice at once or taken from who uses it, and memory stays within the budget."""
+    budget = 300_000_000
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET=str(budget))
+    ids = [f"sized/{name}" for name in "abc"]
+    for model_id in ids:
+        server.add(model_id, "text-generation")
+    with ThreadPoolExecutor(32) as pool:  # what the process itself takes for such work, it has then
+        list(pool.map(lambda _: generate(server, ids[0]), range(96)))
+    server.call("POST", f"/models/{ids[0]}/unload")
+    process, stop = psutil.Process(server.process.pid), threading.Event()
+    before, most = process.memory_info().rss, [0]
+
+    def watch() -> None:
+        while not stop.is_set():
+            most[0] = max(most[0], process.memory_info().rss - before)
+            time.sleep(0.02)
+
+    def call(number: int) -> Counter[int]:
+        draw, seen, end = random.Random(number), Counter[int](), time.monotonic() + 20
+        while time.monotonic() < end:
+            answer = generate(server, draw.choice(ids), prompt=f"Number {draw.randint(0, 9)}", max_new_tokens=12)
+            seen[answer.status_code] += 1
+            if answer.status_code == 503:
+                assert "No room for model" in answer.json()["error"]
+                assert int(answer.headers["Retry-After"]) >= 1
+                time.sleep(0.2)
+        return seen
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            seen = sum(pool.map(call, range(32)), Counter[int]())
+    finally:
+        stop.set()
+        watcher.join()
+    assert set(seen) <= {200, 503}
+    assert seen[200] > 50
+    statistics = server.call("GET", "/statistics").json()["statistics"]["models"]
+    assert all(statistics[model_id]["requests"] for model_id in ids)
+    loads = sum(counts["loads"] for counts in statistics.values())
+    evictions = sum(counts["evictions"] for counts in statistics.values())
+    assert evictions >= 1
+    assert loads == evictions + len(cached(server)) + 1  # each load is of a model that was not there
+    assert most[0] < 1.1 * budget
+    assert server.call("DELETE", "/cache").status_code == 200
+
+
+# How long a model stays -----------------------------------------------------------------------------------------------
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (reached := true()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return reached
+
+
+def test_a_model_goes_when_nobody_has_used_it_for_long_enough(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(LOCAL_LLM_KEEP_ALIVE="0.6"), tiny("gpt2")
+    server.add(model_id, "text-generation")
+    assert generate(server, model_id).status_code == 200
+    assert cached(server)[model_id]["expires_at"] is not None
+    assert wait_for(lambda: not cached(server))
+
+
+def test_the_request_says_it_before_the_record_and_the_record_before_the_setting(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(LOCAL_LLM_KEEP_ALIVE="0"), tiny("gpt2")
+    server.add(model_id, "text-generation", keep_alive=-1)
+    generate(server, model_id)
+    assert cached(server)[model_id]["expires_at"] is None
+    generate(server, model_id, keep_alive=100)
+    assert cached(server)[model_id]["expires_at"] is not None
+    task = {"model_id": model_id, "task": "text-generation", "inputs": "Hello", "max_new_tokens": 2}
+    assert server.call("POST", "/pipeline", json=task | {"keep_alive": 0}).status_code == 200
+    assert wait_for(lambda: not cached(server))
+    assert server.call("PUT", f"/models/{model_id}", json={"keep_alive": None}).status_code == 200
+    generate(server, model_id)
+    assert wait_for(lambda: not cached(server))
+    completion = {"model": model_id, "prompt": "Hello", "max_tokens": 2, "keep_alive": 50}
+    assert requests.post(f"{server.url}/v1/completions", json=completion, timeout=60).status_code == 200
+    assert cached(server)[model_id]["expires_at"] is not None
+
+
+@pytest.mark.parametrize("value", [-2, -0.5, "long", True])
+def test_a_keep_alive_that_means_nothing_is_refused(server: Server, tiny: Any, value: Any) -> None:
+    model_id = tiny("gpt2")
+    server.add(model_id, "text-generation")
+    for answer in (
+        generate(server, model_id, keep_alive=value),
+        server.call("PUT", f"/models/{model_id}", json={"keep_alive": value}),
+        server.call("POST", f"/models/{model_id}/load", json={"keep_alive": value}),
+    ):
+        assert answer.status_code == 400, answer.text
+        assert "keep_alive" in answer.json()["error"]
+
+
+def test_the_clock_starts_when_the_last_use_ends(start_server: Any, tiny: Any) -> None:
+    """A generation that is longer than the time to live has its model to the end, and it is loaded once."""
+    server, model_id = start_server(), tiny("gpt2")
+    server.add(model_id, "text-generation", keep_alive=0.2)
+    body = {"model_id": model_id, "prompt": "The cat", **LONG}
+    answer = server.call("POST", "/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["timings"]["total"] > 0.4
+    assert sum(f"loaded {model_id}" in line for line in server.lines) == 1
+    assert wait_for(lambda: not cached(server))
+    assert server.call("GET", "/statistics").json()["statistics"]["models"][model_id]["loads"] == 1
+
+
+# Unloading ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unload_gives_the_memory_back_and_says_how_much(sized: Path, start_server: Any) -> None:
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized))
+    server.add("sized/a", "text-generation")
+    assert generate(server, "sized/a").status_code == 200
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    answer = server.call("POST", "/models/sized/a/unload").json()
+    assert answer["message"] == "Model 'sized/a' unloaded successfully"
+    assert answer["bytes"] == SIZED
+    assert answer["freed_bytes"] >= 0.9 * SIZED
+    assert before - process.memory_info().rss >= 0.9 * SIZED
+    assert cached(server) == {}
+    again = server.call("POST", "/models/sized/a/unload").json()
+    assert again == {
+        "success": True,
+        "message": "Model 'sized/a' was not in memory",
+        "bytes": 0,
+        "freed_bytes": 0,
+    }
+    assert server.call("POST", "/models/nobody/unload").status_code == 404
+
+
+def test_an_unload_waits_for_who_uses_the_model_and_is_refused_if_that_takes_long(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(LOCAL_LLM_BUSY_TIMEOUT="0.2"), tiny("gpt2")
+    server.add(model_id, "text-generation")
+    generate(server, model_id)
+    body = {"model_id": model_id, "prompt": "The cat", **LONG}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.call("POST", "/generate", json=body))
+        assert wait_for(lambda: cached(server)[model_id]["in_use"] == 1)
+        refused = server.call("POST", f"/models/{model_id}/unload")
+        assert refused.status_code == 409
+        assert "in use" in refused.json()["error"]
+        assert running.result().status_code == 200
+
+
+@pytest.mark.timeout(300)
+def test_fifty_rounds_of_loading_and_unloading_leave_memory_as_it_was(start_server: Any, tiny: Any) -> None:
+    server = start_server()
+    ids = [tiny(name) for name in ("gpt2", "llama", "bert-mlm", "t5", "distilbert-sst2")]
+    types = ["text-generation", "text-generation", "fill-mask", "translation", "sentiment-analysis"]
+    for model_id, model_type in zip(ids, types, strict=True):
+        server.add(model_id, model_type)
+    process = psutil.Process(server.process.pid)
+
+    def rounds(count: int) -> int:
+        for number in range(count):
+            model_id = ids[number % len(ids)]
+            assert server.call("POST", f"/models/{model_id}/load").status_code == 200
+            if number % len(ids) < 2:
+                assert generate(server, model_id).status_code == 200
+            assert server.call("POST", f"/models/{model_id}/unload").status_code == 200
+        return process.memory_info().rss
+
+    first = rounds(15)
+    assert rounds(50) - first < 8 * 2**20
+
+
+# How a model is loaded ------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_load_are_in_effect_until_the_unload_and_shown(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("llama")
+    server.add(model_id, "text-generation", slots=3)
+    asked = {"dtype": "bfloat16", "attn_implementation": "eager", "max_context": 64}
+    answer = server.call("POST", f"/models/{model_id}/load", json=asked).json()
+    effective = {"slots": 3, "quantization": None, "compile": False, "device": "cpu", "device_map": None, **asked}
+    assert answer["settings"] == effective
+    shown = cached(server)[model_id]
+    assert (shown["settings"], shown["dtype"]) == (effective, "bfloat16")
+    long = generate(server, model_id, prompt="a b c d e f g h " * 20)
+    assert long.status_code == 400
+    assert "64" in long.json()["error"]
+    loaded_at = shown["loaded_at"]
+    assert server.call("POST", f"/models/{model_id}/load").status_code == 200
+    assert cached(server)[model_id]["loaded_at"] == loaded_at
+    server.call("POST", f"/models/{model_id}/unload")
+    server.call("POST", f"/models/{model_id}/load")
+    assert cached(server)[model_id]["dtype"] == "float32"
+
+
+def test_a_record_that_changes_how_its_model_is_loaded_has_it_loaded_anew(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("llama")
+    server.add(model_id, "text-generation")
+    generate(server, model_id)
+    assert server.call("PUT", f"/models/{model_id}", json={"dtype": "bfloat16"}).json()["model"]["dtype"] == "bfloat16"
+    assert generate(server, model_id).status_code == 200
+    assert cached(server)[model_id]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:7"}, "device"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"attn_implementation": "magic"}, "attn_implementation"),
+        ({"attn_implementation": "somebody/kernels"}, "attn_implementation"),
+        ({"quantization": "int1"}, "quantization"),
+        ({"device_map": "everywhere"}, "device_map"),
+        ({"device_map": {"": "cuda:7"}}, "device_map"),
+        ({"device": "cpu", "device_map": "auto"}, "device_map"),
+        ({"max_context": 0}, "max_context"),
+        ({"max_context": 100_000}, "max_context"),
+        ({"slots": 0}, "slots"),
+        ({"slots": 2.5}, "slots"),
+        ({"compile": "yes"}, "compile"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused_by_its_name(
+    server: Server, tiny: Any, settings: dict[str, Any], field: str
+) -> None:
+    model_id = tiny("llama")
+    server.add(model_id, "text-generation")
+    answer = server.call("POST", f"/models/{model_id}/load", json=settings)
+    assert answer.status_code == 400, answer.text
+    assert field in answer.json()["error"]
+
+
+def test_a_model_that_is_spread_over_devices_and_disk_answers_as_one_that_is_not(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("llama")
+    server.add(model_id, "text-generation")
+    wanted = generate(server, model_id).json()["response"]
+    for device_map in ("auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}):
+        answer = server.call("POST", f"/models/{model_id}/load", json={"device_map": device_map})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["settings"]["device_map"]
+        assert generate(server, model_id).json()["response"] == wanted
+
+
+def test_a_load_can_be_watched(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("llama")
+    server.add(model_id, "text-generation")
+    answer = server.call("POST", f"/models/{model_id}/load", json={"stream": True})
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    phases = [event["progress"]["phase"] for event in events[:-1]]
+    assert list(dict.fromkeys(phases))[-2:] == ["read", "ready"]
+    assert events[-1]["message"] == f"Model '{model_id}' loaded successfully"
+    last = [event["progress"] for event in events[:-1] if event["progress"]["phase"] == "read"][-1]
+    assert last["bytes_total"] > 200_000
+    assert server.call("POST", "/models/nobody/load", json={"stream": True}).status_code == 404
+
+
+# Ready ----------------------------------------------------------------------------------------------------------------
+
+
+def test_models_of_a_setting_are_loaded_at_the_start_and_ready_waits_for_them(
+    start_server: Any, tiny: Any, tmp_path: Path
+) -> None:
+    model_id = tiny("gpt2")
+    first = start_server()
+    first.add(model_id, "text-generation")
+    assert requests.get(f"{first.url}/ready", timeout=10).json() == {"success": True, "status": "ready"}
+    assert requests.get(f"{first.url}/health", timeout=10).json() == {"success": True, "status": "ok"}
+    first.stop()
+    server = start_server(LOCAL_LLM_PRELOAD=f"{model_id}")
+    early = requests.get(f"{server.url}/ready", timeout=10)
+    assert early.status_code in (200, 503)
+    if early.status_code == 503:
+        assert f"'{model_id}'" in early.json()["error"]
+    assert wait_for(lambda: requests.get(f"{server.url}/ready", timeout=10).status_code == 200, 60)
+    assert set(cached(server)) == {model_id}
+    server.stop()
+    failing = start_server(LOCAL_LLM_PRELOAD=f"{model_id},nobody")
+    assert wait_for(lambda: "failed" in requests.get(f"{failing.url}/ready", timeout=10).text, 60)
+    assert requests.get(f"{failing.url}/ready", timeout=10).status_code == 503
+
+
+def test_models_can_be_warmed_up_in_the_background(start_server: Any, tiny: Any) -> None:
+    server, ids = start_server(), [tiny("gpt2"), tiny("llama")]
+    for model_id in ids:
+        server.add(model_id, "text-generation")
+    answer = server.call("POST", "/cache/warm", json={"model_ids": ids})
+    assert answer.status_code == 200
+    assert set(answer.json()["models"]) == {*ids}
+    assert wait_for(lambda: set(cached(server)) == {*ids}, 60)
+    assert server.call("POST", "/cache/warm", json={"model_ids": ["nobody"]}).status_code == 404
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_tell_how_a_model_did_and_survive_a_restart(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("gpt2")
+    server.add(model_id, "text-generation")
+    for _ in range(3):
+        assert generate(server, model_id).status_code == 200
+    assert generate(server, model_id, prompt="word " * 400).status_code == 400
+
+    def shown(of: Server) -> dict[str, Any]:
+        found: dict[str, Any] = of.call("GET", "/statistics").json()["statistics"]["models"][model_id]
+        return found
+
+    counts = shown(server)
+    assert (counts["requests"], counts["tokens"], counts["loads"]) == (3, 12, 1)
+    assert (counts["cache_hits"], counts["cache_misses"], counts["errors"]) == (3, 1, {"ContextExceeded": 1})
+    assert 0 < counts["latency_seconds"]["p50"] <= counts["latency_seconds"]["p95"] <= counts["latency_seconds"]["p99"]
+    assert counts["tokens_per_second"] > 0
+    assert counts["load_seconds"]["mean"] == counts["load_seconds"]["last"] > 0
+    server.stop()
+    again = start_server()
+    assert shown(again) == counts
+    assert generate(again, model_id).status_code == 200
+    assert shown(again)["requests"] == 4
+
+
+def test_a_damaged_file_of_statistics_is_set_aside(start_server: Any, tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "models.statistics.json").write_text('{"models": 3}')
+    server, model_id = start_server(), tiny("gpt2")
+    server.add(model_id, "text-generation")
+    generate(server, model_id)
+    assert server.call("GET", "/statistics").json()["statistics"]["models"][model_id]["requests"] == 1
+    server.stop()
+    assert [*tmp_path.glob("models.statistics.json.corrupt-*")]
+    assert start_server().call("GET", "/statistics").json()["statistics"]["models"][model_id]["requests"] == 1
+
+
+def test_readable_sizes() -> None:
+    assert [readable(size) for size in (999, 1500, 125_864_192, 3 * 10**9, 2 * 10**13)] == [
+        "999 B",
+        "1.5 kB",
+        "126 MB",
+        "3 GB",
+        "20 TB",
+    ]
+
+
+def test_a_setting_refused_by_the_loader_has_a_field(models_dir: Path, tiny: Any) -> None:
+    model_id = tiny("llama")
+    with pytest.raises(InvalidRequest) as refused:
+        loader.load(record(model_id, device="cuda:9"), LoadOptions(models_dir, "cpu"), models_dir / model_id)
+    assert refused.value.field == "device"

@@ -1,0 +1,376 @@
+"""Quantized models: what they take is what was told, their answers are near, and nobody's company changes an answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, STARTER
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from huggingface import quantization
+from huggingface.engine.parity import batch_runner
+from huggingface.errors import InvalidRequest, ModelUnsupported
+from huggingface.loaded import LoadedModel, Setup
+from huggingface.quantization import SCHEMES, QuantizedLinear, predicted_bytes, quantize, quantized_bytes, tensor_bytes
+from huggingface.records import EngineOptions, GenerationRequest, ModelRecord
+
+Load = Callable[[str], Any]
+
+CLASSES = {
+    "llama": transformers.AutoModelForCausalLM,
+    "gpt2": transformers.AutoModelForCausalLM,
+    "bert-nli": transformers.AutoModelForSequenceClassification,
+    "bert-mlm": transformers.AutoModelForMaskedLM,
+    "t5": transformers.AutoModelForSeq2SeqLM,
+    "bart": transformers.AutoModelForSeq2SeqLM,
+}
+
+
+@pytest.fixture
+def load(tiny: Callable[[str], str], models_dir: Path) -> Load:
+    """A tiny model in float32, by its short name."""
+
+    def read(name: str) -> Any:
+        folder = models_dir / tiny(name)
+        return CLASSES[name].from_pretrained(folder, dtype=torch.float32).eval()
+
+    return read
+
+
+def odd_llama() -> Any:
+    """A Llama whose layers have 48 and 80 inputs, which no group size divides, and an output layer of its own."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def wide_llama(**changes: Any) -> Any:
+    """A Llama of some width, whose weights are mostly in its layers."""
+    torch.manual_seed(1)
+    settings = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    config = transformers.LlamaConfig(**settings | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+EXACT = pytest.mark.skipif(
+    not quantization.whole_products_are_exact(), reason="this machine does not add whole numbers up exactly"
+)
+BOTH_WAYS = pytest.mark.parametrize(
+    "whole", [pytest.param(True, id="whole", marks=EXACT), pytest.param(False, id="float")]
+)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "device"), [("int3", "cpu"), ("INT8", "cpu"), ("", "cpu"), ("int8", "mps")])
+def test_a_scheme_that_is_not_to_be_had_is_refused_by_its_field(scheme: str, device: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        quantization.check(scheme, device)
+    assert caught.value.field == "quantization"
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_package_that_is_lacking_is_named() -> None:
+    with pytest.raises(ModelUnsupported, match=r"pip install bitsandbytes==\d"):
+        quantization.check("int4", "cuda:0")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_to_be_had_on_a_cpu(scheme: str) -> None:
+    quantization.check(scheme, "cpu")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_whose_weights_would_stay_is_refused_and_left_alone(scheme: str) -> None:
+    model = nn.Sequential(nn.Embedding(10000, 64), nn.Linear(64, 64))
+    with pytest.raises(ModelUnsupported, match="almost none of its weights"):
+        quantize(model, scheme, "cpu")
+    assert type(model[1]) is nn.Linear
+
+
+# What it takes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_takes_the_bytes_that_were_told(load: Load, name: str, scheme: str) -> None:
+    model = load(name)
+    before, told = tensor_bytes(model), predicted_bytes(model, scheme, "cpu")
+    quantize(model, scheme, "cpu")
+    assert tensor_bytes(model) == told
+    assert told < before
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_bytes_are_told_without_the_weights(scheme: str) -> None:
+    model = wide_llama()
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(model.config)
+    told = predicted_bytes(empty, scheme, "cpu")
+    quantize(model, scheme, "cpu")
+    assert tensor_bytes(model) == pytest.approx(told, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("make", [odd_llama, wide_llama], ids=["odd", "wide"])
+def test_the_bytes_are_told_from_names_and_shapes(make: Callable[[], Any], scheme: str) -> None:
+    model = make()
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    told = sum(quantized_bytes(name, tensor.shape, scheme) for name, tensor in model.state_dict().items()) + buffers
+    quantize(model, scheme, "cpu")
+    assert tensor_bytes(model) == told
+
+
+def test_a_layer_that_does_not_fit_4_bits_has_8() -> None:
+    model = odd_llama()
+    quantize(model, "int4", "cpu")
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.steps is None
+    assert layer.mlp.down_proj.steps is not None
+    assert model.lm_head.steps is None, "the output layer keeps 8 bits"
+    assert type(model.model.embed_tokens) is nn.Embedding
+
+
+def test_storages_are_counted_once() -> None:
+    model = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+    model[1].weight = model[0].weight
+    model.register_buffer("part", model[0].weight.data[:2])
+    assert tensor_bytes(model) == 8 * 8 * 4
+
+
+def test_what_onednn_has_laid_out_is_counted() -> None:
+    model = nn.Linear(64, 64, bias=False)
+    model.packed = torch.ops.mkldnn._reorder_linear_weight(model.weight.data, 16)
+    assert tensor_bytes(model) == 2 * 64 * 64 * 4
+
+
+# What it answers ------------------------------------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(("bits", "apart"), [(8, 0.01), (4, 0.1)])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_product_is_near_that_of_the_floats(kind: str, bits: int, apart: float, whole: bool) -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Linear(96, 40) if kind == "linear" else Conv1D(40, 96)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    values = torch.randn(2, 300, 96)
+    wanted = layer(values)
+    assert ((made(values) - wanted).norm() / wanted.norm()).item() < apart
+
+
+@EXACT
+@pytest.mark.parametrize("bits", [8, 4])
+def test_both_ways_of_multiplying_are_one(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(640, 64)
+    whole, floats = (
+        quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)[0] for whole in (True, False)
+    )
+    values = torch.randn(7, 640) * torch.logspace(-3, 3, 7)[:, None]
+    apart = (whole(values) - floats(values)).norm(dim=1) / floats(values).norm(dim=1)
+    assert apart.max().item() < 2e-4, "values lose nothing but what 16 bits cannot hold"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_4_bits_can_hold_is_held(bits: int) -> None:
+    """Sixteen evenly spaced values around nothing, as files of 4 bits have them."""
+    torch.manual_seed(0)
+    weight = (torch.randint(0, 16, (64, 64)) - 7.5) * 0.01
+    weight[:, ::32], weight[:, 1::32] = -0.075, 0.075
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight.data = weight
+    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=False)
+    values = torch.eye(64)
+    assert ((made(values).t() - weight).norm() / weight.norm()).item() < 0.01
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_does_not_depend_on_its_company(bits: int, whole: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(320, 48).requires_grad_(False)
+    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    rows = torch.randn(600, 320)
+    rows[1] *= 1e4
+    rows[2] = 0
+    together = made(rows)
+    for index in (0, 1, 2, 3, 299, 599):
+        alone = made(rows[index : index + 1])[0]
+        assert torch.allclose(alone, together[index], rtol=1e-5, atol=1e-5 * float(together[index].abs().max()))
+    if whole and bits == 8:
+        assert torch.equal(made(rows[:16]), torch.cat([made(row[None]) for row in rows[:16]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@BOTH_WAYS
+@pytest.mark.parametrize("bits", [8, 4])
+def test_floats_of_16_bits_are_multiplied_and_given_back(bits: int, whole: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2048, 32, dtype=dtype)
+    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    values = torch.rand(5, 2048, dtype=dtype)
+    found, wanted = made(values), layer.float()(values.float())
+    assert found.dtype == dtype
+    assert ((found.float() - wanted).norm() / wanted.norm()).item() < (0.02 if bits == 8 else 0.1)
+
+
+@EXACT
+def test_a_row_that_is_no_number_harms_no_other() -> None:
+    layer = nn.Linear(64, 32)
+    (made,) = quantization._quantized([(nn.Module(), "", layer)], 8, "cpu", whole=True)
+    rows = torch.randn(3, 64)
+    wanted = made(rows)
+    rows[1, 5] = float("nan")
+    found = made(rows)
+    assert torch.equal(found[[0, 2]], wanted[[0, 2]])
+    assert found[1].isnan().all()
+
+
+def rounded_weight(layer: QuantizedLinear) -> torch.Tensor:
+    """The weights that a layer stands for, (outputs, inputs)."""
+    if layer.steps is None or layer.middles is None:
+        return layer.codes.float() * layer.scale[:, None]
+    whole = quantization._unpacked(layer.codes, layer.steps).float()
+    return ((whole + layer.middles.float().repeat_interleave(32, 0)) * layer.scale).t()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_but_the_weights_is_rounded(load: Load, name: str, scheme: str) -> None:
+    """A model of floats that has the rounded weights answers the same."""
+    model, plain = load(name), load(name)
+    quantize(model, scheme, "cpu")
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, QuantizedLinear)}
+    assert len(layers) > 5
+    with torch.no_grad():
+        for place, layer in layers.items():
+            old = plain.get_submodule(place)
+            weight = rounded_weight(layer)
+            old.weight.copy_(weight.t() if isinstance(old, Conv1D) else weight)
+    ids = torch.randint(5, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        found, wanted = (each(input_ids=ids, **more).logits for each in (model, plain))
+    assert ((found - wanted).norm() / wanted.norm()).item() < 2e-2, "T5 at random weights makes much of little"
+
+
+@pytest.mark.parametrize(("scheme", "apart"), [("int8", 0.03), ("int4", 0.2)])
+def test_a_quantized_model_answers_nearly_as_the_model_does(scheme: str, apart: float) -> None:
+    model = wide_llama()
+    ids = torch.randint(0, 64, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(ids).logits
+        quantize(model, scheme, "cpu")
+        found = model(ids).logits
+    assert ((found - wanted).norm() / wanted.norm()).item() < apart
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_pipelines_and_beams_take_a_quantized_model(
+    load: Load, tiny: Callable[[str], str], models_dir: Path, scheme: str
+) -> None:
+    model = load("t5")
+    quantize(model, scheme, "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / tiny("t5"))
+    inputs = tokenizer("a cat and a dog", return_tensors="pt")
+    assert model.generate(**inputs, num_beams=3, max_new_tokens=6).shape[1] > 1
+    classifier = load("bert-nli")
+    quantize(classifier, scheme, "cpu")
+    own = transformers.AutoTokenizer.from_pretrained(models_dir / tiny("bert-nli"))
+    pipeline = transformers.pipeline("text-classification", model=classifier, tokenizer=own)
+    assert 0 < pipeline("a cat")[0]["score"] <= 1
+
+
+def test_what_a_model_looks_at_of_a_weight_is_its_type_and_shape() -> None:
+    model = wide_llama()
+    quantize(model, "int8", "cpu")
+    weight = model.lm_head.weight
+    assert (weight.dtype, tuple(weight.shape)) == (torch.float32, (64, 128))
+    assert model.dtype == torch.float32
+    assert model.device.type == "cpu"
+
+
+# In the engine --------------------------------------------------------------------------------------------------------
+
+
+def served(model: Any, tokenizer: Any, model_id: str) -> LoadedModel:
+    setup = Setup(ModelRecord(model_id, model_id, "text-generation"), "causal-lm", "cpu", {})
+    return LoadedModel(setup, model, tokenizer, EngineOptions())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_greedy_text_is_generates_alone_and_in_a_batch(
+    load: Load, tiny: Callable[[str], str], models_dir: Path, name: str, scheme: str
+) -> None:
+    model = load(name)
+    quantize(model, scheme, "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / tiny(name))
+    reference = copy.deepcopy(model)
+    prompts = [f"the {word} of number {index}" for index in range(4) for word in ("cat", "dog", "tree", "house")]
+    wanted = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        out = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        wanted.append(tokenizer.decode(out, skip_special_tokens=True))
+    loaded = served(model, tokenizer, f"tiny/{name}")
+    try:
+        status = loaded.status
+        assert status is not None
+        ask = [GenerationRequest({"max_new_tokens": 8, "do_sample": False}, prompt=prompt) for prompt in prompts]
+        alone = ["".join(chunk.text for chunk in loaded.generate(request)) for request in ask[:2]]
+        tickets = [loaded.generate(request) for request in ask]
+        together = ["".join(chunk.text for chunk in ticket) for ticket in tickets]
+    finally:
+        loaded.close()
+    assert alone == wanted[:2]
+    assert together == wanted
+
+
+# The starter model ----------------------------------------------------------------------------------------------------
+
+
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    with torch.inference_mode():
+        logits = model(ids[None, :-1], use_cache=False).logits[0].float()
+    return math.exp(float(nn.functional.cross_entropy(logits, ids[1:])))
+
+
+@pytest.mark.parametrize(("scheme", "worse", "share"), [("int8", 1.02, 0.26), ("int4", 1.08, 0.18)])
+def test_the_starter_model_is_smaller_and_knows_as_much(
+    starter_models_dir: Path, scheme: str, worse: float, share: float
+) -> None:
+    folder = starter_models_dir / STARTER
+    text = (ROOT / "benchmarks" / "perplexity.txt").read_text("utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(tokenizer(text)["input_ids"][:400])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    before, told, plain = tensor_bytes(model), predicted_bytes(model, scheme, "cpu"), perplexity(model, ids)
+    quantize(model, scheme, "cpu")
+    assert tensor_bytes(model) == told
+    assert told < share * before
+    assert perplexity(model, ids) < worse * plain
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert model.lm_head.codes is model.model.embed_tokens.codes, "one table for both"
+    batch_runner(model)  # raises where the batch does not give the model's own numbers
