@@ -276,11 +276,16 @@ def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage:
 
 
 @pytest.mark.timeout(300)
-def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(sized: Path, start_server: Any) -> None:
-    """No model is loaded twice at once or taken from who uses it, and memory stays within the budget."""
-    budget = 300_000_000
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET=str(budget))
-    ids = [f"sized/{name}" for name in "abc"]
+def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
+    tmp_path: Path, start_server: Any
+) -> None:
+    """No model is loaded twice at once or taken from who uses it, and memory stays within the budget.
+
+    The models are of 180 MB: of each there are some megabytes besides its tensors, which a tenth of a small one is not.
+    """
+    budget = 580_000_000
+    ids = [sized_models.build(tmp_path / "models", f"sized/{name}", num_hidden_layers=16) for name in "xyz"]
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(tmp_path / "models"), LOCAL_LLM_MEMORY_BUDGET=str(budget))
     for model_id in ids:
         server.add(model_id, "text-generation")
     with ThreadPoolExecutor(32) as pool:  # what the process itself takes for such work, it has then

@@ -38,7 +38,7 @@ _IDLE = 10.0
 
 # Seconds between two times that a busy engine gives memory back that it has let go of. glibc keeps it for the next
 # step, which needs it in other pieces: it would grow by half of what a small model takes.
-_TIDY = 2.0
+_TIDY = 0.5
 
 
 class Batch(Protocol):

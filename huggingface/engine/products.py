@@ -33,7 +33,7 @@ _WORTH = 0.95  # torch's own way stays unless another takes at most this share o
 _PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
 _PACK_WORTH = 0.95  # weights are laid out for oneDNN if the steps then take at most this share of their time
 _PACK_AT_LEAST = 32 * 2**20  # bytes of weights; fewer stay in the caches whichever way they lie
-_GIVE_BACK_AT = 32 * 2**20  # bytes that are laid out anew between two times that the system gets memory back
+_GIVE_BACK = 16  # times that the system gets memory back while all weights are laid out anew
 _REST = 32  # steps without anybody using the model itself, before its weights are laid out again
 
 
@@ -159,7 +159,7 @@ class Products:
         for product in self._all:
             change(product)
             changed += product.out_features * product.in_features * 4
-            if changed >= _GIVE_BACK_AT:
+            if changed * _GIVE_BACK >= self._weights_bytes:
                 changed = 0
                 release_freed()
 
