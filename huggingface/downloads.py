@@ -191,6 +191,21 @@ class Downloads:
                 f"Model '{record.model_id}' is not (completely) on this machine; download it first"
             ) from error
 
+    def described(self, record: ModelRecord) -> Path:
+        """A folder with the model's config, fetched if it is not here; its weights need not be there.
+
+        Raises: as `folder`.
+        """
+        folder = files.local_folder(self._options.models_dir, record.model_id)
+        if folder is not None:
+            return folder
+        return hub.fetch_config(
+            record.model_id,
+            trusted=self._options.trust_remote_code,
+            revision=record.revision,
+            offline=self._options.offline,
+        )
+
     def adapters(self, record: ModelRecord, progress: Progress | None = None) -> dict[str, Path]:
         """The folders of the record's adapters by their names, downloaded as far as they are not here.
 

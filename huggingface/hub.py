@@ -104,6 +104,21 @@ def fetch(
     return _fetch(model_id, revision, key, bring, progress, offline, resolved)
 
 
+def fetch_config(
+    model_id: str, *, trusted: frozenset[str] = frozenset(), revision: str | None = None, offline: bool = False
+) -> Path:
+    """Bring a repository's `config.json`, and the code that belongs to it, into the Hub's cache; returns the folder.
+
+    Raises: as `fetch`.
+    """
+
+    def bring(repository: Repository) -> list[Path]:
+        config = repository.get("config.json")
+        return [config, *(_code(repository, config.parent, trusted) if model_id in trusted else [])]
+
+    return _fetch(model_id, revision, "config.json", bring, None, offline, lambda _: None, whole=False)
+
+
 def fetch_adapter(
     adapter_id: str, *, revision: str | None = None, progress: Progress | None = None, offline: bool = False
 ) -> Path:
@@ -139,8 +154,13 @@ def _fetch(
     progress: Progress | None,
     offline: bool,
     resolved: Callable[[str], None],
+    *,
+    whole: bool = True,
 ) -> Path:
-    """Have `bring` fetch files, the file `key` first, and see that all of them are of one commit."""
+    """Have `bring` fetch files, the file `key` first, and see that all of them are of one commit.
+
+    `whole` tells that they are all that a load needs.
+    """
     progress = progress or Progress()
     with hub_errors(repository_id, revision):
         for _ in range(2):  # once more if the repository changed in between
@@ -154,8 +174,9 @@ def _fetch(
             folder = paths[0].parents[len(PurePosixPath(key).parts) - 1]
             if all(path.is_relative_to(folder) for path in paths):
                 resolved(folder.name)
-                repository.keep_commit(folder)
-                if repository.online:
+                if whole:
+                    repository.keep_commit(folder)
+                if whole and repository.online:
                     repository.sweep()
                 return folder
     raise HubUnreachable(f"Model '{repository_id}' changed on the Hub while it was downloaded; try again")

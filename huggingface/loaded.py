@@ -97,7 +97,6 @@ class Setup:
     effective: Mapping[str, Any]
     key: Hashable = None
     max_context: int | None = None
-    compiles: bool = False
     folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
 
 

@@ -122,12 +122,21 @@ def load(
     return _on_a_thread(partial(_load, record, options, folder, settings, adapters, progress, memory))
 
 
-def estimate(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings | None = None) -> Estimate:
-    """What `load` would take, from the config and the files' headers alone.
+def estimate(
+    record: ModelRecord,
+    options: LoadOptions,
+    folder: Path,
+    settings: LoadSettings | None = None,
+    *,
+    described: bool = False,
+) -> Estimate:
+    """What `load` would take, from the config and the files' headers alone; where the model is only `described`, its
+    weights need not be there.
 
     Raises: as `load`.
     """
-    return _on_a_thread(lambda: _estimate(_look(record, options, folder, settings or record.settings), options))
+    settings = settings or record.settings
+    return _on_a_thread(lambda: _estimate(_look(record, options, folder, settings, described), options))
 
 
 def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
@@ -167,7 +176,9 @@ class _Plan:
     gguf: GGUFHeader | None = None
 
 
-def _look(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> _Plan:
+def _look(
+    record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings, described: bool = False
+) -> _Plan:
     """Check a model's files and settings, and find out what it is to become. No weight is read."""
     model_id, trusted_ids = record.model_id, options.trust_remote_code
     trusted = model_id in trusted_ids
@@ -178,7 +189,8 @@ def _look(record: ModelRecord, options: LoadOptions, folder: Path, settings: Loa
         header = gguf_files.check(model_id, folder, record.gguf_file)
         config = gguf_files.read_config(model_id, folder, record.gguf_file, header)
     else:
-        files.check(model_id, folder, allow_pickle=options.allow_pickle, trusted=trusted_ids)
+        if not described:
+            files.check(model_id, folder, allow_pickle=options.allow_pickle, trusted=trusted_ids)
         config = _read_config(model_id, folder, trusted)
     wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
     head = _head(model_id, config, wanted)
@@ -230,6 +242,7 @@ def _load(
     else:
         tokenizer = _read_tokenizer(model_id, folder, plan.config, plan.trusted)
     _check_context(plan)
+    _check_compile(plan)
     own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
     try:
         with _BUILDING:
@@ -237,6 +250,8 @@ def _load(
             with _watched(progress):
                 model = _read_model(plan, options, own)
             attached = attach(model_id, model, adapters, tokenizer)
+            if placement.compiles:
+                model.compile(dynamic=True)  # at its first use, which takes a while
             pooling = _pooling(folder, model, plan.trusted)
         note_cross_encoder(model.config, folder)
         setup = Setup(
@@ -246,7 +261,6 @@ def _load(
             effective=_effective(plan, model, options),
             key=_key(plan, options, adapters),
             max_context=placement.max_context,
-            compiles=placement.compiles,
             folder=own,
         )
         return LoadedModel(setup, model, tokenizer, _engine_options(plan, options), pooling, memory, attached)
@@ -297,6 +311,28 @@ def _check_context(plan: _Plan) -> None:
             f"Invalid value for field 'max_context': model '{plan.record.model_id}' reads {own} tokens at most",
             "max_context",
         )
+
+
+def _check_compile(plan: _Plan) -> None:
+    """Refuse to compile what gains nothing by it, and where there is nothing to compile with.
+
+    A batch has another shape at every step: compiled, a model of two layers took minutes and was slower afterwards.
+    """
+    if not plan.placement.compiles:
+        return
+    if plan.head in ("causal-lm", "seq2seq-lm"):
+        raise InvalidRequest(
+            f"Invalid value for field 'compile': model '{plan.record.model_id}' generates text, and its shapes change "
+            "at every token; it is for models that classify, fill or embed",
+            "compile",
+        )
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(3, device=plan.placement.device))
+    except Exception as error:
+        raise ModelUnsupported(
+            f"Model '{plan.record.model_id}' cannot be compiled here: torch.compile found no working compiler "
+            f"({type(error).__name__}); on a CPU it needs g++ or clang"
+        ) from error
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from .downloads import Downloads
 from .errors import (
     Cancelled,
     DependencyMissing,
+    FilesMissing,
+    HubUnreachable,
     LocalLLMError,
     MemoryHeld,
     ModelBusy,
@@ -337,15 +339,14 @@ class ModelManager:
     def forecast(self, model_id: str, settings: LoadSettings | None = None) -> Forecast:
         """What a load of the model would take, whether there is room for it, and who would go for it.
 
-        Its files are to be here; nothing is downloaded.
+        Of a model that is not here yet no more than its config is fetched.
 
         Raises: as `lease`, but for what only comes out when weights are read.
         """
         record = self._registry.get(model_id)
         loader = import_library(_LOADER)
-        folder = self.downloads.present(record)
         wanted = (settings or LoadSettings()).over(record.settings)
-        estimate: Estimate = loader.estimate(record, self._options, folder, wanted)
+        estimate = self._estimate(loader, record, wanted)
         idle = self._idle(model_id)
         own = self.budget.held(model_id)
         lacking, rooms, most = {}, {}, {}
@@ -358,6 +359,37 @@ class ModelManager:
         possible = all(estimate.devices[device] <= limit for device, limit in most.items())
         fits = possible and (not any(lacking.values()) or bool(goes))
         return Forecast(estimate, rooms, most, fits, possible, [model.model_id for model in goes])
+
+    def _estimate(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> Estimate:
+        """What a load of a model would take, whether its weights are here or not.
+
+        Raises: as `lease`.
+        """
+        try:
+            folder = self.downloads.present(record)
+        except (FilesMissing, HubUnreachable):
+            if record.gguf_file is not None:
+                raise
+            folder = self.downloads.described(record)
+            estimate: Estimate = loader.estimate(record, self._options, folder, settings, described=True)
+        else:
+            estimate = loader.estimate(record, self._options, folder, settings)
+        return estimate
+
+    def _refuse_at_once(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> None:
+        """Refuse a model that is not here and could never fit, before it is downloaded.
+
+        Raises:
+            NeverFits: it is so; whatever else is wrong with it, the load will say.
+        """
+        with suppress(FilesMissing, HubUnreachable):
+            self.downloads.present(record)
+            return
+        try:
+            estimate = self._estimate(loader, record, settings)
+        except LocalLLMError:
+            return
+        self._lacking(record.model_id, estimate.devices)
 
     # Room ------------------------------------------------------------------------------------------------------------
 
@@ -650,6 +682,7 @@ class ModelManager:
         model_id = record.model_id
         loader = import_library(_LOADER)
         started = time.monotonic()
+        self._refuse_at_once(loader, record, settings)
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
         account = _Account(self, model_id, "cpu", 0)

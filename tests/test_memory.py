@@ -21,6 +21,7 @@ import requests
 import sized_models
 import tiny_models
 from conftest import STARTER, Server
+from hub_place import Place
 
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
@@ -189,7 +190,7 @@ def test_an_estimate_over_http_says_whether_it_fits_and_who_would_go(sized: Path
         assert (told["bytes"], told["fits"], told["possible"]) == (SIZED, True, True)
         assert told["evicts"] == (["sized/a"] if name == "c" else [])
         assert generate(server, f"sized/{name}").status_code == 200
-        assert cached(server)[f"sized/{name}"]["bytes"] == SIZED
+        assert cached(server)[f"sized/{name}"]["bytes"] == pytest.approx(SIZED, rel=0.02)
     assert set(cached(server)) == {"sized/b", "sized/c"}
     assert server.call("GET", "/models/sized/a/estimate?dtype=bfloat16").json()["weights_bytes"] < 0.6 * SIZED
     refused = server.call("GET", "/models/sized/a/estimate?dtype=int3")
@@ -235,7 +236,7 @@ def test_a_model_in_use_stays_and_the_refusal_says_who_has_the_memory(
     manager = manage(*records, root=sized, budget=Budget({"*": Limit(bytes=260_000_000)}))
     manager.load("sized/a")
     with manager.lease("sized/b") as model:
-        with pytest.raises(MemoryHeld, match=r"'sized/a' \(125 MB, pinned\), 'sized/b' \(125 MB, in use\)"):
+        with pytest.raises(MemoryHeld, match=r"'sized/a' \(12\d MB, pinned\), 'sized/b' \(12\d MB, in use\)"):
             manager.load("sized/c")
         assert manager.loaded()["sized/b"] is model
     manager.load("sized/c")
@@ -403,7 +404,7 @@ def test_an_unload_gives_the_memory_back_and_says_how_much(sized: Path, start_se
     before = process.memory_info().rss
     answer = server.call("POST", "/models/sized/a/unload").json()
     assert answer["message"] == "Model 'sized/a' unloaded successfully"
-    assert answer["bytes"] == SIZED
+    assert answer["bytes"] == pytest.approx(SIZED, rel=0.02)
     assert answer["freed_bytes"] >= 0.9 * SIZED
     assert before - process.memory_info().rss >= 0.9 * SIZED
     assert cached(server) == {}
@@ -502,6 +503,7 @@ def test_a_record_that_changes_how_its_model_is_loaded_has_it_loaded_anew(start_
         ({"slots": 0}, "slots"),
         ({"slots": 2.5}, "slots"),
         ({"compile": "yes"}, "compile"),
+        ({"compile": True}, "compile"),  # it generates
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -524,6 +526,18 @@ def test_a_model_that_is_spread_over_devices_and_disk_answers_as_one_that_is_not
         assert answer.status_code == 200, answer.text
         assert answer.json()["settings"]["device_map"]
         assert generate(server, model_id).json()["response"] == wanted
+
+
+def test_a_compiled_model_answers_as_one_that_is_not(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("bert-ner")
+    server.add(model_id, "token-classification")
+    body = {"model_id": model_id, "task": "token-classification", "inputs": "Anna lives in Paris"}
+    wanted = server.call("POST", "/pipeline", json=body).json()["results"]
+    answer = server.call("POST", f"/models/{model_id}/load", json={"compile": True})
+    assert answer.json()["settings"]["compile"] is True, answer.text
+    found = server.call("POST", "/pipeline", json=body).json()["results"]
+    assert [entity["entity"] for entity in found] == [entity["entity"] for entity in wanted]
+    assert [entity["score"] for entity in found] == pytest.approx([entity["score"] for entity in wanted], abs=1e-4)
 
 
 def test_a_load_can_be_watched(start_server: Any, tiny: Any) -> None:
@@ -629,3 +643,28 @@ def test_a_setting_refused_by_the_loader_has_a_field(models_dir: Path, tiny: Any
     with pytest.raises(InvalidRequest) as refused:
         loader.load(record(model_id, device="cuda:9"), LoadOptions(models_dir, "cpu"), models_dir / model_id)
     assert refused.value.field == "device"
+
+
+# Models that are not here yet -----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_here_is_estimated_by_its_config_and_refused_before_it_is_downloaded(
+    tmp_path: Path, models_dir: Path
+) -> None:
+    place = Place(tmp_path, models_dir)
+    with place.hub:
+        place.publish("org/model", "llama")
+        server = place.serve(LOCAL_LLM_MEMORY_BUDGET="100kB")
+        try:
+            server.add("org/model", "text-generation")
+            with place.hub.recording() as made:
+                told = server.call("GET", "/models/org/model/estimate").json()
+                refused = server.call("POST", "/models/org/model/load")
+            here = loader.estimate(record("org/model"), LoadOptions(models_dir, "cpu"), models_dir / "tiny" / "llama")
+            assert (told["bytes"], told["weights_bytes"]) == (here.total, here.weights)
+            assert (told["fits"], told["possible"]) == (False, False)
+            assert refused.status_code == 400, refused.text
+            assert str(here.total) in refused.json()["error"]
+            assert {request.file for request in made if request.method == "GET"} <= {"config.json", "model"}
+        finally:
+            server.stop()

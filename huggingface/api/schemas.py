@@ -98,7 +98,9 @@ class Settings(Strict):
     )
     quantization: str | None = _optional("A lossy form of the weights that takes less memory; none is the default.")
     attn_implementation: str | None = _optional("How transformers computes attention, such as `sdpa` or `eager`.")
-    compile: bool | None = _optional("Compile the model with `torch.compile`, which takes minutes at the first use.")
+    compile: bool | None = _optional(
+        "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
+    )
     max_context: int | None = _optional("The most tokens of one sequence.", ge=1)
     slots: int | None = _optional("The most sequences in one batch.", ge=1, le=1024)
 
