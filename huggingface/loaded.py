@@ -97,6 +97,7 @@ class Setup:
     effective: Mapping[str, Any]
     key: Hashable = None
     max_context: int | None = None
+    commit: str | None = None  # of its repository, where it came from the Hub
     folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
 
 

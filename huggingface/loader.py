@@ -261,6 +261,7 @@ def _load(
             effective=_effective(plan, model, options),
             key=_key(plan, options, adapters),
             max_context=placement.max_context,
+            commit=folder.name if folder.parent.name == "snapshots" else None,
             folder=own,
         )
         return LoadedModel(setup, model, tokenizer, _engine_options(plan, options), pooling, memory, attached)

@@ -79,6 +79,7 @@ def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
         "expires_at": resident.expires_at,
         "pinned": resident.pinned,
         "load_seconds": round(resident.load_seconds, 3),
+        "commit": model.setup.commit,
         "settings": model.setup.effective,
     }
 

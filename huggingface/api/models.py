@@ -6,7 +6,7 @@ Every view is parse, call, shape. Ids may hold a slash, raw or as `%2F`: both re
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..tasks import MODEL_TYPES
 from . import schemas
 from .effective import check_registered
 from .load_events import load_events
-from .services import admitted, services
+from .services import Services, admitted, services
 
 blueprint = APIBlueprint(
     "models",
@@ -138,6 +138,7 @@ def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any
             gone=gone,
             watch=watch,
         )
+        _describe(present, record, model.setup.commit)
         return {
             "success": True,
             "message": f"Model '{record.model_id}' loaded successfully",
@@ -152,6 +153,16 @@ def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any
     with ExitStack() as stack:
         stack.enter_context(admitted())
         return load_events(load, stack.pop_all().close)
+
+
+def _describe(present: Services, record: records.ModelRecord, commit: str | None) -> None:
+    """Note what the files tell of a model that could not be looked at before, or that has changed since."""
+    known = record.details or {}
+    if not known.get("reachable") or known.get("commit") != commit:
+        details = present.preflight.look(record)
+        if details["reachable"]:
+            with suppress(ModelNotFound):  # it was removed meanwhile
+                present.registry.describe(record, details)
 
 
 @blueprint.post(

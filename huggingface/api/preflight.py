@@ -49,4 +49,6 @@ def look_at_model(path: schemas.ModelPath, query: preflight_schemas.PreflightQue
         gguf_file=query.gguf_file or (record.gguf_file if record else None),
         model_type=record.model_type if record else None,
     )
+    if record is not None and details["reachable"] and not query.revision and not query.gguf_file:
+        services().registry.describe(record, details)
     return {"success": True, "model_id": model_id, "details": details}

@@ -502,6 +502,7 @@ class CachedModel(BaseModel):
     expires_at: str | None = Field(description="When it goes if nobody uses it (ISO 8601, UTC); null for never.")
     pinned: bool = Field(description="It never goes to make room for another.")
     load_seconds: float
+    commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
     settings: EffectiveSettings
 
 
