@@ -13,8 +13,10 @@ from pathlib import Path
 
 from flask_openapi3 import OpenAPI
 
-from .api import cache, docs, downloads, inference, models, preflight, requests, system
+from .api import cache, docs, inference, models, requests, system
+from .api import downloads as download_routes
 from .api import hub_protocol as hub_protocol  # adds its route to those of the models
+from .api import preflight as preflight_routes
 from .api.errors import init_errors
 from .api.guard import init_guard
 from .api.inflight import Requests
@@ -76,7 +78,7 @@ def init_app(
     init_guard(app, allowed_hosts)
     init_errors(app)
     init_request_ids(app)
-    for routes in (system, preflight, models, downloads, inference, requests, cache, openai):
+    for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, openai):
         app.register_api(routes.blueprint)
     app.register_api(openai.hub_chat)
     app.register_api(system.root)

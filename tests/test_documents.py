@@ -44,8 +44,8 @@ def default_of(name: str) -> str:
         return value.relative_to(ROOT).as_posix()
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, frozenset):
-        return ",".join(sorted(value))
+    if isinstance(value, frozenset | tuple):
+        return ",".join(value if isinstance(value, tuple) else sorted(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -25,14 +25,15 @@ ROOMS: dict[str, set[str]] = {
     "eviction": set(),
     "statistics": {"registry", "errors"},
     "headers": set(),
-    "preflight": {"files", "headers", "tasks", "records", "errors"},
-    "downloads": {"files", "progress", "records", "errors"},
+    "preflight": {"files", "hub", "headers", "tasks", "records", "errors"},
+    "downloads": {"files", "hub", "progress", "records", "errors"},
     "warmup": {"manager", "errors"},
     "libraries": {"errors"},
     "progress": {"errors"},
     "records": {"errors"},
     "registry": {"records", "errors"},
-    "files": {"progress", "records", "errors"},
+    "files": {"records", "errors"},
+    "hub": {"files", "progress", "records", "errors"},
     "tasks": {"records", "errors"},
     "engine": {"memory", "devices", "json_schema", "records", "errors"},
     "chat": {"json_schema"},
@@ -53,15 +54,10 @@ PARTS = {
     "estimating": "loader",
     "loaded": "loader",
     "placement": "loader",
-    **{f"preflight_{name}": "preflight" for name in ("folder", "look", "names", "packages", "source", "traits")},
     "quantization": "loader",
     "gguf_files": "loader",
     "registry_content": "registry",
     "registry_file": "registry",
-    "hub": "files",
-    "hub_errors": "files",
-    "hub_repository": "files",
-    "hub_transfer": "files",
 }
 
 # Who may import a library, as patterns of paths; and who only inside of a function, when it is needed.
@@ -120,8 +116,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "requests": ("example_usage.py",),
 }
 LATE: dict[str, tuple[str, ...]] = {
-    "huggingface_hub": ("huggingface/files.py", "huggingface/hub*.py", "huggingface/preflight_source.py"),
-    "safetensors": ("huggingface/files.py", "huggingface/hub*.py", "starter.py"),
+    "huggingface_hub": ("huggingface/hub/*.py", "huggingface/preflight/source.py"),
+    "safetensors": ("huggingface/files.py", "huggingface/hub/*.py", "starter.py"),
     "gguf": ("starter.py",),
     "peft": ("huggingface/adapters.py",),
 }

@@ -25,8 +25,8 @@ from test_files import sharded
 from huggingface.errors import LoadError
 from huggingface.headers import GGUF_TYPES, HeaderDamaged, gguf_header, safetensors_header
 from huggingface.preflight import Preflight
-from huggingface.preflight_names import HEAD_TABLES, Names
-from huggingface.preflight_traits import context_of, count_parameters
+from huggingface.preflight.names import HEAD_TABLES, Names
+from huggingface.preflight.traits import context_of, count_parameters
 from huggingface.records import LoadOptions, ModelRecord
 from huggingface.tasks import MODEL_TYPES, TASKS, canonical_task
 from huggingface.tasks.positions import max_positions
@@ -150,7 +150,7 @@ def test_a_server_without_transformers_still_tells_what_the_files_tell(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(root, "llama", "light/alone")
-    monkeypatch.setattr("huggingface.preflight_names.find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface.preflight.names.find_spec", lambda name: None)
     details = looked(root, "light/alone")
     assert details["known"] is None
     assert details["tasks"] == []
@@ -402,7 +402,7 @@ def test_a_model_with_code_of_its_own_needs_trust(root: Path) -> None:
 def test_packages_that_are_not_installed_are_named(
     root: Path, name: str, file: str, changes: dict[str, Any], packages: list[str]
 ) -> None:
-    from huggingface.preflight_packages import missing
+    from huggingface.preflight.packages import missing
 
     model_id = f"packages/{name}-{'-'.join(packages) or 'none'}"
     edit(copy(root, name, model_id), file, **changes)
@@ -427,7 +427,7 @@ def test_an_adapter_names_its_base(root: Path) -> None:
     details = looked(root, "adapters/lora")
     assert (details["adapter"], details["parameters"]) == ("org/base", 8)
     assert "adapter" in details["problem"]
-    edit(folder, "adapter_config.json", base_model_name_or_path="/home/me/secret/base")
+    edit(folder, "adapter_config.json", base_model_name_or_path="/somewhere/secret/base")
     assert looked(root, "adapters/lora")["adapter"] == "base"
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from .progress import Progress
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from httpx2 import Response

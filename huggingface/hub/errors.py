@@ -11,9 +11,9 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from . import files
-from .errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError
-from .hub_transfer import Damaged, Stalled
+from .. import files
+from ..errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from .transfer import Damaged, Stalled
 
 _LONGEST_WAIT = 300.0  # seconds that a Hub may ask to wait before the next request; it counts in windows of that length
 

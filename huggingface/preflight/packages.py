@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .preflight_names import Names
+from .. import files
+from .names import Names
 
 # Packages by what `pip install` calls them, where the module that tells of them has another name.
 _MODULES: Mapping[str, str] = {

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .tasks import Head
+from ..tasks import Head
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import files
-from .errors import HubUnreachable, LoadError, LocalLLMError
-from .preflight_folder import model_folders
-from .preflight_look import Look, blank, gguf_names
-from .preflight_names import Names
-from .preflight_source import (
+from .. import files
+from ..errors import HubUnreachable, LoadError, LocalLLMError
+from ..records import LoadOptions, ModelRecord, check_model_id
+from ..tasks import MODEL_TYPES
+from .folder import model_folders
+from .look import Look, blank, gguf_names
+from .names import Names
+from .source import (
     Place,
     as_load_error,
     cached_place,
@@ -28,8 +30,6 @@ from .preflight_source import (
     is_offline,
     offline_error,
 )
-from .records import LoadOptions, ModelRecord, check_model_id
-from .tasks import MODEL_TYPES
 
 logger = logging.getLogger(__name__)
 

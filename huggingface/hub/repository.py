@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from . import files
-from .errors import DiskFull, FilesMissing, LoadError
-from .hub_errors import damaged, is_absent, is_passing, pause_after, unknown_revision
-from .hub_transfer import PARTIAL, Count, Damaged, Source, partial_of, transfer
-from .progress import Progress
+from .. import files
+from ..errors import DiskFull, FilesMissing, LoadError
+from ..progress import Progress
+from .errors import damaged, is_absent, is_passing, pause_after, unknown_revision
+from .transfer import PARTIAL, Count, Damaged, Source, partial_of, transfer
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata

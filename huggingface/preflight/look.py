@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from . import files, preflight_packages, preflight_traits
-from .errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
-from .headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
-from .preflight_names import HEAD_TABLES, Names
-from .preflight_source import Place
-from .records import LoadOptions
-from .tasks import Head
+from .. import files
+from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from ..records import LoadOptions
+from ..tasks import Head
+from . import packages, traits
+from .names import HEAD_TABLES, Names
+from .source import Place
 
 logger = logging.getLogger(__name__)
 
@@ -69,35 +70,35 @@ class Look:
                     f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:5])}"
                 )
         config = files.read_config(model_id, place.folder)
-        kind = preflight_traits.text(config.get("model_type"))
-        architectures = preflight_traits.strings(config.get("architectures"))
+        kind = traits.text(config.get("model_type"))
+        architectures = traits.strings(config.get("architectures"))
         details["architecture"] = architectures[0] if architectures else None
         details["config_type"] = kind or None
-        details["quantized"], _bits = preflight_traits.quantization_of(config)
+        details["quantized"], _bits = traits.quantization_of(config)
         details["embedding"] = "modules.json" in place.names
         tokenizer = _tokenizer_config(place)
-        templates = preflight_traits.templates_of(tokenizer, _template_files(place))
+        templates = traits.templates_of(tokenizer, _template_files(place))
         details["chat_template"] = bool(templates)
-        details["tools"] = preflight_traits.mentions_tools(templates)
-        details["context_length"] = preflight_traits.context_of(names, config)
+        details["tools"] = traits.mentions_tools(templates)
+        details["context_length"] = traits.context_of(names, config)
         if not names.installed:
             details["needs_remote_code"] = bool(config.get("auto_map"))
             raise LoadError(str(DependencyMissing()))
         known = details["known"] = names.knows(kind)
-        head = preflight_traits.head_of(names, config, self._wanted)
+        head = traits.head_of(names, config, self._wanted)
         if head is not None:
-            details["tasks"] = preflight_traits.tasks_of(names, config, head, tokenizer)
-        plain = preflight_traits.head_of(names, config) if architectures else head
-        details["model_type"] = preflight_traits.model_type_of(
+            details["tasks"] = traits.tasks_of(names, config, head, tokenizer)
+        plain = traits.head_of(names, config) if architectures else head
+        details["model_type"] = traits.model_type_of(
             model_id, config, plain, chat=bool(templates), embedding=details["embedding"]
         )
         needs_code = details["needs_remote_code"] = _needs_code(names, config, tokenizer, head)
-        packages = set(preflight_packages.quantizer_packages(details["quantized"]))
-        packages |= preflight_packages.tokenizer_packages(names, kind, tokenizer, place.names)
+        needed = set(packages.quantizer_packages(details["quantized"]))
+        needed |= packages.tokenizer_packages(names, kind, tokenizer, place.names)
         if model_id in self._options.trust_remote_code:
             modules = files.code_modules(place.folder, model_id).get(model_id, [])
-            packages |= preflight_packages.code_packages(place.folder, modules)
-        details["missing_packages"] = preflight_packages.missing(packages)
+            needed |= packages.code_packages(place.folder, modules)
+        details["missing_packages"] = packages.missing(needed)
         self._check()
         if needs_code and model_id not in self._options.trust_remote_code:
             raise FilesRefused(
@@ -156,7 +157,7 @@ class Look:
             names = _weight_files(place, config)
         except LoadError:
             return  # told of already
-        self._measure(names, *preflight_traits.quantization_of(config))
+        self._measure(names, *traits.quantization_of(config))
 
     def _adapter(self) -> None:
         """What an adapter is to be put on."""
@@ -175,12 +176,12 @@ class Look:
         details["files"] = {"count": len(names), "names": names}
         if place.counted and len(names) > _MANY:
             details["parameters"] = sum(place.counted.values())
-            details["dtypes"] = preflight_traits.bytes_of_counts(place.counted)
+            details["dtypes"] = traits.bytes_of_counts(place.counted)
         else:
             tensors = _tensors(place, names)
             if tensors:
-                details["parameters"] = preflight_traits.count_parameters(tensors, quantization, bits)
-                details["dtypes"] = preflight_traits.bytes_by_type(tensors.values())
+                details["parameters"] = traits.count_parameters(tensors, quantization, bits)
+                details["dtypes"] = traits.bytes_by_type(tensors.values())
         details["dtype"] = next(iter(details["dtypes"]), None)
         sizes = [size for name in names if (size := place.size(name)) is not None]
         details["weights_bytes"] = sum(sizes) if names and len(sizes) == len(names) else None
@@ -197,18 +198,18 @@ class Look:
             header = gguf_header(lambda start, length: place.read(name, start, length), most=most)
         except HeaderDamaged as error:
             raise damaged from error
-        kind = preflight_traits.text(header.values.get("general.architecture"))
+        kind = traits.text(header.values.get("general.architecture"))
         details["architecture"] = details["config_type"] = kind or None
         context = header.values.get(f"{kind}.context_length")
         details["context_length"] = context if isinstance(context, int) else None
-        template = preflight_traits.text(header.values.get("tokenizer.chat_template"))
+        template = traits.text(header.values.get("tokenizer.chat_template"))
         details["chat_template"] = bool(template)
-        details["tools"] = preflight_traits.mentions_tools([template])
+        details["tools"] = traits.mentions_tools([template])
         details["files"] = {"count": 1, "names": [name]}
         details["weights_bytes"] = size = place.size(name)
         if header.tensors is not None:
             details["parameters"] = sum(tensor.count for tensor in header.tensors.values())
-            details["dtypes"] = preflight_traits.bytes_by_type(header.tensors.values())
+            details["dtypes"] = traits.bytes_by_type(header.tensors.values())
             details["dtype"] = next(iter(details["dtypes"]), None)
             details["quantized"] = "gguf" if {tensor.type for tensor in header.tensors.values()} - _PLAIN_GGUF else None
         if not names.installed:
@@ -217,12 +218,12 @@ class Look:
         if details["known"]:
             head: Head = "seq2seq-lm" if kind in ("t5", "umt5") else "causal-lm"
             head = "base" if kind == "t5encoder" else head
-            details["tasks"] = preflight_traits.tasks_of(names, {"model_type": kind}, head, {"mask_token": None})
-            details["model_type"] = preflight_traits.model_type_of(
+            details["tasks"] = traits.tasks_of(names, {"model_type": kind}, head, {"mask_token": None})
+            details["model_type"] = traits.model_type_of(
                 model_id, {"model_type": kind}, head, chat=bool(template), embedding=False
             )
         if kind not in names.gguf_by_itself:
-            details["missing_packages"] = preflight_packages.missing(["gguf"])
+            details["missing_packages"] = packages.missing(["gguf"])
         if header.end is not None and size is not None and size < header.end:
             raise damaged
         if not details["known"]:
@@ -347,7 +348,7 @@ def _tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
 
 def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any], head: Head | None) -> bool:
     """Whether config, model or tokenizer is of a class that transformers has not, and the folder names its own."""
-    kind = preflight_traits.text(config.get("model_type"))
+    kind = traits.text(config.get("model_type"))
     remote = config.get("auto_map")
     remote = remote if isinstance(remote, dict) else {}
     if remote and not names.knows(kind):
@@ -356,6 +357,6 @@ def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any],
         return True
     own = tokenizer.get("auto_map")
     own = own.get("AutoTokenizer") if isinstance(own, dict) else own
-    declared = preflight_traits.text(tokenizer.get("tokenizer_class"))
+    declared = traits.text(tokenizer.get("tokenizer_class"))
     known = names.tokenizer(kind) is not None or names.is_tokenizer(declared)
     return bool(own) and not known and kind not in names.corrected_tokenizers

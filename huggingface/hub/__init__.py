@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from . import files
-from .errors import FilesMissing, FilesRefused, HubUnreachable
-from .hub_errors import hub_errors
-from .hub_repository import Repository, partials
-from .progress import Progress
+from .. import files
+from ..errors import FilesMissing, FilesRefused, HubUnreachable
+from ..progress import Progress
+from .errors import hub_errors
+from .repository import Repository, partials
 
 # What describes a model and its tokenizer, beside the weights. Where the Hub tells which files there are, those that
 # fit a pattern are fetched; where it does not, these names are tried: all that transformers' tokenizers read.
