@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     keep_alive: float = Field(
         -1.0,
         ge=-1,
+        le=10**9,
         description="Seconds in memory after the last use, where nobody says otherwise; -1 is for ever.",
     )
     preload: Annotated[tuple[str, ...], NoDecode] = Field(

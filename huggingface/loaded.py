@@ -155,6 +155,7 @@ class LoadedModel:
         self._most_prompts = max(1, options.max_batch // 2)
         self._contexts = _contexts(model, setup.max_context)
         self._closing = False
+        self.resident = False  # whether its weights lie in memory of its own, and not in a mapped file
         self._made: Future[_Parts] | None = Future()
         self._note_peak()
         small = sum(self._weights.values()) <= _DETACHED_AT_ONCE
@@ -172,6 +173,7 @@ class LoadedModel:
         try:
             if not detached:
                 detach(model, lambda: self._closing)
+            self.resident = True
             parts.set_result(self._make_parts(model, tokenizer, pooling))
         except BaseException as error:
             forget_frames(error)

@@ -496,6 +496,11 @@ def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
                 **spread,
             )
         _check_weights(model_id, plan.head, info)
+        if model.device.type == "meta":
+            raise InvalidRequest(
+                "Invalid value for field 'device_map': what reads the tokens (the embeddings) cannot be on the disk",
+                "device_map",
+            )
         if placement.quantization is not None:
             quantize(model, placement.quantization, placement.device)
         return model if placement.device_map is not None else model.to(placement.device)

@@ -532,6 +532,7 @@ class ModelManager:
         if model is None:
             return Unloaded(False, 0, 0)
         sizes = model.sizes
+        resident = model.resident
         before = {device: used_bytes(device) for device in sizes.devices}
         model.close()
         self.budget.forget(model_id)
@@ -541,7 +542,7 @@ class ModelManager:
             if used is not None and after is not None:
                 freed += max(0, used - after)
         text = f"{readable(freed)} of {readable(sizes.total)}"
-        if sizes.total >= _NOTICED and freed < _ALMOST_ALL * sizes.total:
+        if resident and sizes.total >= _NOTICED and freed < _ALMOST_ALL * sizes.total:
             logger.warning("unloaded %s, but only %s came back", model_id, text)
         else:
             logger.info("unloaded %s, %s came back", model_id, text)

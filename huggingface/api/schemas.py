@@ -15,6 +15,9 @@ from ..tasks import TASKS
 from .effective import GENERATE_DEFAULTS
 from .parameters import TASK_PARAMETERS, GenerationParameters
 
+# Thirty years: what is kept longer, is kept for ever.
+MOST_SECONDS = 10**9
+
 _MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 
 
@@ -114,7 +117,9 @@ class Registered(Settings):
     gguf_file: str | None = _optional("The file of the repository or folder that holds the weights as GGUF.")
     adapters: dict[str, str] | None = _optional("LoRA adapters by the name that requests choose one by, each an id.")
     pinned: bool | None = _optional("Never take it out of memory to make room for another.")
-    keep_alive: float | None = _optional("Seconds in memory after the last use; 0 for none, -1 for ever.", ge=-1)
+    keep_alive: float | None = _optional(
+        "Seconds in memory after the last use; 0 for none, -1 for ever.", ge=-1, le=MOST_SECONDS
+    )
 
 
 class TypeQuery(Strict):
@@ -172,7 +177,9 @@ class LoadBody(Settings):
 
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
     stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
-    keep_alive: float | None = _optional("Seconds in memory from now on, if nobody uses it; -1 is for ever.", ge=-1)
+    keep_alive: float | None = _optional(
+        "Seconds in memory from now on, if nobody uses it; -1 is for ever.", ge=-1, le=MOST_SECONDS
+    )
 
 
 class EmptyBody(Strict):
@@ -359,7 +366,9 @@ class GenerateBody(GenerationParameters):
     messages: list[Message] = _optional("A chat, oldest turn first.", min_length=1)
     stream: bool = _optional("Send the text as it is made, as server-sent events.")
     timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
-    keep_alive: float = _optional("Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1)
+    keep_alive: float = _optional(
+        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
+    )
     adapter: str = _optional("Which of the model's adapters to use; without it, none.", min_length=1)
     json_schema: dict[str, Any] = _optional("The text is to be JSON of this schema. At most one of these five.")
     json_object: Literal[True] = _optional("The text is to be a JSON object.")
@@ -422,7 +431,9 @@ class PipelineBody(BaseModel):
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
     timeout: float = _optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
-    keep_alive: float = _optional("Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1)
+    keep_alive: float = _optional(
+        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
+    )
     adapter: str = _optional("Which of the model's adapters to use; without it, none.", min_length=1)
 
     @classmethod

@@ -143,7 +143,7 @@ def _mixed(layer: Any, keys: Sequence[str], mix: Mix, layouts: dict[Any, Layout]
         layouts[alike] = Layout(
             starts=tuple(accumulate((ranks.get(number, 0) for number in range(len(keys))), initial=0)),
             owners=torch.tensor(owners, device=device),
-            scales=torch.tensor([scales[number] for number in owners], device=device),
+            scales=torch.tensor([scales[number] for number in owners], dtype=torch.float32, device=device),
         )
     with torch.no_grad():
         down, up = torch.cat([each.weight for each in downs]), torch.cat([each.weight for each in ups], dim=1)

@@ -43,6 +43,10 @@ class _Expected:
     logits: torch.Tensor
 
 
+class _Unforeseen(NotBatchable):
+    """What failed may have failed by chance, and is to be tried again with the next load."""
+
+
 def batch_runner(
     model: PreTrainedModel,
     findings: MutableMapping[Hashable, Any] | None = None,
@@ -70,6 +74,8 @@ def batch_runner(
         return runner
     try:
         runner = _find(model, findings, given_up, adapters)
+    except _Unforeseen:
+        raise
     except NotBatchable as error:
         noted["parity", key] = str(error)
         raise
@@ -87,8 +93,9 @@ def _find(
         expected = _all_expected(model, adapters)
     except Exception as error:
         logger.info("generate failed", exc_info=error)
-        raise NotBatchable(f"its own generate fails ({type(error).__name__})") from error
+        raise _Unforeseen(f"its own generate fails ({type(error).__name__})") from error
     reasons = []
+    kind = NotBatchable
     mixed = (True, False) if adapters is not None and adapters.keys else (True,)
     for mixes, by_segments in product(mixed, (True, False)):
         runner = None
@@ -108,9 +115,10 @@ def _find(
         except Exception as error:
             logger.info("a forward pass in a batch failed", exc_info=error)
             reasons.append(f"its forward pass cannot be given rows of several sequences ({type(error).__name__})")
+            kind = _Unforeseen
         if runner is not None:
             runner.step_aside()
-    raise NotBatchable(reasons[-1])
+    raise kind(reasons[-1])
 
 
 def _all_expected(model: PreTrainedModel, adapters: Adapters | None) -> list[list[_Expected]]:

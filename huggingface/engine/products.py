@@ -90,7 +90,7 @@ class Product(nn.Module):
         if self.packed is None:
             self.packed = _packed(self.weight)
             if not self.shared:
-                self.parameter.data = torch.empty(0)
+                self.parameter.data = torch.empty(0, dtype=self.parameter.dtype)
 
     def unpack(self) -> None:
         """Give the parameter its weights back, and let go of oneDNN's."""
@@ -198,7 +198,8 @@ class Products:
         for size in _SIZES:
             if self._given_up():
                 raise Cancelled
-            rows = torch.rand(size, sample[0].in_features) - 0.5
+            # With its type: while a model of half precision is read, transformers makes that torch's default.
+            rows = torch.rand(size, sample[0].in_features, dtype=torch.float32) - 0.5
             way, seconds = _fastest(rows, weights, bias)
             ways.append(way)
             as_they_lie += seconds

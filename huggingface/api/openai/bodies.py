@@ -105,7 +105,9 @@ class Asked(Part):
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
     user: Text | None = Field(None, description="Who asks; it makes no difference.")
     timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(None, ge=-1, description="Seconds in memory after this use; -1 is for ever.")
+    keep_alive: float | None = Field(
+        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
+    )
     adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
     # Ours: transformers' own, under its names.
     do_sample: bool | None = Field(None, description="False takes the likeliest token.")

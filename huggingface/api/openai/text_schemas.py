@@ -98,7 +98,9 @@ class EmbeddingBody(Part):
     truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads.")
     prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
     timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(None, ge=-1, description="Seconds in memory after this use; -1 is for ever.")
+    keep_alive: float | None = Field(
+        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
+    )
     adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
 
     @field_validator("input", mode="before")
@@ -123,5 +125,7 @@ class RerankBody(Part):
     return_documents: bool | None = Field(None, description="Give the documents back, too.")
     truncate: bool | None = Field(None, description="Cut documents that are longer than the model reads.")
     timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(None, ge=-1, description="Seconds in memory after this use; -1 is for ever.")
+    keep_alive: float | None = Field(
+        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
+    )
     adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
