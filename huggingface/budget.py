@@ -17,6 +17,7 @@ from .devices import free_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LEAST = 1000  # bytes
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
@@ -43,10 +44,15 @@ def parse_limits(text: str) -> dict[str, Limit]:
         if (device != "*" and not _DEVICE.fullmatch(device)) or not found or found[2].upper() not in _UNITS:
             raise ValueError(f"'{part}' is no amount of memory (12GB, 0.8) or device with one (cuda:0=20GB)")
         number, unit = float(found[1]), found[2].upper()
-        if not unit and number <= 1:
+        size = int(number * _UNITS[unit])
+        if _same(device) in limits:
+            raise ValueError(f"'{text}' names the memory of {'a device' if device == '*' else device} twice")
+        if not unit and 0 < number <= 1:
             limits[_same(device)] = Limit(share=number)
+        elif size >= _LEAST:
+            limits[_same(device)] = Limit(bytes=size)
         else:
-            limits[_same(device)] = Limit(bytes=int(number * _UNITS[unit]))
+            raise ValueError(f"'{part}' is less memory than any model needs")
     return limits
 
 

@@ -212,7 +212,7 @@ class Downloads:
         Raises: as `folder`.
         """
         wanted = (record.adapters or {}).items()
-        return {name: self._adapter(adapter, progress or Progress()) for name, adapter in wanted}
+        return {name: self._adapter(adapter, (progress or Progress()).part()) for name, adapter in wanted}
 
     def close(self) -> None:
         """Give up all downloads, and let none begin; what has arrived stays."""
@@ -270,7 +270,7 @@ class Downloads:
             if folder is None:
                 folder = self._fetch(job.model_id, job.revision, job.gguf_file, job.progress, resolved=job.resolved)
             for adapter in sorted(job.adapters):
-                self._adapter(adapter, job.progress)
+                self._adapter(adapter, job.progress.part())
             if job.brought:
                 logger.info("downloaded %s in %.1f s", job.model_id, time.monotonic() - started)
             job.end(folder)

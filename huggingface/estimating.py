@@ -58,11 +58,17 @@ def estimate(
 
 
 def _tensors(model: Any, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each parameter and buffer, ties once."""
-    return {
-        name: tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    """Bytes of each parameter and buffer, ties once; some models keep some modules in float32, as transformers does."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize < 4 else set()
+    if dtype is torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    sizes = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        width = tensor.itemsize
+        if tensor.is_floating_point():
+            width = 4 if kept & set(name.split(".")) else dtype.itemsize
+        sizes[name] = tensor.numel() * width
+    return sizes
 
 
 def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> dict[str, int]:

@@ -64,6 +64,10 @@ def read_config(model_id: str, folder: Path) -> dict[str, Any]:
             raise FilesMissing(
                 f"Model '{model_id}' is an adapter (LoRA) without its base model; merge the two and save them as one"
             )
+        if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+            raise FilesMissing(
+                f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:10])}"
+            )
         raise FilesMissing(f"Model '{model_id}': its folder holds no config.json; put the complete model there")
     return _read_object(model_id, folder / "config.json")
 

@@ -441,6 +441,7 @@ class LoadedModel:
             parts.result().engine.close()
         del parts
         self._preparing.join()  # it holds the model
+        self._adapters = Adapters(self.model_id, None, {})  # so do these
         self._weights = {}
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils
 from transformers.models.auto import modeling_auto as auto
 
 from . import estimating, files, gguf_files
@@ -55,6 +56,9 @@ logger = logging.getLogger(__name__)
 
 # How transformers says that it lacks an optional package, where it does not raise an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
+
+# What transformers calls its progress bars: of weights that are read, and of GGUF's that are unpacked.
+_BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
 
 # Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
 _NOWHERE = "no-adapter-of-its-own"
@@ -139,6 +143,20 @@ def estimate(
     return _on_a_thread(lambda: _estimate(_look(record, options, folder, settings, described), options))
 
 
+def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
+    """Refuse settings that a load would refuse, as far as that is known before weights are read.
+
+    Raises: as `load`.
+    """
+
+    def look() -> None:
+        plan = _look(record, options, folder, settings)
+        _check_context(plan)
+        _check_compile(plan)
+
+    _on_a_thread(look)
+
+
 def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
     """About as many bytes as a load takes at most, told by the size of the files alone, in no time.
 
@@ -161,6 +179,10 @@ def _on_a_thread(work: Callable[[], T]) -> T:
         forget_frames(error)  # they hold whatever was read so far
         free()
         raise
+    except MemoryError as error:
+        forget_frames(error)
+        free()
+        raise OutOfMemory("Not enough memory to load a model") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +367,7 @@ def _watched(progress: Progress) -> Iterator[None]:
     total = progress.now().total or 0
 
     def watch(factory: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if named.get("desc") != "Loading weights" or not arguments:
+        if named.get("desc") not in _BARS or not arguments:
             return factory(*arguments, **named)
         items = list(arguments[0])
 
@@ -358,11 +380,13 @@ def _watched(progress: Progress) -> Iterator[None]:
 
         return factory(each(), **{**named, "total": len(items)})
 
-    before = transformers.utils.logging.set_tqdm_hook(watch)
+    before, unpacking = transformers.utils.logging.set_tqdm_hook(watch), modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda *arguments, **named: watch(unpacking, arguments, named)
     try:
         yield
     finally:
         transformers.utils.logging.set_tqdm_hook(before)
+        modeling_gguf_pytorch_utils.tqdm = unpacking
 
 
 def _pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError | None:
@@ -496,6 +520,7 @@ def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
                 **spread,
             )
         _check_weights(model_id, plan.head, info)
+        _check_map(placement.device_map, model)
         if model.device.type == "meta":
             raise InvalidRequest(
                 "Invalid value for field 'device_map': what reads the tokens (the embeddings) cannot be on the disk",
@@ -522,6 +547,24 @@ def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
                 f"Invalid value for field 'device_map': {files.public(error, plan.folder)}", "device_map"
             ) from error
         raise _refusal(model_id, plan.folder, error, "its weights or its config.json") from error
+
+
+def _check_map(device_map: Any, model: Any) -> None:
+    """Refuse a map that names what the model does not have, or leaves out what it has: transformers passes over both.
+
+    Raises:
+        InvalidRequest: naming the module.
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    modules = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    field = "Invalid value for field 'device_map': "
+    for name in device_map:
+        if name not in modules:
+            raise InvalidRequest(f"{field}the model has no module '{name}'", "device_map")
+    for name, _ in model.named_parameters():
+        if not any(not module or name == module or name.startswith(f"{module}.") for module in device_map):
+            raise InvalidRequest(f"{field}it does not say where '{name}' goes", "device_map")
 
 
 def _auto_class(config: Any, head: Head) -> Any:

@@ -219,8 +219,26 @@ class ModelManager:
 
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
         """
-        if settings is not None:
-            self._override(model_id, settings)
+        if settings is None:
+            return self._bring(model_id, force_reload, keep_alive, gone, watch)
+        before = self._override(model_id, settings)
+        try:
+            return self._bring(model_id, force_reload, keep_alive, gone, watch)
+        except LocalLLMError:
+            with self._changed:  # what failed is not to be in the way of whoever asks next
+                slot = self._slots[model_id]
+                if slot.overrides == settings and slot.model is None:
+                    slot.overrides = before
+            raise
+
+    def _bring(
+        self,
+        model_id: str,
+        force_reload: bool,
+        keep_alive: float | None,
+        gone: Callable[[], bool],
+        watch: Callable[[Progress], None],
+    ) -> LoadedModel:
         if force_reload:
             self._usable_record(model_id)
             with self._alone(model_id) as slot:
@@ -233,15 +251,25 @@ class ModelManager:
         with self.lease(model_id, gone, keep_alive, watch) as model:
             return model
 
-    def _override(self, model_id: str, settings: LoadSettings) -> None:
-        self._usable_record(model_id)
+    def _override(self, model_id: str, settings: LoadSettings) -> LoadSettings:
+        """Have these settings in effect from the next load on, and none with others in memory; returns those before.
+
+        Raises: what a load with them would, as far as that is known before weights are read; nothing is changed then.
+        """
+        record = self._usable_record(model_id)
         with self._changed:
             slot = self._slots.setdefault(model_id, _Slot())
-            same = slot.overrides == settings
-        if not same:
-            with self._alone(model_id) as slot:
-                self._release(model_id, slot)
-                slot.overrides = settings
+            before = slot.overrides
+        if before == settings:
+            return before
+        loader = import_library(_LOADER)
+        with suppress(FilesMissing, HubUnreachable):  # files that are not here yet say nothing
+            folder = self.downloads.present(record)
+            loader.check(record, self._options, folder, settings.over(record.settings))
+        with self._alone(model_id) as slot:
+            self._release(model_id, slot)
+            slot.overrides = settings
+        return before
 
     # Unloading -------------------------------------------------------------------------------------------------------
 
@@ -430,7 +458,7 @@ class ModelManager:
                 else:
                     return
             busy = choose(self._idle(model_id, busy=True), lacking)
-            if not busy or time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or not (busy or self._others_come(model_id)):
                 raise self._held(model_id, needs)
             self._wait_for_turn([model.model_id for model in busy], deadline, gone)
 
@@ -441,6 +469,8 @@ class ModelManager:
             for slot in slots:
                 slot.draining += 1
             try:
+                if not slots:  # somebody else is being loaded, and may go when that is done
+                    self._changed.wait(_LOOK_AGAIN)
                 while any(slot.users for slot in slots) and (left := deadline - time.monotonic()) > 0:
                     if self._closed or gone():
                         raise Cancelled
@@ -449,6 +479,11 @@ class ModelManager:
                 for slot in slots:
                     slot.draining -= 1
                 self._changed.notify_all()
+
+    def _others_come(self, model_id: str) -> bool:
+        """Whether another model is being loaded."""
+        with self._changed:
+            return any(slot.loading is not None for name, slot in self._slots.items() if name != model_id)
 
     def _lacking(self, model_id: str, needs: Mapping[str, int]) -> dict[str, int]:
         """How many bytes more are needed on each device than there are.
@@ -686,6 +721,7 @@ class ModelManager:
         self._refuse_at_once(loader, record, settings)
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
+        progress.begin("read")
         account = _Account(self, model_id, "cpu", 0)
         if not self._has_plenty(loader, record, settings, folder):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings)

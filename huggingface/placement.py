@@ -24,6 +24,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 # accelerate's names for its own ways of spreading a model.
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# flex_attention on a CPU ended the whole process here, and flash attention is for GPUs.
+_ON_CPU = ("eager", "sdpa")
 # What transformers has code of its own for; any other name would be fetched from the Hub and run.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -65,6 +67,12 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
     if attention is not None and attention not in _ATTENTION:
         raise InvalidRequest(
             f"Invalid value for field 'attn_implementation': '{attention}' is none of {', '.join(_ATTENTION)}",
+            "attn_implementation",
+        )
+    if attention is not None and device == "cpu" and attention not in _ON_CPU:
+        raise InvalidRequest(
+            f"Invalid value for field 'attn_implementation': '{attention}' is not for a CPU; there are "
+            f"{' and '.join(_ON_CPU)}",
             "attn_implementation",
         )
     named = settings.dtype or "auto"

@@ -131,6 +131,10 @@ class Progress:
         self._version += 1
         self._changed.notify_all()
 
+    def part(self) -> Progress:
+        """The progress of a further part of the same phase, whose bytes are added to those that are told already."""
+        return _Part(self)
+
     # Whoever watches -------------------------------------------------------------------------------------------------
 
     @property
@@ -173,3 +177,33 @@ class Progress:
         if self._total is not None and speed > 0 and self._phase not in _ENDS:
             left = max(0, self._total - self._done) / speed
         return Moment(self._phase, self._done, self._total, speed, left, self._error, self._file)
+
+
+class _Part(Progress):
+    """A part of a phase: it is told to the whole, on top of what was told before."""
+
+    def __init__(self, whole: Progress) -> None:
+        super().__init__()
+        self._whole = whole
+        before = whole.now()
+        self._before = (before.total or 0, before.done)
+
+    def begin(self, phase: Phase, total: int | None = None, done: int = 0) -> None:  # noqa: ARG002 - it has begun
+        if total is not None:
+            self.expect(total, done)
+
+    def expect(self, total: int, done: int = 0) -> None:
+        self._whole.expect(self._before[0] + total, self._before[1] + done)
+
+    def at(self, file: str) -> None:
+        self._whole.at(file)
+
+    def advance(self, count: int) -> None:
+        self._whole.advance(count)
+
+    def check(self) -> None:
+        self._whole.check()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._whole.cancelled

@@ -56,7 +56,9 @@ def check(scheme: str, device: str) -> None:
         ModelUnsupported: a package is lacking.
     """
     if scheme not in SCHEMES:
-        raise InvalidRequest(f"quantization must be one of: {', '.join(SCHEMES)}", "quantization")
+        raise InvalidRequest(
+            f"Invalid value for field 'quantization': '{scheme}' is none of {', '.join(SCHEMES)}", "quantization"
+        )
     kind = device.partition(":")[0]
     if kind not in _DEVICES:
         raise InvalidRequest(f"quantization is for the devices {', '.join(_DEVICES)}, not for '{kind}'", "quantization")

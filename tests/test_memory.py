@@ -87,7 +87,7 @@ def test_a_budget_is_read_in_amounts_shares_and_by_device() -> None:
     assert parse_limits("cpu=1.5GiB, cuda=0.5") == both
 
 
-@pytest.mark.parametrize("text", ["much", "12XB", "gpu=3GB", "cpu=", "-1GB"])
+@pytest.mark.parametrize("text", ["much", "12XB", "gpu=3GB", "cpu=", "-1GB", "0", "1.5", "cpu=1GB,cpu=2GB"])
 def test_a_budget_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="memory"):
         parse_limits(text)
@@ -494,9 +494,13 @@ def test_a_record_that_changes_how_its_model_is_loaded_has_it_loaded_anew(start_
         ({"dtype": "int3"}, "dtype"),
         ({"attn_implementation": "magic"}, "attn_implementation"),
         ({"attn_implementation": "somebody/kernels"}, "attn_implementation"),
+        ({"attn_implementation": "flex_attention"}, "attn_implementation"),  # on a CPU
         ({"quantization": "int1"}, "quantization"),
         ({"device_map": "everywhere"}, "device_map"),
         ({"device_map": {"": "cuda:7"}}, "device_map"),
+        ({"device_map": {"": "disk"}}, "device_map"),
+        ({"device_map": {"nosuch": "cpu"}}, "device_map"),
+        ({"device_map": {"model.embed_tokens": "cpu"}}, "device_map"),
         ({"device": "cpu", "device_map": "auto"}, "device_map"),
         ({"max_context": 0}, "max_context"),
         ({"max_context": 100_000}, "max_context"),
@@ -668,3 +672,91 @@ def test_a_model_that_is_not_here_is_estimated_by_its_config_and_refused_before_
             assert {request.file for request in made if request.method == "GET"} <= {"config.json", "model"}
         finally:
             server.stop()
+
+
+# What a tester found --------------------------------------------------------------------------------------------------
+
+
+def test_a_load_with_a_wrong_setting_leaves_the_model_as_it_was(start_server: Any, tiny: Any) -> None:
+    server, model_id = start_server(), tiny("llama")
+    server.add(model_id, "text-generation")
+    generate(server, model_id)
+    loaded_at = cached(server)[model_id]["loaded_at"]
+    for wrong in ({"max_context": 100_000}, {"device": "cuda"}, {"device_map": {"nosuch": "cpu"}}):
+        assert server.call("POST", f"/models/{model_id}/load", json=wrong).status_code == 400
+        assert generate(server, model_id).status_code == 200
+    assert server.call("POST", f"/models/{model_id}/load", json={"max_context": 100_000}).status_code == 400
+    assert cached(server)[model_id]["settings"]["max_context"] is None
+    assert loaded_at <= cached(server)[model_id]["loaded_at"]
+
+
+def test_models_that_are_not_batched_give_their_memory_back_too(tmp_path: Path, start_server: Any) -> None:
+    """An encoder of 100 MB: its weights are nobody's after the unload."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    root = tmp_path / "models"
+    source = root / tiny_models.build(root, "bert-mlm")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 12}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(root / "sized" / "bert")
+    tokenizer.save_pretrained(root / "sized" / "bert")
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(root))
+    server.add("sized/bert", "fill-mask")
+    task = {"model_id": "sized/bert", "task": "fill-mask", "inputs": f"The {tokenizer.mask_token} harbour"}
+    assert server.call("POST", "/pipeline", json=task).status_code == 200
+    answer = server.call("POST", "/models/sized/bert/unload").json()
+    assert answer["bytes"] > 100_000_000
+    assert answer["freed_bytes"] >= 0.9 * answer["bytes"]
+
+
+def test_a_model_loaded_beside_one_of_half_precision_is_batched(start_server: Any, tiny: Any) -> None:
+    """transformers changes torch's default type for the process while it builds such a model."""
+    server, half, whole = start_server(), tiny("llama"), tiny("gpt2")
+    for model_id in (half, whole):
+        server.add(model_id, "text-generation")
+    stop = threading.Event()
+
+    def reload() -> None:
+        while not stop.is_set():
+            server.call("POST", f"/models/{half}/load", json={"dtype": "bfloat16", "force_reload": True})
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(reload)
+        try:
+            for _ in range(8):
+                assert server.call("POST", f"/models/{whole}/load", json={"force_reload": True}).status_code == 200
+                assert generate(server, whole).status_code == 200
+                assert cached(server)[whole]["engine"]["mode"] == "batched"
+        finally:
+            stop.set()
+
+
+def test_a_model_that_is_called_as_a_route_can_be_shown_and_removed(server: Server) -> None:
+    for name in ("download", "preflight", "estimate"):
+        server.add(f"routes/{name}", "text-generation")
+        assert server.call("GET", f"/models/routes/{name}").json()["model"]["model_id"] == f"routes/{name}"
+        assert server.call("DELETE", f"/models/routes/{name}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"gguf_file": "../x.gguf"}, "gguf_file"),
+        ({"gguf_file": "x.bin"}, "gguf_file"),
+        ({"gguf_file": ""}, "gguf_file"),
+        ({"adapters": {"a": "../x"}}, "adapters.a"),
+        ({"adapters": {"": "org/x"}}, "adapters"),
+        ({"revision": "v99"}, "revision"),  # of a folder that is here
+        ({"quantization": "int3"}, "quantization"),
+        ({"attn_implementation": "magic"}, "attn_implementation"),
+        ({"details": {"known": True}}, "details"),
+    ],
+)
+def test_a_record_refuses_by_name_what_could_never_be(
+    server: Server, tiny: Any, fields: dict[str, Any], field: str
+) -> None:
+    model_id = tiny("llama")
+    server.add(model_id, "text-generation")
+    answer = server.call("PUT", f"/models/{model_id}", json=fields)
+    assert answer.status_code == 400, answer.text
+    assert field in answer.json()["error"]

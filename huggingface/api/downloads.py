@@ -19,6 +19,7 @@ from ..progress import Moment
 from . import download_schemas, schemas
 from .errors import body as failure
 from .errors import log
+from .models import called, get_model, remove_model
 from .services import services
 
 blueprint = APIBlueprint(
@@ -59,6 +60,8 @@ def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody)
 @blueprint.get("/models/<path:model_id>/download", responses={200: download_schemas.DownloadState})
 def show_download(path: schemas.ModelPath) -> dict[str, Any]:
     """Show how far the latest download of a model is, or what one left that an earlier run of this server began."""
+    if (model := called(path.model_id, "download")) is not None:
+        return dict(get_model(model))
     record, downloads = services().registry.get(path.model_id), _downloads()
     job = downloads.get(path.model_id)
     if job is not None:
@@ -76,6 +79,8 @@ def cancel_download(path: schemas.ModelPath) -> dict[str, Any]:
     """Give a download up, whoever wants it. What has arrived stays, and the next one goes on from there."""
     if request.get_json():
         raise InvalidRequest("DELETE takes no body here")
+    if (model := called(path.model_id, "download")) is not None:
+        return dict(remove_model(model))
     services().registry.get(path.model_id)
     if not _downloads().cancel(path.model_id):
         raise DownloadNotFound(path.model_id, " is under way")

@@ -5,7 +5,7 @@ Every view is parse, call, shape. Ids may hold a slash, raw or as `%2F`: both re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -56,10 +56,24 @@ def add_model(body: schemas.NewModel) -> dict[str, Any]:
     details = services().preflight.look(record)
     if body.model_type is None:
         if details["model_type"] is None:
-            raise MissingField("model_type")
+            error = MissingField("model_type")
+            if details["source"] is not None:
+                told = details["problem"] or "its files do not tell what it is for"
+                error.args = (f"{error}. It may be left out only where the model's files tell it: {told}",)
+            raise error
         record = replace(record, model_type=details["model_type"])
         check_registered(record.model_type, body.parameters)
+    _check_revision(record, details)
     return _changed(registry.add(replace(record, details=details)), "added")
+
+
+def _check_revision(record: records.ModelRecord, details: Mapping[str, Any]) -> None:
+    if record.revision is not None and details["source"] == "local":
+        raise InvalidRequest(
+            f"Invalid value for field 'revision': model '{record.model_id}' has a folder in the models folder, which "
+            "is used as it is",
+            "revision",
+        )
 
 
 def _check_new(model_id: str) -> None:
@@ -77,8 +91,18 @@ def _check_settings(record: records.ModelRecord) -> None:
         raise InvalidRequest("Give device or device_map, not both", "device_map")
     if record.keep_alive is not None and -1 < record.keep_alive < 0:
         raise InvalidRequest("Invalid value for field 'keep_alive': must be -1 (for ever), 0 or more", "keep_alive")
-    for adapter in (record.adapters or {}).values():
-        records.check_model_id(adapter)
+    for name, adapter in (record.adapters or {}).items():
+        try:
+            records.check_model_id(adapter)
+        except InvalidRequest as error:
+            message = str(error).replace("'model_id'", f"'adapters.{name}'")
+            raise InvalidRequest(message, f"adapters.{name}") from error
+    file = record.gguf_file
+    if file is not None and (not file.endswith(".gguf") or "\\" in file or {"", ".", ".."} & {*file.split("/")}):
+        raise InvalidRequest(
+            "Invalid value for field 'gguf_file': must be the name of a .gguf file in the model's folder or repository",
+            "gguf_file",
+        )
 
 
 @blueprint.get("/models/<path:model_id>", responses={200: schemas.ModelAnswer})
@@ -99,10 +123,22 @@ def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[st
         check_registered(model_type, changes.get("parameters", record.parameters))
     wanted = replace(record, **{name: changes[name] for name in changes if name in records.OPTIONAL_FIELDS})
     _check_settings(wanted)
+    if wanted.revision is not None and wanted.revision != record.revision:
+        _check_revision(wanted, services().preflight.look(wanted))
     updated = registry.update(path.model_id, changes)
     if (wanted.revision, wanted.gguf_file) != (record.revision, record.gguf_file):
         updated = registry.describe(updated, services().preflight.look(updated))
     return _changed(updated, "updated")
+
+
+def called(model_id: str, last: str) -> schemas.ModelPath | None:
+    """The path of a registered model whose name ends as a route does: it comes first, as nothing else shows it."""
+    whole = f"{model_id}/{last}"
+    try:
+        services().registry.get(whole)
+    except ModelNotFound:
+        return None
+    return schemas.ModelPath(model_id=whole)
 
 
 @blueprint.delete("/models/<path:model_id>", responses={200: schemas.RemovedAnswer, 409: schemas.ErrorAnswer})
@@ -185,6 +221,8 @@ def unload_model(path: schemas.ModelPath, body: schemas.EmptyBody) -> dict[str, 
 @blueprint.get("/models/<path:model_id>/estimate", responses={200: schemas.EstimateAnswer, **schemas.MODEL_FAILURES})
 def estimate_model(path: schemas.ModelPath, query: schemas.EstimateQuery) -> dict[str, Any]:
     """Tell what a load would take, whether there is room for it, and which models would go. Nothing is loaded."""
+    if (model := called(path.model_id, "estimate")) is not None:
+        return dict(get_model(model))
     given = query.model_dump(exclude_unset=True)
     forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given))
     estimate = forecast.estimate

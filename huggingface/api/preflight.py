@@ -12,6 +12,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from .. import records
 from ..errors import ModelNotFound
 from . import preflight_schemas, schemas
+from .models import called, get_model
 from .services import services
 
 blueprint = APIBlueprint(
@@ -38,6 +39,8 @@ def list_available(query: preflight_schemas.AvailableQuery) -> dict[str, Any]:
 @blueprint.get("/models/<path:model_id>/preflight", responses={200: preflight_schemas.PreflightAnswer})
 def look_at_model(path: schemas.ModelPath, query: preflight_schemas.PreflightQuery) -> dict[str, Any]:
     """Tell what a model is, registered or not, from its config and the heads of its files. Looked up afresh."""
+    if (model := called(path.model_id, "preflight")) is not None:
+        return dict(get_model(model))
     model_id = records.check_model_id(path.model_id)
     try:
         record = services().registry.get(model_id)

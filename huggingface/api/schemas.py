@@ -93,14 +93,18 @@ class Settings(Strict):
     model_config = ConfigDict(json_schema_extra=_drop_defaults)
 
     device: str | None = _optional("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    device_map: str | dict[str, int | str] | None = _optional(
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = _optional(
         "accelerate's: `auto`, `balanced`, `balanced_low_0`, `sequential`, or devices by module; `disk` offloads."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = _optional(
         "Of the weights in memory. `auto`: float32 on a CPU without native bfloat16, else the weights' own."
     )
-    quantization: str | None = _optional("A lossy form of the weights that takes less memory; none is the default.")
-    attn_implementation: str | None = _optional("How transformers computes attention, such as `sdpa` or `eager`.")
+    quantization: Literal["int8", "int4"] | None = _optional(
+        "A lossy form of the weights that takes less memory; none is the default."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        _optional("How transformers computes attention.")
+    )
     compile: bool | None = _optional(
         "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
     )
@@ -113,9 +117,13 @@ class Registered(Settings):
 
     model_config = ConfigDict(json_schema_extra=_drop_defaults)
 
-    revision: str | None = _optional("A branch, tag or commit of the repository.", min_length=1)
-    gguf_file: str | None = _optional("The file of the repository or folder that holds the weights as GGUF.")
-    adapters: dict[str, str] | None = _optional("LoRA adapters by the name that requests choose one by, each an id.")
+    revision: str | None = _optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
+    gguf_file: str | None = _optional(
+        "The file of the repository or folder that holds the weights as GGUF.", min_length=1, max_length=500
+    )
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}$")], str] | None = _optional(
+        "LoRA adapters by the name that requests choose one by, each an id."
+    )
     pinned: bool | None = _optional("Never take it out of memory to make room for another.")
     keep_alive: float | None = _optional(
         "Seconds in memory after the last use; 0 for none, -1 for ever.", ge=-1, le=MOST_SECONDS

@@ -90,7 +90,9 @@ def _find(
     adapters: Adapters | None,
 ) -> BatchRunner:
     try:
-        expected = _all_expected(model, adapters)
+        expected = _all_expected(model, adapters, given_up)
+    except Cancelled:
+        raise
     except Exception as error:
         logger.info("generate failed", exc_info=error)
         raise _Unforeseen(f"its own generate fails ({type(error).__name__})") from error
@@ -103,9 +105,13 @@ def _find(
             runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
             if runner.by_segments is by_segments:
                 for rows in expected:
+                    if given_up():
+                        raise Cancelled
                     _compare(rows, runner, model.dtype)
                 runner.use_fastest_products(findings, given_up)
                 for rows in expected:
+                    if given_up():
+                        raise Cancelled
                     _compare(rows, runner, model.dtype)
                 return runner
         except NotBatchable as error:
@@ -121,13 +127,17 @@ def _find(
     raise kind(reasons[-1])
 
 
-def _all_expected(model: PreTrainedModel, adapters: Adapters | None) -> list[list[_Expected]]:
+def _all_expected(
+    model: PreTrainedModel, adapters: Adapters | None, given_up: Callable[[], bool] = lambda: False
+) -> list[list[_Expected]]:
     """Three rows at a time that go together: the model's own, and each of its adapters with another and the model."""
     prompts = _prompts(model)
     names = list(adapters.keys) if adapters is not None else []
     trios = [(None, None, None), *((None, names[at], names[at - 1]) for at in range(0, len(names), 2))]
 
     def expected(prompt: list[int], name: str | None) -> _Expected:
+        if given_up():
+            raise Cancelled
         with nullcontext() if adapters is None else adapters.active(name):
             return _Expected(prompt, name, *_generated(model, prompt))
 

@@ -26,12 +26,12 @@ from ..memory import release_freed
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 # Rows at which the ways are tried; each size stands for those up to the next.
-_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_SIZES = (1, 4, 16, 64)
 _SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with: more than the caches hold
 _RUNS = 2
 _WORTH = 0.95  # torch's own way stays unless another takes at most this share of its time
 _PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
-_PACK_WORTH = 0.95  # weights are laid out for oneDNN if the steps then take at most this share of their time
+_PACK_WORTH = 1.1  # weights are laid out for oneDNN unless the steps are then clearly slower: it seldom is so
 _PACK_AT_LEAST = 32 * 2**20  # bytes of weights; fewer stay in the caches whichever way they lie
 _GIVE_BACK = 16  # times that the system gets memory back while all weights are laid out anew
 _REST = 32  # steps without anybody using the model itself, before its weights are laid out again
@@ -81,7 +81,7 @@ class Product(nn.Module):
         if self.packed is not None:
             product = _onednn(rows, self.packed, self.bias)
         else:
-            way = self.ways[min(rows.shape[0].bit_length(), len(self.ways)) - 1]
+            way = self.ways[min((rows.shape[0].bit_length() + 1) // 2, len(self.ways)) - 1]
             product = way(rows, self.weight, self.bias)
         return product.view(*values.shape[:-1], self.out_features)
 

@@ -46,6 +46,7 @@ class Preflight:
         self._timeout = timeout
         self._names = Names()
         self._away: float | None = None  # since when it does not answer, by `time.monotonic`
+        self._silent: str | None = None  # the last model of which nothing was heard in time
 
     def look(self, record: ModelRecord) -> dict[str, Any]:
         """What a registered model is, or one that is to be registered."""
@@ -122,7 +123,7 @@ class Preflight:
         thread.start()
         thread.join(self._timeout + 0.5)
         if thread.is_alive():
-            self._away = time.monotonic()
+            self._was_silent(model_id)
             raise self._away_error(model_id)
         if failures:
             raise failures[0]
@@ -143,14 +144,26 @@ class Preflight:
         else:
             try:
                 with hub_place(model_id, revision, self._timeout) as place:
-                    return look(place)
+                    found = look(place)
+                self._silent = None
+                return found
             except HubUnreachable as error:
                 reason = error
-                if error.__cause__ is not None and not hasattr(error.__cause__, "response"):  # no answer at all
+                cause = error.__cause__
+                if isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
+                    self._was_silent(model_id)
+                elif cause is not None and not hasattr(cause, "response"):  # no answer at all
                     self._away = time.monotonic()
         if cached is None:
             raise reason
         return {**look(cached), "problem": str(reason)}
+
+    def _was_silent(self, model_id: str) -> None:
+        """Note that nothing was heard of a model in time. One repository that is slow is not a Hub that is away; two
+        in a row are taken for it."""
+        if self._silent is not None and self._silent != model_id:
+            self._away = time.monotonic()
+        self._silent = model_id
 
     def _away_error(self, model_id: str) -> LoadError:
         return as_load_error(model_id, ConnectionError("the Hub does not answer"))

@@ -108,7 +108,7 @@ class Asked(Part):
     keep_alive: float | None = Field(
         None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
     )
-    adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
+    adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
     # Ours: transformers' own, under its names.
     do_sample: bool | None = Field(None, description="False takes the likeliest token.")
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)

@@ -101,7 +101,7 @@ class EmbeddingBody(Part):
     keep_alive: float | None = Field(
         None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
     )
-    adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
+    adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
 
     @field_validator("input", mode="before")
     @classmethod
@@ -128,4 +128,4 @@ class RerankBody(Part):
     keep_alive: float | None = Field(
         None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
     )
-    adapter: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
+    adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
