@@ -245,6 +245,7 @@ class ModelManager:
                 record = self._usable_record(model_id)
                 self._release(model_id, slot)
                 loading = slot.loading = _Loading()
+                loading.waiting = 1  # this one, whoever else comes and goes
                 watch(loading.progress)
                 self._load(record, slot, loading)
                 loading.done.result()
@@ -551,6 +552,7 @@ class ModelManager:
             slot.reserved = True
         try:
             logger.info("taking %s out of memory: %s", model_id, why)
+            slot.overrides = LoadSettings()
             self._release(model_id, slot)
             self.statistics.evicted(model_id)
         finally:
@@ -619,6 +621,7 @@ class ModelManager:
             slot.reserved = True
         try:
             logger.info("taking %s out of memory: its time is up", model_id)
+            slot.overrides = LoadSettings()
             self._release(model_id, slot)
         finally:
             with self._changed:

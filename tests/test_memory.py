@@ -25,7 +25,7 @@ from hub_place import Place
 
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
-from huggingface.errors import InvalidRequest, MemoryHeld, NeverFits
+from huggingface.errors import Cancelled, InvalidRequest, MemoryHeld, NeverFits, OutOfMemory
 from huggingface.eviction import Idle, choose
 from huggingface.manager import ModelManager
 from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
@@ -760,3 +760,80 @@ def test_a_record_refuses_by_name_what_could_never_be(
     answer = server.call("PUT", f"/models/{model_id}", json=fields)
     assert answer.status_code == 400, answer.text
     assert field in answer.json()["error"]
+
+
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_lacks_memory_is_tried_again_when_an_idle_model_has_gone(
+    manage: Callable[..., ModelManager], tiny: Any
+) -> None:
+    manager = manage(record(tiny("gpt2")), record(tiny("llama")))
+    request = GenerationRequest({"max_new_tokens": 4, "do_sample": False}, prompt="The cat")
+    manager.load(tiny("gpt2"))
+    with manager.lease(tiny("llama")) as model:
+        wanted = "".join(chunk.text for chunk in model.generate(request))
+        batch = model._parts.engine._batch
+        forward, failures = batch._runner.forward, [RuntimeError("can't allocate memory: 1 GB")]
+
+        def short(*arguments: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return forward(*arguments)
+
+        batch._runner.forward = short
+        assert "".join(chunk.text for chunk in model.generate(request)) == wanted
+        assert set(manager.loaded()) == {tiny("llama")}
+        failures += [RuntimeError("can't allocate memory: 1 GB")] * 2
+        with pytest.raises(OutOfMemory, match="Not enough memory to generate"):
+            list(model.generate(request))
+        failures.clear()
+        assert "".join(chunk.text for chunk in model.generate(request)) == wanted
+
+
+def test_a_load_that_lacks_memory_is_tried_again_when_the_idle_models_have_gone(
+    manage: Callable[..., ModelManager], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manage(record(tiny("gpt2")), record(tiny("llama")))
+    manager.load(tiny("gpt2"))
+    read, failures = loader._read_model, [OutOfMemory("no room")]
+
+    def short(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return read(*arguments)
+
+    monkeypatch.setattr(loader, "_read_model", short)
+    manager.load(tiny("llama"))
+    assert set(manager.loaded()) == {tiny("llama")}
+    manager.unload(tiny("llama"))
+    failures.append(OutOfMemory("no room"))
+    with pytest.raises(OutOfMemory, match="no room"):
+        manager.load(tiny("llama"))
+    assert manager.budget.holders("cpu") == {}
+    manager.load(tiny("llama"))
+
+
+def test_who_leaves_a_forced_load_does_not_end_it_for_who_asked(
+    manage: Callable[..., ModelManager], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manage(record(tiny("llama")))
+    manager.load(tiny("llama"))
+    read, reading = loader._read_model, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        reading.set()
+        time.sleep(1)
+        return read(*arguments)
+
+    monkeypatch.setattr(loader, "_read_model", slow)
+    with ThreadPoolExecutor(2) as pool:
+        forced = pool.submit(manager.load, tiny("llama"), force_reload=True)
+        assert reading.wait(10)
+        gone = threading.Event()
+        other = pool.submit(manager.load, tiny("llama"), gone=gone.is_set)
+        time.sleep(0.2)
+        gone.set()
+        with pytest.raises(Cancelled):
+            other.result(10)
+        assert forced.result(10).setup.record.model_id == tiny("llama")
