@@ -114,11 +114,16 @@ def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset
 
 
 def weights_bytes(model_id: str, folder: Path, *, allow_pickle: bool) -> int:
-    """Bytes of the files that hold the weights of a folder that `check` has let pass."""
+    """Bytes of the files that hold the weights of a folder, as far as they are there.
+
+    Raises: as `check`, where it cannot be told which files these are.
+    """
     names = weight_names(read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
-    first = next(name for name in names if (folder / name).is_file())
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        return 0
     parts = shards(model_id, folder, first) if first.endswith(".json") else [first]
-    return sum((folder / name).stat().st_size for name in parts)
+    return sum((folder / name).stat().st_size for name in parts if (folder / name).is_file())
 
 
 def _check_tokenizer_files(model_id: str, folder: Path) -> None:
