@@ -82,15 +82,16 @@ class ModelRegistry:
         self._file = RegistryFile(path, lock_timeout=lock_timeout)
         self._usage_delay = usage_delay
         self._warnings: list[str] = []
-        self._content: Content | None = None
-        self._version: Version | None = None  # of the file, that `_content` was read from or written to
         self._start_process()
         if hasattr(os, "register_at_fork"):
             method = weakref.WeakMethod(self._start_process)
             os.register_at_fork(after_in_child=lambda: (start := method()) and start())
 
     def _start_process(self) -> None:
-        """What a forked child must not share: pending uses are the parent's to write, and its threads are gone."""
+        """What a forked child must not share: pending uses are the parent's to write, its threads are gone, and what it
+        knew of the file may be halfway between two versions."""
+        self._content: Content | None = None
+        self._version: Version | None = None  # of the file, that `_content` was read from or written to
         self._file.after_fork()
         self._mutex = threading.Lock()  # guards every field; held for memory, a read or a rename only
         self._wake = threading.Condition(self._mutex)

@@ -729,6 +729,8 @@ def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     details = looker.look("org/remote-silent")
     assert time.monotonic() - begun < 10
     assert "cannot be reached" in details["problem"]
+    place.publish("org/remote-silent-too").silent = frozenset({"config.json"})
+    assert "cannot be reached" in looker.look("org/remote-silent-too")["problem"]  # one alone may be slow by itself
     with place.hub.recording() as made:
         details = looker.look("org/remote-other")
     looker.close()
@@ -740,6 +742,15 @@ def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     assert "cannot be reached" in nowhere.look("org/remote-other")["problem"]
     nowhere.close()
     assert time.monotonic() - begun < 10
+
+
+def test_one_repository_that_is_slow_does_not_speak_for_the_others(place: Place) -> None:
+    place.publish("org/remote-slow").silent = frozenset({"config.json"})
+    place.publish("org/remote-quick")
+    looker = Looker(place)
+    assert "cannot be reached" in looker.look("org/remote-slow")["problem"]
+    assert looker.look("org/remote-quick")["reachable"] is True
+    looker.close()
 
 
 def test_a_hub_that_is_out_of_order_is_told_of_and_asked_again(place: Place) -> None:

@@ -263,6 +263,21 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
     )
 
 
+def test_a_child_forked_between_a_rename_and_the_note_of_it_reads_the_file_anew(tmp_path):
+    """Else it would write the content of the version before over the newest, and what was counted there be lost."""
+    parent, other = ModelRegistry(tmp_path / "models.json"), ModelRegistry(tmp_path / "models.json")
+    parent.add(ModelRecord("first", "First", "text-generation"))
+    before = parent._content
+    other.add(ModelRecord("second", "Second", "text-generation"))
+    parent.list()
+    parent._content = before  # the moment: the version is the new one, the content not yet
+    parent._start_process()
+    parent.add(ModelRecord("third", "Third", "text-generation"))
+    assert [record.model_id for record in other.list()] == ["first", "second", "third"]
+    parent.close()
+    other.close()
+
+
 def test_a_count_never_jumps_while_it_is_being_written(tmp_path):
     """Each use is shown exactly once at every moment: pending, being written, or written, with changes going on."""
     registry = ModelRegistry(tmp_path / "models.json", usage_delay=0.001)
