@@ -29,6 +29,7 @@ from .engine.parity import batch_runner
 from .engine.prepare import Preparer
 from .engine.prompts import run_in_batch
 from .engine.runner import BatchRunner, NotBatchable
+from .engine.slots import first_bank
 from .engine.solo import Solo
 from .engine.ticket import Ticket
 from .engine.tokens import TokenTexts
@@ -64,6 +65,9 @@ class Memory(Protocol):
     def take(self, part: str, device: str, size: int) -> bool:
         """Ask for bytes more, or give them back where they are negative; tells whether they may be taken."""
 
+    def keep(self, device: str, size: int) -> None:
+        """Have so many bytes of KV cache to itself, if they are there to be had, before they are taken."""
+
     def relieve(self) -> bool:
         """Have others give memory up; tells whether some did."""
 
@@ -78,6 +82,9 @@ class Unlimited:
         """Whether it is free."""
         free = free_bytes(device)
         return free is None or size <= free
+
+    def keep(self, device: str, size: int) -> None:
+        """Nothing is kept."""
 
     def relieve(self) -> bool:
         """There is nobody else."""
@@ -192,6 +199,8 @@ class LoadedModel:
         if runner is not None:
             runner.cache.take = self._take_cache
             batch = TransformersBatch(model_id, runner, texts, options)
+            token_bytes = runner.cache.token_bytes
+            self._memory.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
             copied = runner.products.copied_bytes if runner.products is not None else 0
 
         def find() -> Pooling | None:

@@ -123,7 +123,8 @@ def load(
         Cancelled: `progress` was cancelled.
     """
     settings, progress = settings or record.settings, progress or Progress()
-    return _on_a_thread(partial(_load, record, options, folder, settings, adapters, progress, memory))
+    work = partial(_load, record, options, folder, settings, adapters, progress, memory)
+    return _on_a_thread(record.model_id, work)
 
 
 def estimate(
@@ -140,7 +141,9 @@ def estimate(
     Raises: as `load`.
     """
     settings = settings or record.settings
-    return _on_a_thread(lambda: _estimate(_look(record, options, folder, settings, described), options))
+    return _on_a_thread(
+        record.model_id, lambda: _estimate(_look(record, options, folder, settings, described), options)
+    )
 
 
 def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
@@ -154,7 +157,7 @@ def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: Loa
         _check_context(plan)
         _check_compile(plan)
 
-    _on_a_thread(look)
+    _on_a_thread(record.model_id, look)
 
 
 def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
@@ -168,7 +171,7 @@ def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
     return size * 5 // 2 + options.engine.kv_cache_bytes // 4
 
 
-def _on_a_thread(work: Callable[[], T]) -> T:
+def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:
     """Have work done on a thread of its own, that ends: OpenMP keeps a team of threads for every thread that ever
     computed, and where there are more of them than cores, none waits actively, which makes each small product slower
     by half."""
@@ -182,7 +185,7 @@ def _on_a_thread(work: Callable[[], T]) -> T:
     except MemoryError as error:
         forget_frames(error)
         free()
-        raise OutOfMemory("Not enough memory to load a model") from error
+        raise OutOfMemory(f"Not enough memory to load model '{model_id}'") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,10 +110,14 @@ class _Account:
         self._floor = {device: floor}
         self._taken: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Take what is there from the start."""
-        for device, floor in self._floor.items():
-            self._manager.budget.note(self._model_id, _KV_CACHE, {device: floor})
+        manager.budget.note(model_id, _KV_CACHE, self._floor)
+
+    def keep(self, device: str, size: int) -> None:
+        with self._lock:
+            taken, floor = self._taken.get(device, 0), self._floor.get(device, 0)
+            more = max(taken, size) - max(taken, floor)
+            if more > 0 and self._manager.budget.take(self._model_id, _KV_CACHE, device, more):
+                self._floor[device] = size
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
         self._manager.budget.note(self._model_id, part, sizes)
@@ -312,9 +316,9 @@ class ModelManager:
             ModelBusy: those who use it did not end within the busy timeout; nothing was changed.
         """
         self._registry.get(model_id)
-        self.downloads.cancel(model_id)
         with self._alone(model_id) as slot:
             content = self._registry.remove(model_id)
+            self.downloads.cancel(model_id)
             slot.overrides = LoadSettings()
             self._release(model_id, slot)
         return content
@@ -543,18 +547,22 @@ class ModelManager:
             with self._changed:
                 return frozenset(self._slots)
 
-    def _evict(self, model_id: str, why: str) -> bool:
-        """Take a model out of memory if still nobody uses it; tells whether it went."""
+    def _evict(self, model_id: str, why: str, *, expired: bool = False) -> bool:
+        """Take a model out of memory if still nobody uses it, and its time still is up where it `expired`; tells
+        whether it went."""
         with self._changed:
             slot = self._slots[model_id]
             if not slot.idle or self._closed:
+                return False
+            if expired and (slot.expires is None or slot.expires > time.monotonic()):
                 return False
             slot.reserved = True
         try:
             logger.info("taking %s out of memory: %s", model_id, why)
             slot.overrides = LoadSettings()
             self._release(model_id, slot)
-            self.statistics.evicted(model_id)
+            if not expired:
+                self.statistics.evicted(model_id)
         finally:
             with self._changed:
                 slot.reserved = False
@@ -611,22 +619,7 @@ class ModelManager:
                     self._changed.wait(min(soonest - now, 60.0) if soonest > now else _LOOK_AGAIN)
                     continue
             for model_id in due:
-                self._evict_expired(model_id)
-
-    def _evict_expired(self, model_id: str) -> None:
-        with self._changed:
-            slot = self._slots[model_id]
-            if not slot.idle or slot.expires is None or slot.expires > time.monotonic() or self._closed:
-                return
-            slot.reserved = True
-        try:
-            logger.info("taking %s out of memory: its time is up", model_id)
-            slot.overrides = LoadSettings()
-            self._release(model_id, slot)
-        finally:
-            with self._changed:
-                slot.reserved = False
-                self._changed.notify_all()
+                self._evict(model_id, "its time is up", expired=True)
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -742,7 +735,6 @@ class ModelManager:
                 memory=account,
             )
             model = self._read_or_relieve(model_id, read)
-            account.begin()
         except BaseException:
             self.budget.forget(model_id)
             raise

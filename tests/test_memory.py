@@ -264,7 +264,9 @@ def test_who_waits_for_memory_has_his_turn_when_those_who_use_it_are_done(
                 pool.submit(keep_busy, f"sized/{name}", offset)
         time.sleep(2)
         try:
-            manager.load("sized/c")
+            with manager.lease("sized/c") as model:
+                assert manager.loaded()["sized/c"] is model
+                assert len(manager.loaded()) == 2  # one of the two has gone for it
         finally:
             stop.set()
 
@@ -837,3 +839,16 @@ def test_who_leaves_a_forced_load_does_not_end_it_for_who_asked(
         with pytest.raises(Cancelled):
             other.result(10)
         assert forced.result(10).setup.record.model_id == tiny("llama")
+
+
+def test_a_model_that_was_let_in_can_serve_whatever_the_others_have_taken_since(
+    manage: Callable[..., ModelManager], tiny: Any
+) -> None:
+    """Also one for which there was so much room that nobody looked closely."""
+    manager = manage(record(tiny("llama")), budget=Budget({"*": Limit(bytes=3 * 10**9)}))
+    manager.load(tiny("llama")).prepared()
+    manager.budget.note("others", "weights", {"cpu": manager.budget.room("cpu") or 0})
+    with manager.lease(tiny("llama")) as model:
+        request = GenerationRequest({"max_new_tokens": 4, "do_sample": False}, prompt="The cat")
+        assert "".join(chunk.text for chunk in model.generate(request))
+        assert model.sizes.kv_cache > 0
