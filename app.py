@@ -41,6 +41,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         options=LoadOptions(
             models_dir=settings.models_dir,
             device=settings.device,
+            runner=settings.engine,
             allow_pickle=settings.allow_pickle,
             trust_remote_code=settings.trust_remote_code,
             offline=settings.offline,

@@ -40,6 +40,12 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="Where models run: `auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.",
     )
+    engine: str = Field(
+        "auto",
+        pattern=r"^(auto|torch|openvino)$",
+        description="What computes models: `auto` (OpenVINO on a CPU, where it gives torch's numbers), `torch`, "
+        "`openvino`.",
+    )
     threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
     connection_limit: int = Field(
         1000, ge=1, description="Connections held open at once; keep it well above `threads`."

@@ -27,6 +27,7 @@ from .api.wire import JSONProvider, JSONRequest, check_query
 from .budget import Budget, Limit
 from .errors import RegistryError
 from .manager import ModelManager
+from .memory import resident_bytes
 from .preflight import Preflight
 from .records import LoadOptions
 from .registry import ModelRegistry
@@ -64,7 +65,7 @@ def init_app(
         busy_timeout=busy_timeout,
         keep_alive=keep_alive,
         memory_timeout=memory_timeout,
-        budget=Budget(memory_limits),
+        budget=Budget(memory_limits, resident=resident_bytes),
         statistics=Statistics(beside(registry)),
     )
     places = threading.BoundedSemaphore(max(1, threads - max(1, threads // 8)))

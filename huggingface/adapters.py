@@ -18,31 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 from . import files
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
+from .adapter_files import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
+from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
 
 logger = logging.getLogger(__name__)
-
-CONFIG, WEIGHTS, PICKLES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-# What a LoRA config may ask for besides factors beside products, with the words for why it is not to be had here.
-_REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "modules_to_save": "it replaces whole modules",
-        "trainable_token_indices": "it changes single tokens' vectors",
-        "layer_replication": "it repeats the model's layers",
-        "target_parameters": "it adapts parameters that are not those of a product",
-        "megatron_config": "it is for Megatron's layers",
-        "alora_invocation_tokens": "it is at work from a token on only",
-        "use_qalora": "it is for quantized groups of inputs",
-        "use_bdlora": "its factors are in blocks",
-        "arrow_config": "it chooses among other adapters",
-        "kasa_config": "it changes the base's weights",
-        "velora_config": "it is a way of training",
-        "monteclora_config": "its factors are drawn by chance",
-    }
-)
-# How factors began matters only where the base's weights were changed with them. These leave the base as it was.
-_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Adapters:
@@ -118,46 +97,14 @@ def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: An
     return handle
 
 
-def check(what: str, folder: Path) -> dict[str, Any]:
-    """The content of an adapter's config, after a look at it and at the weights beside it; without peft or torch.
-
-    Raises: as `attach`.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FilesMissing(f"{what}: its folder holds no {CONFIG}; put the complete adapter there")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FilesCorrupt(f"{what}: {CONFIG} is damaged (not JSON); download it again") from error
-    if not isinstance(config, dict):
-        raise FilesCorrupt(f"{what}: {CONFIG} is damaged (not a JSON object); download it again")
-    if config.get("peft_type") != "LORA":
-        raise ModelUnsupported(f"{what} is of the kind {config.get('peft_type')}; only LORA can be chosen per request")
-    for field, why in _REFUSED.items():
-        if config.get(field):
-            raise ModelUnsupported(f"{what} cannot be chosen per request: {why} ({field} in {CONFIG})")
-    if config.get("bias", "none") != "none":
-        raise ModelUnsupported(f"{what} cannot be chosen per request: it changes the base's biases (bias in {CONFIG})")
-    if (beginning := config.get("init_lora_weights", True)) not in _BEGINNINGS:
-        raise ModelUnsupported(
-            f"{what} is made for a base whose weights were changed when it began ('{beginning}'); convert it to plain "
-            "LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained)"
-        )
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLES).is_file():
-            raise FilesRefused(f"{what} has pickled weights only ({PICKLES}), which can run any code; save it anew")
-        raise FilesMissing(f"{what}: its folder holds no {WEIGHTS}; put the complete adapter there")
-    if not files.is_whole(folder / WEIGHTS):
-        raise FilesCorrupt(f"{what}: {WEIGHTS} is damaged or incomplete; download it again")
-    return config
-
-
 def _attach(what: str, model: Any, key: str, folder: Path, tokenizer: Any) -> None:
     from peft import inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    config = _config(what, check(what, folder))
+    content = check(what, folder)
+    products = {name: tuple(each.shape) for name, each in model.named_parameters() if each.is_floating_point()}
+    check_factors(what, content, read_head(what, folder), products)
+    config = _config(what, content)
     _check_tokens(what, folder, tokenizer)
     weights = _factors(what, load_peft_weights(str(folder), device="cpu"), model)
     _teach_quantized(what, config, model)
@@ -165,7 +112,7 @@ def _attach(what: str, model: Any, key: str, folder: Path, tokenizer: Any) -> No
         warnings.simplefilter("ignore")  # of adapters that are there already, and of how a Conv1D's weights lie
         inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
     if config.target_parameters:  # what peft makes of a mixture's experts
-        raise ModelUnsupported(f"{what} cannot be chosen per request: {_REFUSED['target_parameters']}")
+        raise ModelUnsupported(f"{what} cannot be chosen per request: {REFUSED['target_parameters']}")
     _check_places(what, model)
     result: Any = set_peft_model_state_dict(model, weights, key, low_cpu_mem_usage=True)
     missing = [name for name in result.missing_keys if key in name.split(".")]

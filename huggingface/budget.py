@@ -1,15 +1,17 @@
 """How much memory models may take on each device, and who has taken how much.
 
 A ledger, not an allocator: whoever takes memory says so before, and says what it really was after. What is free is
-asked of the system each time, because others live on this machine too. Standard library only; any thread may call
-anything here. Must not know models, only their names.
+asked of the system each time, because others live on this machine too; and what the process has beyond all that anybody
+noted is measured, because it comes with the models' work. Standard library only; any thread may call anything here.
+Must not know models, only their names.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LEAST = 1000  # bytes
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_LENIENT = 0.1  # of a limit in bytes, which the process may have besides before a load is refused for it
+_WINDOW = 60.0  # seconds for which the most that was taken besides counts: it comes and goes with the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +61,39 @@ def parse_limits(text: str) -> dict[str, Limit]:
 
 
 class Budget:
-    """The ledger. Devices are named as torch does; `cuda` is `cuda:0`."""
+    """The ledger. Devices are named as torch does; `cuda` is `cuda:0`.
+
+    What counts as an owner's on a device is the most of three: what it has noted, that with the part of it that was set
+    aside whole (`keep`), and, until it settles, what it reserved.
+    """
 
     def __init__(
-        self, limits: Mapping[str, Limit] | None = None, free: Callable[[str], int | None] = free_bytes
+        self,
+        limits: Mapping[str, Limit] | None = None,
+        free: Callable[[str], int | None] = free_bytes,
+        resident: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`free` tells how many bytes could be taken on a device just now, None where that cannot be told."""
+        """`free` tells how many bytes could be taken on a device just now, None where that cannot be told; `resident`
+        how many this process has on the CPU, None where nobody is to ask.
+        """
         self._limits = dict(limits or {})
         self._free = free
+        self._resident = resident
         self._lock = threading.Lock()
         self._held: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
+        self._kept: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
         self._coming: dict[str, dict[str, int]] = defaultdict(dict)
+        self._idle_process: int | None = None
+        self._unnoted: deque[tuple[float, int]] = deque()  # readings of the clock, and bytes that only become fewer
+
+    def begin(self) -> None:
+        """Say that no model is there yet, but all that they need in common: what the process has now is its own.
+
+        Only the first time counts.
+        """
+        with self._lock:
+            if self._idle_process is None:
+                self._idle_process = self._resident()
 
     def reserve(self, owner: str, needs: Mapping[str, int]) -> bool:
         """Set memory aside that `owner` is about to take, all of it or, where there is no room, nothing.
@@ -76,14 +102,19 @@ class Budget:
         """
         needs = {_same(device): need for device, need in needs.items()}
         with self._lock:
-            if any(room is not None and need > room for device, need in needs.items() for room in [self._room(device)]):
+            if any(self._lacking(owner, device, need) > 0 for device, need in needs.items()):
                 return False
             for device, need in needs.items():
                 self._coming[device][owner] = need
             return True
 
+    def lacking(self, owner: str, device: str, need: int) -> int:
+        """How many bytes others would have to give back, so that `owner` could have as many as it needs."""
+        with self._lock:
+            return max(0, self._lacking(owner, _same(device), need))
+
     def settle(self, owner: str) -> None:
-        """What `owner` had set aside is not needed any more: it has been taken and noted, or will not be."""
+        """What `owner` had reserved is not needed any more: it has been taken and noted, or will not be."""
         with self._lock:
             for reserved in self._coming.values():
                 reserved.pop(owner, None)
@@ -97,48 +128,53 @@ class Budget:
                 if size:
                     self._held[_same(device)][owner, part] = size
 
+    def keep(self, owner: str, part: str, device: str, size: int) -> bool:
+        """Set `size` bytes aside, in place of before, that a part of `owner` may have at any time, if they are there to
+        be had."""
+        with self._lock:
+            return self._set(self._kept, owner, part, _same(device), size)
+
     def take(self, owner: str, part: str, device: str, size: int) -> bool:
-        """Note `size` bytes more for a part of `owner`, if there is room for them; a negative size gives back."""
+        """Note `size` bytes more for a part of `owner`, if there is room for them or they were set aside; a negative
+        size gives back."""
         device = _same(device)
         with self._lock:
-            room = self._room(device)
-            if size > 0 and room is not None and size > room:
-                return False
-            parts = self._held[device]
-            parts[owner, part] = max(0, parts.get((owner, part), 0) + size)
-            return True
+            before = self._held[device].get((owner, part), 0)
+            return self._set(self._held, owner, part, device, max(0, before + size))
+
+    def leave(self, owner: str) -> None:
+        """Have all that `owner` has count as its own, whatever it gives back, until it is forgotten: what is let go of
+        comes back to the system later."""
+        with self._lock:
+            for device in list(self._held):
+                if size := self._counted(device).get(owner, 0):
+                    self._coming[device][owner] = size
 
     def forget(self, owner: str) -> None:
         """Note that `owner` has nothing any more."""
         with self._lock:
-            for parts in self._held.values():
+            for parts in (*self._held.values(), *self._kept.values()):
                 for key in [key for key in parts if key[0] == owner]:
                     del parts[key]
             for reserved in self._coming.values():
                 reserved.pop(owner, None)
 
     def held(self, owner: str | None = None) -> dict[str, int]:
-        """Bytes by device that `owner` has, or all together."""
+        """Bytes by device that count as `owner`'s, or all together."""
         with self._lock:
             sums = {
-                device: sum(size for (name, _), size in parts.items() if owner in (None, name))
-                for device, parts in self._held.items()
+                device: sum(size for name, size in self._counted(device).items() if owner in (None, name))
+                for device in {*self._held, *self._kept, *self._coming}
             }
         return {device: size for device, size in sums.items() if size}
 
     def holders(self, device: str) -> dict[str, int]:
-        """Bytes on a device by owner, what is set aside included."""
-        device = _same(device)
-        sums: dict[str, int] = defaultdict(int)
+        """Bytes on a device that count as each owner's."""
         with self._lock:
-            for (name, _), size in self._held[device].items():
-                sums[name] += size
-            for name, size in self._coming[device].items():
-                sums[name] += size
-        return dict(sums)
+            return self._counted(_same(device))
 
     def room(self, device: str) -> int | None:
-        """Bytes that could be taken on a device now; None where nothing limits them."""
+        """Bytes that a load could take on a device now; None where nothing limits them."""
         with self._lock:
             return self._room(_same(device))
 
@@ -146,24 +182,81 @@ class Budget:
         """Bytes that models could have on a device if all of them went; None where nothing limits them."""
         device = _same(device)
         with self._lock:
-            room = self._room(device)
+            room = self._room(device, 0)
             return None if room is None else room + self._taken(device)
 
-    def _taken(self, device: str) -> int:
-        return sum(self._held[device].values()) + sum(self._coming[device].values())
+    def besides(self, device: str) -> int:
+        """Bytes of a limit that models cannot have now, as the process has them besides what is noted."""
+        with self._lock:
+            return self._besides(_same(device), _LENIENT)
 
-    def _room(self, device: str) -> int | None:
-        limit = self._limits.get(device) or self._limits.get(device.split(":")[0]) or self._limits.get("*") or Limit()
+    def _set(
+        self, ledger: dict[str, dict[tuple[str, str], int]], owner: str, part: str, device: str, size: int
+    ) -> bool:
+        parts, key = ledger[device], (owner, part)
+        before, counted = parts.get(key, 0), self._counted(device).get(owner, 0)
+        # What grows with the work is held back earlier than what is loaded for it: it cannot be taken away again.
+        room = self._room(device, self._besides(device)) if size > before else None
+        parts[key] = size
+        if room is not None and self._counted(device).get(owner, 0) - counted > room:
+            parts[key] = before
+            return False
+        return True
+
+    def _counted(self, device: str) -> dict[str, int]:
+        sums: dict[str, int] = defaultdict(int)
+        held, kept = self._held[device], self._kept[device]
+        for key in dict.fromkeys((*held, *kept)):
+            sums[key[0]] += max(held.get(key, 0), kept.get(key, 0))
+        for owner, size in self._coming[device].items():
+            sums[owner] = max(sums[owner], size)
+        return {owner: size for owner, size in sums.items() if size}
+
+    def _taken(self, device: str) -> int:
+        return sum(self._counted(device).values())
+
+    def _room(self, device: str, besides: int | None = None) -> int | None:
+        limit = self._limit(device)
         free = self._free(device)
         # What is set aside is not taken yet, and so is still among what is free.
-        coming = sum(self._coming[device].values())
         taken = self._taken(device)
+        coming = taken - sum(self._held[device].values())
         if limit.bytes is not None:
-            allowed = limit.bytes - taken
+            allowed = limit.bytes - taken - (self._besides(device, _LENIENT) if besides is None else besides)
             return max(0, allowed if free is None else min(allowed, free - coming))
         if free is None:
             return None
         return max(0, int(limit.share * (free + taken - coming)) - taken)
+
+    def _lacking(self, owner: str, device: str, need: int) -> int:
+        room, alone = self._room(device), self._room(device, 0)
+        if room is None or alone is None:
+            return 0
+        own = self._counted(device).get(owner, 0)
+        others = self._taken(device) - own
+        # Whoever has it all to himself is let in whatever the process has besides: else he might be kept out for ever.
+        return max(need - alone - own, min(need - room - own, others))
+
+    def _limit(self, device: str) -> Limit:
+        return self._limits.get(device) or self._limits.get(device.split(":")[0]) or self._limits.get("*") or Limit()
+
+    def _besides(self, device: str, lenient: float = 0.0) -> int:
+        """What the process has had on a device lately besides what is noted, as far as that is more than a share of the
+        limit."""
+        limit = self._limit(device).bytes
+        if device != "cpu" or limit is None or self._idle_process is None:
+            return 0
+        now, resident = time.monotonic(), self._resident()
+        # While somebody takes what he has reserved, or gives it back, nobody can tell whose it is.
+        if resident is not None and not self._coming[device]:
+            size = resident - self._idle_process - sum(self._held[device].values())
+            while self._unnoted and self._unnoted[-1][1] <= size:
+                self._unnoted.pop()
+            self._unnoted.append((now, size))
+        while len(self._unnoted) > 1 and self._unnoted[0][0] < now - _WINDOW:
+            self._unnoted.popleft()
+        most = self._unnoted[0][1] if self._unnoted else 0
+        return max(0, most - int(lenient * limit))
 
 
 def _same(device: str) -> str:

@@ -11,12 +11,16 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from . import files, hub
-from .errors import Cancelled, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from .adapter_files import read_head
+from .errors import Cancelled, DiskFull, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from .headers import Tensor
+from .hub.disk import Claims, Disk
 from .progress import Moment, Progress
 from .records import LoadOptions, ModelRecord
 
@@ -101,10 +105,12 @@ class Job:
 class Downloads:
     """All downloads of one server."""
 
-    def __init__(self, options: LoadOptions, *, terminal: TextIO | None = None) -> None:
-        """`terminal` is where bars are drawn; where it is None, on stderr, if that is a terminal."""
+    def __init__(self, options: LoadOptions, *, terminal: TextIO | None = None, disk: Disk | None = None) -> None:
+        """`terminal` is where bars are drawn; where it is None, on stderr, if that is a terminal. `disk` is whose room
+        all downloads share."""
         self._options = options
         self._terminal = terminal
+        self._disk = disk or Disk()
         self._lock = threading.Lock()
         self._latest: dict[str, Job] = {}  # by model
         self._jobs: dict[_Key, Job] = {}  # the last of each kind
@@ -211,8 +217,30 @@ class Downloads:
 
         Raises: as `folder`.
         """
-        wanted = (record.adapters or {}).items()
-        return {name: self._adapter(adapter, (progress or Progress()).part()) for name, adapter in wanted}
+        wanted = record.adapters or {}
+        with self._claims(()) as claims:  # as a rule they are here
+            return {
+                name: self._adapter(adapter, (progress or Progress()).part(), claims)
+                for name, adapter in wanted.items()
+            }
+
+    def adapter_heads(self, record: ModelRecord) -> list[Mapping[str, Tensor]]:
+        """The heads of the weights of the record's adapters; of one that is not here, only the head is fetched.
+
+        Raises: as `folder`.
+        """
+        return [self._adapter_head(adapter) for adapter in (record.adapters or {}).values()]
+
+    def _adapter_head(self, adapter_id: str) -> Mapping[str, Tensor]:
+        folder = files.local_folder(self._options.models_dir, adapter_id)
+        if folder is None:
+            try:
+                folder = hub.fetch_adapter(adapter_id, offline=True)
+            except (FilesMissing, HubUnreachable):
+                if self._options.offline:
+                    raise
+                return hub.adapter_head(adapter_id)
+        return read_head(f"Adapter '{adapter_id}'", folder)
 
     def close(self) -> None:
         """Give up all downloads, and let none begin; what has arrived stays."""
@@ -267,10 +295,14 @@ class Downloads:
                 before.thread.join(_LOOK_AGAIN)
             started = time.monotonic()
             folder = files.local_folder(self._options.models_dir, job.model_id)
-            if folder is None:
-                folder = self._fetch(job.model_id, job.revision, job.gguf_file, job.progress, resolved=job.resolved)
-            for adapter in sorted(job.adapters):
-                self._adapter(adapter, job.progress.part())
+            adapters = sorted(job.adapters)
+            with self._claims(adapters if folder is None else adapters[1:]) as claims:
+                if folder is None:
+                    folder = self._fetch(
+                        job.model_id, job.revision, job.gguf_file, job.progress, resolved=job.resolved, claims=claims
+                    )
+                for adapter in adapters:
+                    self._adapter(adapter, job.progress.part(), claims)
             if job.brought:
                 logger.info("downloaded %s in %.1f s", job.model_id, time.monotonic() - started)
             job.end(folder)
@@ -292,6 +324,7 @@ class Downloads:
         *,
         offline: bool = False,
         resolved: Callable[[str], None] = lambda _: None,
+        claims: Claims | None = None,
     ) -> Path:
         return hub.fetch(
             model_id,
@@ -302,13 +335,35 @@ class Downloads:
             progress=progress,
             offline=offline or self._options.offline,
             resolved=resolved,
+            claims=claims,
         )
 
-    def _adapter(self, adapter_id: str, progress: Progress) -> Path:
+    def _adapter(self, adapter_id: str, progress: Progress, claims: Claims) -> Path:
         folder = files.local_folder(self._options.models_dir, adapter_id)
         if folder is not None:
             return folder
-        return hub.fetch_adapter(adapter_id, progress=progress, offline=self._options.offline)
+        return hub.fetch_adapter(adapter_id, progress=progress, offline=self._options.offline, claims=claims)
+
+    @contextmanager
+    def _claims(self, adapters: Iterable[str]) -> Iterator[Claims]:
+        """Room on the disk for one piece of work, that of these adapters from the start: their turn comes later.
+
+        Raises:
+            DiskFull: there is none for these.
+        """
+        claims = self._disk.claims()
+        try:
+            for adapter in adapters:
+                if not self._options.offline and files.local_folder(self._options.models_dir, adapter) is None:
+                    try:
+                        hub.claim_adapter(adapter, claims)
+                    except DiskFull:
+                        raise
+                    except LocalLLMError as error:  # it is said when its turn comes
+                        logger.debug("the size of %s is not known: %s", adapter, error)
+            yield claims
+        finally:
+            claims.release()
 
     def _draw(self, job: Job) -> None:
         """Keep a bar on the terminal as long as the job runs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,8 @@ from .tasks import Head
 
 logger = logging.getLogger(__name__)
 
+_GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
+
 
 def estimate(
     build: Callable[[], Any],
@@ -29,19 +31,24 @@ def estimate(
     placement: Placement,
     own_dtype: torch.dtype,
     options: EngineOptions,
+    runner: Literal["torch", "openvino"] = "torch",
 ) -> Estimate:
-    """What the model that `build` makes would take; `own_dtype` is that of the weights in their files."""
+    """What the model that `build` makes would take; `own_dtype` is that of the weights in their files, `runner` what
+    computes it."""
     with torch.device("meta"), torch.no_grad():
         model = build()
     dtype = placement.dtype or own_dtype
     tensors = _tensors(model, dtype)
     weights = sum(tensors.values())
     devices = _by_device(model, tensors, placement)
-    if placement.quantization is not None:
-        weights = predicted_bytes(model, placement.quantization, placement.device)
-        devices = {placement.device: weights}
     packs = placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None
     copied = copies(model) if packs and head == "causal-lm" and placement.quantization is None else 0
+    if runner == "openvino":
+        weights, copied = _graph_bytes(model, placement.quantization)
+        devices = {placement.device: weights}
+    elif placement.quantization is not None:
+        weights = predicted_bytes(model, placement.quantization, placement.device)
+        devices = {placement.device: weights}
     token_bytes = _token_bytes(model, dtype) if head == "causal-lm" else 0
     kv_cache = first_bank(options.kv_cache_bytes // token_bytes) * token_bytes if token_bytes else 0
     devices[placement.device] = devices.get(placement.device, 0) + copied + kv_cache
@@ -54,7 +61,28 @@ def estimate(
         dtype=str(dtype).removeprefix("torch."),
         quantization=placement.quantization,
         devices=devices,
+        engine=runner,
     )
+
+
+def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
+    """Bytes of the constants of OpenVINO's graph of a model, and of the table that is multiplied too.
+
+    A compressed matrix has a number of 16 bits to scale each of its outputs by, and one of 8 to begin at; in 4 bits, a
+    number of 16 for each 64 of an output. The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
+    """
+    table = model.get_input_embeddings().weight
+    outputs = model.get_output_embeddings()
+    last = None if outputs is None else outputs.weight
+
+    def size(tensor: torch.Tensor) -> int:
+        if quantization is None or tensor.dim() < 2:
+            return tensor.numel() * 4
+        eight = tensor.numel() + 3 * tensor.shape[0]
+        wide = tensor is table or tensor is last
+        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // _GROUP)
+
+    return sum(map(size, model.parameters())), size(table) if last is not None and last is table else 0
 
 
 def _tensors(model: Any, dtype: torch.dtype) -> dict[str, int]:

@@ -21,19 +21,24 @@ from typing import Any, Protocol
 import torch
 
 from .adapters import Adapters
+from .converted import Graph
+from .converted_encoder import EncoderGraph
 from .devices import free_bytes
-from .engine.batch import TransformersBatch, sequence_of
+from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
+from .engine.layers import NotBatchable
+from .engine.openvino.encoder import Encoder
+from .engine.openvino.reserve import Reserve
+from .engine.openvino.runner import OpenVINORunner
 from .engine.parity import batch_runner
 from .engine.prepare import Preparer
 from .engine.prompts import run_in_batch
-from .engine.runner import BatchRunner, NotBatchable
 from .engine.slots import first_bank
 from .engine.solo import Solo
 from .engine.ticket import Ticket
 from .engine.tokens import TokenTexts
-from .errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, UnsupportedTask
+from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
 from .memory import drop_pages, forget_frames, mapped_files, release_freed
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
@@ -68,6 +73,9 @@ class Memory(Protocol):
     def keep(self, device: str, size: int) -> None:
         """Have so many bytes of KV cache to itself, if they are there to be had, before they are taken."""
 
+    def settle(self) -> None:
+        """Say that all is taken and noted that a load takes: what was reserved for it may go to others."""
+
     def relieve(self) -> bool:
         """Have others give memory up; tells whether some did."""
 
@@ -86,6 +94,9 @@ class Unlimited:
     def keep(self, device: str, size: int) -> None:
         """Nothing is kept."""
 
+    def settle(self) -> None:
+        """Nothing was reserved."""
+
     def relieve(self) -> bool:
         """There is nobody else."""
         return False
@@ -103,9 +114,25 @@ class Setup:
     device: str
     effective: Mapping[str, Any]
     key: Hashable = None
+    engine_reason: str | None = None  # why torch computes it, where OpenVINO does not
     max_context: int | None = None
     commit: str | None = None  # of its repository, where it came from the Hub
     folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A model that OpenVINO computes: its graph, and how to `read` the model itself when only that can do something.
+
+    `weights` are the bytes of these. Where the graph proves to give other numbers on this machine than it did, `refuse`
+    is told why, so that it is not tried again; torch computes then, unless OpenVINO was asked for by name (`wanted`).
+    """
+
+    graph: Graph | EncoderGraph
+    read: Callable[[], Any]
+    weights: int
+    refuse: Callable[[str], None]
+    wanted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +164,10 @@ class LoadedModel:
         pooling: Pooling | LocalLLMError | None = None,
         memory: Memory | None = None,
         adapters: Adapters | None = None,
+        conversion: Conversion | None = None,
     ) -> None:
-        """`pooling` is what makes one vector of a text's, or why that cannot be had; `adapters` are on the model.
+        """`pooling` is what makes one vector of a text's, or why that cannot be had; `adapters` are on the model. With
+        a `conversion`, `model` has no weights.
 
         How the model is served best is found out on a thread of its own, which whoever asks something waits for.
         """
@@ -153,9 +182,12 @@ class LoadedModel:
         self._memory = memory or Unlimited()
         self._options = options
         self._adapters = adapters or Adapters(self.model_id, model, {})
-        self._weights = tensor_bytes(model)
+        self._conversion = conversion
+        self._engine, self.engine_reason = ("torch" if conversion is None else "openvino"), setup.engine_reason
+        self._weights = tensor_bytes(model) if conversion is None else {"cpu": conversion.graph.weight_bytes}
         self._kv: dict[str, int] = {}
         self._peak = 0
+        self._own = 0  # bytes of weights that are there beside the graph's
         self._counting = threading.Lock()
         self._memory.note("weights", self._weights)
         # Of one call, so that whoever comes meanwhile finds a place.
@@ -184,24 +216,28 @@ class LoadedModel:
             parts.set_result(self._make_parts(model, tokenizer, pooling))
         except BaseException as error:
             forget_frames(error)
-            if not isinstance(error, Cancelled):
+            if not isinstance(error, Cancelled | InvalidRequest):
                 logger.exception("%s could not be prepared", self.model_id)
                 error = EngineFailed(self.model_id)
             parts.set_exception(error)
+        finally:
+            self._memory.settle()
 
     def _make_parts(self, model: Any, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
         """Find out how the model is served, and build all that serves it."""
         model_id, options = self.model_id, self._options
-        runner, reason = self._batch_runner(model)
+        made = None if self._conversion is None else self._openvino_runner(model, self._conversion)
+        encoder = made if isinstance(made, Encoder) else None
+        runner, reason = (made, None) if isinstance(made, OpenVINORunner) else self._batch_runner(model)
         constraints = _constraints(model, tokenizer)
         texts = TokenTexts(tokenizer, lambda: constraints.tokens)
-        batch, copied = None, 0
+        batch, copied = None, 0 if encoder is None else encoder.copied_bytes
         if runner is not None:
             runner.cache.take = self._take_cache
             batch = TransformersBatch(model_id, runner, texts, options)
             token_bytes = runner.cache.token_bytes
             self._memory.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
-            copied = runner.products.copied_bytes if runner.products is not None else 0
+            copied = runner.copied_bytes
 
         def find() -> Pooling | None:
             if isinstance(pooling, LocalLLMError):
@@ -209,7 +245,7 @@ class LoadedModel:
             return pooling
 
         active = self._adapters.active
-        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active)
+        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active, encoder)
         engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve)
         preparer = Preparer(
             model_id,
@@ -230,7 +266,38 @@ class LoadedModel:
         release_freed()  # trying took memory
         return parts
 
-    def _batch_runner(self, model: Any) -> tuple[BatchRunner | None, str | None]:
+    def _openvino_runner(self, model: Any, conversion: Conversion) -> OpenVINORunner | Encoder | None:
+        """What serves the model by its graph: in a batch, or behind its forward pass; None where torch is to."""
+        graph, options = conversion.graph, self._options
+        reserve = Reserve(model, conversion.read, self._take_own, conversion.weights)
+        try:
+            runner: OpenVINORunner | Encoder
+            if isinstance(graph, EncoderGraph):
+                runner = graph.encoder(model, reserve, lambda: self._closing)
+            else:
+                tokens = options.kv_cache_bytes // graph.token_bytes
+                runner = graph.runner(tokens, reserve, lambda: self._closing)
+        except NotBatchable as error:
+            logger.warning("%s is not computed by OpenVINO: %s", self.model_id, error)
+            conversion.refuse(str(error))
+            if conversion.wanted:
+                raise InvalidRequest(
+                    f"Invalid value for field 'engine': openvino cannot compute model '{self.model_id}': {error}",
+                    "engine",
+                ) from error
+            self._engine, self.engine_reason = "torch", str(error)
+            reserve.fetch()
+            reserve.stay()
+            with self._counting:
+                self._weights = tensor_bytes(model)
+            self._memory.note("weights", self._weights)
+            return None
+        with self._counting:
+            self._weights = {"cpu": runner.weight_bytes}
+        self._memory.note("weights", self._weights)
+        return runner
+
+    def _batch_runner(self, model: Any) -> tuple[Runner | None, str | None]:
         """What serves the model in a batch, or why it is served one request at a time."""
         if self.head == "seq2seq-lm":
             return None, "it is an encoder-decoder"
@@ -244,6 +311,15 @@ class LoadedModel:
             return None, str(error)
         return runner, None
 
+    def _take_own(self, size: int) -> bool:
+        """Take memory for weights that are there beside the graph's for a while."""
+        if not self._memory.take("own weights", "cpu", size):
+            return False
+        with self._counting:
+            self._own += size
+        self._note_peak()
+        return True
+
     def _take_cache(self, device: str, size: int) -> bool:
         if not self._memory.take("kv cache", device, size):
             return False
@@ -254,7 +330,7 @@ class LoadedModel:
 
     def _note_peak(self, more: int = 0) -> None:
         with self._counting:
-            present = sum(self._weights.values()) + sum(self._kv.values())
+            present = sum(self._weights.values()) + sum(self._kv.values()) + self._own
             self._peak = max(self._peak, present + (more or self._copied))
 
     @property
@@ -263,10 +339,15 @@ class LoadedModel:
         return parts.result().copied_bytes if parts is not None and parts.done() and not parts.exception() else 0
 
     @property
+    def effective(self) -> Mapping[str, Any]:
+        """The settings that are in effect, by their names."""
+        return {**self.setup.effective, "engine": self._engine}
+
+    @property
     def sizes(self) -> Sizes:
         """How much memory it takes at this moment."""
         with self._counting:
-            kv, copied = dict(self._kv), self._copied
+            kv, copied = dict(self._kv), self._copied + self._own
         devices = dict(self._weights)
         devices[self.device] = devices.get(self.device, 0) + copied
         for device, size in kv.items():

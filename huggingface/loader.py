@@ -26,8 +26,13 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils
 from transformers.models.auto import modeling_auto as auto
 
-from . import estimating, files, gguf_files
+from . import converted, converted_encoder, converting, estimating, files, gguf_files
+from .adapter_files import factor_bytes
 from .adapters import attach
+from .converting import ConversionFailed, Wanted
+from .engine.layers import NotBatchable
+from .engine.openvino import library
+from .engine.openvino.reserve import make_shell
 from .engine.products import Products
 from .errors import (
     FilesCorrupt,
@@ -39,12 +44,12 @@ from .errors import (
     ModelUnsupported,
     OutOfMemory,
 )
-from .headers import GGUFHeader
-from .loaded import LoadedModel, Memory, Setup, free
-from .memory import forget_frames
+from .headers import GGUFHeader, Tensor
+from .loaded import Conversion, LoadedModel, Memory, Setup, detach, free
+from .memory import available_bytes, forget_frames
 from .placement import Placement, place
 from .progress import Progress
-from .quantization import quantize
+from .quantization import predicted_bytes, quantize
 from .records import EngineOptions, Estimate, LoadOptions, LoadSettings, ModelRecord
 from .tasks import HEADS, MODEL_TYPES, Head
 from .tasks.embedding import Pooling, find_pooling
@@ -59,6 +64,12 @@ _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not 
 
 # What transformers calls its progress bars: of weights that are read, and of GGUF's that are unpacked.
 _BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
+
+# Bytes of files up to which a model is converted in this process: that is over before another one has imported torch.
+_CONVERTED_HERE = 32 * 2**20
+
+# Bytes that the process which converts takes besides the weights: torch, transformers and openvino.
+_CONVERTING = 600 * 10**6
 
 # Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
 _NOWHERE = "no-adapter-of-its-own"
@@ -134,16 +145,20 @@ def estimate(
     settings: LoadSettings | None = None,
     *,
     described: bool = False,
+    adapters: Iterable[Mapping[str, Tensor]] = (),
 ) -> Estimate:
     """What `load` would take, from the config and the files' headers alone; where the model is only `described`, its
-    weights need not be there.
+    weights need not be there. `adapters` are the heads of its adapters' weights.
 
     Raises: as `load`.
     """
     settings = settings or record.settings
-    return _on_a_thread(
+    told = _on_a_thread(
         record.model_id, lambda: _estimate(_look(record, options, folder, settings, described), options)
     )
+    factors = sum(map(factor_bytes, adapters))
+    devices = {**told.devices, told.device: told.devices.get(told.device, 0) + factors}
+    return replace(told, weights=told.weights + factors, devices=devices)
 
 
 def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
@@ -160,7 +175,9 @@ def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: Loa
     _on_a_thread(record.model_id, look)
 
 
-def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
+def rough_bytes(
+    record: ModelRecord, options: LoadOptions, folder: Path, adapters: Iterable[Mapping[str, Tensor]] = ()
+) -> int:
     """About as many bytes as a load takes at most, told by the size of the files alone, in no time.
 
     Twice and a half the files: weights of 16 bits become ones of 32, and a table of embeddings may lie there twice.
@@ -168,7 +185,7 @@ def rough_bytes(record: ModelRecord, options: LoadOptions, folder: Path) -> int:
     Raises: as `load`.
     """
     size = files.weights_bytes(record.model_id, folder, allow_pickle=options.allow_pickle)
-    return size * 5 // 2 + options.engine.kv_cache_bytes // 4
+    return size * 5 // 2 + options.engine.kv_cache_bytes // 4 + sum(map(factor_bytes, adapters))
 
 
 def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:
@@ -231,9 +248,11 @@ def _estimate(plan: _Plan, options: LoadOptions) -> Estimate:
 
     own = _own_dtype(plan)
     engine = _engine_options(plan, options)
+    converts = _not_for_openvino(plan, plan.record.adapters or {}) is None and not _place(plan, options).refused
     try:
         with _BUILDING:
-            return estimating.estimate(build, plan.head, plan.placement, own, engine)
+            runner: Any = "openvino" if converts else "torch"
+            return estimating.estimate(build, plan.head, plan.placement, own, engine, runner)
     except LocalLLMError:
         raise
     except Exception as error:
@@ -268,6 +287,12 @@ def _load(
         tokenizer = _read_tokenizer(model_id, folder, plan.config, plan.trusted)
     _check_context(plan)
     _check_compile(plan)
+    reason = _not_for_openvino(plan, adapters)
+    if reason is None:
+        made = _load_converted(plan, options, settings, tokenizer, progress, memory)
+        if isinstance(made, LoadedModel):
+            return made
+        reason = made
     own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
     try:
         with _BUILDING:
@@ -285,8 +310,9 @@ def _load(
             device=str(model.device) if placement.device_map is not None else placement.device,
             effective=_effective(plan, model, options),
             key=_key(plan, options, adapters),
+            engine_reason=reason,
             max_context=placement.max_context,
-            commit=folder.name if folder.parent.name == "snapshots" else None,
+            commit=_commit(folder),
             folder=own,
         )
         return LoadedModel(setup, model, tokenizer, _engine_options(plan, options), pooling, memory, attached)
@@ -294,6 +320,211 @@ def _load(
         if own is not None:
             shutil.rmtree(own, ignore_errors=True)
         raise
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a model that came from the Hub."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+# By OpenVINO ----------------------------------------------------------------------------------------------------------
+
+
+def _not_for_openvino(plan: _Plan, adapters: Mapping[str, Any]) -> str | None:
+    """Why torch is to compute this model; None where OpenVINO may.
+
+    Raises:
+        InvalidRequest: OpenVINO is asked for by name, and cannot be had with the rest of what is asked for.
+        ModelUnsupported: it is asked for, and not installed.
+    """
+    placement = plan.placement
+    if placement.engine == "torch":
+        return "torch was asked for"
+    reason = None
+    if plan.head == "seq2seq-lm" or (plan.config.is_encoder_decoder and _whole(plan)):
+        reason = "it is an encoder-decoder"
+    elif plan.head not in ("causal-lm", *converted_encoder.HEADS):
+        reason = "it reads tables"
+    elif placement.device != "cpu" or placement.device_map is not None:
+        reason = "it is not on the CPU alone"
+    elif (placement.dtype or _own_dtype(plan)) is not torch.float32:
+        reason = "OpenVINO computes in float32 here, and dtype says otherwise"
+    elif adapters:
+        reason = "it has adapters"
+    elif placement.attention is not None:
+        reason = "attn_implementation is for torch"
+    elif placement.compiles:
+        reason = "compile is for torch"
+    elif placement.quantization == "int4" and placement.engine == "auto":
+        reason = "in 4 bits torch loses less"
+    if reason is not None:
+        if placement.engine == "openvino":
+            raise InvalidRequest(f"Invalid value for field 'engine': openvino cannot be had here: {reason}", "engine")
+        return reason
+    packages = ("openvino", "nncf") if placement.quantization is not None else ("openvino",)
+    lacking = [name for name in packages if not library.installed(name)]
+    if lacking and placement.engine == "openvino":
+        raise ModelUnsupported(
+            f"Model '{plan.record.model_id}' was to be computed by OpenVINO, which is not installed: pip install "
+            + " ".join(lacking)
+        )
+    return f"not installed: {' '.join(lacking)}" if lacking else None
+
+
+def _load_converted(
+    plan: _Plan,
+    options: LoadOptions,
+    settings: LoadSettings,
+    tokenizer: Any,
+    progress: Progress,
+    memory: Memory | None,
+) -> LoadedModel | str:
+    """The model with OpenVINO to compute it, or why that cannot be.
+
+    Raises:
+        InvalidRequest: it cannot be, and was asked for by name.
+    """
+    placement, record, folder = plan.placement, plan.record, plan.folder
+    place, spare = _place(plan, options), Path(tempfile.mkdtemp(prefix="local-llm-"))
+    try:
+        find = converted_encoder.find if plan.head in converted_encoder.HEADS else converted.find
+        graph = find(place)
+        anew = graph is None
+        with _BUILDING:
+            model = _read_shell(plan, options)  # refuses what is wrong with the files
+            pooling = _pooling(folder, model, plan.trusted)
+        if anew:
+            bare = replace(options, engine=EngineOptions())
+            wanted = Wanted(_bare(record), bare, folder, settings, spare)
+            if _file_bytes(plan, options) > _CONVERTED_HERE:
+                _check_conversion(model, placement.quantization)
+                converting.convert(wanted, progress)
+            else:
+                with _BUILDING:
+                    convert(wanted, progress)
+            graph = find(place, spare)
+        if graph is None:
+            raise NotBatchable("its graph could not be kept anywhere")
+    except (NotBatchable, ConversionFailed) as error:
+        shutil.rmtree(spare, ignore_errors=True)
+        if isinstance(error, ConversionFailed) and error.final:
+            place.refuse(str(error))
+        if placement.engine == "openvino":
+            raise InvalidRequest(
+                f"Invalid value for field 'engine': openvino cannot compute model '{record.model_id}': {error}",
+                "engine",
+            ) from error
+        return str(error)
+    except BaseException:
+        shutil.rmtree(spare, ignore_errors=True)
+        raise
+    if graph.folder is None:
+        shutil.rmtree(spare, ignore_errors=True)
+    try:
+        note_cross_encoder(model.config, folder)
+        weights = sum(tensor.numel() * tensor.itemsize for tensor in {*model.parameters(), *model.buffers()})
+        if placement.quantization is not None:
+            weights = predicted_bytes(model, placement.quantization, "cpu")
+        setup = Setup(
+            record=record,
+            head=plan.head,
+            device="cpu",
+            effective=_effective(plan, model, options),
+            max_context=placement.max_context,
+            commit=_commit(folder),
+            folder=graph.folder,
+        )
+
+        def read() -> Any:
+            with _BUILDING:
+                whole = _read_model(plan, options, None)
+            detach(whole)
+            return whole
+
+        conversion = Conversion(graph, read, weights, place.refuse, placement.engine == "openvino")
+        loaded = LoadedModel(
+            setup, model, tokenizer, _engine_options(plan, options), pooling, memory, conversion=conversion
+        )
+        if anew:  # whether it can be computed so is not known yet
+            try:
+                loaded.prepared(lambda: progress.cancelled)
+            except BaseException:
+                loaded.close()
+                raise
+        return loaded
+    except BaseException:
+        if graph.folder is not None:
+            shutil.rmtree(graph.folder, ignore_errors=True)
+        raise
+
+
+def _check_conversion(model: Any, quantization: str | None) -> None:
+    """See that there is memory for another process that makes the graph of a model, whose shell this is.
+
+    Raises:
+        ConversionFailed: there is not.
+    """
+    weights = sum(tensor.numel() * 4 for tensor in model.parameters())
+    # What is to be rounded is tried before, with its weights packed.
+    need = weights * (1 if quantization is None else 2) + _CONVERTING
+    free = available_bytes()
+    if free is not None and free < need:
+        raise ConversionFailed(f"its conversion takes about {need} bytes of memory, and {free} are free")
+
+
+def _whole(plan: _Plan) -> bool:
+    """Whether a model is more than the encoder of one."""
+    return _auto_class(plan.config, plan.head) is not transformers.AutoModelForTextEncoding
+
+
+def _place(plan: _Plan, options: LoadOptions) -> converted.Place:
+    """Where the model's graph is kept."""
+    paths = sorted(path for path in plan.folder.iterdir() if path.is_file())
+    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    wanted = [plan.head, plan.record.gguf_file, plan.trusted, options.allow_pickle]
+    form = "encoder" if plan.head in converted_encoder.HEADS else ""
+    return converted.Place(plan.folder, [marks, wanted], plan.placement.quantization, form)
+
+
+def _bare(record: ModelRecord) -> ModelRecord:
+    """What a conversion needs to know of a record."""
+    return ModelRecord(record.model_id, record.name, record.model_type, gguf_file=record.gguf_file)
+
+
+def convert(wanted: Wanted, progress: Progress) -> None:
+    """Make a model's graph and keep it; for any but a small model in a process of its own, see `converting`.
+
+    Raises:
+        ConversionFailed: OpenVINO cannot compute it, or there is no room for its graph. As `load`, besides.
+    """
+    record, options, folder, spare = wanted.record, wanted.options, wanted.folder, wanted.spare
+    plan = _look(record, options, folder, wanted.settings)
+    exact = replace(plan, placement=replace(plan.placement, quantization=None))
+    progress.begin("read", _file_bytes(plan, options))
+    with _watched(progress):
+        model = _read_model(exact, options, None)
+    progress.begin("convert")
+    try:
+        place, quantization = _place(plan, options), plan.placement.quantization
+        if plan.head in converted_encoder.HEADS:
+            tokenizer = _read_tokenizer(record.model_id, folder, plan.config, plan.trusted)
+            converted_encoder.make(model, tokenizer, place, quantization, spare, lambda: progress.cancelled)
+        else:
+            converted.make(model, place, quantization, spare, lambda: progress.cancelled)
+    except (NotBatchable, library.OpenVINOMissing) as error:
+        raise ConversionFailed(str(error)) from error
+    except OSError as error:
+        raise ConversionFailed(f"its graph cannot be written: {files.public(error, folder)}") from error
+
+
+def _read_shell(plan: _Plan, options: LoadOptions) -> Any:
+    """The model without its weights: what transformers makes of its folder, with shapes for numbers."""
+    if plan.gguf is not None:
+        config = copy.deepcopy(plan.config)
+        with torch.device("meta"), torch.no_grad():
+            model = _auto_class(config, plan.head).from_config(config, dtype=torch.float32).eval()
+        return make_shell(model)
+    return make_shell(_read_model(plan, options, None, hollow=True))
 
 
 def _effective(plan: _Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
@@ -495,11 +726,14 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
     )
 
 
-def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
+def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False) -> Any:
+    """The model as the plan says; a `hollow` one has shapes and no numbers. Parts may be put into `offload`."""
     model_id, placement = plan.record.model_id, plan.placement
     spread: dict[str, Any] = {}
     if placement.device_map is not None:
         spread = {"device_map": placement.device_map, "offload_folder": offload}
+    elif hollow:
+        spread = {"device_map": {"": "meta"}}
     if placement.attention is not None:
         spread["attn_implementation"] = placement.attention
     auto_class, gguf_file = _auto_class(plan.config, plan.head), plan.record.gguf_file
@@ -523,6 +757,8 @@ def _read_model(plan: _Plan, options: LoadOptions, offload: Path | None) -> Any:
                 **spread,
             )
         _check_weights(model_id, plan.head, info)
+        if hollow:
+            return model
         _check_map(placement.device_map, model)
         if model.device.type == "meta":
             raise InvalidRequest(

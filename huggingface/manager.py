@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,39 +97,23 @@ class Resident:
 
 
 class _Account:
-    """Where one model asks for memory.
+    """Where one model asks for memory: see `loaded.Memory`."""
 
-    A KV cache has `floor` bytes to itself from the start, on the device that is named: a model that was let in is to be
-    able to serve, whatever the others have taken since.
-    """
-
-    def __init__(self, manager: ModelManager, model_id: str, device: str, floor: int) -> None:
+    def __init__(self, manager: ModelManager, model_id: str) -> None:
         self._manager = manager
         self._model_id = model_id
-        self._lock = threading.Lock()
-        self._floor = {device: floor}
-        self._taken: dict[str, int] = {}
-
-        manager.budget.note(model_id, _KV_CACHE, self._floor)
-
-    def keep(self, device: str, size: int) -> None:
-        with self._lock:
-            taken, floor = self._taken.get(device, 0), self._floor.get(device, 0)
-            more = max(taken, size) - max(taken, floor)
-            if more > 0 and self._manager.budget.take(self._model_id, _KV_CACHE, device, more):
-                self._floor[device] = size
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
         self._manager.budget.note(self._model_id, part, sizes)
 
+    def keep(self, device: str, size: int) -> None:
+        self._manager.budget.keep(self._model_id, _KV_CACHE, device, size)
+
     def take(self, part: str, device: str, size: int) -> bool:
-        with self._lock:
-            taken, floor = self._taken.get(device, 0), self._floor.get(device, 0)
-            more = max(taken + size, floor) - max(taken, floor)
-            if more and not self._manager.budget.take(self._model_id, part, device, more):
-                return False
-            self._taken[device] = taken + size
-            return True
+        return self._manager.budget.take(self._model_id, part, device, size)
+
+    def settle(self) -> None:
+        self._manager.budget.settle(self._model_id)
 
     def relieve(self) -> bool:
         return self._manager.relieve(self._model_id)
@@ -167,6 +151,8 @@ class ModelManager:
         self._closed = False
         self._importing: threading.Timer | None = None
         self._reaper: threading.Thread | None = None
+        self._warm = False
+        self._warming_up = threading.Lock()
         self._making_room = threading.Lock()  # two loads must not count on the same memory, or on the same victims
 
     def import_libraries(self, delay: float) -> None:
@@ -174,7 +160,7 @@ class ModelManager:
 
         Where it cannot be imported, the first load says so.
         """
-        self._importing = threading.Timer(delay, _try_import)
+        self._importing = threading.Timer(delay, self._try_import)
         self._importing.name = "import-libraries"
         self._importing.start()
 
@@ -267,7 +253,7 @@ class ModelManager:
             before = slot.overrides
         if before == settings:
             return before
-        loader = import_library(_LOADER)
+        loader = self._import_loader()
         with suppress(FilesMissing, HubUnreachable):  # files that are not here yet say nothing
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
@@ -321,6 +307,7 @@ class ModelManager:
             self.downloads.cancel(model_id)
             slot.overrides = LoadSettings()
             self._release(model_id, slot)
+            self.statistics.removed(model_id)
         return content
 
     def close(self) -> None:
@@ -377,7 +364,7 @@ class ModelManager:
         Raises: as `lease`, but for what only comes out when weights are read.
         """
         record = self._registry.get(model_id)
-        loader = import_library(_LOADER)
+        loader = self._import_loader()
         wanted = (settings or LoadSettings()).over(record.settings)
         estimate = self._estimate(loader, record, wanted)
         idle = self._idle(model_id)
@@ -387,7 +374,7 @@ class ModelManager:
             room, limit = self.budget.room(device), self.budget.most(device)
             if room is not None and limit is not None:
                 rooms[device], most[device] = room + own.get(device, 0), limit
-                lacking[device] = max(0, need - rooms[device])
+                lacking[device] = self.budget.lacking(model_id, device, need)
         goes = choose(idle, lacking) if any(lacking.values()) else []
         possible = all(estimate.devices[device] <= limit for device, limit in most.items())
         fits = possible and (not any(lacking.values()) or bool(goes))
@@ -404,9 +391,13 @@ class ModelManager:
             if record.gguf_file is not None:
                 raise
             folder = self.downloads.described(record)
-            estimate: Estimate = loader.estimate(record, self._options, folder, settings, described=True)
+            heads = self.downloads.adapter_heads(record)
+            estimate: Estimate = loader.estimate(
+                record, self._options, folder, settings, described=True, adapters=heads
+            )
         else:
-            estimate = loader.estimate(record, self._options, folder, settings)
+            heads = self.downloads.adapter_heads(record)
+            estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
         return estimate
 
     def _refuse_at_once(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> None:
@@ -498,15 +489,15 @@ class ModelManager:
         """
         lacking = {}
         for device, need in needs.items():
-            room, most = self.budget.room(device), self.budget.most(device)
-            if room is None or most is None:
+            most = self.budget.most(device)
+            if most is None:
                 continue
             if need > most:
                 raise NeverFits(
                     f"Model '{model_id}' needs {readable(need)} of memory on {device} ({need} bytes), and models may "
                     f"have {readable(most)} there ({most} bytes)"
                 )
-            lacking[device] = need - room
+            lacking[device] = self.budget.lacking(model_id, device, need)
         return lacking
 
     def _held(self, model_id: str, needs: Mapping[str, int]) -> MemoryHeld:
@@ -523,6 +514,8 @@ class ModelManager:
                             slot = self._slots.get(name)
                         state = "pinned" if name in pinned else "idle" if slot is not None and slot.idle else "in use"
                         holders.append(f"'{name}' ({readable(size)}, {state})")
+                if (besides := self.budget.besides(device)) > 0:
+                    holders.append(f"the process itself ({readable(besides)})")
                 texts.append(
                     f"{readable(need)} on {device} are needed and {readable(room)} are to be had; the rest is held by "
                     + (", ".join(holders) or "other programs")
@@ -579,6 +572,7 @@ class ModelManager:
         sizes = model.sizes
         resident = model.resident
         before = {device: used_bytes(device) for device in sizes.devices}
+        self.budget.leave(model_id)
         model.close()
         self.budget.forget(model_id)
         freed = 0
@@ -712,17 +706,18 @@ class ModelManager:
 
     def _read(self, record: ModelRecord, settings: LoadSettings, progress: Progress) -> LoadedModel:
         model_id = record.model_id
-        loader = import_library(_LOADER)
+        loader = self._import_loader()
         started = time.monotonic()
         self._refuse_at_once(loader, record, settings)
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
         progress.begin("read")
-        account = _Account(self, model_id, "cpu", 0)
-        if not self._has_plenty(loader, record, settings, folder):
-            estimate: Estimate = loader.estimate(record, self._options, folder, settings)
+        account = _Account(self, model_id)
+        heads = self.downloads.adapter_heads(record)
+        if not self._has_plenty(loader, record, settings, folder, heads):
+            estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
             self._make_room(model_id, estimate.devices, lambda: progress.cancelled)
-            account = _Account(self, model_id, estimate.device, estimate.kv_cache)
+            account.keep(estimate.device, estimate.kv_cache)
         try:
             read = partial(
                 loader.load,
@@ -738,16 +733,35 @@ class ModelManager:
         except BaseException:
             self.budget.forget(model_id)
             raise
-        self.budget.settle(model_id)
         logger.info("loaded %s on %s in %.1f s", model_id, model.device, time.monotonic() - started)
         return model
 
-    def _has_plenty(self, loader: Any, record: ModelRecord, settings: LoadSettings, folder: Path) -> bool:
+    def _import_loader(self) -> Any:
+        """The loader, ready for work; what the process has then, it has for itself.
+
+        Raises:
+            DependencyMissing: torch or transformers cannot be imported.
+        """
+        loader = import_library(_LOADER)
+        with self._warming_up:
+            if not self._warm:
+                loader.warm_up()
+                self.budget.begin()
+                self._warm = True
+        return loader
+
+    def _try_import(self) -> None:
+        with suppress(DependencyMissing):
+            self._import_loader()
+
+    def _has_plenty(
+        self, loader: Any, record: ModelRecord, settings: LoadSettings, folder: Path, adapters: Sequence[Any]
+    ) -> bool:
         """Set memory aside without a closer look, where there is far more than the model could take."""
         if record.gguf_file is not None or settings.device_map is not None or settings.quantization is not None:
             return False
         device = resolve_device(settings.device or self._options.device)
-        rough = loader.rough_bytes(record, self._options, folder)
+        rough = loader.rough_bytes(record, self._options, folder, adapters)
         with self._making_room:
             room = self.budget.room(device)
             plenty = room is None or room >= _PLENTY * rough
@@ -806,8 +820,3 @@ def _is_stale(model: LoadedModel, record: ModelRecord) -> bool:
     then = model.setup.record
     now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
     return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed
-
-
-def _try_import() -> None:
-    with suppress(DependencyMissing):
-        import_library(_LOADER).warm_up()

@@ -57,6 +57,17 @@ def drop_pages(address: int, size: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
+def drop_file_pages(path: Path) -> None:
+    """Have no page of a mapped file lie in memory that nobody reads just now; nobody may have written to them."""
+    wanted = str(path.resolve())
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            addresses, *rest = line.split(None, 5)
+            if len(rest) == 5 and rest[4] == wanted:
+                start, _, end = addresses.partition("-")
+                drop_pages(int(start, 16), int(end, 16) - int(start, 16))
+
+
 def forget_frames(error: BaseException | None) -> None:
     """Let go of the local variables that a caught error and its causes hold by their tracebacks.
 

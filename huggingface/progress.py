@@ -14,7 +14,7 @@ from typing import Literal
 
 from .errors import Cancelled
 
-Phase = Literal["waiting", "download", "read", "ready", "failed", "cancelled"]
+Phase = Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
 
 _ENDS = ("ready", "failed", "cancelled")
 _WINDOW = 5.0  # seconds that the speed is a mean of

@@ -49,8 +49,9 @@ class LoadSettings:
     """How one model is brought into memory; None leaves it to the server.
 
     `device` is `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map` is accelerate's, a name or modules by device;
-    `dtype` is `auto` or a name of torch's; `quantization` is a scheme of `quantization.py`. `max_context` is the most
-    tokens of one sequence, `slots` the most sequences in one batch.
+    `dtype` is `auto` or a name of torch's; `quantization` is a scheme of `quantization.py`. `engine` is what computes:
+    `auto`, `torch` or `openvino`. `max_context` is the most tokens of one sequence, `slots` the most sequences in one
+    batch.
     """
 
     device: str | None = None
@@ -59,6 +60,7 @@ class LoadSettings:
     quantization: str | None = None
     attn_implementation: str | None = None
     compile: bool | None = None
+    engine: str | None = None
     max_context: int | None = None
     slots: int | None = None
 
@@ -101,6 +103,7 @@ class ModelRecord:
     quantization: str | None = None
     attn_implementation: str | None = None
     compile: bool | None = None
+    engine: str | None = None
     max_context: int | None = None
     slots: int | None = None
     details: Mapping[str, Any] | None = None
@@ -139,13 +142,17 @@ OPTIONAL_FIELDS = tuple(each.name for each in fields(ModelRecord) if each.defaul
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How models are brought into memory: from where, onto what, and what code their files may run."""
+    """How models are brought into memory: from where, onto what, and what code their files may run.
+
+    `runner` is what computes them where neither their record nor the load says: `auto`, `torch` or `openvino`.
+    """
 
     models_dir: Path
     device: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: frozenset[str] = frozenset()
     offline: bool = False
+    runner: str = "torch"
     engine: EngineOptions = field(default_factory=lambda: EngineOptions())
 
 
@@ -317,6 +324,7 @@ class Estimate:
     dtype: str
     quantization: str | None
     devices: Mapping[str, int]
+    engine: str = "torch"
 
     @property
     def total(self) -> int:

@@ -65,6 +65,7 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "quantization": _or_null(_is_text, "a string"),
     "attn_implementation": _or_null(_is_text, "a string"),
     "compile": _or_null(lambda value: isinstance(value, bool), "true or false"),
+    "engine": _or_null(_is_text, "a string"),
     "max_context": _or_null(_is_count, "a whole number above 0"),
     "slots": _or_null(_is_count, "a whole number above 0"),
     "details": _or_null(_is_object, "an object"),

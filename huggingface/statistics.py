@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 from collections import Counter
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,7 @@ class Statistics:
         self._wake = threading.Event()
         self._pending: dict[str, _Counts] = {}
         self._kept: dict[str, _Counts] = {}  # what the file said when it was last looked at
+        self._removed: set[str] = set()  # whose counts are to go from the file
         self._version: Version | None = None
         self._writer: threading.Thread | None = None
         self._closing = False
@@ -139,6 +141,13 @@ class Statistics:
         """The model went to make room for another."""
         self._note(model_id, _Counts(Counter(evictions=1)))
 
+    def removed(self, model_id: str) -> None:
+        """The model is no longer registered: nothing of it is kept. What is counted from now on is another's."""
+        with self._lock:
+            self._pending.pop(model_id, None)
+            self._removed.add(model_id)
+            self._write_later()
+
     # Looking ---------------------------------------------------------------------------------------------------------
 
     def shown(self) -> dict[str, dict[str, Any]]:
@@ -146,7 +155,7 @@ class Statistics:
         with self._lock:
             self._read()
             both: dict[str, _Counts] = {}
-            for counts in (self._kept, self._pending):
+            for counts in (self._remaining(self._removed), self._pending):
                 for model_id, each in counts.items():
                     both.setdefault(model_id, _Counts()).add(each)
         return {model_id: counts.shown() for model_id, counts in sorted(both.items())}
@@ -168,10 +177,18 @@ class Statistics:
     def _note(self, model_id: str, counts: _Counts) -> None:
         with self._lock:
             self._pending.setdefault(model_id, _Counts()).add(counts)
-            if self._file is not None and not self._closing and (self._writer is None or not self._writer.is_alive()):
-                self._wake.clear()
-                self._writer = threading.Thread(target=self._write_behind, name="statistics", daemon=True)
-                self._writer.start()
+            self._write_later()
+
+    def _write_later(self) -> None:
+        """Have what is pending written; with the lock held."""
+        if self._file is not None and not self._closing and (self._writer is None or not self._writer.is_alive()):
+            self._wake.clear()
+            self._writer = threading.Thread(target=self._write_behind, name="statistics", daemon=True)
+            self._writer.start()
+
+    def _remaining(self, removed: Set[str]) -> dict[str, _Counts]:
+        """What the file says of models that are still registered."""
+        return {model_id: counts for model_id, counts in self._kept.items() if model_id not in removed}
 
     def _write_behind(self) -> None:
         """Write once, a while after the first thing was counted; what is counted later begins another thread."""
@@ -184,15 +201,17 @@ class Statistics:
 
     def _flush(self) -> None:
         """Add what is pending to the file."""
-        if self._file is None or not self._pending:
+        if self._file is None or not (self._pending or self._removed):
             return
         try:
             with self._file.locked():
                 with self._lock:
                     self._read(locked=True)
                     pending, self._pending = self._pending, {}
-                    kept = {model_id: _Counts() for model_id in (*self._kept, *pending)}
-                    for counts in (self._kept, pending):
+                    removed, self._removed = self._removed, set()
+                    before = self._remaining(removed)
+                    kept = {model_id: _Counts() for model_id in (*before, *pending)}
+                    for counts in (before, pending):
                         for model_id, each in counts.items():
                             kept[model_id].add(each)
                 document = {"models": {model_id: counts.to_json() for model_id, counts in kept.items()}}
@@ -205,6 +224,7 @@ class Statistics:
                         for model_id, each in self._pending.items():
                             pending.setdefault(model_id, _Counts()).add(each)
                         self._pending = pending
+                        self._removed |= removed
                     raise
         except RegistryError as error:  # it stays pending, and the next thing that is counted tries again
             logger.warning("statistics are not written now: %s", error)

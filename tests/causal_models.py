@@ -5,6 +5,7 @@ Large random weights make greedy text differ by prompt and position. Each comes 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface.loaded import LoadedModel, Setup
+from huggingface import converted
+from huggingface.engine.openvino.reserve import make_shell
+from huggingface.loaded import Conversion, LoadedModel, Setup
 from huggingface.records import EngineOptions, ModelRecord
 
 END = "<|endoftext|>"
@@ -50,6 +53,9 @@ BATCHED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {}),
 }
 
+# Those of them that OpenVINO does not compute: their attention has no paged form.
+UNPAGED = frozenset({"gemma2-eager"})
+
 # Families that cannot be: recurrent state, and mask code of their own.
 ALONE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"state_size": 4}),
@@ -72,9 +78,21 @@ def build(name: str) -> tuple[Any, Any]:
     return model, loaded
 
 
-def serve(name: str, model: Any, tokenizer: Any, **options: Any) -> LoadedModel:
-    """The model as the server has it in memory."""
+def serve(name: str, model: Any, tokenizer: Any, engine: str = "torch", **options: Any) -> LoadedModel:
+    """The model as the server has it in memory; `model` itself stays as it is."""
     record = ModelRecord(f"tiny/{name}", name, "text-generation")
-    loaded = LoadedModel(Setup(record, "causal-lm", "cpu", {}), model, tokenizer, EngineOptions(**options))
+    folder = Path(tempfile.mkdtemp(prefix="graph-")) if engine == "openvino" else None
+    conversion, served = None, model
+    if folder is not None:
+        place = converted.Place(folder, name, None)
+        converted.make(copy.deepcopy(model), place, None, folder)
+        graph = converted.find(place)
+        assert graph is not None
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse, wanted=True)
+        served = make_shell(copy.deepcopy(model))
+    setup = Setup(record, "causal-lm", "cpu", {}, folder=folder)
+    loaded = LoadedModel(setup, served, tokenizer, EngineOptions(**options), conversion=conversion)
     loaded.prepared()
+    assert loaded.effective["engine"] == engine
     return loaded

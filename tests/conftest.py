@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tests' settings are their own.
 for _name in [name for name in os.environ if name.startswith("LOCAL_LLM_")]:
     del os.environ[_name]
+# Making OpenVINO's graph of each tiny model would take longer than most tests: what is about it says so.
+os.environ["LOCAL_LLM_ENGINE"] = "torch"
 
 import tiny_models
 
@@ -30,6 +33,18 @@ from config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs in several processes; tests that are chosen in this one, which is ready sooner."""
+    chosen = config.option.file_or_dir or config.option.keyword or config.option.lf or config.option.failedfirst
+    return 0 if chosen else max(2, min(os.cpu_count() or 1, 4))
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over the libraries and the tests: with each unload of a model it runs in full."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +106,9 @@ class Server:
             "LOCAL_LLM_REGISTRY": str(self.registry),
             "LOCAL_LLM_MODELS_DIR": str(models_dir),
             "LOCAL_LLM_DEVICE": "cpu",
+            "LOCAL_LLM_ENGINE": "torch",
             "LOCAL_LLM_IMPORT_AT_START": "false",
+            "LOCAL_LLM_BUSY_TIMEOUT": "120",  # a machine with much to do takes long for what is to be waited for
             "PYTHONUNBUFFERED": "1",
             **environment,
         }
@@ -135,10 +152,11 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(30)
+            return self.process.wait(60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
+            self.process.wait()
             self._reader.join(10)
             assert self.process.stdout is not None
             self.process.stdout.close()

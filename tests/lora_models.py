@@ -18,9 +18,9 @@ from huggingface.adapters import Adapters, attach
 from huggingface.engine.batch import TransformersBatch, sequence_of
 from huggingface.engine.constraints import Constraints
 from huggingface.engine.engine import Engine
+from huggingface.engine.layers import NotBatchable
 from huggingface.engine.parity import batch_runner
 from huggingface.engine.prepare import Preparer
-from huggingface.engine.runner import NotBatchable
 from huggingface.engine.solo import Solo
 from huggingface.engine.ticket import Ticket
 from huggingface.engine.tokens import TokenTexts

@@ -34,7 +34,9 @@ from huggingface.errors import (
     LoadError,
     ModelUnsupported,
 )
+from huggingface.preflight import Preflight
 from huggingface.quantization import quantize
+from huggingface.records import LoadOptions, ModelRecord
 from huggingface.tasks.runner import TaskRunner
 from huggingface.tasks.text_generation import TextGenerations
 
@@ -446,6 +448,57 @@ def test_an_adapter_that_cannot_be_used_is_refused_by_name(
     assert str(tmp_path) not in str(refused.value)
     after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     assert all(torch.equal(after[name], parameter) for name, parameter in before.items())
+
+
+TOLD = (
+    (config(peft_type="IA3"), "only LORA"),
+    (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    (config(bias="all"), "biases"),
+    (config(init_lora_weights="pissa"), "pissa"),
+    (config(r=6), "of rank 4"),
+    (pickled, "pickled"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
+)
+
+
+def check_told(root: Path, model: Any, tokenizer: Any, says: str) -> None:
+    """Preflight and load refuse the adapter of `org/base` in the same words."""
+    preflight = Preflight(LoadOptions(root))
+    with pytest.raises(LoadError, match=says) as refused:
+        attach("org/base", model, {"mine": root / "org" / "adapter"}, tokenizer)
+    details = preflight.look(ModelRecord("org/base", "base", "text-generation", adapters={"mine": "org/adapter"}))
+    assert details["adapters"] == {"mine": str(refused.value)}
+    assert details["problem"] == str(refused.value)
+
+
+@pytest.mark.parametrize(("damage", "says"), TOLD)
+def test_preflight_tells_in_the_loads_words_why_an_adapter_cannot_be_used(
+    damage: Any, says: str, tmp_path: Path
+) -> None:
+    model, tokenizer = build("llama")
+    model.save_pretrained(tmp_path / "org" / "base")
+    tokenizer.save_pretrained(tmp_path / "org" / "base")
+    save_adapter(model, tmp_path / "org" / "adapter", 1, **ATTENTION)
+    record = ModelRecord("org/base", "base", "text-generation", adapters={"mine": "org/adapter", "gone": "org/gone"})
+    options = LoadOptions(tmp_path, offline=True)
+    details = Preflight(options).look(record)
+    assert details["adapters"]["mine"] is None
+    assert "org/gone" in details["adapters"]["gone"]
+    damage(tmp_path / "org" / "adapter")
+    check_told(tmp_path, model, tokenizer, says)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_preflight_sees_that_an_adapter_is_of_a_wider_base(name: str, tmp_path: Path) -> None:
+    model, tokenizer = build(name)
+    model.save_pretrained(tmp_path / "org" / "base")
+    tokenizer.save_pretrained(tmp_path / "org" / "base")
+    wide = copy.deepcopy(model.config)
+    wide.hidden_size = 2 * wide.hidden_size
+    other = transformers.AutoModelForCausalLM.from_config(wide)
+    save_adapter(other, tmp_path / "org" / "adapter", 1, target_modules=["c_attn"] if name == "gpt2" else ["q_proj"])
+    check_told(tmp_path, model, tokenizer, "it belongs to another base")
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

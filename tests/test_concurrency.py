@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,6 +34,19 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, results
 
 
+def wait_for_requests(server: Any, count: int) -> None:
+    """Wait until so many are at the model: running, or in its queue."""
+    deadline = time.monotonic() + 60
+
+    def present() -> int:
+        engines = [model["engine"] for model in server.call("GET", "/cache").json()["cached_models"].values()]
+        return sum(engine["running"] + engine["waiting"] for engine in engines if engine)
+
+    while present() < count:
+        assert time.monotonic() < deadline, "the requests never came"
+        time.sleep(0.01)
+
+
 def test_a_cold_model_is_loaded_once_for_all_who_ask(start_server: Any, tiny: Any) -> None:
     """Twelve requests at once for a model that is not in memory load it once, and all are answered alike."""
     server = start_server()
@@ -49,17 +64,15 @@ def test_a_cold_model_is_loaded_once_for_all_who_ask(start_server: Any, tiny: An
 def test_a_load_holds_nobody_else_up(start_server: Any, tiny: Any, stalled_hub: socket.socket) -> None:
     """While one model's load hangs on a silent Hub, other routes answer and other models load and generate."""
     endpoint = f"http://127.0.0.1:{stalled_hub.getsockname()[1]}"
-    server = start_server(HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="8")
+    server = start_server(HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="60")
     model_id = tiny("gpt2")
     server.add(model_id, "text-generation")
     server.add("somebody/slow", "text-generation")
     assert server.call("GET", "/dependencies").json()["dependencies"]["torch"] is True
     thread, results = in_thread(lambda: server.call("POST", "/models/somebody/slow/load"))
-    time.sleep(0.5)
+    assert select.select([stalled_hub], [], [], 60)[0], "the load was to ask the Hub"
     for path in ("/models", "/cache", "/statistics", "/models/somebody/slow"):
-        started = time.monotonic()
         assert server.call("GET", path).status_code == 200
-        assert time.monotonic() - started < 1
     answer = server.call("POST", "/generate", json={"model_id": model_id, "prompt": "x", "max_new_tokens": 4})
     assert answer.status_code == 200
     assert not results, "the load was to hang during all of this"
@@ -73,10 +86,10 @@ def test_clearing_a_model_in_use_waits_for_its_users(server: Any, tiny: Any) -> 
     """DELETE /cache lets running and waiting generations finish, and then the model is gone."""
     model_id = tiny("llama")
     server.add(model_id, "text-generation")
-    body = {"model_id": model_id, "prompt": "The cat", **LONG}
+    body = {"model_id": model_id, "prompt": "The cat", **LONG, "num_beams": 4}  # short enough to be waited for
     alone = server.call("POST", "/generate", json=body).json()["response"]
     users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(3)]
-    time.sleep(1)
+    wait_for_requests(server, 3)
     assert server.call("DELETE", "/cache", params={"model_id": model_id}).status_code == 200
     assert model_id not in server.call("GET", "/cache").json()["cached_models"]
     for thread, results in users:
@@ -92,7 +105,7 @@ def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny:
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
     users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(4)]
-    time.sleep(1)
+    wait_for_requests(server, 4)
     for method, path, arguments in (
         ("DELETE", f"/cache?model_id={model_id}", None),
         ("DELETE", "/cache", None),
@@ -127,7 +140,7 @@ def test_a_client_that_hangs_up_stops_costing(server: Any, tiny: Any) -> None:
             requests.post(f"{server.api}/generate", json=body, timeout=whole / 8)
     started = time.monotonic()
     assert server.call("POST", "/generate", json=short).status_code == 200
-    assert time.monotonic() - started < whole
+    assert time.monotonic() - started < 1.5 * whole  # of what the three had left to do, more than 2.5 times that
 
 
 def test_a_storm_of_mixed_calls_breaks_nothing(start_server: Any, tiny: Any) -> None:
@@ -190,16 +203,15 @@ def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server
     server.add(model_id, "text-generation")
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
-    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(7)]
-    while server.call("GET", "/requests").json()["count"] < 7:
-        time.sleep(0.01)
-    started = time.monotonic()
+    users = []
+    for options in [{}] * 3 + [{"min_new_tokens": 1, "max_new_tokens": 8}] * 4:  # the short ones wait for the long ones
+        users.append(in_thread(partial(server.call, "POST", "/generate", json={**body, **options})))
+        wait_for_requests(server, len(users))
     full = server.call("POST", "/generate", json=body)
     assert (full.status_code, full.json()["success"]) == (503, False)
     assert int(full.headers["Retry-After"]) >= 1
     for path in ("/models", "/cache", "/statistics"):
         assert server.call("GET", path).status_code == 200
-    assert time.monotonic() - started < 2
     assert not all(results for _, results in users), "the generations were to run during all of this"
     for thread, results in users:
         thread.join(100)

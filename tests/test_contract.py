@@ -174,6 +174,7 @@ def test_a_load_says_what_was_loaded_and_where(api: Server) -> None:
             "quantization": None,
             "attn_implementation": "sdpa",
             "compile": False,
+            "engine": "torch",
             "max_context": None,
             "slots": 64,
         },

@@ -32,6 +32,7 @@ from huggingface.errors import (
     HubUnreachable,
     LoadError,
 )
+from huggingface.hub.disk import Disk
 from huggingface.progress import Progress
 from huggingface.records import LoadOptions, ModelRecord
 
@@ -348,6 +349,74 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_begun(place: Plac
     assert place.hub.downloads("org/huge") == ["config.json"]
 
 
+def limited(place: Place, free: int) -> Downloads:
+    """Downloads on a disk with so much room, which becomes less as the Hub's cache grows."""
+
+    def left(_: Path) -> int:
+        files = (path for path in place.home.rglob("*") if path.is_file() and not path.is_symlink())
+        return free - sum(path.stat().st_size for path in files)
+
+    return Downloads(LoadOptions(models_dir=place.local), disk=Disk(left))
+
+
+def test_downloads_that_run_have_the_room_on_the_disk_that_they_still_need(place: Place) -> None:
+    """Each of two would fit; the second is told what the first still needs, and fits when that one was given up."""
+    first, second = publish(place, "org/first"), publish(place, "org/second", seed=1)
+    first.rate[WEIGHTS] = MB
+    downloads = limited(place, 5 * MB)
+    try:
+        running = downloads.start(record("org/first"))
+        arriving(place, "org/first")
+        with pytest.raises(
+            DiskFull, match=r"3\.\d MB are still to be .* 4\.\d MB free, 2\.\d MB of them for what else"
+        ):
+            done(downloads.start(record("org/second")))
+        assert place.hub.bodies_of("org/second", WEIGHTS) == []
+        assert same(first, done(running))
+        for blob in (place.cached("org/first") / "blobs").iterdir():
+            blob.write_bytes(b"")  # somebody makes room
+        assert same(second, done(downloads.start(record("org/second"))))
+    finally:
+        downloads.close()
+
+
+def test_a_download_that_ends_early_leaves_its_room_to_others(place: Place) -> None:
+    first, second = publish(place, "org/first"), publish(place, "org/second", seed=1)
+    first.rate[WEIGHTS] = MB // 4
+    downloads = limited(place, 5 * MB)
+    try:
+        downloads.start(record("org/first"))
+        arriving(place, "org/first", MB // 4)
+        downloads.cancel("org/first")
+        until(lambda: not any(thread.name == "download-org/first" for thread in threading.enumerate()))
+        assert same(second, done(downloads.start(record("org/second"))))
+    finally:
+        downloads.close()
+
+
+def test_a_model_and_its_adapters_have_to_fit_on_the_disk_together(place: Place) -> None:
+    publish(place, "org/base")
+    adapter = publish(place, "org/adapter", 2 * MB).folder
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text("{}")
+    downloads = limited(place, 4 * MB)
+    wanted = record("org/base", adapters={"a": "org/adapter"})
+    try:
+        with pytest.raises(
+            DiskFull, match=r"'org/base': 3\.\d MB are still .* 4\.\d MB free, 2\.\d MB of them for what else"
+        ):
+            done(downloads.start(wanted))
+        assert place.hub.bodies_of("org/base", WEIGHTS) == []
+    finally:
+        downloads.close()
+    roomy = limited(place, 6 * MB)
+    try:
+        done(roomy.start(wanted))
+        assert (place.snapshot("org/adapter") / "adapter_model.safetensors").stat().st_size > 2 * MB
+    finally:
+        roomy.close()
+
+
 @pytest.mark.parametrize("api", [True, False])
 def test_a_branch_a_tag_and_a_commit_are_each_what_they_stand_for(
     place: Place, downloads: Downloads, api: bool
@@ -465,6 +534,26 @@ def test_a_gguf_file_is_the_weights_and_needs_no_config(place: Place, downloads:
     for name in ("../model.gguf", "/etc/x.gguf", "config.json"):
         with pytest.raises(FilesRefused):
             done(downloads.start(record("org/quantized", gguf_file=name)))
+
+
+def test_of_an_adapter_that_is_not_here_only_the_head_is_fetched_to_estimate_it(
+    place: Place, downloads: Downloads
+) -> None:
+    adapter = place.hub.root / "org/adapter"
+    fill(adapter, MB)
+    (adapter / "config.json").rename(adapter / "adapter_config.json")
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.safetensors")
+    with place.hub.recording() as made:
+        [head] = downloads.adapter_heads(record("org/base", adapters={"one": "org/adapter"}))
+    assert head["noise"].bytes == MB
+    assert sum(body.count for body in place.hub.bodies_of("org/adapter", "adapter_model.safetensors")) < MB // 2
+    assert made
+    hub.fetch_adapter("org/adapter")
+    with place.hub.recording() as made:
+        assert downloads.adapter_heads(record("org/base", adapters={"one": "org/adapter"})) == [head]
+    assert made == []
+    with pytest.raises(LoadError, match="org/none"):
+        downloads.adapter_heads(record("org/base", adapters={"one": "org/none"}))
 
 
 def test_the_adapters_of_a_model_are_brought_with_it_and_never_as_pickles(place: Place, downloads: Downloads) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Server
 from documented import good
 
@@ -31,10 +32,18 @@ STEPS = (
 )
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """A live server of these tests' own, which the tours leave as it was: empty. It asks no Hub for a model."""
+    home = tmp_path_factory.mktemp("home")
+    server = Server(tmp_path_factory.mktemp("server"), models_dir, HF_HUB_OFFLINE="1", HF_HOME=str(home))
+    yield server
+    server.stop()
+
+
 def test_the_tour_visits_everything_and_removes_the_model_it_registered(
-    start_server: Callable[..., Server], tiny: Callable[[str], str]
+    server: Server, tiny: Callable[[str], str]
 ) -> None:
-    server = start_server()
     done = run(server.url, "--model", tiny("llama"))
     assert done.returncode == 0, done.stderr
     assert [line[3:] for line in done.stdout.splitlines() if line.startswith("== ")] == list(STEPS)
@@ -49,10 +58,7 @@ def test_the_tour_visits_everything_and_removes_the_model_it_registered(
     assert good(server.call("GET", "/cache"))["total_cached"] == 0
 
 
-def test_the_tour_gives_a_registered_model_its_own_fields_back(
-    start_server: Callable[..., Server], tiny: Callable[[str], str]
-) -> None:
-    server = start_server()
+def test_the_tour_gives_a_registered_model_its_own_fields_back(server: Server, tiny: Callable[[str], str]) -> None:
     server.add(tiny("dialogpt"), "conversational", description="Mine", parameters={"temperature": 0.3})
     before = good(server.call("GET", "/models/tiny/dialogpt"))["model"]
     done = run(server.url, "--model", "tiny/dialogpt")
@@ -61,10 +67,10 @@ def test_the_tour_gives_a_registered_model_its_own_fields_back(
     assert {**after, "usage_count": 0, "last_used": None} == before
     assert after["usage_count"] == 3
     assert good(server.call("GET", "/cache"))["total_cached"] == 0
+    good(server.call("DELETE", "/models/tiny/dialogpt"))
 
 
-def test_the_tour_says_what_went_wrong_and_still_tidies_up(start_server: Callable[..., Server], tmp_path: Path) -> None:
-    server = start_server(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+def test_the_tour_says_what_went_wrong_and_still_tidies_up(server: Server) -> None:
     done = run(server.url, "--model", "org/nowhere")
     assert done.returncode == 1
     assert "The tour ended early: Model 'org/nowhere'" in done.stderr

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -25,20 +26,23 @@ ROOMS: dict[str, set[str]] = {
     "eviction": set(),
     "statistics": {"registry", "errors"},
     "headers": set(),
-    "preflight": {"files", "hub", "headers", "tasks", "records", "errors"},
-    "downloads": {"files", "hub", "progress", "records", "errors"},
+    "adapter_files": {"files", "headers", "errors"},
+    "preflight": {"adapter_files", "files", "hub", "headers", "tasks", "records", "errors"},
+    "downloads": {"adapter_files", "headers", "files", "hub", "progress", "records", "errors"},
     "warmup": {"manager", "errors"},
     "libraries": {"errors"},
     "progress": {"errors"},
     "records": {"errors"},
     "registry": {"records", "errors"},
     "files": {"records", "errors"},
-    "hub": {"files", "progress", "records", "errors"},
+    "hub": {"headers", "files", "progress", "records", "errors"},
     "tasks": {"records", "errors"},
     "engine": {"memory", "devices", "json_schema", "records", "errors"},
     "chat": {"json_schema"},
     "json_schema": set(),
-    "loader": {"headers", "files", "devices", "memory", "tasks", "engine", "progress", "records", "errors"},
+    "loader": {
+        *("adapter_files", "headers", "files", "devices", "memory", "tasks", "engine", "progress", "records", "errors"),
+    },
     "manager": {
         *("registry", "loader", "downloads", "budget", "eviction", "statistics", "devices", "libraries"),
         *("progress", "records", "errors"),
@@ -47,10 +51,13 @@ ROOMS: dict[str, set[str]] = {
         *("manager", "warmup", "downloads", "preflight", "registry", "devices", "libraries", "tasks", "engine", "chat"),
         *("progress", "records", "errors"),
     },
-    "": {"api", "manager", "warmup", "preflight", "budget", "statistics", "registry", "records", "errors"},
+    "": {"api", "manager", "warmup", "preflight", "budget", "memory", "statistics", "registry", "records", "errors"},
 }
 PARTS = {
     "adapters": "loader",
+    "converted": "loader",
+    "converted_encoder": "loader",
+    "converting": "loader",
     "estimating": "loader",
     "loaded": "loader",
     "placement": "loader",
@@ -65,11 +72,14 @@ TORCH = (
     "huggingface/loader.py",
     "huggingface/loaded.py",
     "huggingface/adapters.py",
+    "huggingface/converted.py",
+    "huggingface/converted_encoder.py",
     "huggingface/estimating.py",
     "huggingface/gguf_files.py",
     "huggingface/placement.py",
     "huggingface/quantization.py",
     "huggingface/tasks/[!_]*.py",
+    "huggingface/engine/openvino/*.py",
     *(
         f"huggingface/engine/{name}.py"
         for name in (
@@ -78,6 +88,7 @@ TORCH = (
             "cache",
             "constraints",
             "failures",
+            "layers",
             "parity",
             "prepare",
             "products",
@@ -112,12 +123,22 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": (),
     "safetensors": (),
     "gguf": (),
+    "nncf": (),
+    "openvino": (),
     "peft": (),
     "requests": ("example_usage.py",),
 }
 LATE: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("huggingface/hub/*.py", "huggingface/preflight/source.py"),
-    "safetensors": ("huggingface/files.py", "huggingface/hub/*.py", "starter.py"),
+    "safetensors": (
+        "huggingface/converted.py",
+        "huggingface/converted_encoder.py",
+        "huggingface/files.py",
+        "huggingface/hub/*.py",
+        "starter.py",
+    ),
+    "nncf": ("huggingface/engine/openvino/library.py",),
+    "openvino": ("huggingface/converted.py", "huggingface/engine/openvino/*.py"),
     "gguf": ("starter.py",),
     "peft": ("huggingface/adapters.py",),
 }
@@ -136,6 +157,7 @@ class Import:
         return f"{self.file}:{self.line} imports {self.module}"
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     """The syntax tree of every file of the program, by its path from the root."""
     paths = [*ROOT.glob("*.py"), *(ROOT / "huggingface").rglob("*.py")]
@@ -173,6 +195,7 @@ def imports_of(file: str, tree: ast.Module) -> Iterator[Import]:
     yield from visit(tree, False)
 
 
+@cache
 def all_imports() -> list[Import]:
     """Every import of the program."""
     return [found for file, tree in sources().items() for found in imports_of(file, tree)]

@@ -27,26 +27,28 @@ import json, sys
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-backend, arguments, folder = sys.argv[1:]
-results = lm_eval.simple_evaluate(
-    model=backend, model_args=json.loads(arguments), tasks=["capitals"], batch_size=1, log_samples=True,
-    task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
-)
-samples = sorted(results["samples"]["capitals"], key=lambda sample: sample["doc_id"])
-print("RESULT" + json.dumps([[list(answer[0]) for answer in sample["resps"]] for sample in samples]))
+backends, folder = sys.argv[1:]
+for backend, arguments in json.loads(backends).items():
+    results = lm_eval.simple_evaluate(
+        model=backend, model_args=arguments, tasks=["capitals"], batch_size=1, log_samples=True,
+        task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
+    )
+    samples = sorted(results["samples"]["capitals"], key=lambda sample: sample["doc_id"])
+    print("RESULT" + json.dumps([[list(answer[0]) for answer in sample["resps"]] for sample in samples]))
 """
 
 
-def score(folder: Path, backend: str, **arguments: Any) -> list[list[tuple[float, bool]]]:
-    """The log-likelihoods of all choices, and whether each is what the model would write itself."""
+def score(folder: Path, **backends: dict[str, Any]) -> list[list[list[tuple[float, bool]]]]:
+    """For each backend the log-likelihoods of all choices, and whether each is what the model would write itself."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}
     environment |= {"HF_HOME": str(folder / "cache"), "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", PROGRAM, backend, json.dumps(arguments), str(folder)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(backends), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    logging.getLogger(__name__).info("%s: %s", backend, line)
-    return json.loads(line.removeprefix("RESULT"))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    for backend, line in zip(backends, lines, strict=True):
+        logging.getLogger(__name__).info("%s: %s", backend, line)
+    return [json.loads(line.removeprefix("RESULT")) for line in lines]
 
 
 @pytest.fixture
@@ -81,9 +83,10 @@ def test_log_likelihoods_are_those_of_the_harness_own_backend(
     folder, model = (models_dir, tiny("gpt2")) if which == "tiny" else (starter_models_dir, STARTER)
     server = start_server(LOCAL_LLM_MODELS_DIR=str(folder))
     server.add(model, "text-generation")
-    arguments = {"model": model, "tokenizer": str(folder / model), "base_url": f"{server.url}/v1/completions"}
-    ours = score(task, "local-completions", **arguments, num_concurrent=4, max_length=512)
-    theirs = score(task, "hf", pretrained=str(folder / model), device="cpu", dtype="float32", max_length=512)
+    address, place = f"{server.url}/v1/completions", str(folder / model)
+    own = {"pretrained": place, "device": "cpu", "dtype": "float32", "max_length": 512}
+    served = {"model": model, "tokenizer": place, "base_url": address, "num_concurrent": 4, "max_length": 512}
+    ours, theirs = score(task, **{"local-completions": served, "hf": own})
     assert len(ours) == len(QUESTIONS)
     for one, other in zip(ours, theirs, strict=True):
         assert [value for value, _ in one] == pytest.approx([value for value, _ in other], abs=1e-3)

@@ -22,6 +22,9 @@ import sized_models
 import tiny_models
 from conftest import STARTER, Server
 from hub_place import Place
+from lora_models import save_adapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
@@ -109,6 +112,80 @@ def test_what_is_set_aside_counts_until_it_is_taken_or_given_up() -> None:
     assert budget.held() == {}
 
 
+def test_what_is_kept_for_later_can_be_taken_when_all_else_is_gone() -> None:
+    budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
+    assert budget.keep("a", "kv cache", "cpu", 300)
+    budget.note("b", "weights", {"cpu": 700})
+    assert budget.room("cpu") == 0
+    assert not budget.keep("a", "kv cache", "cpu", 301)
+    assert budget.take("a", "kv cache", "cpu", 300)
+    assert not budget.take("a", "kv cache", "cpu", 1)
+    assert budget.holders("cpu") == {"a": 300, "b": 700}
+    assert budget.take("a", "kv cache", "cpu", -200)
+    assert budget.room("cpu") == 0  # it is still kept
+
+
+def test_what_is_given_back_by_who_is_going_is_not_to_be_had_before_he_has_gone() -> None:
+    resident = 1000
+    budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000, lambda: resident)
+    budget.begin()
+    budget.note("a", "weights", {"cpu": 500})
+    assert budget.take("a", "kv cache", "cpu", 300)
+    resident += 800
+    budget.leave("a")
+    assert budget.take("a", "kv cache", "cpu", -300)
+    assert (budget.room("cpu"), budget.besides("cpu")) == (200, 0)
+    resident -= 800
+    budget.forget("a")
+    assert budget.room("cpu") == 1000
+
+
+def test_what_a_load_reserved_is_what_it_notes_and_not_besides() -> None:
+    budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
+    assert budget.reserve("a", {"cpu": 600})
+    budget.note("a", "weights", {"cpu": 500})
+    assert budget.keep("a", "kv cache", "cpu", 100)
+    assert budget.room("cpu") == 400
+    budget.settle("a")
+    assert budget.room("cpu") == 400
+    assert budget.holders("cpu") == {"a": 600}
+
+
+def test_what_the_process_has_besides_is_not_to_be_had_but_for_a_model_that_is_alone() -> None:
+    """A load may be let in beside a tenth of a budget in bytes that nobody noted; what grows later may not."""
+    resident = 5000
+    budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000, lambda: resident)
+    budget.begin()
+    resident += 130
+    assert (budget.room("cpu"), budget.most("cpu"), budget.besides("cpu")) == (970, 1000, 30)
+    budget.begin()  # only the first time says what the process is without models
+    assert budget.lacking("a", "cpu", 1000) == 0
+    assert budget.reserve("a", {"cpu": 600})
+    resident += 600
+    assert budget.room("cpu") == 370  # what is read just now is not what the process has besides
+    budget.note("a", "weights", {"cpu": 600})
+    budget.settle("a")
+    assert budget.room("cpu") == 370
+    assert budget.lacking("b", "cpu", 400) == 30
+    assert budget.lacking("b", "cpu", 1000) == 600  # all that others have; then it is alone
+    assert budget.lacking("b", "cpu", 1001) == 601
+    assert not budget.reserve("b", {"cpu": 380})
+    assert budget.take("a", "kv cache", "cpu", 270)
+    assert not budget.take("a", "kv cache", "cpu", 1)
+    assert budget.take("a", "kv cache", "cpu", -270)
+    assert budget.reserve("b", {"cpu": 370})
+    resident -= 130  # a moment later it may have it again
+    assert budget.room("cpu") == 0
+
+
+def test_what_the_process_has_besides_does_not_count_twice_where_the_budget_is_a_share_of_what_is_free() -> None:
+    resident = 5000
+    budget = Budget({"*": Limit(share=0.5)}, lambda _: 1000, lambda: resident)
+    budget.begin()
+    resident += 400
+    assert budget.room("cpu") == 500
+
+
 def test_a_share_is_of_what_models_have_and_what_is_free_and_an_amount_is_never_more_than_that() -> None:
     free = 1000
     budget = Budget({"*": Limit(share=0.5)}, lambda _: free)
@@ -178,12 +255,73 @@ def test_an_estimate_knows_the_settings(tiny: Callable[[str], str], models_dir: 
     check_estimate(models_dir, tiny("llama"), **settings)
 
 
+@pytest.mark.filterwarnings("ignore")  # what peft says when it saves an adapter
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}])
+def test_an_estimate_counts_the_adapters(
+    tmp_path: Path, manage: Callable[..., ModelManager], half: bool, settings: dict[str, Any]
+) -> None:
+    """Two of them, together larger than the model; factors of 16 bits are computed with, and lie there, in 32."""
+    model_id = tiny_models.build(tmp_path, "llama")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / model_id)
+    for number, adapter in enumerate(("one", "two")):
+        folder = save_adapter(base, tmp_path / "lora" / adapter, number, target_modules="all-linear", r=48)
+        if half:
+            path = folder / "adapter_model.safetensors"
+            save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    adapters = {"a": "lora/one", "b": "lora/two"}
+    manager = manage(record(model_id), root=tmp_path)
+    plain = manager.forecast(model_id, LoadSettings(**settings)).estimate
+    manager = manage(record(model_id, adapters=adapters, **settings), root=tmp_path)
+    told = manager.forecast(model_id).estimate
+    assert told.weights > 1.5 * plain.weights
+    model = manager.load(model_id)
+    model.prepared()
+    with manager.lease(model_id) as leased:
+        list(leased.generate(GenerationRequest({"max_new_tokens": 2, "do_sample": False}, prompt="The cat")))
+    assert abs(told.total - model.sizes.total) <= 0.1 * model.sizes.total
+    assert told.weights == pytest.approx(model.sizes.weights, rel=0.1)
+    assert manager.budget.held(model_id) == model.sizes.devices
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapters_of_a_model_in_memory_are_shown(tmp_path: Path, start_server: Any) -> None:
+    model_id = tiny_models.build(tmp_path, "llama")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / model_id)
+    save_adapter(base, tmp_path / "lora" / "one", 1, target_modules=["q_proj"])
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(tmp_path))
+    server.add(model_id, "text-generation", adapters={"a": "lora/one"})
+    assert server.call("GET", f"/models/{model_id}").json()["model"]["details"]["adapters"] == {"a": None}
+    assert generate(server, model_id, adapter="a").status_code == 200
+    assert cached(server)[model_id]["adapters"] == {"a": "lora/one"}
+    changed = server.call("PUT", f"/models/{model_id}", json={"adapters": {"b": "lora/one", "c": model_id}}).json()
+    told = changed["model"]["details"]["adapters"]
+    assert told["b"] is None
+    assert "no adapter_config.json" in told["c"]
+    assert "Adapter 'c'" in told["c"]
+    shown = server.call("GET", f"/models/{model_id}/preflight").json()["details"]
+    assert shown["adapters"] == told
+    assert shown["problem"] == told["c"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_budget_has_room_for_the_adapters_too(tmp_path: Path, manage: Callable[..., ModelManager]) -> None:
+    model_id = tiny_models.build(tmp_path, "llama")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / model_id)
+    save_adapter(base, tmp_path / "lora" / "one", 1, target_modules="all-linear", r=48)
+    needs = manage(record(model_id), root=tmp_path).forecast(model_id).estimate.total
+    budget = Budget({"*": Limit(bytes=needs + 1000)})
+    adapted = manage(record(model_id, adapters={"a": "lora/one"}), root=tmp_path, budget=budget)
+    with pytest.raises(NeverFits):
+        adapted.load(model_id)
+
+
 def test_the_starter_model_takes_what_was_told(starter_models_dir: Path) -> None:
     check_estimate(starter_models_dir, STARTER)
 
 
 def test_an_estimate_over_http_says_whether_it_fits_and_who_would_go(sized: Path, start_server: Any) -> None:
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET="260MB")
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET="300MB")
     for name in "abc":
         server.add(f"sized/{name}", "text-generation")
         told = server.call("GET", f"/models/sized/{name}/estimate").json()
@@ -279,21 +417,14 @@ def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage:
 
 
 @pytest.mark.timeout(300)
-def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
-    tmp_path: Path, start_server: Any
-) -> None:
-    """No model is loaded twice at once or taken from who uses it, and memory stays within the budget.
-
-    The models are of 180 MB: of each there are some megabytes besides its tensors, which a tenth of a small one is not.
-    """
-    budget = 580_000_000
-    ids = [sized_models.build(tmp_path / "models", f"sized/{name}", num_hidden_layers=16) for name in "xyz"]
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(tmp_path / "models"), LOCAL_LLM_MEMORY_BUDGET=str(budget))
+def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(sized: Path, start_server: Any) -> None:
+    """No model is loaded twice at once or taken from who uses it. All that the process grows by stays within the
+    budget and a tenth of it, what it has for itself and its callers included."""
+    budget, ids = 300_000_000, [f"sized/{name}" for name in "abc"]
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET=str(budget))
     for model_id in ids:
         server.add(model_id, "text-generation")
-    with ThreadPoolExecutor(32) as pool:  # what the process itself takes for such work, it has then
-        list(pool.map(lambda _: generate(server, ids[0]), range(96)))
-    server.call("POST", f"/models/{ids[0]}/unload")
+    server.call("GET", f"/models/{ids[0]}/estimate")  # imports what loads need
     process, stop = psutil.Process(server.process.pid), threading.Event()
     before, most = process.memory_info().rss, [0]
 
@@ -304,7 +435,8 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
 
     def call(number: int) -> Counter[int]:
         draw, seen, end = random.Random(number), Counter[int](), time.monotonic() + 20
-        while time.monotonic() < end:
+        # On a machine that does much else, those that were only refused so far go on until they have an answer.
+        while time.monotonic() < end or (not seen[200] and time.monotonic() < end + 60):
             answer = generate(server, draw.choice(ids), prompt=f"Number {draw.randint(0, 9)}", max_new_tokens=12)
             seen[answer.status_code] += 1
             if answer.status_code == 503:
@@ -322,14 +454,15 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
         stop.set()
         watcher.join()
     assert set(seen) <= {200, 503}
-    assert seen[200] > 50
+    assert seen[200] >= 32  # nobody is kept out
     statistics = server.call("GET", "/statistics").json()["statistics"]["models"]
     assert all(statistics[model_id]["requests"] for model_id in ids)
     loads = sum(counts["loads"] for counts in statistics.values())
     evictions = sum(counts["evictions"] for counts in statistics.values())
     assert evictions >= 1
-    assert loads == evictions + len(cached(server)) + 1  # each load is of a model that was not there
-    assert most[0] < 1.1 * budget
+    assert loads == evictions + len(cached(server))  # each load is of a model that was not there
+    assert most[0] > 0.8 * budget
+    assert most[0] <= 1.1 * budget
     assert server.call("DELETE", "/cache").status_code == 200
 
 
@@ -464,7 +597,8 @@ def test_settings_of_a_load_are_in_effect_until_the_unload_and_shown(start_serve
     server.add(model_id, "text-generation", slots=3)
     asked = {"dtype": "bfloat16", "attn_implementation": "eager", "max_context": 64}
     answer = server.call("POST", f"/models/{model_id}/load", json=asked).json()
-    effective = {"slots": 3, "quantization": None, "compile": False, "device": "cpu", "device_map": None, **asked}
+    given = {"slots": 3, "quantization": None, "compile": False, "device": "cpu", "device_map": None, "engine": "torch"}
+    effective = given | asked
     assert answer["settings"] == effective
     shown = cached(server)[model_id]
     assert (shown["settings"], shown["dtype"]) == (effective, "bfloat16")
@@ -621,6 +755,30 @@ def test_statistics_tell_how_a_model_did_and_survive_a_restart(start_server: Any
     assert shown(again) == counts
     assert generate(again, model_id).status_code == 200
     assert shown(again)["requests"] == 4
+
+
+def test_a_removed_model_leaves_no_statistics(start_server: Any, tiny: Any) -> None:
+    """One that is registered by the same name later begins anew, after a restart too."""
+    server, gone, stays = start_server(), tiny("gpt2"), tiny("llama")
+
+    def shown(of: Server) -> dict[str, int]:
+        found: dict[str, Any] = of.call("GET", "/statistics").json()["statistics"]["models"]
+        return {model_id: counts["requests"] for model_id, counts in found.items()}
+
+    for model_id in (gone, stays):
+        server.add(model_id, "text-generation")
+        assert generate(server, model_id).status_code == 200
+    server.stop()  # which writes them
+    server = start_server()
+    assert shown(server) == {gone: 1, stays: 1}
+    assert server.call("DELETE", f"/models/{gone}").status_code == 200
+    assert shown(server) == {stays: 1}
+    server.add(gone, "text-generation")
+    assert generate(server, gone).status_code == 200
+    assert shown(server) == {gone: 1, stays: 1}
+    assert server.call("DELETE", f"/models/{gone}").status_code == 200
+    server.stop()
+    assert shown(start_server()) == {stays: 1}
 
 
 def test_a_damaged_file_of_statistics_is_set_aside(start_server: Any, tiny: Any, tmp_path: Path) -> None:

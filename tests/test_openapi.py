@@ -69,6 +69,33 @@ def test_every_route_says_in_a_sentence_what_it_does_and_describes_its_success(d
             assert "success" in told or {"object", "data", "results"} & told.keys(), (method, path)
 
 
+STREAMS = {
+    "/api/huggingface/models/{model_id}/load",
+    "/api/huggingface/models/{model_id}/download",
+    "/api/huggingface/models/{model_id}/v1/chat/completions",
+    "/api/huggingface/models/{model_id}/v1/completions",
+    "/api/huggingface/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+}
+
+
+def test_what_is_streamed_is_described_as_events_too(document: dict[str, Any]) -> None:
+    """And wherever a body takes `stream`, what comes then is."""
+    told = set()
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            if "text/event-stream" in operation["responses"]["200"]["content"]:
+                assert method == "post"
+                events = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
+                assert events["type"] == "string"
+                assert events["description"]
+                assert "stream" in body_of(document, method, path)["properties"]
+                told.add(path)
+    assert told == STREAMS
+
+
 def test_every_error_is_described_in_the_one_documented_shape(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
         for method, operation in item.items():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from huggingface.engine.cache import LayerShape
+from huggingface.engine.openvino.blocks import BLOCK, BlockCache
 from huggingface.engine.pace import LARGEST, Pace
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
 
@@ -46,11 +49,53 @@ class Lists:
         return self.banks[slot.bank.key][slot.row][: len(slot.tokens)]
 
 
+class Blocks(BlockCache):
+    """The same on the blocks that OpenVINO reads: a token is kept as the number that its keys and values are."""
+
+    def __init__(self, limit: int) -> None:
+        shape = LayerShape((1, 1), (1, 2), torch.float32, torch.device("cpu"))
+        super().__init__([shape, shape], limit)
+        self.taken = 0
+        self.take = self._take
+
+    def _take(self, _: str, size: int) -> bool:
+        self.taken += size
+        return True
+
+    @property
+    def banks(self) -> dict[int, int]:
+        assert self.taken == self.allocated_bytes
+        return self._banks
+
+    def write(self, slot: Slot, tokens: list[int]) -> None:
+        start = len(slot.tokens)
+        table = self.blocks(slot.bank.key, slot.row, start, len(tokens))
+        for place, token in enumerate(tokens, start):
+            for pair in self.tensors:
+                for kept in pair:
+                    kept[table[place // BLOCK], 0, place % BLOCK] = token
+        slot.tokens.extend(tokens)
+
+    def read(self, slot: Slot) -> list[int | None]:
+        table = self._rows.get((slot.bank.key, slot.row), [])
+        seen = [
+            [int(kept[table[place // BLOCK], 0, place % BLOCK, 0]) for place in range(len(slot.tokens))]
+            for pair in self.tensors
+            for kept in pair
+        ]
+        assert all(each == seen[0] for each in seen)
+        assert not set(self._free) & set(self._readers)
+        assert max(self._readers, default=0) < self._promised
+        return list(seen[0])
+
+
+@pytest.mark.parametrize("kind", ["lists", "blocks"])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_row_holds_its_own_tokens_whatever_happens(seed: int) -> None:
+def test_every_row_holds_its_own_tokens_whatever_happens(seed: int, kind: str) -> None:
     """Slots are taken, filled, promoted, released and evicted at random; each row's content is what its slot says."""
     draw = random.Random(seed)
-    store, limit = Lists(), draw.choice([4, 12, 60]) * SMALLEST
+    limit = draw.choice([4, 12, 60]) * SMALLEST
+    store = Lists() if kind == "lists" else Blocks(limit)
     table = SlotTable(store, limit)
     live: list[Slot] = []
     shared = [draw.randrange(50) for _ in range(300)]

@@ -80,7 +80,9 @@ def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
         "pinned": resident.pinned,
         "load_seconds": round(resident.load_seconds, 3),
         "commit": model.setup.commit,
-        "settings": model.setup.effective,
+        "adapters": dict(model.setup.record.adapters or {}),
+        "settings": model.effective,
+        "engine_reason": model.engine_reason,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from .schemas import Answer, Strict
+from .schemas import Answer, Strict, streaming
 
 
 class DownloadBody(Strict):
@@ -41,6 +41,8 @@ class Download(BaseModel):
 
 class DownloadAnswer(Answer):
     """A download that was asked for."""
+
+    model_config = streaming("How far it is, as in `download`, and last this answer, or a failure.")
 
     message: str
     download: Download

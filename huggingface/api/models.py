@@ -126,7 +126,8 @@ def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[st
     if wanted.revision is not None and wanted.revision != record.revision:
         _check_revision(wanted, services().preflight.look(wanted))
     updated = registry.update(path.model_id, changes)
-    if (wanted.revision, wanted.gguf_file) != (record.revision, record.gguf_file):
+    looked_at = (record.revision, record.gguf_file, record.adapters)
+    if (wanted.revision, wanted.gguf_file, wanted.adapters) != looked_at:
         updated = registry.describe(updated, services().preflight.look(updated))
     return _changed(updated, "updated")
 
@@ -180,7 +181,7 @@ def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any
             "message": f"Model '{record.model_id}' loaded successfully",
             "model_info": record.summary(),
             "device": model.device,
-            "settings": model.setup.effective,
+            "settings": model.effective,
         }
 
     if not body.stream:
@@ -237,6 +238,7 @@ def estimate_model(path: schemas.ModelPath, query: schemas.EstimateQuery) -> dic
         "device": estimate.device,
         "dtype": estimate.dtype,
         "quantization": estimate.quantization,
+        "engine": estimate.engine,
         "devices": {
             device: {
                 "bytes": size,

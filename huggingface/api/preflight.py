@@ -51,6 +51,7 @@ def look_at_model(path: schemas.ModelPath, query: preflight_schemas.PreflightQue
         revision=query.revision or (record.revision if record else None),
         gguf_file=query.gguf_file or (record.gguf_file if record else None),
         model_type=record.model_type if record else None,
+        adapters=record.adapters if record else None,
     )
     if record is not None and details["reachable"] and not query.revision and not query.gguf_file:
         services().registry.describe(record, details)

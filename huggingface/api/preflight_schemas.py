@@ -50,6 +50,9 @@ class Details(BaseModel):
     install: str | None = Field(description="The command that installs them.")
     embedding: bool = Field(description="Whether it is a sentence-transformers model.")
     adapter: str | None = Field(default=None, description="Of a LoRA adapter: the base model; absent for others.")
+    adapters: dict[str, str | None] | None = Field(
+        default=None, description="Of the adapters that it is registered with: why one cannot be used, or null."
+    )
     gguf_files: list[str] | None = Field(default=None, description="GGUF files that it has; absent for others.")
     files: WeightFiles
 

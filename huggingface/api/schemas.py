@@ -7,8 +7,10 @@ Nothing here works on a model or a file. Unknown fields are refused, and values 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
+from flask_openapi3 import MediaType, Schema
+from flask_openapi3.models.data_type import DataType
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from ..tasks import TASKS
@@ -33,6 +35,12 @@ class Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
     success: Literal[True] = True
+
+
+def streaming(events: str) -> ConfigDict:
+    """The config of an answer that comes as server-sent events too, where `stream` asks for it; `events` says which."""
+    stream = MediaType(schema=Schema(type=DataType.STRING, description=events))
+    return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": {"text/event-stream": stream}}})
 
 
 class ErrorAnswer(BaseModel):
@@ -107,6 +115,9 @@ class Settings(Strict):
     )
     compile: bool | None = _optional(
         "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
+    )
+    engine: Literal["auto", "torch", "openvino"] | None = _optional(
+        "What computes the tokens. `auto`: OpenVINO on a CPU, where it gives torch's numbers for the model, else torch."
     )
     max_context: int | None = _optional("The most tokens of one sequence.", ge=1)
     slots: int | None = _optional("The most sequences in one batch.", ge=1, le=1024)
@@ -212,6 +223,7 @@ class EstimateQuery(BaseModel):
     device: str | None = _optional("As in a load.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = _optional("As in a load.")
     quantization: str | None = _optional("As in a load.")
+    engine: Literal["auto", "torch", "openvino"] | None = _optional("As in a load.")
     slots: int | None = _optional("As in a load.", ge=1, le=1024)
 
 
@@ -245,6 +257,7 @@ class Model(ModelInfo):
     quantization: str | None = _shown("The lossy form of its weights.")
     attn_implementation: str | None = _shown("How attention is computed.")
     compile: bool | None = _shown("Whether it is compiled.")
+    engine: str | None = _shown("What computes the tokens.")
     max_context: int | None = _shown("The most tokens of one sequence.")
     slots: int | None = _shown("The most sequences in one batch.")
     details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
@@ -297,12 +310,15 @@ class EffectiveSettings(BaseModel):
     quantization: str | None
     attn_implementation: str | None
     compile: bool
+    engine: Literal["torch", "openvino"]
     max_context: int | None = Field(description="Null for the model's own.")
     slots: int
 
 
 class LoadedAnswer(Answer):
     """The model is in memory."""
+
+    model_config = streaming('`{"progress": …}` while it is loaded, and last this answer, or a failure.')
 
     message: str
     model_info: ModelInfo
@@ -340,6 +356,7 @@ class EstimateAnswer(Answer):
     device: str
     dtype: str
     quantization: str | None
+    engine: Literal["torch", "openvino"] = Field(description="What would compute it.")
     devices: dict[str, DeviceEstimate]
     fits: bool = Field(description="Whether a load would succeed now, with `evicts` gone.")
     possible: bool = Field(description="Whether it could ever fit.")
@@ -413,7 +430,10 @@ class Timings(BaseModel):
 class GenerateAnswer(Answer):
     """The new text."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = streaming(
+        '`{"index": 0, "text": "…"}` for what was made, `{"request_id": "…", "position": 3}` in the queue, and last '
+        "this answer, or a failure."
+    )
 
     response: str = Field(description="The new text only, without the prompt.")
     responses: list[str] | None = Field(None, description="All texts, where `num_return_sequences` asks for several.")
@@ -522,13 +542,14 @@ class CachedModel(BaseModel):
     pinned: bool = Field(description="It never goes to make room for another.")
     load_seconds: float
     commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
+    adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")
     settings: EffectiveSettings
 
 
 class LoadProgress(BaseModel):
     """How far a load is."""
 
-    phase: Literal["waiting", "download", "read", "ready", "failed", "cancelled"]
+    phase: Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
     bytes_done: int
     bytes_total: int | None
     bytes_per_second: int

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,19 +16,59 @@ from ..records import EngineOptions
 from .detokenizer import TextStream
 from .failures import typed
 from .prepare import Prepared, Settled
-from .runner import BatchRunner, Piece
+from .runner import Piece
 from .sampling import Sampler, draw
 from .scheduler import Row
 from .sequence import Sequence
-from .slots import SlotTable
+from .slots import SlotTable, Store
 from .ticket import Ticket
 from .tokens import TokenTexts
+
+
+class Cache(Store, Protocol):
+    """Where a runner keeps the rows."""
+
+    token_bytes: int  # bytes of one token's keys and values
+    take: Callable[[str, int], bool]  # asks for bytes on a device, or gives them back where they are negative
+
+    def drop_all(self) -> None:
+        """Give all memory back."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all banks."""
+
+
+class Runner(Protocol):
+    """What computes rows: `runner.BatchRunner` with torch, `openvino.runner.OpenVINORunner` with OpenVINO."""
+
+    @property
+    def cache(self) -> Cache:
+        """Where it keeps them."""
+
+    def forward(
+        self, pieces: Many[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
+    ) -> torch.Tensor:
+        """The logits that follow each row's last token, (rows, vocabulary), float32, good until the next call."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the weights that it has a copy of, laid out otherwise."""
+
+    def step_aside(self) -> None:
+        """Have the model itself whole: somebody is about to use it."""
+
+    def rest(self) -> None:
+        """Let go of what is kept for use soon."""
+
+    def close(self) -> None:
+        """Let go of the model and the cache."""
 
 
 class TransformersBatch:
     """Rows of a batch in, tokens out."""
 
-    def __init__(self, model_id: str, runner: BatchRunner, texts: TokenTexts, options: EngineOptions) -> None:
+    def __init__(self, model_id: str, runner: Runner, texts: TokenTexts, options: EngineOptions) -> None:
         self._model_id = model_id
         self._texts = texts
         self._runner = runner
@@ -78,9 +118,13 @@ class TransformersBatch:
         """Have the model itself ready for use by others than this batch."""
         self._runner.step_aside()
 
+    def rest(self) -> None:
+        """Let go of what is kept for use soon."""
+        self._runner.rest()
+
     def close(self) -> None:
-        """Let go of the cache."""
-        self._runner.cache.drop_all()
+        """Let go of the model and the cache."""
+        self._runner.close()
 
     @property
     def allocated_bytes(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 
 from ..devices import free_bytes
+from ..memory import release_freed
 
 # Shape of one layer's keys or values for one token: heads and width of a head.
 Shape = tuple[int, int]
@@ -68,7 +69,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.handles: Mapping[str, torch.Tensor] = {}  # what the model is given as its masks, by kind of layer
         self.layer = 0  # whose `update` was called last
         # Asks for bytes on a device, or gives them back where they are negative; tells whether they may be taken.
-        self.take: Callable[[str, int], bool] = _take_if_free
+        self.take: Callable[[str, int], bool] = take_if_free
         self._bank_bytes: dict[int, dict[str, int]] = {}
         self.token_bytes = sum(shape.token_bytes for shape in self._shapes if shape is not None)
 
@@ -145,8 +146,9 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.take(device, -size)
 
     def drop(self, bank: int) -> None:
-        """Give a bank's memory back."""
+        """Give a bank's memory back, to the system too, before others are told that they may have it."""
         del self._banks[bank]
+        release_freed()
         self._give(self._bank_bytes.pop(bank))
 
     def drop_all(self) -> None:
@@ -192,7 +194,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         return keys, values
 
 
-def _take_if_free(device: str, size: int) -> bool:
+def take_if_free(device: str, size: int) -> bool:
+    """Whether so many bytes are free on a device: where nobody counts them."""
     free = free_bytes(device)
     return free is None or size <= free
 

@@ -55,6 +55,9 @@ class Batch(Protocol):
     def step_aside(self) -> None:
         """Have the model itself ready for use by others than this batch."""
 
+    def rest(self) -> None:
+        """Let go of what is kept for use soon."""
+
     def close(self) -> None:
         """Let go of the model and the cache."""
 
@@ -72,6 +75,12 @@ class Background(Protocol):
 
     def step(self) -> bool:
         """Do one piece; tells whether more is to be done."""
+
+    def fail(self, error: LocalLLMError) -> None:
+        """Fail all calls that are there now."""
+
+    def rest(self) -> None:
+        """Let go of what is kept for use soon."""
 
     def close(self) -> None:
         """Fail what waits."""
@@ -303,6 +312,9 @@ class Engine:
         """Wait until there is something to do, and tell what. Where nobody comes, this thread is let go."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._closing or self._busy, _IDLE):
+                self._tasks.rest()
+                if self._batch is not None:
+                    self._batch.rest()
                 self._thread = None  # said under the lock: from now on whoever comes begins another, or closes himself
                 return "rest"
             return "close" if self._closing else "step"
@@ -348,12 +360,22 @@ class Engine:
     def _run_tasks(self) -> None:
         """Do one piece of the tasks' work, if there is some; what comes after this look has its turn at the next."""
         if self._tasks.pending:
-            self._lend_model()
-            self._tasks.step()
+            try:
+                self._lend_model()
+            except OutOfMemory as error:
+                self._tasks.fail(error)
+            else:
+                self._tasks.step()
 
     def _lend_model(self) -> None:
         """Have the model itself whole for whoever runs next; asked after that is known, so that nobody slips by."""
-        if self._batch is not None:
+        if self._batch is None:
+            return
+        try:
+            self._batch.step_aside()
+        except OutOfMemory:
+            if not self._relieve():
+                raise
             self._batch.step_aside()
 
     def _let_in(self) -> None:

@@ -12,15 +12,16 @@ from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import Cancelled
 from .adapted import Adapters
-from .runner import BatchRunner, NotBatchable, Piece
-from .slots import SMALLEST, SlotTable
+from .layers import NotBatchable
+from .runner import BatchRunner, Piece
+from .slots import SMALLEST, SlotTable, Store
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
+class Expected:
     """What `generate` makes of a prompt, as one of the model's adapters or as the model itself.
 
     `logits` are those before each of the new `tokens`, (new tokens, vocabulary).
@@ -41,6 +42,17 @@ class _Expected:
     adapter: str | None
     tokens: list[int]
     logits: torch.Tensor
+
+
+class Rows(Protocol):
+    """What computes rows: a runner."""
+
+    @property
+    def cache(self) -> Store:
+        """Where it keeps them."""
+
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The logits that follow each row's last token, (rows, vocabulary)."""
 
 
 class _Unforeseen(NotBatchable):
@@ -105,14 +117,10 @@ def _find(
             runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
             if runner.by_segments is by_segments:
                 for rows in expected:
-                    if given_up():
-                        raise Cancelled
-                    _compare(rows, runner, model.dtype)
+                    _check(rows, runner, model.dtype, given_up)
                 runner.use_fastest_products(findings, given_up)
                 for rows in expected:
-                    if given_up():
-                        raise Cancelled
-                    _compare(rows, runner, model.dtype)
+                    _check(rows, runner, model.dtype, given_up)
                 return runner
         except NotBatchable as error:
             reasons.append(str(error))
@@ -129,28 +137,42 @@ def _find(
 
 def _all_expected(
     model: PreTrainedModel, adapters: Adapters | None, given_up: Callable[[], bool] = lambda: False
-) -> list[list[_Expected]]:
+) -> list[list[Expected]]:
     """Three rows at a time that go together: the model's own, and each of its adapters with another and the model."""
-    prompts = _prompts(model)
+    prompts = some_prompts(model, _PROMPTS)
     names = list(adapters.keys) if adapters is not None else []
     trios = [(None, None, None), *((None, names[at], names[at - 1]) for at in range(0, len(names), 2))]
 
-    def expected(prompt: list[int], name: str | None) -> _Expected:
+    def expected(prompt: list[int], name: str | None) -> Expected:
         if given_up():
             raise Cancelled
         with nullcontext() if adapters is None else adapters.active(name):
-            return _Expected(prompt, name, *_generated(model, prompt))
+            return expect(model, prompt, name)
 
     return [[expected(prompt, name) for prompt, name in zip(prompts, trio, strict=True)] for trio in trios]
 
 
-def _compare(expected: Sequence[_Expected], runner: BatchRunner, dtype: torch.dtype) -> None:
-    """Have three rows computed together, and see that they are as expected."""
+def _check(expected: Sequence[Expected], runner: BatchRunner, dtype: torch.dtype, given_up: Callable[[], bool]) -> None:
+    if given_up():
+        raise Cancelled
+    for logits, wanted in zip(compare(expected, runner), expected, strict=True):
+        _check_close(logits, wanted.logits, dtype)
+
+
+def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
+    """Have three rows computed together, in chunks and in several banks.
+
+    Returns for each the logits before its new tokens, (new tokens, vocabulary).
+    """
     prompts = [each.prompt for each in expected]
     sequences = [[*each.prompt, *each.tokens] for each in expected]
-    table = SlotTable(runner.cache, 8 * SMALLEST)
+    table = SlotTable(runner.cache, room_for(expected))
     # The last one needs a larger row, and so stands in a bank of its own.
-    slots = [table.take([-1], SMALLEST * (1 + index // (len(prompts) - 1))) for index in range(len(prompts))]
+    needs = [
+        max(SMALLEST * (1 + index // (len(prompts) - 1)), len(each.prompt) + _NEW)
+        for index, each in enumerate(expected)
+    ]
+    slots = [table.take([-1], need) for need in needs]
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
 
     def compute(work: list[tuple[int, int]]) -> None:
@@ -165,12 +187,13 @@ def _compare(expected: Sequence[_Expected], runner: BatchRunner, dtype: torch.dt
         for (index, _), piece, logits in zip(work, pieces, runner.forward(pieces), strict=True):
             piece.slot.tokens.extend(piece.tokens)
             if len(piece.slot.tokens) >= len(prompts[index]):
-                seen[index].append(logits)
+                seen[index].append(logits.clone())
 
+    first, second, third = (len(prompt) for prompt in prompts)
     try:
         compute([(0, 9)])
         compute([(0, 7), (1, 4)])
-        compute([(0, 5), (1, 1), (2, 13)])
+        compute([(0, first - 16), (1, second - 4), (2, third)])
         for _ in range(_NEW - 1):
             for slot in slots:
                 table.promote(slot)  # type: ignore[arg-type]
@@ -178,19 +201,30 @@ def _compare(expected: Sequence[_Expected], runner: BatchRunner, dtype: torch.dt
             compute([(index, 1) for index in order])
     finally:
         for slot in slots:
-            table.release(slot, keep=False)  # type: ignore[arg-type]
+            if slot is not None:
+                table.release(slot, keep=False)
         with suppress(Exception):
             table.forget()
-    for logits, wanted in zip(seen, expected, strict=True):
-        _check_close(torch.stack(logits), wanted.logits, dtype)
+    return [torch.stack(logits) for logits in seen]
 
 
-def _prompts(model: PreTrainedModel) -> list[list[int]]:
+def room_for(expected: Sequence[Expected]) -> int:
+    """Tokens that the cache must have room for, to `compare`."""
+    longest = max(len(each.prompt) for each in expected) + _NEW
+    return 8 * max(SMALLEST, 1 << (longest - 1).bit_length())
+
+
+def expect(model: PreTrainedModel, prompt: list[int], adapter: str | None = None) -> Expected:
+    """What `generate` makes of a prompt; the model answers as `adapter` already."""
+    return Expected(prompt, adapter, *_generated(model, prompt))
+
+
+def some_prompts(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
     """Token ids spread over the vocabulary, none of them special by its place at either end of it."""
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     low, high = size // 8, max(size - size // 8, size // 8 + 1)
-    return [torch.randint(low, high, (length,), generator=generator).tolist() for length in _PROMPTS]
+    return [torch.randint(low, high, (length,), generator=generator).tolist() for length in lengths]
 
 
 def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapted import Adapters, Mix, NotMixable, mix_adapters
-from .cache import Segment, SlotCache, layer_shapes
+from .cache import Segment, SlotCache
+from .layers import NotBatchable, layer_kinds, probe
 from .products import Products
 from .slots import Slot
 from .twin import attend_by_segments, make_twin, wants_float_masks
@@ -33,10 +34,6 @@ _SEES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] =
 # Rows of one bank are attended to together, up to the longest of them, unless that is a waste.
 _ALIKE_TOKENS = 64
 _ALIKE_SHARE = 1.25
-
-
-class NotBatchable(Exception):
-    """This model's forward pass cannot serve rows at positions of their own; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +79,14 @@ class BatchRunner:
                 to mix what cannot be mixed.
         """
         text = model.config.get_text_config()
-        self._kinds, self._by_kind = _layer_kinds(text)
+        kinds = layer_kinds(text)
+        self._kinds, self._by_kind = kinds.names, kinds.by_kind
         self._numbers = {
             "sliding_attention": getattr(text, "sliding_window", None) or 0,
             "chunked_attention": getattr(text, "attention_chunk_size", None) or 0,
         }
         self._device = model.device
-        self.cache = SlotCache(_probe(model))
+        self.cache = SlotCache(probe(model))
         try:
             self._twin = make_twin(model)
         except Exception as error:
@@ -125,6 +123,18 @@ class BatchRunner:
         """Have the model itself whole: somebody is about to use it."""
         if self.products is not None:
             self.products.step_aside()
+
+    def rest(self) -> None:
+        """Nothing is kept for use soon."""
+
+    def close(self) -> None:
+        """Let go of the cache."""
+        self.cache.drop_all()
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the weights that it has a copy of, laid out otherwise."""
+        return self.products.copied_bytes if self.products is not None else 0
 
     @torch.inference_mode()
     def forward(
@@ -275,33 +285,6 @@ class BatchRunner:
         if self.by_segments or self._float_masks:
             return torch.where(seen, self._nothing, self._hidden)
         return seen
-
-
-def _probe(model: PreTrainedModel) -> list[Any]:
-    """What each layer keeps of a token, seen by giving the model one."""
-    inputs = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    try:
-        with torch.inference_mode():
-            cache = model(input_ids=inputs, use_cache=True, return_dict=True).past_key_values
-        return layer_shapes(cache)
-    except Exception as error:
-        raise NotBatchable(f"its cache is not one of keys and values for each token ({error})") from error
-
-
-def _layer_kinds(config: Any) -> tuple[list[str], bool]:
-    """The kinds of layers, and whether the model takes a mask for each: `create_masks_for_generate`'s rules."""
-    named = getattr(config, "layer_types", None)
-    if named is not None:
-        kinds, by_kind = sorted(set(named)), True
-    elif getattr(config, "sliding_window", None) is not None:
-        kinds, by_kind = ["sliding_attention"], False
-    elif getattr(config, "attention_chunk_size", None) is not None:
-        kinds, by_kind = ["chunked_attention"], False
-    else:
-        kinds, by_kind = ["full_attention"], False
-    if unknown := [kind for kind in kinds if kind not in _SEES]:
-        raise NotBatchable(f"it has layers of the kind {', '.join(unknown)}")
-    return kinds, by_kind
 
 
 def _neighbours(one: Piece, other: Piece) -> bool:

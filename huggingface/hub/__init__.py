@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 
 from .. import files
 from ..errors import FilesMissing, FilesRefused, HubUnreachable
+from ..headers import Tensor
 from ..progress import Progress
+from .disk import Claims
 from .errors import hub_errors
 from .repository import Repository, partials
 
@@ -79,6 +81,7 @@ def fetch(
     progress: Progress | None = None,
     offline: bool = False,
     resolved: Callable[[str], None] = lambda _: None,
+    claims: Claims | None = None,
 ) -> Path:
     """Bring a repository's files into the Hub's cache, as far as they are not there; returns the cached folder.
 
@@ -86,7 +89,7 @@ def fetch(
     that one file is the weights, and all else, a config too, is brought as far as there is such. The Python files of
     the repository are brought only for an id among `trusted`. `revision` is a branch, a tag or a commit. `offline`
     allows no packet. `resolved` is told the commit when it is known. `progress` is told of all bytes, and has the work
-    given up when it is cancelled; what has arrived stays for the next time.
+    given up when it is cancelled; what has arrived stays for the next time. Room on the disk is had among `claims`.
 
     Raises:
         FilesMissing, FilesGated, HubUnreachable, FilesRefused, FilesCorrupt, DiskFull, LoadError: as their names say.
@@ -101,7 +104,7 @@ def fetch(
     key = gguf_file or "config.json"
     if not _is_inside(key) or (gguf_file is not None and not gguf_file.endswith(".gguf")):
         raise FilesRefused(f"Model '{model_id}': {gguf_file!r} is not the name of a GGUF file of its repository")
-    return _fetch(model_id, revision, key, bring, progress, offline, resolved)
+    return _fetch(model_id, revision, key, bring, progress, offline, resolved, claims)
 
 
 def fetch_config(
@@ -116,11 +119,16 @@ def fetch_config(
         config = repository.get("config.json")
         return [config, *(_code(repository, config.parent, trusted) if model_id in trusted else [])]
 
-    return _fetch(model_id, revision, "config.json", bring, None, offline, lambda _: None, whole=False)
+    return _fetch(model_id, revision, "config.json", bring, None, offline, lambda _: None, None, whole=False)
 
 
 def fetch_adapter(
-    adapter_id: str, *, revision: str | None = None, progress: Progress | None = None, offline: bool = False
+    adapter_id: str,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    offline: bool = False,
+    claims: Claims | None = None,
 ) -> Path:
     """Bring a LoRA adapter's config and weights into the Hub's cache; returns the cached folder.
 
@@ -137,7 +145,34 @@ def fetch_adapter(
         repository.expect(_ADAPTER)
         return [config, *_weights(repository, config.parent, [_ADAPTER[1]])]
 
-    return _fetch(adapter_id, revision, _ADAPTER[0], bring, progress, offline, lambda _: None)
+    return _fetch(adapter_id, revision, _ADAPTER[0], bring, progress, offline, lambda _: None, claims)
+
+
+def adapter_head(adapter_id: str) -> dict[str, Tensor]:
+    """The tensors of a LoRA adapter's weights, by name, without any of their numbers.
+
+    Raises: as `fetch`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(adapter_id, None):
+        told = HfApi().parse_safetensors_file_metadata(adapter_id, _ADAPTER[1])
+        return {
+            name: Tensor(each.dtype, tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
+            for name, each in told.tensors.items()
+        }
+
+
+def claim_adapter(adapter_id: str, claims: Claims) -> None:
+    """Have room on the disk for what is missing of a LoRA adapter, before it is its turn.
+
+    Raises:
+        DiskFull: there is none. Else: as `fetch`.
+    """
+    with hub_errors(adapter_id, None):
+        repository = Repository(adapter_id, claims=claims)
+        repository.open(_ADAPTER[0])
+        repository.claim(_ADAPTER)
 
 
 def partial_bytes(model_id: str) -> int | None:
@@ -154,6 +189,7 @@ def _fetch(
     progress: Progress | None,
     offline: bool,
     resolved: Callable[[str], None],
+    claims: Claims | None,
     *,
     whole: bool = True,
 ) -> Path:
@@ -166,7 +202,7 @@ def _fetch(
         for _ in range(2):  # once more if the repository changed in between
             progress.check()
             progress.begin("download")
-            repository = Repository(repository_id, revision, offline=offline, progress=progress)
+            repository = Repository(repository_id, revision, offline=offline, progress=progress, claims=claims)
             repository.open(key)
             if repository.commit is not None:
                 resolved(repository.commit)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from .. import files
 from ..errors import DiskFull, FilesMissing, LoadError
 from ..progress import Progress
+from .disk import Claims, Disk, NoRoom
 from .errors import damaged, is_absent, is_passing, pause_after, unknown_revision
 from .transfer import PARTIAL, Count, Damaged, Source, partial_of, transfer
 
@@ -54,9 +54,15 @@ class Repository:
     """One repository at one revision: a branch, a tag, a commit, or the default branch where it is None."""
 
     def __init__(
-        self, model_id: str, revision: str | None = None, *, offline: bool = False, progress: Progress | None = None
+        self,
+        model_id: str,
+        revision: str | None = None,
+        *,
+        offline: bool = False,
+        progress: Progress | None = None,
+        claims: Claims | None = None,
     ) -> None:
-        """`offline` allows no packet; `progress` is told of every byte.
+        """`offline` allows no packet; `progress` is told of every byte; room on the disk is had among `claims`.
 
         Raises:
             FilesMissing: no repository can have such a revision.
@@ -69,6 +75,7 @@ class Repository:
         self._revision = revision
         self._offline = offline
         self._progress = progress or Progress()
+        self._claims = claims or Disk().claims()
         self._key = ""
         self._listing: dict[str, _Entry] | None = None
         self._asked: dict[str, tuple[float, HfFileMetadata]] = {}  # and when
@@ -140,16 +147,31 @@ class Repository:
         Raises:
             DiskFull: there is no room for what is missing.
         """
-        total, there = 0, 0
+        extents = self._extents(names)
+        for name, (_, present) in extents.items():
+            self._counts[name] = Count(self._progress, present)
+        total, there = (sum(each) for each in zip(*extents.values(), strict=True)) if extents else (0, 0)
+        self._total = total
+        counts = [self._counts[name] for name in extents]
+        self._claim(lambda: total - sum(count.there for count in counts))
+        self._progress.expect(total, there)
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Have room on the disk for these files, as far as there are such, before they are expected.
+
+        Raises:
+            DiskFull: there is none.
+        """
+        missing = sum(size - present for size, present in self._extents(names).values())
+        self._claim(lambda: missing)
+
+    def _extents(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+        extents = {}
         for name in dict.fromkeys(names):
             size, present = self._extent(name)
-            if size is None:
-                continue
-            self._counts[name] = Count(self._progress, present)
-            total, there = total + size, there + present
-        self._total = total
-        self._check_room(total - there)
-        self._progress.expect(total, there)
+            if size is not None:
+                extents[name] = size, present
+        return extents
 
     def _extent(self, name: str) -> tuple[int | None, int]:
         """The size of a file, None where there is none or it is not told; and how much of it is here."""
@@ -175,18 +197,16 @@ class Repository:
         partial = partial_of(blob)
         return size, min(size, partial.stat().st_size) if partial.exists() else 0
 
-    def _check_room(self, missing: int) -> None:
-        if missing <= 0:
-            return
-        place = self._storage
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if missing > free:
+    def _claim(self, missing: Callable[[], int]) -> None:
+        try:
+            self._claims.claim(self.model_id, self._storage, missing)
+        except NoRoom as error:
+            others = f", {_text(error.promised)} of them for what else is being downloaded" if error.promised else ""
             raise DiskFull(
-                f"Model '{self.model_id}': {_text(missing)} are still to be downloaded, and the disk of the Hub's "
-                f"cache has {_text(free)} free; make room there, or set HF_HOME to a place on another disk"
-            )
+                f"Model '{self.model_id}': {_text(error.missing)} are still to be downloaded, and the disk of the "
+                f"Hub's cache has {_text(error.free)} free{others}; make room there, or set HF_HOME to a place on "
+                "another disk"
+            ) from error
 
     def find(self, name: str) -> Path | None:
         """The file in the cache, fetched if it was not there, or None where the repository has no such file."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import files
+from ..adapter_files import WEIGHTS
 from ..errors import HubUnreachable, LoadError, LocalLLMError
 from ..records import LoadOptions, ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
 from .folder import model_folders
-from .look import Look, blank, gguf_names
+from .look import Look, blank, gguf_names, look_at_adapter
 from .names import Names
 from .source import (
     Place,
@@ -51,17 +52,48 @@ class Preflight:
     def look(self, record: ModelRecord) -> dict[str, Any]:
         """What a registered model is, or one that is to be registered."""
         return self.look_at(
-            record.model_id, revision=record.revision, gguf_file=record.gguf_file, model_type=record.model_type
+            record.model_id,
+            revision=record.revision,
+            gguf_file=record.gguf_file,
+            model_type=record.model_type,
+            adapters=record.adapters,
         )
 
     def look_at(
-        self, model_id: str, *, revision: str | None = None, gguf_file: str | None = None, model_type: str | None = None
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        gguf_file: str | None = None,
+        model_type: str | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """What the model of that id is: of the models folder, else the Hub's cache, else the Hub.
 
         `model_type` is what it is registered as: it picks the head, and so the tasks, where the loader lets it. The
-        type that is told is the one that fits best, whatever it is registered as.
+        type that is told is the one that fits best, whatever it is registered as. `adapters` are those that it is to
+        have, by their names.
         """
+        products: dict[str, tuple[int, ...]] = {}
+        details = self._look_at(model_id, revision, gguf_file, model_type, products)
+        if not adapters:
+            return details
+        problems = {
+            name: self._adapter_problem(f"Adapter '{name}' of model '{model_id}'", adapter, products)
+            for name, adapter in adapters.items()
+        }
+        first = next(filter(None, problems.values()), None)
+        return {**details, "adapters": problems, "problem": details["problem"] or first}
+
+    def _look_at(
+        self,
+        model_id: str,
+        revision: str | None,
+        gguf_file: str | None,
+        model_type: str | None,
+        products: dict[str, tuple[int, ...]],
+    ) -> dict[str, Any]:
+        """What `look_at` says of the model itself; `products` get the shapes of its weights by their names."""
         try:
             check_model_id(model_id)
             if gguf_file is not None:
@@ -69,7 +101,10 @@ class Preflight:
             wanted = MODEL_TYPES[model_type].heads if model_type is not None and model_type in MODEL_TYPES else None
 
             def look(place: Place) -> dict[str, Any]:
-                return Look(place, self._options, self._names, wanted).take(gguf_file)
+                found = Look(place, self._options, self._names, wanted)
+                details = found.take(gguf_file)
+                products.update(found.products)
+                return details
 
             folder = files.local_folder(self._options.models_dir, model_id)
             if folder is not None:
@@ -80,6 +115,27 @@ class Preflight:
         except Exception as error:
             logger.warning("%s could not be looked at", model_id, exc_info=error)
             return {**blank(), "problem": f"Model '{model_id}' could not be looked at: {files.public(error)}"}
+
+    def _adapter_problem(self, what: str, adapter_id: str, products: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Why a load would refuse an adapter, in the load's own words, as far as config and head tell; or None."""
+
+        def look(place: Place) -> dict[str, Any]:
+            look_at_adapter(what, place, products)
+            return {}
+
+        try:
+            check_model_id(adapter_id)
+            folder = files.local_folder(self._options.models_dir, adapter_id)
+            if folder is not None:
+                look(folder_place(adapter_id, folder))
+            else:
+                self._within(adapter_id, lambda: self._look_away(adapter_id, None, None, look, adapter=True))
+        except LocalLLMError as error:
+            return str(error)
+        except Exception as error:
+            logger.warning("%s could not be looked at", what, exc_info=error)
+            return f"{what} could not be looked at: {files.public(error)}"
+        return None
 
     def available(self) -> list[dict[str, Any]]:
         """The models in the models folder, sorted by id: each with its `details`."""
@@ -130,11 +186,17 @@ class Preflight:
         return found[0]
 
     def _look_away(
-        self, model_id: str, revision: str | None, gguf_file: str | None, look: Callable[[Place], dict[str, Any]]
+        self,
+        model_id: str,
+        revision: str | None,
+        gguf_file: str | None,
+        look: Callable[[Place], dict[str, Any]],
+        *,
+        adapter: bool = False,
     ) -> dict[str, Any]:
         """Look into the cache where it has all of the model, else at the Hub, else at what the cache has."""
         cached = cached_place(model_id, revision)
-        if cached is not None and self._is_whole(cached, gguf_file):
+        if cached is not None and (WEIGHTS in cached.names if adapter else self._is_whole(cached, gguf_file)):
             return look(cached)
         away = self._away
         if self._options.offline or is_offline():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from .. import files
+from ..adapter_files import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
 from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
 from ..records import LoadOptions
@@ -40,6 +41,9 @@ class Look:
     def __init__(self, place: Place, options: LoadOptions, names: Names, wanted: tuple[Head, ...] | None) -> None:
         """`wanted` are the heads of the type that the model is registered as, if it is."""
         self._place, self._options, self._names, self._wanted = place, options, names, wanted
+        self.products: dict[
+            str, tuple[int, ...]
+        ] = {}  # the shapes of its weights by their names, as far as it was seen
         self.details = {**blank(), "reachable": True, "source": place.source, "commit": place.commit}
 
     def take(self, gguf_file: str | None) -> dict[str, Any]:
@@ -179,6 +183,7 @@ class Look:
             details["dtypes"] = traits.bytes_of_counts(place.counted)
         else:
             tensors = _tensors(place, names)
+            self.products = {name: tensor.shape for name, tensor in tensors.items()} if quantization is None else {}
             if tensors:
                 details["parameters"] = traits.count_parameters(tensors, quantization, bits)
                 details["dtypes"] = traits.bytes_by_type(tensors.values())
@@ -259,6 +264,27 @@ def blank() -> dict[str, Any]:
         "embedding": False,
         "files": {"count": 0, "names": []},
     }
+
+
+def look_at_adapter(what: str, place: Place, products: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an adapter that the loader would refuse, as far as its config and the head of its weights tell.
+
+    `products` are the shapes of the base's weights by their names, as far as they are known.
+
+    Raises:
+        LoadError: in the loader's words; `what` begins the message.
+    """
+    if place.source != "hub":
+        config, head = check(what, place.folder), read_head(what, place.folder)
+    else:
+        if CONFIG not in place.names:
+            raise FilesMissing(f"{what}: its folder holds no {CONFIG}; put the complete adapter there")
+        config = _object(place, CONFIG)
+        check_config(what, config)
+        if place.listed and WEIGHTS not in place.names:
+            check_pickled(what, place.names)
+        head = _tensors(place, [WEIGHTS])
+    check_factors(what, config, head, products)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

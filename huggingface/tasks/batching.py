@@ -234,6 +234,13 @@ class Batcher:
         with self._lock:
             return len(self._calls)
 
+    def fail(self, error: LocalLLMError) -> None:
+        """Have all calls that are there fail with this error."""
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            call.settle(error=error)
+
     def close(self) -> None:
         """Cancel all calls, those to come included."""
         with self._lock:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import Cancelled, GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
 from . import Head, canonical_task, supported_tasks, text_generation
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from .embedding import Pooling
 
 
+class Resting(Protocol):
+    """What keeps something that is used now and then."""
+
+    def rest(self) -> None:
+        """Let go of what is kept for use soon."""
+
+
 class TaskRunner:
     """What one loaded model can be asked besides `/generate`."""
 
@@ -37,15 +44,18 @@ class TaskRunner:
         head: Head,
         pooling: Callable[[], Pooling | None] = lambda: None,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
+        resting: Resting | None = None,
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 
         `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not. `active`
-        has the model answer as one of its adapters, by its name, and as itself afterwards.
+        has the model answer as one of its adapters, by its name, and as itself afterwards. `resting` keeps what the
+        model needs for some tasks only.
         """
         self._model_id = model_id
         self._pooling = pooling
         self._active = active
+        self._resting = resting
         self._model = model
         self._shared_tokenizer = tokenizer
         self._own_tokenizer: Any = None
@@ -92,9 +102,19 @@ class TaskRunner:
         """
         return self._calls.step()
 
+    def fail(self, error: LocalLLMError) -> None:
+        """Have all calls that were submitted and are not done fail with this error."""
+        self._calls.fail(error)
+
+    def rest(self) -> None:
+        """Let go of what is kept for use soon: nobody has come for a while."""
+        if self._resting is not None:
+            self._resting.rest()
+
     def close(self) -> None:
         """Cancel whatever was submitted and is not done, and whatever will be."""
         self._calls.close()
+        self.rest()
 
     @property
     def pending(self) -> int:

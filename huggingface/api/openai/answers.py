@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..schemas import streaming
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
@@ -77,6 +79,8 @@ class ChatChoice(_Answer):
 class ChatAnswer(_Answer):
     """The answers to a chat. As a stream: `chat.completion.chunk` objects, and last `data: [DONE]`."""
 
+    model_config = streaming("`chat.completion.chunk` objects, and last `[DONE]`.")
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -97,6 +101,8 @@ class CompletionChoice(_Answer):
 class CompletionAnswer(_Answer):
     """The texts. As a stream: the same with pieces of them, and last `data: [DONE]`."""
 
+    model_config = streaming("The same object with pieces of the texts, and last `[DONE]`.")
+
     id: str
     object: Literal["text_completion"]
     created: int
@@ -108,7 +114,7 @@ class CompletionAnswer(_Answer):
 class ResponseAnswer(_Answer):
     """A response. As a stream: its events, of which the last one holds it whole."""
 
-    model_config = ConfigDict(protected_namespaces=(), extra="allow")
+    model_config = {**streaming("The response's events, of which the last one holds it whole."), "extra": "allow"}
 
     id: str
     object: Literal["response"]

@@ -1,0 +1,168 @@
+"""The graph of a model that reads texts, to embed, classify or fill them: made once, kept and read as those of models
+that generate are.
+
+Called by the loader, on its thread or in the process that converts. Must not know records or the registry.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .converted import EXPECTED, Place, last_line, traced
+from .engine.layers import NotBatchable
+from .engine.openvino import encoder as encoders
+from .engine.openvino.encoder import Encoder, Form, Padding, Sample
+from .engine.openvino.graph import compress
+from .engine.openvino.reserve import Reserve
+from .engine.openvino.runner import read_graph
+from .errors import Cancelled
+from .memory import drop_file_pages, release_freed
+from .tasks import Head
+from .tasks.positions import max_positions
+
+logger = logging.getLogger(__name__)
+
+# What can be asked of models with these heads is asked of their forward pass alone, for rows of tokens.
+HEADS: frozenset[Head] = frozenset(
+    {"base", "masked-lm", "question-answering", "sequence-classification", "token-classification"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderGraph:
+    """A model's graph on the disk, and what is known of it; `expected` is what torch gave.
+
+    `folder` is to be removed with the model where the graph could not be kept.
+    """
+
+    path: Path
+    quantization: str | None
+    form: Form
+    expected: tuple[Sample, ...]
+    folder: Path | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights."""
+        return self.path.with_suffix(".bin").stat().st_size
+
+    def encoder(self, shell: Any, reserve: Reserve, given_up: Callable[[], bool] = lambda: False) -> Encoder:
+        """What computes with it, tried, and put behind the forward pass of `shell`, a model without weights.
+
+        Raises:
+            NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
+        """
+        with _computed():
+            graph = read_graph(self.path)
+            if given_up():
+                raise Cancelled
+            encoder = Encoder(graph, self.form)
+            del graph
+            if given_up():
+                raise Cancelled
+            encoders.check(encoder, self.expected, self.quantization)
+        drop_file_pages(self.path.with_suffix(".bin"))  # products have their weights packed, elsewhere
+        release_freed()
+        encoder.serve(shell, reserve)
+        return encoder
+
+
+def find(place: Place, spare: Path | None = None) -> EncoderGraph | None:
+    """The graph of a model that reads; see `Place.find`."""
+    return place.find(_read, spare)
+
+
+def make(
+    model: Any,
+    tokenizer: Any,
+    place: Place,
+    quantization: str | None,
+    spare: Path,
+    given_up: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make a graph of a float32 model, see that it gives what torch gives, and keep it.
+
+    A compressed one is made of one that was tried before its weights were rounded.
+
+    Raises:
+        NotBatchable: the model cannot be served so; that is noted.
+        Cancelled: `given_up()` turned true. OSError: there is no room on the disk.
+        OpenVINOMissing: nncf is not installed.
+    """
+    padding = Padding(tokenizer.pad_token_id, tokenizer.padding_side == "left")
+    try:
+        with _computed():
+            form = encoders.find_form(model, tokenizer.model_input_names)
+            graph = traced(model, partial(encoders.convert, form=form))
+            some = partial(encoders.samples, model, form, padding, most=max_positions(model), given_up=given_up)
+            expected = tuple(some(kept=True))
+            trial = Encoder(graph if quantization is None else graph.clone(), form)
+            encoders.check(trial, expected)
+            for sample in some(kept=False):
+                encoders.check(trial, [sample])
+        del trial
+        release_freed()
+        if quantization is not None:
+            graph = compress(graph, quantization)
+            if given_up():
+                raise Cancelled
+        place.keep(graph, _about(form), _tensors(expected), spare)
+    except NotBatchable as error:
+        place.refuse(str(error))
+        raise
+    finally:
+        gc.collect()
+
+
+@contextmanager
+def _computed() -> Iterator[None]:
+    """Have whatever a model's code or OpenVINO raises mean that this cannot compute it, unless memory is lacking."""
+    try:
+        yield
+    except (NotBatchable, Cancelled, MemoryError):
+        raise
+    except Exception as error:
+        logger.info("OpenVINO cannot compute a model that reads", exc_info=error)
+        raise NotBatchable(f"OpenVINO cannot compute it ({last_line(error)})") from error
+
+
+def _about(form: Form) -> dict[str, Any]:
+    return {
+        "inputs": list(form.inputs),
+        "optional": list(form.optional),
+        "outputs": list(form.outputs),
+        "kind": list(form.kind),
+    }
+
+
+def _tensors(expected: tuple[Sample, ...]) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}.{name}": tensor.contiguous()
+        for number, sample in enumerate(expected)
+        for name, tensor in (*sample.inputs.items(), *sample.outputs.items())
+    }
+
+
+def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> EncoderGraph:
+    from safetensors.torch import load_file
+
+    module, name = about["kind"]
+    form = Form(tuple(about["inputs"]), tuple(about["optional"]), tuple(about["outputs"]), (module, name))
+    tensors = load_file(path / EXPECTED)
+    expected = tuple(
+        Sample(
+            {name: tensors[f"{number}.{name}"].clone() for name in form.inputs},
+            {name: tensors[f"{number}.{name}"].clone() for name in form.outputs},
+        )
+        for number in range(len(tensors) // len(form.inputs + form.outputs))
+    )
+    return EncoderGraph(path / "graph.xml", about["quantization"], form, expected, own)

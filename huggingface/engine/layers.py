@@ -1,0 +1,64 @@
+"""What a model's layers keep of a token and how far they see: what every runner asks before it serves a model.
+
+Must not know rows, slots or the scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .cache import LayerShape, layer_shapes
+
+# The kinds of layers that runners know, by the names that configs give them.
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class NotBatchable(Exception):
+    """This model's forward pass cannot serve rows at positions of their own; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKinds:
+    """The kinds of a model's layers, and whether it takes a mask for each of them, by its name."""
+
+    names: tuple[str, ...]
+    by_kind: bool
+
+
+def probe(model: PreTrainedModel) -> list[LayerShape | None]:
+    """What each layer keeps of a token, seen by giving the model one.
+
+    Raises:
+        NotBatchable: it keeps something else than keys and values.
+    """
+    inputs = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            cache = model(input_ids=inputs, use_cache=True, return_dict=True).past_key_values
+        return layer_shapes(cache)
+    except Exception as error:
+        raise NotBatchable(f"its cache is not one of keys and values for each token ({error})") from error
+
+
+def layer_kinds(config: Any) -> LayerKinds:
+    """The kinds of layers that a text config describes: `create_masks_for_generate`'s rules.
+
+    Raises:
+        NotBatchable: one of them is none of `KINDS`.
+    """
+    named = getattr(config, "layer_types", None)
+    if named is not None:
+        kinds = LayerKinds(tuple(sorted(set(named))), by_kind=True)
+    elif getattr(config, "sliding_window", None) is not None:
+        kinds = LayerKinds(("sliding_attention",), by_kind=False)
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kinds = LayerKinds(("chunked_attention",), by_kind=False)
+    else:
+        kinds = LayerKinds(("full_attention",), by_kind=False)
+    if unknown := [kind for kind in kinds.names if kind not in KINDS]:
+        raise NotBatchable(f"it has layers of the kind {', '.join(unknown)}")
+    return kinds

@@ -1,0 +1,398 @@
+"""A transformers model that reads texts, to embed, classify or fill them, as a graph of OpenVINO's.
+
+There is no cache: tokens go in, and all that the model's own forward pass returns comes out. `Encoder.serve` puts the
+graph behind the `forward` of the model itself, so that whoever runs the model goes on as before; what the graph has not
+is left to the model's own modules. Engine's thread only, but for the building. Must not know files, tasks or
+tokenizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ...errors import Cancelled
+from ..layers import NotBatchable
+from . import graph as graphs
+from .library import openvino
+from .reserve import Reserve, seem_whole
+
+Tensors = dict[str, torch.Tensor]
+
+# How far outputs may lie from torch's, as a share of the largest number among them, or of 1 where that is smaller: what
+# this server holds batches to as well. Those of compressed weights are rounded on their way: what is worse is a fault.
+CLOSE: Mapping[str | None, float] = MappingProxyType({None: 1e-5, "int8": 0.1, "int4": 0.6})
+
+# What an input is that is not given.
+_FILLINGS: Mapping[str, int] = MappingProxyType({"attention_mask": 1, "token_type_ids": 0})
+
+# Families whose attention is code of their own that is known to convert for every length; of any other one the trace
+# might have but one case.
+_CONVERTIBLE = frozenset({"deberta-v2", "megatron-bert", "mpnet", "rembert", "roformer"})
+
+# Rows of these lengths are tried: together, with padding between them. The first are kept with the graph, and are tried
+# at each load; the longest rows are tried once, when it is made.
+_KEPT = ((21, 5, 13), (2,))
+_ONCE = ((40, 40), (33, 150, 97))
+_LONGEST = 520  # tokens, where the model reads as many
+_LONGEST_WINDOW = 1100  # tokens that a row is made longer at most, to go past a window
+_NUMBERS = 2**26  # that an output of a row which is tried may have
+
+# Which of the inputs of OpenVINO's attention is its mask.
+_MASK = 3
+
+# Exact products. One stream has all cores.
+_PROPERTIES: Mapping[str, str] = MappingProxyType({"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a graph takes and gives.
+
+    Each of `inputs` is (rows, tokens), integers; those in `optional` may be left out. `outputs` are the fields of what
+    the model returns, whose class is `kind`: its module and its name.
+    """
+
+    inputs: tuple[str, ...]
+    optional: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kind: tuple[str, str]
+
+    @property
+    def output_class(self) -> type[ModelOutput]:
+        """The class; the model's own module has imported it.
+
+        Raises:
+            NotBatchable: it is not there.
+        """
+        found = getattr(sys.modules.get(self.kind[0]), self.kind[1], None)
+        if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+            raise NotBatchable(f"its outputs are of a class that is not there ({self.kind[1]})")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A batch, and what torch gives for it."""
+
+    inputs: Tensors
+    outputs: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How rows of different lengths are made a batch: with which token, and on which side; none where `token` is."""
+
+    token: int | None
+    left: bool = False
+
+
+class _Traced(torch.nn.Module):
+    """The model with tensors only in its signature, as tracing wants it."""
+
+    def __init__(self, model: PreTrainedModel, form: Form) -> None:
+        super().__init__()
+        self.model = model
+        self.form = form
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = _run(self.model, dict(zip(self.form.inputs, tensors, strict=True)))
+        return tuple(output[name] for name in self.form.outputs)
+
+
+def find_form(model: PreTrainedModel, named: Sequence[str]) -> Form:
+    """What a graph of the model takes and gives; `named` are the inputs that its tokenizer makes.
+
+    Raises:
+        NotBatchable: it is a model whose forward pass a trace does not hold.
+    """
+    _check_kind(model)
+    known = inspect.signature(model.forward).parameters
+    if not {"input_ids", "attention_mask"} <= set(known):
+        raise NotBatchable("its forward pass takes no attention mask")
+    ids = _some_ids(model, (2, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole = _run(model, inputs)
+    for name, value in whole.items():
+        if not isinstance(value, torch.Tensor):
+            raise NotBatchable(f"it gives more than one tensor as its {name}")
+    names, optional = list(inputs), []
+    if _gives_same(model, {"input_ids": ids}, whole):
+        optional.append("attention_mask")
+    if "token_type_ids" in known:
+        without = _gives_same(model, {**inputs, "token_type_ids": torch.zeros_like(ids)}, whole)
+        if without or "token_type_ids" in named:
+            names.append("token_type_ids")
+        if without:
+            optional.append("token_type_ids")
+    return Form(tuple(names), tuple(optional), tuple(whole), (type(whole).__module__, type(whole).__qualname__))
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise NotBatchable("it is an encoder-decoder")
+    if config._attn_implementation != "sdpa" and config.model_type not in _CONVERTIBLE:
+        raise NotBatchable("its attention is code of its own, which may change with the length of the text")
+    if not getattr(config, "vocab_size", None):
+        raise NotBatchable("what it reads is no vocabulary's tokens")
+    graphs.check_rotary(config)
+
+
+def _gives_same(model: PreTrainedModel, inputs: Tensors, expected: ModelOutput) -> bool:
+    try:
+        given = _run(model, inputs)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return list(given) == list(expected) and _apart(given, expected, None) <= CLOSE[None]
+
+
+def convert(model: PreTrainedModel, form: Form) -> Any:
+    """The model as a graph, float32; its constants are the model's own memory.
+
+    Raises:
+        Exception: whatever the model's code or OpenVINO's conversion raises for what cannot be traced.
+    """
+    ov = openvino()
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder as trace  # noqa: N813 - that is all it does
+
+    ids = _some_ids(model, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing, on what is the same for every shape here
+        example = tuple(made[name] for name in form.inputs)
+        # Without torch's own check of the trace, which traces it once more: `check` checks more than that.
+        traced = trace(_Traced(model, form).eval(), example_input=example, trace_kwargs={"check_trace": False})
+        graph = ov.convert_model(traced, example_input=example)
+    for ports, names in ((graph.inputs, form.inputs), (graph.outputs, form.outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    graph.reshape({name: ov.PartialShape([-1, -1]) for name in form.inputs})
+    _see_something(graph)
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _see_something(graph: Any) -> None:
+    """Have a token at a padding's place, which may see no other, see all alike: without numbers of its own, it would
+    take those of the others with it, though they give it no weight."""
+    ov = openvino()
+    from openvino import opset13 as ops
+
+    seen = ops.constant(np.float32(0))
+    unseen = ops.constant(np.finfo(np.float32).min)
+    for node in graph.get_ops():
+        if node.get_type_name() == "ScaledDotProductAttention" and node.get_input_size() > _MASK:
+            mask = node.input_value(_MASK)
+            if mask.get_element_type() == ov.Type.boolean:
+                node.input(_MASK).replace_source_output(ops.select(mask, seen, unseen).output(0))
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> ModelOutput:
+    """What the model gives; keys and values for later tokens are none of it."""
+    fixed = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        output: ModelOutput = model(**inputs, **fixed, return_dict=True)
+    return output
+
+
+# Whether it gives what torch gives ------------------------------------------------------------------------------------
+
+
+def samples(
+    model: PreTrainedModel,
+    form: Form,
+    padding: Padding,
+    *,
+    kept: bool,
+    most: int | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Iterator[Sample]:
+    """Batches of ragged rows with what torch gives for them, to `check` a graph with: those that are to be `kept`, or
+    those that are tried once. `most` is how many tokens the model can read.
+
+    Raises:
+        Cancelled: `given_up()` turned true.
+    """
+    reads = _LONGEST if most is None else min(most, _LONGEST)
+    for lengths in _KEPT if kept else (*_ONCE, (_longest(model, most, reads),)):
+        if given_up():
+            raise Cancelled
+        inputs = _batch(model, form, padding, [min(length, reads) if kept else length for length in lengths], most)
+        yield Sample(inputs, dict(_run(model, inputs)))
+
+
+def _longest(model: PreTrainedModel, most: int | None, reads: int) -> int:
+    """How long the longest row is that is tried: past every window, where that is not too far."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
+    wanted = max([reads, *(each + 9 for each in windows if isinstance(each, int) and each < _LONGEST_WINDOW)])
+    width = config.vocab_size if model.get_output_embeddings() is not None else 1
+    return max(1, min(wanted, most or wanted, _NUMBERS // width))
+
+
+def _batch(model: PreTrainedModel, form: Form, padding: Padding, lengths: Sequence[int], most: int | None) -> Tensors:
+    lengths = [min(length, most or length) for length in lengths]
+    longest = max(lengths)
+    if padding.token is None:
+        lengths = [longest] * len(lengths)
+    ids = _some_ids(model, (len(lengths), longest))
+    mask, types = torch.ones_like(ids), torch.zeros_like(ids)
+    if (getattr(model.config, "type_vocab_size", None) or 0) > 1:
+        types[:, longest // 2 :] = 1
+    for row, length in enumerate(lengths):
+        beside = slice(longest - length) if padding.left else slice(length, longest)
+        mask[row, beside] = types[row, beside] = 0
+        if padding.token is not None:
+            ids[row, beside] = padding.token
+    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    return {name: made[name] for name in form.inputs}
+
+
+def _some_ids(model: PreTrainedModel, shape: tuple[int, int]) -> torch.Tensor:
+    """Token ids spread over the vocabulary, none of them special by its place at either end of it."""
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(size // 8, max(size - size // 8, size // 8 + 1), shape, generator=generator)
+
+
+def check(encoder: Encoder, expected: Sequence[Sample], quantization: str | None = None) -> None:
+    """See that the graph gives what torch gave.
+
+    Raises:
+        NotBatchable: it does not, with how far it lies apart.
+    """
+    for sample in expected:
+        apart = _apart(encoder.compute(sample.inputs), sample.outputs, sample.inputs["attention_mask"].bool())
+        if not apart <= CLOSE[quantization]:
+            raise NotBatchable(f"its outputs lie {apart:.2g} from torch's")
+
+
+def _apart(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], mask: torch.Tensor | None) -> float:
+    """How far outputs lie apart at most, beside the largest number expected; what stands at padding is nobody's."""
+    apart = 0.0
+    for name, wanted in expected.items():
+        seen = given[name]
+        if seen.shape != wanted.shape:
+            return float("inf")
+        if mask is not None and wanted.shape[:2] == mask.shape:
+            seen, wanted = seen[mask], wanted[mask]
+        difference = (seen - wanted).abs().max() / wanted.abs().max().clamp(min=1.0)
+        apart = max(apart, float(difference) if torch.isfinite(difference) else float("inf"))
+    return apart
+
+
+# Serving with it ------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Computes what a model's forward pass returns."""
+
+    def __init__(self, graph: Any, form: Form) -> None:
+        """Compile a `graph`."""
+        self.weight_bytes, self.copied_bytes = graphs.constant_bytes(graph)
+        self._form = form
+        self._class = form.output_class
+        self._tensor = openvino().Tensor
+        compiled = openvino().Core().compile_model(graph, "CPU", dict(_PROPERTIES))
+        self._request = compiled.create_infer_request()
+        self._reserve: Reserve | None = None
+
+    def compute(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        """All outputs for `inputs`, which are all that the graph takes, each (rows, tokens)."""
+        arrays = {name: np.ascontiguousarray(inputs[name].numpy()) for name in self._form.inputs}
+        for name, array in arrays.items():
+            self._request.set_tensor(name, self._tensor(array, shared_memory=True))
+        try:
+            self._request.infer()
+        except RuntimeError as error:
+            if "alloc" in str(error).lower():  # std::bad_alloc, or what oneDNN makes of it
+                raise MemoryError from error
+            raise
+        return {name: torch.from_numpy(self._request.get_tensor(name).data.copy()) for name in self._form.outputs}
+
+    def serve(self, shell: PreTrainedModel, reserve: Reserve) -> None:
+        """Answer for the model from now on; `reserve` has its weights, for what only its own modules can do."""
+        self._reserve = reserve
+        own = shell.forward
+        signature = inspect.signature(own)
+        config = shell.config.get_text_config()
+        vocabulary = shell.get_input_embeddings().num_embeddings
+        most = getattr(config, "max_position_embeddings", None)
+        types = getattr(config, "type_vocab_size", None)
+
+        @functools.wraps(own)
+        def forward(*arguments: Any, **named: Any) -> Any:
+            reserve.rest()
+            given = {
+                name: value
+                for name, value in signature.bind(*arguments, **named).arguments.items()
+                if value is not None and value != {}
+            }
+            as_tuple = not given.pop("return_dict", getattr(shell.config, "return_dict", True))
+            if given.get("use_cache") is False:
+                del given["use_cache"]
+            inputs = self._whole(given)
+            if inputs is None or (most is not None and inputs["input_ids"].shape[1] > most > 0):
+                reserve.fetch()
+                return own(*arguments, **named)
+            _check_range(inputs["input_ids"], vocabulary)
+            if types and "token_type_ids" in inputs:
+                _check_range(inputs["token_type_ids"], types)
+            output = self._class(**self.compute(inputs))
+            return output.to_tuple() if as_tuple else output
+
+        shell.forward = forward
+        base = shell.base_model
+        if base is not shell:
+            seem_whole(base)
+            base.register_forward_pre_hook(lambda *_: reserve.fetch())
+
+    def rest(self) -> None:
+        """Let go of what is kept for use soon: nobody has come for a while."""
+        if self._reserve is not None:
+            self._reserve.let_go()
+
+    def _whole(self, given: Mapping[str, Any]) -> Tensors | None:
+        """All that the graph takes; None where it is given what it does not take, or lacks what it needs."""
+        ids = given.get("input_ids")
+        if (
+            not isinstance(ids, torch.Tensor)
+            or ids.dim() != 2
+            or not ids.numel()
+            or not set(given) <= set(self._form.inputs)
+        ):
+            return None
+        inputs = {}
+        for name in self._form.inputs:
+            value = given.get(name)
+            if value is None and name in self._form.optional:
+                value = torch.full_like(ids, _FILLINGS[name])
+            if not isinstance(value, torch.Tensor) or value.shape != ids.shape or value.is_floating_point():
+                return None
+            inputs[name] = value.to(torch.int64)
+        return inputs
+
+
+def _check_range(ids: torch.Tensor, size: int) -> None:
+    """Refuse, as torch does, what a table has no row for: OpenVINO would read a row of zeros.
+
+    Raises:
+        IndexError: one is not among the `size`.
+    """
+    least, most = torch.aminmax(ids)
+    if int(least) < 0 or int(most) >= size:
+        raise IndexError("index out of range in self")

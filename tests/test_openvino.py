@@ -1,0 +1,624 @@
+"""The runner on a CPU: when OpenVINO computes a model, what is kept of it, and what else the model can then do.
+
+That what it computes is right, whoever else is in the batch, `test_engine.py` shows of both runners.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import causal_models
+import pytest
+import torch
+from changed_models import edit
+from conftest import ROOT, Server
+from safetensors.torch import load_file, save_file
+from tiny_tokenizers import TEXT
+
+import huggingface
+from app import create_app
+from config import Settings
+from huggingface import converted, converting, loader
+from huggingface.engine.layers import NotBatchable
+from huggingface.engine.openvino import agreement, graph, library
+from huggingface.engine.openvino.reserve import Reserve, make_shell
+from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
+from huggingface.loaded import LoadedModel
+from huggingface.progress import Progress
+from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+
+WORDS = TEXT.split()
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+API = "/api/huggingface"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with models that large weights make differ, as they lie on a disk."""
+    root = tmp_path_factory.mktemp("openvino")
+    for name in ("llama", "gpt2", "gemma2-eager", "mamba"):
+        model, tokenizer = causal_models.build(name)
+        model.save_pretrained(root / "tiny" / name)
+        tokenizer.save_pretrained(root / "tiny" / name)
+    return root
+
+
+@pytest.fixture
+def place(root: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Puts a model into a models folder of the test's own, without anything that is kept of it."""
+
+    def put(name: str) -> Path:
+        target = tmp_path / "models" / "tiny" / name
+        shutil.copytree(root / "tiny" / name, target, ignore=shutil.ignore_patterns(converted.FOLDER))
+        return target
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def app(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An app as it is by default: OpenVINO where that can be had."""
+    registry = tmp_path_factory.mktemp("registry") / "models.json"
+    app = create_app(Settings(_env_file=None, registry=registry, models_dir=root, device="cpu", engine="auto"))
+    for name in ("llama", "gpt2", "gemma2-eager", "mamba"):
+        body = {"model_id": f"tiny/{name}", "name": name, "model_type": "text-generation"}
+        assert app.test_client().post(f"{API}/models", json=body).json["success"]
+    yield app
+    huggingface.close(app)
+
+
+@pytest.fixture
+def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have even a tiny model converted in a process of its own."""
+    monkeypatch.setattr(loader, "_CONVERTED_HERE", 0)
+
+
+def load(folder: Path, progress: Progress | None = None, **settings: Any) -> LoadedModel:
+    """A model of that folder as the server loads it."""
+    record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
+    options = LoadOptions(folder.parent.parent, "cpu", runner="auto", engine=EngineOptions(max_batch=8))
+    loaded = loader.load(record, options, folder, settings=LoadSettings(**settings), progress=progress)
+    loaded.prepared()
+    return loaded
+
+
+def text(loaded: LoadedModel, prompt: str = "The cat", **parameters: Any) -> str:
+    """The text of an answer."""
+    return list(loaded.generate(GenerationRequest({**GREEDY, **parameters}, prompt=prompt)))[-1].whole or ""
+
+
+def kept(folder: Path) -> list[Path]:
+    """What is kept of a model."""
+    return sorted((folder / converted.FOLDER).iterdir()) if (folder / converted.FOLDER).is_dir() else []
+
+
+# Which runner ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_has_openvino_where_that_gives_torchs_numbers(app: Any, root: Path) -> None:
+    """By default it computes what it can, and the answers are torch's; what it cannot, torch does, and it says why."""
+    client = app.test_client()
+    for name in ("llama", "gemma2-eager", "mamba"):
+        answer = client.post(f"{API}/models/tiny/{name}/load")
+        assert answer.status_code == 200, answer.json
+        engine = "openvino" if name == "llama" else "torch"
+        assert answer.json["settings"]["engine"] == engine
+        there = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
+        assert there["settings"]["engine"] == engine
+        assert (there["engine_reason"] is None) == (engine == "openvino")
+    reasons = client.get(f"{API}/cache").json["cached_models"]
+    assert "code of its own" in reasons["tiny/gemma2-eager"]["engine_reason"]
+    model, tokenizer = causal_models.build("llama")
+    inputs = tokenizer("The cat", return_tensors="pt")
+    made = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    wanted = tokenizer.decode(made, skip_special_tokens=True)
+    body = {"model_id": "tiny/llama", "prompt": "The cat", **GREEDY}
+    answer = client.post(f"{API}/generate", json=body)
+    assert answer.json["response"] == wanted, answer.json
+
+
+def test_openvino_by_name_is_had_or_refused(app: Any) -> None:
+    """Asked for by its name it is never replaced by something else."""
+    client = app.test_client()
+    for name, settings, reason in (
+        ("gemma2-eager", {}, "code of its own"),
+        ("mamba", {}, "linear_attention"),
+        ("llama", {"dtype": "bfloat16"}, "dtype"),
+        ("llama", {"attn_implementation": "eager"}, "attn_implementation"),
+        ("llama", {"device_map": "auto"}, "CPU"),
+    ):
+        answer = client.post(f"{API}/models/tiny/{name}/load", json={"engine": "openvino", **settings})
+        assert answer.status_code == 400, answer.json
+        assert "'engine'" in answer.json["error"], answer.json
+        assert reason in answer.json["error"], answer.json
+    refused = client.post(f"{API}/models/tiny/llama/load", json={"engine": "tensorflow"})
+    assert refused.status_code == 400
+    assert "engine" in refused.json["error"]
+
+
+def test_torch_by_name_is_had(app: Any) -> None:
+    """The reference is there for whoever wants it, in a load or in the record."""
+    client = app.test_client()
+    answer = client.post(f"{API}/models/tiny/llama/load", json={"engine": "torch", "force_reload": True})
+    assert answer.json["settings"]["engine"] == "torch"
+    there = client.get(f"{API}/cache").json["cached_models"]["tiny/llama"]
+    assert there["engine_reason"] == "torch was asked for"
+    assert client.put(f"{API}/models/tiny/llama", json={"engine": "openvino"}).status_code == 200
+    assert client.post(f"{API}/models/tiny/llama/unload").status_code == 200
+    answer = client.post(f"{API}/models/tiny/llama/load")
+    assert answer.json["settings"]["engine"] == "openvino"
+    assert client.put(f"{API}/models/tiny/llama", json={"engine": None}).status_code == 200
+
+
+def test_without_the_package_torch_computes(place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` goes on without OpenVINO and says so; by its name it is refused with what to install."""
+    folder = place("llama")
+    monkeypatch.setattr(library, "installed", lambda name="openvino": False)
+    loaded = load(folder)
+    assert loaded.effective["engine"] == "torch"
+    assert loaded.engine_reason == "not installed: openvino"
+    loaded.close()
+    loaded = load(folder, quantization="int4")
+    assert loaded.effective["engine"] == "torch"
+    assert loaded.engine_reason == "in 4 bits torch loses less"
+    loaded.close()
+    with pytest.raises(Exception, match="pip install openvino"):
+        load(folder, engine="openvino")
+
+
+def test_rotary_embeddings_that_change_are_left_to_torch() -> None:
+    """A trace has one case of what changes with the length of the text: that would be found out too late."""
+    model, _ = causal_models.build("llama")
+    for kind in ("dynamic", "longrope"):
+        model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+        with pytest.raises(NotBatchable, match=kind):
+            graph.check_kinds(model)
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("another_process")
+def test_the_graph_is_made_once(place: Callable[[str], Path]) -> None:
+    """The first load converts and says so; the next one reads what is kept, and gives the same."""
+    folder, first, second = place("llama"), Progress(), Progress()
+    loaded = load(folder, first)
+    assert loaded.effective["engine"] == "openvino"
+    whole = text(loaded)
+    loaded.close()
+    [there] = kept(folder)
+    assert {path.name for path in there.iterdir()} == {"graph.xml", "graph.bin", "about.json", "expected.safetensors"}
+    before = {path: path.stat().st_mtime_ns for path in there.iterdir()}
+    loaded = load(folder, second)
+    assert text(loaded) == whole
+    loaded.close()
+    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == before
+    assert "convert" in phases(first)
+    assert "convert" not in phases(second)
+
+
+def phases(progress: Progress) -> list[str]:
+    """The phases that a piece of work went through."""
+    return [moment.phase for _, moment in progress._begun]
+
+
+def test_other_weights_get_a_graph_of_their_own(place: Callable[[str], Path]) -> None:
+    """The graph belongs to the very weights: changed ones are converted anew, and the old graph goes."""
+    folder = place("llama")
+    loaded = load(folder)
+    before = text(loaded)
+    loaded.close()
+    [old] = kept(folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(3)
+    name = "model.embed_tokens.weight"
+    weights[name] = torch.randn_like(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(folder)
+    assert text(loaded) != before
+    loaded.close()
+    [new] = kept(folder)
+    assert new.name != old.name
+
+
+def cut(there: Path) -> None:
+    os.truncate(there / "graph.bin", 100)
+
+
+def scribble(there: Path) -> None:
+    (there / "about.json").write_text("{")
+
+
+def lose(there: Path) -> None:
+    (there / "graph.xml").unlink()
+
+
+def forget(there: Path) -> None:
+    edit(there, "about.json", sizes=None)
+
+
+@pytest.mark.parametrize("damage", [cut, scribble, lose, forget])
+def test_a_damaged_graph_is_made_anew(damage: Callable[[Path], None], place: Callable[[str], Path]) -> None:
+    """What is kept may be cut short by a full disk or a person: it is noticed, and costs a conversion."""
+    folder = place("gpt2")
+    loaded = load(folder)
+    whole = text(loaded)
+    loaded.close()
+    damage(kept(folder)[0])
+    loaded = load(folder)
+    assert (loaded.effective["engine"], text(loaded)) == ("openvino", whole)
+    loaded.close()
+
+
+def test_a_graph_that_gives_other_numbers_is_not_used(place: Callable[[str], Path]) -> None:
+    """Each load compares with what torch gave: `auto` gives a graph that computes otherwise here up."""
+    folder = place("llama")
+    loaded = load(folder)
+    whole = text(loaded)
+    loaded.close()
+    [there] = kept(folder)
+    expected = load_file(there / "expected.safetensors")
+    expected["1.logits"][0, 0] += 0.01
+    save_file(expected, there / "expected.safetensors")
+    loaded = load(folder)
+    assert loaded.effective["engine"] == "torch"
+    assert "from torch's" in (loaded.engine_reason or "")
+    assert text(loaded) == whole
+    sizes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert loaded.sizes.weights == pytest.approx(sizes, rel=0.05)
+    loaded.close()
+    with pytest.raises(InvalidRequest, match="'engine'"):
+        load(folder, engine="openvino")
+
+
+def test_where_nothing_can_be_kept_the_graph_goes_with_the_model(place: Callable[[str], Path]) -> None:
+    """A folder that cannot be written to costs a conversion at each load, and nothing else."""
+    folder = place("llama")
+    (folder / converted.FOLDER).write_text("a file stands where the folder would be")
+    loaded = load(folder)
+    assert loaded.effective["engine"] == "openvino"
+    own = loaded.setup.folder
+    assert own is not None
+    assert (own / "graph.bin").is_file()
+    assert text(loaded)
+    loaded.close()
+    assert not own.exists()
+
+
+def test_without_room_on_the_disk_torch_computes(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room is looked for before anything is written; nothing is left behind where there is none."""
+    folder = place("llama")
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match="are free on the disk"):
+        converted.make(causal_models.build("llama")[0], converted.Place(folder, "x", None), None, tmp_path)
+    assert not kept(folder)
+    assert not list(tmp_path.glob("graph*"))
+
+
+def test_what_was_not_completed_is_never_read_and_goes_in_time(place: Callable[[str], Path]) -> None:
+    """A conversion that is killed leaves a folder of another name, which a later one removes a day later."""
+    folder = place("llama")
+    spot = converted.Place(folder, "x", None)
+    stopped = folder / converted.FOLDER / f".{spot._name}.0123abcd.tmp"
+    stopped.mkdir(parents=True)
+    (stopped / "about.json").write_text("{}")
+    assert converted.find(spot) is None
+    spot.refuse("a reason")
+    assert stopped.exists()
+    os.utime(stopped, (time.time() - 2 * 24 * 3600,) * 2)
+    spot.refuse("another")
+    assert not stopped.exists()
+    with pytest.raises(NotBatchable, match="a reason"):
+        converted.find(spot)
+
+
+# The process that converts --------------------------------------------------------------------------------------------
+
+
+def wanted(folder: Path, tmp_path: Path) -> converting.Wanted:
+    record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
+    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    return converting.Wanted(record, options, folder, LoadSettings(), tmp_path)
+
+
+@pytest.mark.usefixtures("another_process")
+def test_a_conversion_that_crashes_harms_nobody(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code that ends its process ends no other: torch computes, and it is not tried again."""
+    folder = place("llama")
+    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, "kill -SEGV $$"))
+    with pytest.raises(converting.ConversionFailed, match="-11") as failed:
+        converting.convert(wanted(folder, tmp_path), Progress())
+    assert failed.value.final
+    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, "kill -KILL $$"))
+    with pytest.raises(converting.ConversionFailed, match="-9") as failed:
+        converting.convert(wanted(folder, tmp_path), Progress())
+    assert not failed.value.final, "whoever killed it, lack of memory perhaps, may not do so again"
+    loaded = load(folder)
+    assert loaded.effective["engine"] == "torch"
+    assert "-9" in (loaded.engine_reason or "")
+    loaded.close()
+
+
+@pytest.mark.usefixtures("another_process")
+def test_without_memory_for_a_conversion_torch_computes(
+    place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process needs memory of its own: where that is not free it is not begun, and tried again another time."""
+    folder = place("llama")
+    monkeypatch.setattr(loader, "available_bytes", lambda: 10**6)
+    loaded = load(folder)
+    assert loaded.effective["engine"] == "torch"
+    assert "1000000 are free" in (loaded.engine_reason or "")
+    loaded.close()
+    assert not kept(folder)
+
+
+def crashing(folder: Path, command: str) -> str:
+    """A program that does what is wanted of the interpreter in its own way."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{command}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.usefixtures("another_process")
+def test_whoever_cancels_ends_the_conversion(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancelled load does not convert on: its process is gone at once."""
+    folder, progress = place("llama"), Progress()
+    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100"))
+    threading.Timer(0.5, progress.cancel).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        converting.convert(wanted(folder, tmp_path), progress)
+    assert time.monotonic() - started < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_path: Path) -> None:
+    """A server that is killed leaves no process behind that goes on for nobody."""
+    folder = place("llama")
+    code = (
+        "import sys, pickle; from huggingface import converting; from huggingface.progress import Progress\n"
+        "converting.convert(pickle.load(open(sys.argv[1], 'rb')), Progress())"
+    )
+    import pickle
+
+    request = tmp_path / "wanted"
+    request.write_bytes(pickle.dumps(wanted(folder, tmp_path)))
+    parent = subprocess.Popen([sys.executable, "-c", code, str(request)], cwd=ROOT)
+    try:
+        child = wait_for(lambda: children(parent.pid))[0]
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(20)
+    wait_for(lambda: not Path(f"/proc/{child}").exists() or b"defunct" in stat(child) or b") Z" in stat(child))
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def stat(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return b") Z"
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
+def test_nothing_is_sent_to_anybody() -> None:
+    """openvino and nncf report their use to their makers where they find the package that sends it."""
+    code = """
+import socket, sys
+def refuse(*_):
+    raise AssertionError("a packet")
+socket.socket.connect = socket.getaddrinfo = refuse
+from huggingface.engine.openvino import library
+library.openvino(); library.offline_transformations(); library.nncf()
+import openvino.tools.ovc
+assert sys.modules["openvino_telemetry"] is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# Compressed weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_compressed_weights_take_less_and_mean_the_same(scheme: str, place: Callable[[str], Path]) -> None:
+    """The estimate is what is then counted; an answer does not depend on who else is in the batch."""
+    folder = place("llama")
+    whole = load(folder, engine="torch")
+    logits = whole._parts.solo.model(torch.tensor([[20, 30, 40]])).logits[0].detach()
+    size = whole.sizes.weights
+    whole.close()
+    record = ModelRecord("tiny/llama", "llama", "text-generation")
+    options = LoadOptions(folder.parent.parent, "cpu", runner="openvino")
+    estimate = loader.estimate(record, options, folder, LoadSettings(quantization=scheme))
+    loaded = load(folder, quantization=scheme, engine="openvino")
+    assert loaded.effective["engine"] == "openvino"
+    assert loaded.effective["quantization"] == scheme
+    sizes = loaded.sizes
+    assert sizes.weights < size * (0.35 if scheme == "int8" else 0.3)
+    assert (estimate.engine, estimate.quantization) == ("openvino", scheme)
+    assert estimate.weights == pytest.approx(sizes.weights, rel=0.1)
+    alone = [text(loaded, prompt) for prompt in WORDS[:6]]
+    tickets = [loaded.generate(GenerationRequest(GREEDY, prompt=prompt)) for prompt in WORDS[:6]]
+    assert [list(ticket)[-1].whole for ticket in tickets] == alone
+    request = GenerationRequest({"max_new_tokens": 1}, tokens=[20, 30, 40], logprobs=5)
+    [token] = [token for chunk in loaded.generate(request) for token in chunk.tokens][:1]
+    likely = torch.log_softmax(logits[-1], -1)
+    assert abs(token.logprob - float(likely[token.id])) < (0.5 if scheme == "int8" else 4)
+    loaded.close()
+
+
+# The model itself -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Any, Any, LoadedModel]]:
+    """A model, its tokenizer, and the model as OpenVINO computes it."""
+    model, tokenizer = causal_models.build("llama")
+    loaded = causal_models.serve("llama", model, tokenizer, "openvino", max_batch=4)
+    yield model, tokenizer, loaded
+    loaded.close()
+
+
+def test_what_only_the_model_itself_can_do_it_does(served: tuple[Any, Any, LoadedModel]) -> None:
+    """Beams and hidden states come of the model's own weights, which are there as long as they are needed."""
+    model, tokenizer, loaded = served
+    runner = loaded._parts.engine._batch._runner
+    inputs = tokenizer("The cat", return_tensors="pt")
+    beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8}
+    wanted_text = tokenizer.decode(model.generate(**inputs, **beams)[0, inputs["input_ids"].shape[1] :])
+    before, sizes = text(loaded), loaded.sizes
+    assert not runner._reserve.present
+    assert text(loaded, **beams) == wanted_text
+    assert runner._reserve.present
+    own = sum(tensor.nbytes for tensor in model.parameters())
+    assert loaded.sizes.copies == sizes.copies + own, "they are counted while they are there"
+    features = loaded.run("feature-extraction", "The cat", {})
+    with torch.inference_mode():
+        hidden = model.base_model(**inputs).last_hidden_state
+    torch.testing.assert_close(torch.tensor(features), hidden, rtol=0, atol=1e-5)
+    assert text(loaded) == before
+    loaded._parts.engine.call(runner.rest)
+    assert not runner._reserve.present
+    assert loaded.sizes.copies == sizes.copies
+    assert all(tensor.device.type == "meta" for tensor in loaded._parts.solo.model.parameters())
+    assert text(loaded, **beams) == wanted_text
+
+
+def test_own_weights_that_find_no_room_are_a_typed_refusal(
+    served: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they do not fit beside the graph, who needs them is told; the others go on."""
+    _, _, loaded = served
+    runner = loaded._parts.engine._batch._runner
+    loaded._parts.engine.call(runner.rest)
+    monkeypatch.setattr(runner._reserve, "_take", lambda size: size <= 0)
+    runner._reserve.let_go()
+    with pytest.raises(OutOfMemory, match="engine torch"):
+        text(loaded, num_beams=2)
+    with pytest.raises(OutOfMemory, match="engine torch"):
+        loaded.run("feature-extraction", "The cat", {})
+    assert text(loaded)
+
+
+def test_a_shell_is_its_model_again_and_again() -> None:
+    """Weights come and go, with layers that are replaced by quantized ones too, and every number is the model's."""
+    model, _ = causal_models.build("llama")
+    inputs = torch.tensor([[20, 30, 40]])
+    taken: list[int] = []
+
+    def take(size: int) -> bool:
+        taken.append(size)
+        return True
+
+    def read() -> Any:
+        whole = copy.deepcopy(model)
+        whole.model.layers[0].mlp = torch.nn.Sequential(whole.model.layers[0].mlp)
+        return whole
+
+    shell = make_shell(copy.deepcopy(model))
+    assert str(shell.device) == "cpu"
+    assert type(shell).__name__ == type(model).__name__
+    reserve = Reserve(shell, read, take, 7)
+    layer = shell.model.layers[0].mlp
+    for _ in range(3):
+        reserve.fetch()
+        with torch.inference_mode():
+            assert torch.equal(shell(inputs).logits, model(inputs).logits)
+        reserve.let_go()
+        assert shell.model.layers[0].mlp is layer
+        assert {tensor.device.type for tensor in shell.parameters()} == {"meta"}
+    assert taken == [7, -7] * 3
+
+
+def test_own_weights_rest_after_a_while(served: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that goes on lets them go once nobody has used them for a time."""
+    _, _, loaded = served
+    runner = loaded._parts.engine._batch._runner
+    text(loaded, num_beams=2)
+    assert text(loaded)
+    assert runner._reserve.present
+    runner._reserve._used -= 1000
+    assert text(loaded)
+    assert not runner._reserve.present
+
+
+# The check ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_gone_past(served: tuple[Any, Any, LoadedModel]) -> None:
+    """One of the prompts that are tried is longer than the smallest window, as far as that can be afforded."""
+    windowed, _ = causal_models.build("mistral-window")
+    windowed.config.sliding_window = 300
+    assert agreement.lengths(windowed)[0] > 300
+    windowed.config.sliding_window = 10**6
+    assert agreement.lengths(windowed)[0] < 100
+    assert graph.windows(windowed) == {0: 10**6, 1: 10**6}
+
+
+def test_a_wrong_window_is_found_out(tmp_path: Path) -> None:
+    """Were the window not given to the operation, the check would see it."""
+    model, _ = causal_models.build("mistral-window")
+    spot = converted.Place(tmp_path, "x", None)
+    converted.make(model, spot, None, tmp_path)
+    made = converted.find(spot)
+    assert made is not None
+    reserve = Reserve(make_shell(copy.deepcopy(model)), lambda: model)
+    made.runner(1024, reserve).close()
+    with pytest.raises(NotBatchable, match="from torch's"):
+        replace(made, windows={}).runner(1024, reserve)
+
+
+# On a live server -----------------------------------------------------------------------------------------------------
+
+
+def test_a_load_tells_that_it_converts(place: Callable[[str], Path], start_server: Callable[..., Server]) -> None:
+    """The events of a load name the conversion; the next server reads what the first has kept."""
+    folder = place("gpt2")
+    for told in (True, False):
+        server = start_server(LOCAL_LLM_MODELS_DIR=str(folder.parent.parent), LOCAL_LLM_ENGINE="auto")
+        server.add("tiny/gpt2", "text-generation")
+        estimate = server.call("GET", "/models/tiny/gpt2/estimate").json()
+        answer = server.call("POST", "/models/tiny/gpt2/load", json={"stream": True}, stream=True)
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: {")]
+        assert ("convert" in {event["progress"]["phase"] for event in events if "progress" in event}) is told
+        there = server.call("GET", "/cache").json()["cached_models"]["tiny/gpt2"]
+        assert there["settings"]["engine"] == estimate["engine"] == "openvino"
+        assert estimate["weights_bytes"] == pytest.approx(there["weights_bytes"], rel=0.1)
+        assert estimate["bytes"] == pytest.approx(
+            there["bytes"] - there["kv_cache_bytes"] + estimate["kv_cache_bytes"], rel=0.1
+        )
+        server.stop()
