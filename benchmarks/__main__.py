@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import report, scenarios
-from .contestants import CONTESTANTS, FOLDER
+from . import report, scenarios, variants
+from .contestants import CONTESTANTS, FOLDER, USUAL
 from .prompts import Prompts
 
 RESULTS = Path(__file__).with_name("results.jsonl")
-SCENARIOS = ("callers", "join", "chat")
+SIDE_BY_SIDE = ("callers", "prompt", "join", "chat")
+SCENARIOS = ("loads", "perplexity", *SIDE_BY_SIDE)
 
 
 def main() -> int:
@@ -23,31 +24,22 @@ def main() -> int:
         print("The starter model is not there: `make starter` brings it.", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
-    contestants = [CONTESTANTS[key]() for key in options.servers]
-    field = scenarios.Field(contestants, Prompts(FOLDER))
+    prompts = Prompts(FOLDER)
     results: dict[str, Any] = {}
+    field = scenarios.Field([CONTESTANTS[key]() for key in options.servers], prompts)
     try:
-        field.start()
-        if "callers" in options.scenarios:
-            results["callers"] = scenarios.callers(
-                field, options.callers, options.rounds, options.prompt_tokens, options.new_tokens, options.limit
-            )
-        if "join" in options.scenarios:
-            keys = tuple(key for key in ("ours", "serve-cb") if key in options.servers)
-            results["join"] = scenarios.join(
-                field, keys, options.rounds, *((64, 1, 500) if options.quick else (256, 4, 2000)), options.limit
-            )
-        if "chat" in options.scenarios:
-            turns, new_tokens = (3, 8) if options.quick else (10, 32)
-            results["chat"] = scenarios.chat(field, options.rounds, turns, new_tokens, options.limit)
+        _one_by_one(options, prompts, results)
+        if any(name in options.scenarios for name in SIDE_BY_SIDE):
+            field.start()
+            _side_by_side(options, field, results)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
     finally:
         field.stop()
     told = {name: value for name, value in vars(options).items() if name != "results"}
-    line = report.written(report.line(contestants, told, results))
-    print(f"\n{report.tables(contestants, results)}\n")
+    line = report.written(report.line(field.contestants, told, results))
+    print(f"\n{report.tables(results)}\n")
     if options.results is None:
         print(line)
     else:
@@ -57,10 +49,43 @@ def main() -> int:
     return 0
 
 
+def _one_by_one(options: argparse.Namespace, prompts: Prompts, results: dict[str, Any]) -> None:
+    """What is measured of this server's engines, each alone."""
+    keys = [key for key in variants.VARIANTS if options.chosen is None or key in options.chosen]
+    if "loads" in options.scenarios and keys:
+        callers, new_tokens = (4, 16) if options.quick else (16, 128)
+        results["loads"] = variants.loads(keys, prompts, options.rounds, callers, new_tokens, options.limit)
+    if "perplexity" in options.scenarios and keys:
+        results["perplexity"] = variants.perplexity(keys, prompts, 1000 if options.quick else 5000, options.limit)
+
+
+def _side_by_side(options: argparse.Namespace, field: scenarios.Field, results: dict[str, Any]) -> None:
+    """What is measured of all contestants in turn."""
+    if "callers" in options.scenarios:
+        results["callers"] = scenarios.callers(
+            field, options.callers, options.rounds, options.prompt_tokens, options.new_tokens, options.limit
+        )
+    if "prompt" in options.scenarios:
+        tokens = 500 if options.quick else 2000
+        results["prompt"] = scenarios.long_prompt(field, options.rounds, tokens, options.limit)
+    if "join" in options.scenarios:
+        keys = tuple(key for key in ("ours", "ours-torch", "serve-cb") if key in options.servers)
+        results["join"] = scenarios.join(
+            field, keys, options.rounds, *((64, 1, 500) if options.quick else (256, 4, 2000)), options.limit
+        )
+    if "chat" in options.scenarios:
+        turns, new_tokens = (3, 8) if options.quick else (10, 32)
+        results["chat"] = scenarios.chat(field, options.rounds, turns, new_tokens, options.limit)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--servers", type=_names(tuple(CONTESTANTS)), default=list(CONTESTANTS), help="who is measured")
-    parser.add_argument("--scenarios", type=_names(SCENARIOS), default=list(SCENARIOS), help="what is measured")
+    parser.add_argument(
+        "--servers", type=_names(tuple(CONTESTANTS)), help=f"who is measured (default: {','.join(USUAL)})"
+    )
+    parser.add_argument(
+        "--scenarios", "--only", type=_names(SCENARIOS), default=list(SCENARIOS), help="what is measured"
+    )
     parser.add_argument("--callers", type=_numbers, help="how many at once (default: 1,4,16,64)")
     parser.add_argument("--rounds", type=int, help="how often each is measured (default: 3)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of a prompt (default: 64)")
@@ -69,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="1 round, 1 and 4 callers, 16 tokens; nothing is written")
     parser.add_argument("--results", type=Path, help=f"file that gets the line (default: {RESULTS.name} beside this)")
     options = parser.parse_args()
+    options.chosen, options.servers = options.servers, options.servers or list(USUAL)
     options.callers = options.callers or ([1, 4] if options.quick else [1, 4, 16, 64])
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.new_tokens = options.new_tokens or (16 if options.quick else 128)

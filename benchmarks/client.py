@@ -46,6 +46,20 @@ def post(request: Request, limit: float) -> dict[str, Any]:
     return dict(json.loads(body))
 
 
+def get(port: int, path: str, limit: float) -> bytes:
+    """The body of a GET; an error status is an `OSError` with what the server said."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise OSError(_refusal(response.status, body))
+    return body
+
+
 def follow(request: Request, stream: Stream, limit: float) -> None:
     """Post and fill `stream` until the server ends it, or `limit` seconds are over. Errors go into the stream."""
     connection = http.client.HTTPConnection("127.0.0.1", request.port, timeout=limit)

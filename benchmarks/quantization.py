@@ -25,8 +25,9 @@ import torch
 import transformers
 
 from huggingface import quantization
+from huggingface.engine.layers import NotBatchable
 from huggingface.engine.parity import batch_runner
-from huggingface.engine.runner import BatchRunner, NotBatchable, Piece
+from huggingface.engine.runner import BatchRunner, Piece
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
 
 HERE = Path(__file__).parent

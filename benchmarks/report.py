@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from .contestants import ROOT, Answer, Contestant
+from .contestants import CONTESTANTS, ROOT, Answer, Contestant
 
 _GIB = 1024**3
 _BUSY = 0.1  # more of all cores than this, taken by others, spoils a measurement
@@ -91,6 +92,7 @@ def line(contestants: list[Contestant], options: dict[str, Any], results: dict[s
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": machine(),
+        "load_average": os.getloadavg(),
         "versions": {one.key: one.versions() for one in contestants},
         "options": options,
         **results,
@@ -122,36 +124,40 @@ def _git(*arguments: str) -> str | None:
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def tables(contestants: list[Contestant], results: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     """All that was measured, to read."""
-    labels = {
-        one.key: one.label + (f", {one.weights} weights" if one.weights != "float32" else "") for one in contestants
-    }
+    labels = {key: kind().name for key, kind in CONTESTANTS.items()}
     parts = []
     if "callers" in results:
-        parts.append(_callers_table(results["callers"], labels))
+        parts += [_callers_table(results["callers"], labels), _speeds(results["callers"], labels)]
+    if "prompt" in results:
+        parts.append(_prompt_table(results["prompt"], labels))
     if "join" in results:
         parts.append(_join_table(results["join"], labels))
     if "chat" in results:
         parts.append(_chat_table(results["chat"]))
+    if "loads" in results:
+        parts.append(_loads_table(results["loads"], labels))
+    if "perplexity" in results:
+        parts.append(_perplexity_table(results["perplexity"], labels))
     return "\n\n".join(parts)
 
 
 def _callers_table(result: dict[str, Any], labels: dict[str, str]) -> str:
-    head = ["callers", "server", "tokens/s", "ours/it", "first token ms p50", "p99", "between tokens ms p50", "p99"]
-    head += ["memory MiB", "tokens", "same as generate", "load elsewhere"]
+    head = ["callers", "server", "tokens/s", "to generate", "to llama.cpp", "first token ms p50", "p99"]
+    head += ["between tokens ms p50", "p99", "memory MiB", "tokens", "same as generate", "load elsewhere"]
     rows = []
     for row in result["rows"]:
         start = [str(row["callers"]), labels[row["server"]]]
         if "left_out" in row:
             rows.append([*start, "-", f"({row['left_out'][:60]})"])
             continue
-        ratio, same = row["ours_over_this"], row["same_text_as_generate"]
+        same = row["same_text_as_generate"]
         rows.append(
             [
                 *start,
                 f"{row['tokens_per_second']:.1f}",
-                f"{ratio['tokens_per_second']:.2f}" if ratio else "-",
+                *(_ratio(row["over"].get(name)) for name in ("generate", "llama-cpp")),
                 *(f"{row[name]:.0f}" for name in ("first_token_p50_ms", "first_token_p99_ms")),
                 *(f"{row[name]:.0f}" for name in ("gap_p50_ms", "gap_p99_ms")),
                 str(row["memory_mib"]),
@@ -161,11 +167,86 @@ def _callers_table(result: dict[str, Any], labels: dict[str, str]) -> str:
             ]
         )
     title = f"{result['prompt_tokens']} prompt tokens, {result['new_tokens']} new ones, greedy, float32 where not said"
-    busy = sum(row.get("elsewhere", 0) > _BUSY for row in result["rows"])
-    warning = (
-        f"\n\nThe machine was busy with something else in {busy} of these rows: do not trust them." if busy else ""
+    return f"{title}\n\n{_table(head, rows)}{_warning(result['rows'])}"
+
+
+def _warning(rows: list[dict[str, Any]]) -> str:
+    busy = sum(row.get("elsewhere", 0) > _BUSY for row in rows)
+    return f"\n\nThe machine was busy with something else in {busy} of these rows: do not trust them." if busy else ""
+
+
+def _speeds(result: dict[str, Any], labels: dict[str, str]) -> str:
+    """Tokens/s by callers, and in brackets how many times `generate`'s, in Markdown."""
+    by_place = {(row["callers"], row["server"]): row for row in result["rows"]}
+    counts = list(dict.fromkeys(row["callers"] for row in result["rows"]))
+    servers = list(dict.fromkeys(row["server"] for row in result["rows"]))
+
+    def cell(count: int, server: str) -> str:
+        row = by_place[count, server]
+        if "left_out" in row:
+            return "-"
+        speed, over = f"{row['tokens_per_second']:.1f}", row["over"].get("generate")
+        return speed if over is None or server == "generate" else f"{speed} ({over:.2f})"
+
+    rows = [[str(count), *(cell(count, server) for server in servers)] for count in counts]
+    return _markdown(["callers", *(labels[server] for server in servers)], rows)
+
+
+def _prompt_table(result: dict[str, Any], labels: dict[str, str]) -> str:
+    rows = []
+    for row in result["rows"]:
+        start = [labels[row["server"]]]
+        if "left_out" in row:
+            rows.append([*start, f"- ({row['left_out'][:60]})", *["-"] * 3])
+            continue
+        over = (_ratio(row["over"].get(name)) for name in ("generate", "ours-torch"))
+        rows.append([*start, f"{row['first_token_p50_ms'] / 1000:.2f}", *over, f"{row['elsewhere']:.0%}"])
+    title = f"A prompt of {result['prompt_tokens']} tokens: seconds to the first token, and how many times another's"
+    head = ["", "first token s", "of generate", "of our torch", "load elsewhere"]
+    return f"{title}\n\n{_markdown(head, rows)}{_warning(result['rows'])}"
+
+
+def _loads_table(result: dict[str, Any], labels: dict[str, str]) -> str:
+    names = ("resident_mib", "resident_after_work_mib", "peak_mib", "first_load_peak_mib")
+    first: dict[str, Any] = next((row for row in result["rows"] if "left_out" not in row), {})
+    rows = []
+    for row in result["rows"]:
+        if "left_out" in row:
+            rows.append([labels[row["server"]], f"- ({row['left_out'][:60]})", *["-"] * (len(names) + 2)])
+            continue
+        cells = [f"{row['first_load_first_token_s']:.1f}", f"{row['first_token_s']:.1f}"]
+        for name in names:
+            cells.append(f"{row[name]:.0f} ({row[name] / first[name]:.2f})")
+        rows.append([labels[row["server"]], *cells, f"{row['elsewhere']:.0%}"])
+    title = (
+        f"Loads, until the first token is there; resident MiB of the process beyond those before the load, after "
+        f"it and after {result['callers']} callers with {result['new_tokens']} new tokens each; in brackets the share "
+        "of the first row's"
     )
-    return f"{title}\n\n{_table(head, rows)}{warning}"
+    head = ["", "first load s", "later loads s", "resident", "after work", "peak in later loads", "in the first load"]
+    return f"{title}\n\n{_markdown([*head, 'load elsewhere'], rows)}{_warning(result['rows'])}"
+
+
+def _perplexity_table(result: dict[str, Any], labels: dict[str, str]) -> str:
+    first = next((row["perplexity"] for row in result["rows"] if "left_out" not in row), 1.0)
+    rows = []
+    for row in result["rows"]:
+        if "left_out" in row:
+            rows.append([labels[row["server"]], f"- ({row['left_out'][:60]})", "-"])
+        else:
+            value = row["perplexity"]
+            rows.append([labels[row["server"]], f"{value:.4f}", f"{value / first - 1:+.2%}"])
+    title = f"Perplexity on {result['tokens']} tokens, in windows of {result['window']}"
+    return f"{title}\n\n{_markdown(['', 'perplexity', 'to the first row'], rows)}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
 
 
 def _join_table(result: dict[str, Any], labels: dict[str, str]) -> str:

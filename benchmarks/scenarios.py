@@ -1,4 +1,4 @@
-"""What is measured: many callers at once, long prompts that join running streams, and the turns of a chat.
+"""What is measured of contestants that run side by side: many callers at once, long prompts, and the turns of a chat.
 
 Contestants take turns. While one is measured the others are paused, so that only it and the callers use the processor;
 the order changes from round to round. Results are plain dictionaries, as they stand in the line of JSON.
@@ -7,12 +7,12 @@ the order changes from round to round. Results are plain dictionaries, as they s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from math import inf
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 from .client import Callers
 from .contestants import Answer, Contestant, LocalLLM, Server, Unavailable
@@ -20,9 +20,13 @@ from .program import Watch
 from .prompts import Prompts
 from .report import gap_summary, median, ratios, summary
 
+T = TypeVar("T")
+
 _WARM_NUMBERS = 1_000_000  # prompts from here on only warm up
 _JOIN_NUMBERS = 2_000_000
 _CHAT_NUMBERS = 3_000_000
+_LONG_NUMBERS = 4_000_000
+_RIVALS = ("generate", "llama-cpp")  # with whom everybody is compared
 _MIB = 1024 * 1024
 
 
@@ -44,7 +48,7 @@ class Field:
     def start(self) -> None:
         """Start all that can be, and pause each."""
         for contestant in self.contestants:
-            note(f"starting {contestant.label}")
+            note(f"starting {contestant.name}")
             self._start(contestant)
 
     def stop(self) -> None:
@@ -83,7 +87,7 @@ class Field:
                 self._warm(contestant, callers)
         except Unavailable as error:
             self.out[contestant.key] = str(error)
-            note(f"  {contestant.label} takes no part: {error}")
+            note(f"  {contestant.name} takes no part: {error}")
             contestant.stop()
         else:
             if contestant.program is not None:
@@ -124,7 +128,7 @@ def callers(
                 if needed > limit:
                     left_out[count, key] = f"would take {needed:.0f} s"
                     continue
-                told = f"round {turn + 1}/{rounds}, {count:>2} callers, {contestant.label}"
+                told = f"round {turn + 1}/{rounds}, {count:>2} callers, {contestant.name}"
                 try:
                     result = _measured(field, contestant, prompts, new_tokens, limit)
                 except Unavailable as error:
@@ -139,7 +143,8 @@ def callers(
         for key in (contestant.key for contestant in field.contestants):
             row = {"callers": count, "server": key, "expected_tokens": count * new_tokens}
             if found := results.get((count, key)):
-                rows.append(row | _compared(found, results.get((count, "ours")), results.get((count, "generate"))))
+                others = {name: results[count, name] for name in ("ours", *_RIVALS) if (count, name) in results}
+                rows.append(row | _compared(found, others))
             else:
                 rows.append(row | {"left_out": field.out.get(key) or left_out.get((count, key)) or "not measured"})
     return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "limit_s": limit, "rows": rows}
@@ -158,29 +163,67 @@ def _measured(
     return {**summary(answers), "memory_mib": watch.peak / _MIB, "elsewhere": watch.elsewhere, "texts": texts}
 
 
-def _compared(
-    results: list[dict[str, Any]], ours: list[dict[str, Any]] | None, generate: list[dict[str, Any]] | None
-) -> dict[str, Any]:
-    """A row: the rounds of one contestant, beside the same rounds of this server and of `model.generate`."""
+def _compared(results: list[dict[str, Any]], others: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row: the rounds of one contestant, beside the same rounds of this server, of `model.generate` and so on."""
     same = None
+    generate = others.get("generate")
     if generate and results is not generate:
         rounds = zip(results, generate, strict=False)
         pairs = [pair for one, other in rounds for pair in zip(one["texts"], other["texts"], strict=True)]
         same = [sum(one == other for one, other in pairs), len(pairs)]
     numbers = [{name: value for name, value in result.items() if name != "texts"} for result in results]
+    speed = "tokens_per_second"
+    over = {name: found[speed] for name in _RIVALS if (found := ratios(results, others.get(name, [])))}
     return {
         "rounds": len(results),
         **median(numbers),
         "memory_mib": round(max(result["memory_mib"] for result in results)),
-        "ours_over_this": ratios(ours or [], results),
+        "each_tokens_per_second": [result[speed] for result in results],
+        "ours_over_this": ratios(others.get("ours", []), results),
+        "over": over,
         "same_text_as_generate": same,
     }
 
 
-def rotated(contestants: list[Contestant], turn: int) -> list[Contestant]:
+def rotated(them: Sequence[T], turn: int) -> list[T]:
     """The order of a round: each is first once."""
-    cut = turn % len(contestants) if contestants else 0
-    return contestants[cut:] + contestants[:cut]
+    cut = turn % len(them) if them else 0
+    return [*them[cut:], *them[:cut]]
+
+
+# One long prompt ------------------------------------------------------------------------------------------------------
+
+
+def long_prompt(field: Field, rounds: int, prompt_tokens: int, limit: float) -> dict[str, Any]:
+    """One caller with one long prompt, for every contestant in turn: seconds to the first token."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    fresh = field.prompts.series(_LONG_NUMBERS, prompt_tokens)
+    for turn in range(rounds):
+        prompts = [next(fresh)]
+        for contestant in rotated(field.running(), turn):
+            if contestant.key in failed:
+                continue
+            told = f"round {turn + 1}/{rounds}, a prompt of {prompt_tokens} tokens, {contestant.name}"
+            try:
+                result = _measured(field, contestant, prompts, 4, limit)
+            except Unavailable as error:
+                failed[contestant.key] = str(error)
+                note(f"{told}: {error}")
+                continue
+            note(f"{told}: {result['first_token_p50_ms']:.0f} ms")
+            found.setdefault(contestant.key, []).append(result)
+    rows: list[dict[str, Any]] = []
+    for key in (contestant.key for contestant in field.contestants):
+        row: dict[str, Any] = {"server": key}
+        if results := found.get(key):
+            firsts = [{name: one[name] for name in ("first_token_p50_ms", "elsewhere")} for one in results]
+            ratio = {name: ratios(results, found.get(name, [])) for name in ("generate", "ours-torch")}
+            over = {name: each["first_token_p50_ms"] for name, each in ratio.items() if each}
+            rows.append(row | {"rounds": len(results), **median(firsts), "over": over})
+        else:
+            rows.append(row | {"left_out": field.out.get(key) or failed.get(key) or "not measured"})
+    return {"prompt_tokens": prompt_tokens, "rows": rows}
 
 
 # Long prompts join ----------------------------------------------------------------------------------------------------
@@ -202,10 +245,10 @@ def join(
                 with field.turn(contestant):
                     result = _joined(contestant, prompts, long, new_tokens, limit)
             except Unavailable as error:
-                note(f"  {contestant.label}, prompts that join: {error}")
+                note(f"  {contestant.name}, prompts that join: {error}")
                 rows.setdefault(contestant.key, []).append({"left_out": str(error)})
                 continue
-            note(f"round {turn + 1}/{rounds}, prompts that join, {contestant.label}: {result['p99_over_p50']:.2f}")
+            note(f"round {turn + 1}/{rounds}, prompts that join, {contestant.name}: {result['p99_over_p50']:.2f}")
             rows.setdefault(contestant.key, []).append(result)
     found = []
     for key in keys:
