@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from .adapters import Adapters
-from .converted import Graph
-from .converted_encoder import EncoderGraph
+from .converted.encoder import EncoderGraph
+from .converted.generator import Graph
 from .devices import free_bytes
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
@@ -216,7 +216,7 @@ class LoadedModel:
             parts.set_result(self._make_parts(model, tokenizer, pooling))
         except BaseException as error:
             forget_frames(error)
-            if not isinstance(error, Cancelled | InvalidRequest):
+            if not isinstance(error, LocalLLMError):
                 logger.exception("%s could not be prepared", self.model_id)
                 error = EngineFailed(self.model_id)
             parts.set_exception(error)
@@ -286,16 +286,20 @@ class LoadedModel:
                     "engine",
                 ) from error
             self._engine, self.engine_reason = "torch", str(error)
+            forget_frames(error)  # they hold what was compiled
+            self._have_weights({})
             reserve.fetch()
             reserve.stay()
-            with self._counting:
-                self._weights = tensor_bytes(model)
-            self._memory.note("weights", self._weights)
+            self._have_weights(tensor_bytes(model))
             return None
-        with self._counting:
-            self._weights = {"cpu": runner.weight_bytes}
-        self._memory.note("weights", self._weights)
+        self._have_weights({"cpu": runner.weight_bytes})
         return runner
+
+    def _have_weights(self, sizes: dict[str, int]) -> None:
+        """Note what its weights take on each device from now on."""
+        with self._counting:
+            self._weights = sizes
+        self._memory.note("weights", sizes)
 
     def _batch_runner(self, model: Any) -> tuple[Runner | None, str | None]:
         """What serves the model in a batch, or why it is served one request at a time."""

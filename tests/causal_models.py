@@ -17,7 +17,8 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface import converted
+from huggingface.converted import generator
+from huggingface.converted.place import Place
 from huggingface.engine.openvino.reserve import make_shell
 from huggingface.loaded import Conversion, LoadedModel, Setup
 from huggingface.records import EngineOptions, ModelRecord
@@ -84,9 +85,9 @@ def serve(name: str, model: Any, tokenizer: Any, engine: str = "torch", **option
     folder = Path(tempfile.mkdtemp(prefix="graph-")) if engine == "openvino" else None
     conversion, served = None, model
     if folder is not None:
-        place = converted.Place(folder, name, None)
-        converted.make(copy.deepcopy(model), place, None, folder)
-        graph = converted.find(place)
+        place = Place(folder, name, None)
+        generator.make(copy.deepcopy(model), place, None, folder)
+        graph = generator.find(place)
         assert graph is not None
         size = sum(tensor.nbytes for tensor in model.parameters())
         conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse, wanted=True)

@@ -108,7 +108,6 @@ class Server:
             "LOCAL_LLM_DEVICE": "cpu",
             "LOCAL_LLM_ENGINE": "torch",
             "LOCAL_LLM_IMPORT_AT_START": "false",
-            "LOCAL_LLM_BUSY_TIMEOUT": "120",  # a machine with much to do takes long for what is to be waited for
             "PYTHONUNBUFFERED": "1",
             **environment,
         }
@@ -152,7 +151,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(60)
+            return self.process.wait(30)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()

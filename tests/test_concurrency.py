@@ -72,7 +72,9 @@ def test_a_load_holds_nobody_else_up(start_server: Any, tiny: Any, stalled_hub: 
     thread, results = in_thread(lambda: server.call("POST", "/models/somebody/slow/load"))
     assert select.select([stalled_hub], [], [], 60)[0], "the load was to ask the Hub"
     for path in ("/models", "/cache", "/statistics", "/models/somebody/slow"):
+        started = time.monotonic()
         assert server.call("GET", path).status_code == 200
+        assert time.monotonic() - started < 1
     answer = server.call("POST", "/generate", json={"model_id": model_id, "prompt": "x", "max_new_tokens": 4})
     assert answer.status_code == 200
     assert not results, "the load was to hang during all of this"
@@ -140,7 +142,7 @@ def test_a_client_that_hangs_up_stops_costing(server: Any, tiny: Any) -> None:
             requests.post(f"{server.api}/generate", json=body, timeout=whole / 8)
     started = time.monotonic()
     assert server.call("POST", "/generate", json=short).status_code == 200
-    assert time.monotonic() - started < 1.5 * whole  # of what the three had left to do, more than 2.5 times that
+    assert time.monotonic() - started < whole
 
 
 def test_a_storm_of_mixed_calls_breaks_nothing(start_server: Any, tiny: Any) -> None:
@@ -207,11 +209,13 @@ def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server
     for options in [{}] * 3 + [{"min_new_tokens": 1, "max_new_tokens": 8}] * 4:  # the short ones wait for the long ones
         users.append(in_thread(partial(server.call, "POST", "/generate", json={**body, **options})))
         wait_for_requests(server, len(users))
+    started = time.monotonic()
     full = server.call("POST", "/generate", json=body)
     assert (full.status_code, full.json()["success"]) == (503, False)
     assert int(full.headers["Retry-After"]) >= 1
     for path in ("/models", "/cache", "/statistics"):
         assert server.call("GET", path).status_code == 200
+    assert time.monotonic() - started < 2
     assert not all(results for _, results in users), "the generations were to run during all of this"
     for thread, results in users:
         thread.join(100)

@@ -163,7 +163,7 @@ def test_deep_schemas_take_no_longer_for_their_depth() -> None:
         schema = {"type": "object", "properties": {"k": schema}, "required": ["k"]}
     started = time.perf_counter()
     assert closed(schema)["additionalProperties"] is False
-    assert time.perf_counter() - started < 10  # twice as long for each level would be for ever
+    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_a_hub_that_falls_silent_is_given_up_within_seconds(place: Place, server
     place.publish("org/silent").silent = frozenset({"tokenizer.json"})
     started = time.monotonic()
     refused(load(server, "org/silent"), 503, "org/silent", "cannot be reached")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +352,7 @@ def test_a_hub_that_cannot_be_reached_costs_seconds_and_cached_models_load(place
     assert works(away, "full/updated")
     for model_id in ("full/parts", "full/begun", "full/never"):
         refused(load(away, model_id), 503, model_id, "cannot be reached", "models folder")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 20
 
 
 def test_a_hub_out_of_order_is_as_one_that_cannot_be_reached(place: Place, server: Server, filled: None) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ from tiny_tokenizers import TEXT
 import huggingface
 from app import create_app
 from config import Settings
-from huggingface import converted, converting, loader
+from huggingface import loader
+from huggingface.converted import generator, loading, process
+from huggingface.converted.place import FOLDER, Place
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.openvino import agreement, graph, library
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
-from huggingface.loaded import LoadedModel
+from huggingface.loaded import LoadedModel, Memory, Unlimited
 from huggingface.progress import Progress
 from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 
@@ -61,7 +63,7 @@ def place(root: Path, tmp_path: Path) -> Callable[[str], Path]:
 
     def put(name: str) -> Path:
         target = tmp_path / "models" / "tiny" / name
-        shutil.copytree(root / "tiny" / name, target, ignore=shutil.ignore_patterns(converted.FOLDER))
+        shutil.copytree(root / "tiny" / name, target, ignore=shutil.ignore_patterns(FOLDER))
         return target
 
     return put
@@ -82,14 +84,32 @@ def app(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have even a tiny model converted in a process of its own."""
-    monkeypatch.setattr(loader, "_CONVERTED_HERE", 0)
+    monkeypatch.setattr(loading, "_CONVERTED_HERE", 0)
 
 
-def load(folder: Path, progress: Progress | None = None, **settings: Any) -> LoadedModel:
+class Tight(Unlimited):
+    """Memory that has room for so many bytes, KV cache apart."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.held: dict[str, int] = {}
+
+    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+        self.held[part] = sum(sizes.values())
+
+    def take(self, part: str, device: str, size: int) -> bool:
+        if part != "kv cache":
+            if sum(self.held.values()) + size > self.room:
+                return False
+            self.held[part] = self.held.get(part, 0) + size
+        return True
+
+
+def load(folder: Path, progress: Progress | None = None, memory: Memory | None = None, **settings: Any) -> LoadedModel:
     """A model of that folder as the server loads it."""
     record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
     options = LoadOptions(folder.parent.parent, "cpu", runner="auto", engine=EngineOptions(max_batch=8))
-    loaded = loader.load(record, options, folder, settings=LoadSettings(**settings), progress=progress)
+    loaded = loader.load(record, options, folder, settings=LoadSettings(**settings), progress=progress, memory=memory)
     loaded.prepared()
     return loaded
 
@@ -101,7 +121,7 @@ def text(loaded: LoadedModel, prompt: str = "The cat", **parameters: Any) -> str
 
 def kept(folder: Path) -> list[Path]:
     """What is kept of a model."""
-    return sorted((folder / converted.FOLDER).iterdir()) if (folder / converted.FOLDER).is_dir() else []
+    return sorted((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
 
 
 # Which runner ---------------------------------------------------------------------------------------------------------
@@ -146,6 +166,18 @@ def test_openvino_by_name_is_had_or_refused(app: Any) -> None:
     refused = client.post(f"{API}/models/tiny/llama/load", json={"engine": "tensorflow"})
     assert refused.status_code == 400
     assert "engine" in refused.json["error"]
+
+
+def test_an_engine_that_cannot_be_had_leaves_the_model_as_it_is(app: Any) -> None:
+    """A load that is refused takes nothing out of memory, be it for what it asks for besides or for what is noted."""
+    client = app.test_client()
+    for name, settings in (("llama", {"dtype": "bfloat16"}), ("gemma2-eager", {})):
+        assert client.post(f"{API}/models/tiny/{name}/load", json={"engine": "auto"}).status_code == 200
+        before = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
+        answer = client.post(f"{API}/models/tiny/{name}/load", json={"engine": "openvino", **settings})
+        assert answer.status_code == 400, answer.json
+        there = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
+        assert (there["loaded_at"], there["settings"]) == (before["loaded_at"], before["settings"])
 
 
 def test_torch_by_name_is_had(app: Any) -> None:
@@ -272,13 +304,17 @@ def test_a_graph_that_gives_other_numbers_is_not_used(place: Callable[[str], Pat
     expected = load_file(there / "expected.safetensors")
     expected["1.logits"][0, 0] += 0.01
     save_file(expected, there / "expected.safetensors")
-    loaded = load(folder)
+    sizes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    memory = Tight(int(1.3 * sizes))
+    loaded = load(folder, memory=memory)
     assert loaded.effective["engine"] == "torch"
     assert "from torch's" in (loaded.engine_reason or "")
     assert text(loaded) == whole
-    sizes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert loaded.sizes.weights == pytest.approx(sizes, rel=0.05)
+    assert loaded.sizes.copies == 0
+    assert memory.held == {"weights": loaded.sizes.weights, "own weights": 0}, "the graph's are not there any more"
     loaded.close()
+    assert [path.name for path in there.iterdir()] == ["about.json"], "it is noted, and not tried at every load"
     with pytest.raises(InvalidRequest, match="'engine'"):
         load(folder, engine="openvino")
 
@@ -286,7 +322,7 @@ def test_a_graph_that_gives_other_numbers_is_not_used(place: Callable[[str], Pat
 def test_where_nothing_can_be_kept_the_graph_goes_with_the_model(place: Callable[[str], Path]) -> None:
     """A folder that cannot be written to costs a conversion at each load, and nothing else."""
     folder = place("llama")
-    (folder / converted.FOLDER).write_text("a file stands where the folder would be")
+    (folder / FOLDER).write_text("a file stands where the folder would be")
     loaded = load(folder)
     assert loaded.effective["engine"] == "openvino"
     own = loaded.setup.folder
@@ -305,7 +341,7 @@ def test_without_room_on_the_disk_torch_computes(
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OSError, match="are free on the disk"):
-        converted.make(causal_models.build("llama")[0], converted.Place(folder, "x", None), None, tmp_path)
+        generator.make(causal_models.build("llama")[0], Place(folder, "x", None), None, tmp_path)
     assert not kept(folder)
     assert not list(tmp_path.glob("graph*"))
 
@@ -313,27 +349,27 @@ def test_without_room_on_the_disk_torch_computes(
 def test_what_was_not_completed_is_never_read_and_goes_in_time(place: Callable[[str], Path]) -> None:
     """A conversion that is killed leaves a folder of another name, which a later one removes a day later."""
     folder = place("llama")
-    spot = converted.Place(folder, "x", None)
-    stopped = folder / converted.FOLDER / f".{spot._name}.0123abcd.tmp"
+    spot = Place(folder, "x", None)
+    stopped = folder / FOLDER / f".{spot._name}.0123abcd.tmp"
     stopped.mkdir(parents=True)
     (stopped / "about.json").write_text("{}")
-    assert converted.find(spot) is None
+    assert generator.find(spot) is None
     spot.refuse("a reason")
     assert stopped.exists()
     os.utime(stopped, (time.time() - 2 * 24 * 3600,) * 2)
     spot.refuse("another")
     assert not stopped.exists()
-    with pytest.raises(NotBatchable, match="a reason"):
-        converted.find(spot)
+    with pytest.raises(NotBatchable, match="another"):
+        generator.find(spot)
 
 
 # The process that converts --------------------------------------------------------------------------------------------
 
 
-def wanted(folder: Path, tmp_path: Path) -> converting.Wanted:
+def wanted(folder: Path, tmp_path: Path) -> process.Wanted:
     record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
     options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
-    return converting.Wanted(record, options, folder, LoadSettings(), tmp_path)
+    return process.Wanted(record, options, folder, LoadSettings(), tmp_path)
 
 
 @pytest.mark.usefixtures("another_process")
@@ -342,13 +378,13 @@ def test_a_conversion_that_crashes_harms_nobody(
 ) -> None:
     """Compiled code that ends its process ends no other: torch computes, and it is not tried again."""
     folder = place("llama")
-    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, "kill -SEGV $$"))
-    with pytest.raises(converting.ConversionFailed, match="-11") as failed:
-        converting.convert(wanted(folder, tmp_path), Progress())
+    monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, "kill -SEGV $$"))
+    with pytest.raises(process.ConversionFailed, match="-11") as failed:
+        process.convert(wanted(folder, tmp_path), Progress())
     assert failed.value.final
-    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, "kill -KILL $$"))
-    with pytest.raises(converting.ConversionFailed, match="-9") as failed:
-        converting.convert(wanted(folder, tmp_path), Progress())
+    monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, "kill -KILL $$"))
+    with pytest.raises(process.ConversionFailed, match="-9") as failed:
+        process.convert(wanted(folder, tmp_path), Progress())
     assert not failed.value.final, "whoever killed it, lack of memory perhaps, may not do so again"
     loaded = load(folder)
     assert loaded.effective["engine"] == "torch"
@@ -362,7 +398,7 @@ def test_without_memory_for_a_conversion_torch_computes(
 ) -> None:
     """Another process needs memory of its own: where that is not free it is not begun, and tried again another time."""
     folder = place("llama")
-    monkeypatch.setattr(loader, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(loading, "available_bytes", lambda: 10**6)
     loaded = load(folder)
     assert loaded.effective["engine"] == "torch"
     assert "1000000 are free" in (loaded.engine_reason or "")
@@ -384,11 +420,11 @@ def test_whoever_cancels_ends_the_conversion(
 ) -> None:
     """A cancelled load does not convert on: its process is gone at once."""
     folder, progress = place("llama"), Progress()
-    monkeypatch.setattr(converting.sys, "executable", crashing(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100"))
+    monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100"))
     threading.Timer(0.5, progress.cancel).start()
     started = time.monotonic()
     with pytest.raises(Cancelled):
-        converting.convert(wanted(folder, tmp_path), progress)
+        process.convert(wanted(folder, tmp_path), progress)
     assert time.monotonic() - started < 20
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -398,8 +434,8 @@ def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_pat
     """A server that is killed leaves no process behind that goes on for nobody."""
     folder = place("llama")
     code = (
-        "import sys, pickle; from huggingface import converting; from huggingface.progress import Progress\n"
-        "converting.convert(pickle.load(open(sys.argv[1], 'rb')), Progress())"
+        "import sys, pickle; from huggingface.converted import process; from huggingface.progress import Progress\n"
+        "process.convert(pickle.load(open(sys.argv[1], 'rb')), Progress())"
     )
     import pickle
 
@@ -411,7 +447,7 @@ def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_pat
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait(20)
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or b"defunct" in stat(child) or b") Z" in stat(child))
+    assert wait_for(lambda: b") Z" in stat(child), 20), "it went on for nobody"
 
 
 def children(pid: int) -> list[int]:
@@ -592,9 +628,9 @@ def test_a_window_is_gone_past(served: tuple[Any, Any, LoadedModel]) -> None:
 def test_a_wrong_window_is_found_out(tmp_path: Path) -> None:
     """Were the window not given to the operation, the check would see it."""
     model, _ = causal_models.build("mistral-window")
-    spot = converted.Place(tmp_path, "x", None)
-    converted.make(model, spot, None, tmp_path)
-    made = converted.find(spot)
+    spot = Place(tmp_path, "x", None)
+    generator.make(model, spot, None, tmp_path)
+    made = generator.find(spot)
     assert made is not None
     reserve = Reserve(make_shell(copy.deepcopy(model)), lambda: model)
     made.runner(1024, reserve).close()

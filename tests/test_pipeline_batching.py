@@ -330,7 +330,7 @@ def test_a_call_that_is_given_up_frees_its_slots_at_the_next_step(family: Any) -
         gone.set()
         with Watch(served) as watch:
             with pytest.raises(Cancelled):
-                call.result(60)
+                call.result(5)
             idle(served.loaded)
     assert len(watch.rows) <= 20
     assert served.run("The cat", PLAIN[0]) == served.expect("The cat", PLAIN[0])
@@ -357,7 +357,7 @@ def test_closing_the_model_ends_a_call(family: Any) -> None:
             time.sleep(0.001)
         served.loaded.close()
         with pytest.raises(Cancelled):
-            call.result(60)
+            call.result(5)
 
 
 @pytest.mark.parametrize(

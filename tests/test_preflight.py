@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -95,9 +94,9 @@ def test_the_tables_read_from_the_sources_are_those_that_transformers_has() -> N
 
 
 def test_the_heads_are_the_loaders() -> None:
-    from huggingface import loader
+    from huggingface import plan
 
-    for head, found in loader._HEADS.items():
+    for head, found in plan.HEAD_CLASSES.items():
         assert HEAD_TABLES[head][0] == found.auto_class.__name__
         assert set(Names().heads(head)) == set(found.names)
 
@@ -206,12 +205,12 @@ def test_a_look_at_a_folder_is_quick(root: Path, preflight: Preflight) -> None:
     begun = time.perf_counter()
     preflight.look(record)
     first = time.perf_counter() - begun
-    times = [math.inf]
-    while min(times) >= 0.05 and len(times) < 50:  # the machine may be busy with other things
+    times = []
+    for _ in range(5):
         begun = time.perf_counter()
         preflight.look(record)
         times.append(time.perf_counter() - begun)
-    assert first < 5
+    assert first < 1.0
     assert min(times) < 0.05
 
 
@@ -551,7 +550,7 @@ class Looker:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(120)
+        self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -765,7 +764,7 @@ def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     with contextlib.closing(Looker(place)) as looker:
         begun = time.monotonic()
         details = looker.look("org/remote-silent")
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 10
         assert "cannot be reached" in details["problem"]
         place.publish("org/remote-silent-too").silent = frozenset({"config.json"})
         details = looker.look("org/remote-silent-too")
@@ -778,7 +777,7 @@ def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     with contextlib.closing(Looker(place, HF_ENDPOINT="http://127.0.0.1:9")) as nowhere:
         begun = time.monotonic()
         assert "cannot be reached" in nowhere.look("org/remote-other")["problem"]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 10
 
 
 def test_one_repository_that_is_slow_does_not_speak_for_the_others(place: Place) -> None:

@@ -264,7 +264,7 @@ def test_a_key_given_twice_among_many_is_found_at_once(registered: Any) -> None:
     body = "{" + ",".join(f'"key{index}": 1' for index in range(60_000)) + ',"key59999": 2}'
     started = time.monotonic()
     refused(registered.post(f"{API}/generate", data=body, content_type="application/json"), 400, "key59999")
-    assert time.monotonic() - started < 10  # comparing each key with all others takes minutes
+    assert time.monotonic() - started < 2
 
 
 def test_a_body_where_none_is_read_is_refused(registered: Any) -> None:

@@ -65,7 +65,7 @@ def idle(server: Server, model_id: str) -> None:
         return not (state["running"] or state["waiting"] or state["slots"])
 
     wait_for(still)
-    wait_for(lambda: server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0})
+    wait_for(lambda: server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0}, 5)
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +186,7 @@ def test_a_hang_up_frees_the_slot_at_once(llama: Any, streaming: bool) -> None:
     """A client that closes its connection is noticed within steps, whether its answer streams or not."""
     server, model_id = llama()
     address = urlsplit(server.url)
-    asked = {"model_id": model_id, "prompt": "The", **ALONE, "num_beams": 1}
-    whole = server.call("POST", "/generate", json=asked).json()["timings"]["total"]
-    body = json.dumps({**asked, "stream": streaming})
+    body = json.dumps({"model_id": model_id, "prompt": "The", **ALONE, "num_beams": 1, "stream": streaming})
     connection = http.client.HTTPConnection(address.hostname, address.port)
     connection.request("POST", "/api/huggingface/generate", body, {"Content-Type": "application/json"})
     wait_for(lambda: server.call("GET", "/requests").json()["count"] == 1)
@@ -196,7 +194,7 @@ def test_a_hang_up_frees_the_slot_at_once(llama: Any, streaming: bool) -> None:
     connection.close()
     started = time.monotonic()
     idle(server, model_id)
-    assert time.monotonic() - started < max(2, whole)  # a machine with much to do takes longer for everything
+    assert time.monotonic() - started < 2
 
 
 def test_who_leaves_the_queue_is_not_waited_for(llama: Any) -> None:
@@ -208,7 +206,7 @@ def test_who_leaves_the_queue_is_not_waited_for(llama: Any) -> None:
     with pytest.raises(requests.exceptions.ReadTimeout):
         body = {"model_id": model_id, "prompt": "cat", **LONG}
         requests.post(f"{server.api}/generate", json=body, timeout=0.1)
-    wait_for(lambda: engine(server, model_id)["waiting"] == 0)
+    wait_for(lambda: engine(server, model_id)["waiting"] == 0, 5)
     first.join(60)
     idle(server, model_id)
 
@@ -271,7 +269,7 @@ def test_a_deadline_holds_wherever_the_request_is(llama: Any, tiny: Any) -> None
         answer = server.call("POST", path, json=body)
         assert (answer.status_code, answer.json()["success"]) == (504, False)
         assert "0.3" in answer.json()["error"]
-        assert time.monotonic() - started > 0.2
+        assert 0.2 < time.monotonic() - started < 2
         assert busy.is_alive(), "it was to keep the engine during all of this"
     busy.join(60)
     idle(server, model_id)
@@ -330,4 +328,4 @@ def test_concurrent_task_calls_are_batched_and_can_be_cancelled(llama: Any, tiny
         [listed] = server.call("GET", "/requests").json()["requests"]
         server.call("DELETE", f"/requests/{listed['request_id']}")
         assert long.result(30).status_code == 499
-    wait_for(lambda: engine(server, model_id)["tasks"] == 0)
+    wait_for(lambda: engine(server, model_id)["tasks"] == 0, 10)

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from ...errors import Cancelled
 from ..layers import NotBatchable
 from . import graph as graphs
+from .failures import infer
 from .library import openvino
 from .reserve import Reserve, seem_whole
 
@@ -316,12 +317,7 @@ class Encoder:
         arrays = {name: np.ascontiguousarray(inputs[name].numpy()) for name in self._form.inputs}
         for name, array in arrays.items():
             self._request.set_tensor(name, self._tensor(array, shared_memory=True))
-        try:
-            self._request.infer()
-        except RuntimeError as error:
-            if "alloc" in str(error).lower():  # std::bad_alloc, or what oneDNN makes of it
-                raise MemoryError from error
-            raise
+        infer(self._request)
         return {name: torch.from_numpy(self._request.get_tensor(name).data.copy()) for name in self._form.outputs}
 
     def serve(self, shell: PreTrainedModel, reserve: Reserve) -> None:

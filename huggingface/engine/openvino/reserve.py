@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -61,11 +62,10 @@ class Reserve:
                 f"Not enough memory for the model's own weights ({self._size} bytes), which this request needs beside "
                 "those that OpenVINO computes with; load the model with engine torch"
             )
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._take, -self._size)
             whole = self._read()
-        except BaseException:
-            self._take(-self._size)
-            raise
+            undo.pop_all()
         self._before = []
         _assume(self._shell, whole, self._before)
         logger.info("read the own weights of a %s", type(self._shell).__name__)

@@ -20,6 +20,7 @@ from ..layers import NotBatchable
 from ..runner import Piece
 from . import graph as graphs
 from .blocks import BLOCK, BlockCache
+from .failures import infer
 from .library import openvino
 from .reserve import Reserve
 
@@ -82,12 +83,7 @@ class OpenVINORunner:
         self._set("block_indices_begins", list(accumulate(map(len, tables), initial=0)))
         self._set("max_context_len", max(piece.start + len(piece.tokens) for piece in pieces))
         self._set("kept", kept)
-        try:
-            self._request.infer()
-        except RuntimeError as error:
-            if "alloc" in str(error).lower():  # std::bad_alloc, or what oneDNN makes of it
-                raise MemoryError from error
-            raise
+        infer(self._request)
         logits = torch.from_numpy(self._request.get_tensor("logits").data).flatten(0, 1)
         if len(kept) == len(pieces) and not any(piece.every for piece in pieces):
             return logits

@@ -1,4 +1,4 @@
-"""Making OpenVINO's graph of a model in a process of its own: `python -m huggingface.converting`.
+"""Making OpenVINO's graph of a model in a process of its own: `python -m huggingface.converted.process`.
 
 Tracing a model and converting it takes all of Python's attention for many seconds, leaves memory behind in torch's
 registries, and runs compiled code on whatever a model's author wrote. None of that is for the process that serves. This
@@ -22,15 +22,15 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from .errors import Cancelled
-from .progress import Progress
-from .records import LoadOptions, LoadSettings, ModelRecord
+from ..errors import Cancelled
+from ..progress import Progress
+from ..records import LoadOptions, LoadSettings, ModelRecord
 
 logger = logging.getLogger(__name__)
 
 _END = 5.0  # seconds that a process which is ending may take for it
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether anybody still waits
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent.parent
 
 # The signals by which a process ends that did something wrong, and will again.
 _CRASHES = frozenset({-4, -6, -7, -8, -11})
@@ -61,13 +61,13 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     Raises:
         ConversionFailed: there is none. Cancelled: `progress` was cancelled.
     """
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", "huggingface.converted.process"]
     process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very module
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )
     lines: Queue[bytes | None] = Queue()
     assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 - both are pipes
-    reader = threading.Thread(target=_read, args=(process.stdout, lines.put), name="converting")
+    reader = threading.Thread(target=_read, args=(process.stdout, lines.put), name="convert")
     reader.start()
     outcome: dict[str, Any] = {}
     try:
@@ -138,10 +138,10 @@ def main() -> None:
 
     wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - what started this process wrote it
     threading.Thread(target=_end_with_the_other, daemon=True).start()
-    from . import loader
+    from . import loading
 
     try:
-        loader.convert(wanted, _Told(tell))
+        loading.convert(wanted, _Told(tell))
     except (ConversionFailed, Cancelled) as error:
         tell(refused=str(error), final=getattr(error, "final", False))
     except MemoryError:

@@ -7,9 +7,7 @@ Called by the loader, on its thread or in the process that converts. Must not kn
 from __future__ import annotations
 
 import gc
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +15,18 @@ from typing import Any
 
 import torch
 
-from .converted import EXPECTED, Place, last_line, traced
-from .engine.layers import NotBatchable
-from .engine.openvino import encoder as encoders
-from .engine.openvino.encoder import Encoder, Form, Padding, Sample
-from .engine.openvino.graph import compress
-from .engine.openvino.reserve import Reserve
-from .engine.openvino.runner import read_graph
-from .errors import Cancelled
-from .memory import drop_file_pages, release_freed
-from .tasks import Head
-from .tasks.positions import max_positions
-
-logger = logging.getLogger(__name__)
+from ..engine.layers import NotBatchable
+from ..engine.openvino import encoder as encoders
+from ..engine.openvino.encoder import Encoder, Form, Padding, Sample
+from ..engine.openvino.failures import computed
+from ..engine.openvino.graph import compress
+from ..engine.openvino.reserve import Reserve
+from ..engine.openvino.runner import read_graph
+from ..errors import Cancelled
+from ..memory import drop_file_pages, release_freed
+from ..tasks import Head
+from ..tasks.positions import max_positions
+from .place import EXPECTED, Place
 
 # What can be asked of models with these heads is asked of their forward pass alone, for rows of tokens.
 HEADS: frozenset[Head] = frozenset(
@@ -61,7 +58,7 @@ class EncoderGraph:
         Raises:
             NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
         """
-        with _computed():
+        with computed("compute"):
             graph = read_graph(self.path)
             if given_up():
                 raise Cancelled
@@ -100,9 +97,10 @@ def make(
     """
     padding = Padding(tokenizer.pad_token_id, tokenizer.padding_side == "left")
     try:
-        with _computed():
+        with computed("convert"):
             form = encoders.find_form(model, tokenizer.model_input_names)
-            graph = traced(model, partial(encoders.convert, form=form))
+            graph = encoders.convert(model, form)
+        with computed("compute"):
             some = partial(encoders.samples, model, form, padding, most=max_positions(model), given_up=given_up)
             expected = tuple(some(kept=True))
             trial = Encoder(graph if quantization is None else graph.clone(), form)
@@ -121,18 +119,6 @@ def make(
         raise
     finally:
         gc.collect()
-
-
-@contextmanager
-def _computed() -> Iterator[None]:
-    """Have whatever a model's code or OpenVINO raises mean that this cannot compute it, unless memory is lacking."""
-    try:
-        yield
-    except (NotBatchable, Cancelled, MemoryError):
-        raise
-    except Exception as error:
-        logger.info("OpenVINO cannot compute a model that reads", exc_info=error)
-        raise NotBatchable(f"OpenVINO cannot compute it ({last_line(error)})") from error
 
 
 def _about(form: Form) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""The graph of a model that generates: made once, kept, and read again.
+
+Called by the loader, on its thread or in the process that converts. Must not know records or the registry.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.cache import LayerShape
+from ..engine.layers import NotBatchable, probe
+from ..engine.openvino import agreement
+from ..engine.openvino import graph as graphs
+from ..engine.openvino.failures import computed
+from ..engine.openvino.reserve import Reserve
+from ..engine.openvino.runner import OpenVINORunner, read_graph
+from ..engine.parity import Expected, room_for
+from ..errors import Cancelled
+from ..memory import drop_file_pages, release_freed
+from .place import EXPECTED, Place
+
+# How far the logits of compressed weights may lie from float32's, as a share of their spread: what is worse is a fault.
+_CLOSE = {None: agreement.CLOSE, "int8": 0.15, "int4": 0.6}
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A model's graph on the disk, and what is known of it.
+
+    `shapes` are what each layer keeps of a token, `windows` how far back some of them see, `expected` the logits that
+    torch gave. `folder` is to be removed with the model where the graph could not be kept.
+    """
+
+    path: Path
+    quantization: str | None
+    shapes: tuple[LayerShape, ...]
+    windows: Mapping[int, int]
+    expected: tuple[Expected, ...]
+    folder: Path | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the KV cache of one token."""
+        return sum(shape.token_bytes for shape in self.shapes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights."""
+        return self.path.with_suffix(".bin").stat().st_size
+
+    def runner(self, tokens: int, reserve: Reserve, given_up: Callable[[], bool] = lambda: False) -> OpenVINORunner:
+        """What computes with it, tried; its KV cache has room for `tokens`.
+
+        Raises:
+            NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
+        """
+        with computed("compute"):
+            graph = read_graph(self.path)
+            if given_up():
+                raise Cancelled
+            runner = OpenVINORunner(graph, self.windows, self.shapes, max(tokens, room_for(self.expected)), reserve)
+            del graph
+            if given_up():
+                raise Cancelled
+            agreement.check(runner, self.expected, _CLOSE[self.quantization])
+        drop_file_pages(self.path.with_suffix(".bin"))  # products have their weights packed, elsewhere
+        release_freed()
+        return runner
+
+
+def find(place: Place, spare: Path | None = None) -> Graph | None:
+    """The graph of a model that generates; see `Place.find`."""
+    return place.find(_read, spare)
+
+
+def make(
+    model: Any,
+    place: Place,
+    quantization: str | None,
+    spare: Path,
+    given_up: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make a graph of a float32 model, see that it gives what torch gives, and keep it.
+
+    A compressed one is made of one that was tried before its weights were rounded.
+
+    Raises:
+        NotBatchable: the model cannot be served so; that is noted.
+        Cancelled: `given_up()` turned true. OSError: there is no room on the disk.
+        OpenVINOMissing: nncf is not installed.
+    """
+    try:
+        graphs.check_kinds(model)
+        shapes = tuple(shape for shape in probe(model) if shape is not None)
+        expected = tuple(agreement.torch_expects(model, given_up))
+        with computed("convert"):
+            graph = graphs.convert(model)
+        if given_up():
+            raise Cancelled
+        windows = graphs.windows(model)
+        if quantization is not None:
+            trial = OpenVINORunner(graph.clone(), windows, shapes, room_for(expected))
+            agreement.check(trial, expected)
+            trial.close()
+            del trial
+            release_freed()
+            graph = graphs.compress(graph, quantization)
+            if given_up():
+                raise Cancelled
+        about = {
+            "windows": {str(layer): width for layer, width in windows.items()},
+            "layers": [[*shape.keys, *shape.values] for shape in shapes],
+        }
+        place.keep(graph, about, _tensors(expected), spare)
+    except NotBatchable as error:
+        place.refuse(str(error))
+        raise
+    finally:
+        gc.collect()
+
+
+def _tensors(expected: tuple[Expected, ...]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for number, row in enumerate(expected):
+        tensors[f"{number}.prompt"] = torch.tensor(row.prompt)
+        tensors[f"{number}.tokens"] = torch.tensor(row.tokens)
+        tensors[f"{number}.logits"] = row.logits.contiguous()
+    return tensors
+
+
+def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> Graph:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / EXPECTED)
+    expected = tuple(
+        Expected(
+            tensors[f"{number}.prompt"].tolist(),
+            None,
+            tensors[f"{number}.tokens"].tolist(),
+            tensors[f"{number}.logits"].clone(),
+        )
+        for number in range(len(tensors) // 3)
+    )
+    device = torch.device("cpu")
+    shapes = tuple(LayerShape((a, b), (c, d), torch.float32, device) for a, b, c, d in about["layers"])
+    windows = {int(layer): int(width) for layer, width in about["windows"].items()}
+    return Graph(path / "graph.xml", about["quantization"], shapes, windows, expected, own)

@@ -1,0 +1,176 @@
+"""Where a model's graph is kept: in `.local-llm/` in its folder, complete or not at all.
+
+A graph's name tells the weights, the settings and the versions it was made of; it is written under another name and
+renamed when all of it is on the disk. What cannot be served so is noted there too, so that it is not tried again.
+Must not know what a graph computes, nor records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..engine.layers import NotBatchable
+from ..engine.openvino.graph import constant_bytes
+from ..engine.openvino.library import openvino, versions
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# What makes of a folder, of what is told about its graph, and of whether it goes with the loaded model, a graph as the
+# rest of the program knows it.
+Read = Callable[[Path, Mapping[str, Any], Path | None], T]
+
+FOLDER = ".local-llm"
+EXPECTED = "expected.safetensors"  # what torch gives, beside the graph
+
+# To be raised whenever a graph made by an earlier version of this project is not to be used any more.
+_FORMAT = 2
+
+_ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
+_ABANDONED = 24 * 3600  # seconds after which an incomplete graph is nobody's any more
+
+
+class Place:
+    """Where one model's graph of one kind is kept."""
+
+    def __init__(self, folder: Path, marks: Any, quantization: str | None, form: str = "") -> None:
+        """`folder` is the model's, `marks` are what tells its weights from any others; `form` is what the graph is
+        where it is another than that of a model that generates."""
+        self._folder = folder / FOLDER
+        self._quantization = quantization
+        of_all = json.dumps([_FORMAT, versions(), quantization, marks], sort_keys=True, default=str)
+        kind = f"{form}-{quantization or 'float32'}".removeprefix("-")
+        self._name = f"openvino-{kind}-{hashlib.sha256(of_all.encode()).hexdigest()[:16]}"
+        self._prefix = f"openvino-{kind}-"
+
+    def find(self, read: Read[T], spare: Path | None = None) -> T | None:
+        """The graph that is kept, if there is one and it is whole; or else the one in `spare`, which is to be removed
+        with the model.
+
+        Raises:
+            NotBatchable: it is noted that the model cannot be served so, and why.
+        """
+        path = self._folder / self._name
+        try:
+            told = (path / "about.json").read_text("utf-8")
+        except OSError:
+            if spare is None or not (spare / "about.json").exists():
+                return None
+            return read(spare, json.loads((spare / "about.json").read_text("utf-8")), spare)
+        try:
+            about = json.loads(told)
+            if (reason := about.get("refused")) is not None:
+                raise NotBatchable(str(reason))
+            for name, size in about["sizes"].items():
+                if (path / name).stat().st_size != size:
+                    raise ValueError(f"{name} is not as long as it was")
+            return read(path, about, None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the graph in %s cannot be used, and is made anew: %s", self._name, error)
+            shutil.rmtree(path, ignore_errors=True)
+            return None
+
+    @property
+    def refused(self) -> str | None:
+        """Why the model cannot be served so, where that is noted."""
+        try:
+            reason = json.loads((self._folder / self._name / "about.json").read_text("utf-8")).get("refused")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return None if reason is None else str(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Note that the model cannot be served so, in the place of a graph that is kept."""
+        with suppress(OSError):
+            shutil.rmtree(self._folder / self._name, ignore_errors=True)
+            self._write(lambda folder: _write_json(folder / "about.json", {"refused": reason}))
+
+    def keep(self, graph: Any, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], spare: Path) -> None:
+        """Write a graph, what is told about it, and what torch gives; where it cannot be kept beside the model, into
+        the folder `spare`.
+
+        Raises:
+            OSError: there is no room for it there either.
+        """
+        size, _ = constant_bytes(graph)
+        about = {**about, "quantization": self._quantization}
+        try:
+            _check_room(self._folder.parent, size)
+            self._write(lambda folder: _save(graph, folder, about, tensors))
+        except OSError as error:
+            logger.warning("the graph of %s cannot be kept beside it: %s", self._folder.parent.name, error)
+            _check_room(spare, size)
+            _save(graph, spare, about, tensors)
+
+    def _write(self, write: Callable[[Path], None]) -> Path:
+        """Have a folder written, and give it its name when all of it is on the disk."""
+        self._folder.mkdir(exist_ok=True)
+        target = self._folder / self._name
+        unfinished = self._folder / f".{self._name}.{uuid.uuid4().hex[:8]}.tmp"
+        unfinished.mkdir()
+        try:
+            write(unfinished)
+            for path in unfinished.iterdir():
+                _sync(path)
+            _sync(unfinished)
+            self._clean()
+            try:
+                unfinished.rename(target)
+            except OSError:
+                if not (target / "about.json").exists():  # else another process was as fast
+                    raise
+            _sync(self._folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return target
+
+    def _clean(self) -> None:
+        """Remove graphs of the same kind that were made of something else, and those that nobody will complete."""
+        for path in self._folder.iterdir():
+            old = path.name.startswith(self._prefix) and path.name != self._name
+            with suppress(OSError):
+                if old or (path.name.endswith(".tmp") and time.time() - path.stat().st_mtime > _ABANDONED):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    openvino().save_model(graph, os.fspath(folder / "graph.xml"), compress_to_fp16=False)
+    save_file(dict(tensors), folder / EXPECTED)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    _write_json(folder / "about.json", {**about, "sizes": sizes, "versions": versions()})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size * _ROOM:
+        raise OSError(f"its graph takes {size} bytes, and {free} are free on the disk")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a folder on the disk, and not only on its way there."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

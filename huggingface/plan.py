@@ -1,0 +1,249 @@
+"""What is known of a model before its weights are read: its config, its head, and what its settings mean here.
+
+Imports torch and transformers, so it is itself imported late. No weight is read, and the network is not touched.
+Must not know the registry, the manager or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto as auto
+
+from . import files, gguf_files
+from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported
+from .headers import GGUFHeader
+from .placement import Placement, place
+from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from .tasks import HEADS, MODEL_TYPES, Head
+
+logger = logging.getLogger(__name__)
+
+# How transformers says that it lacks an optional package, where it does not raise an ImportError.
+_INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadClass:
+    """How a head is loaded, and which architectures (class names in `config.json`) have it."""
+
+    auto_class: Any
+    names: Mapping[str, str | tuple[str, ...]]
+
+
+HEAD_CLASSES: Mapping[Head, _HeadClass] = {
+    "causal-lm": _HeadClass(transformers.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq-lm": _HeadClass(transformers.AutoModelForSeq2SeqLM, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": _HeadClass(transformers.AutoModelForMaskedLM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "sequence-classification": _HeadClass(
+        transformers.AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "token-classification": _HeadClass(
+        transformers.AutoModelForTokenClassification, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "question-answering": _HeadClass(
+        transformers.AutoModelForQuestionAnswering, auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+    ),
+    "table-question-answering": _HeadClass(
+        transformers.AutoModelForTableQuestionAnswering, auto.MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES
+    ),
+    "base": _HeadClass(transformers.AutoModel, auto.MODEL_MAPPING_NAMES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of a model before its weights are read."""
+
+    record: ModelRecord
+    folder: Path
+    config: Any
+    head: Head
+    placement: Placement
+    trusted: bool
+    gguf: GGUFHeader | None = None
+
+
+def look(
+    record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings, described: bool = False
+) -> Plan:
+    """Check a model's files and settings, and find out what it is to become. No weight is read."""
+    model_id, trusted_ids = record.model_id, options.trust_remote_code
+    trusted = model_id in trusted_ids
+    placement = place(settings, options)
+    # From here on everything is read from the folder, and the network is not touched.
+    header = None
+    if record.gguf_file is not None:
+        header = gguf_files.check(model_id, folder, record.gguf_file)
+        config = gguf_files.read_config(model_id, folder, record.gguf_file, header)
+    else:
+        if not described:
+            files.check(model_id, folder, allow_pickle=options.allow_pickle, trusted=trusted_ids)
+        config = _read_config(model_id, folder, trusted)
+    wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
+    head = _head(model_id, config, wanted)
+    return Plan(record, folder, config, head, placement, trusted, header)
+
+
+def own_dtype(plan: Plan) -> torch.dtype:
+    """The type of the weights in their files: what the config says, as transformers takes it."""
+    said = getattr(plan.config, "dtype", None) or torch.float32
+    return getattr(torch, said) if isinstance(said, str) else said
+
+
+def engine_options(plan: Plan, options: LoadOptions) -> EngineOptions:
+    """How its engine is to run."""
+    slots = plan.placement.slots
+    return options.engine if slots is None else replace(options.engine, max_batch=slots)
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of a model that came from the Hub."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
+    """The settings that are in effect."""
+    placement = plan.placement
+    mapping = None
+    if placement.device_map is not None:  # transformers notes none where one device has all of it
+        mapping = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {
+        "device": placement.device if mapping is None else None,
+        "device_map": None if mapping is None else {name: str(device) for name, device in mapping.items()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": placement.quantization,
+        "attn_implementation": model.config.get_text_config()._attn_implementation,
+        "compile": placement.compiles,
+        "max_context": placement.max_context,
+        "slots": engine_options(plan, options).max_batch,
+    }
+
+
+def file_bytes(plan: Plan, options: LoadOptions) -> int:
+    """Bytes of the files that the weights are read from."""
+    if plan.record.gguf_file is not None:
+        return (plan.folder / plan.record.gguf_file).stat().st_size
+    return files.weights_bytes(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
+
+
+def check_context(plan: Plan) -> None:
+    """Refuse more tokens than the model reads."""
+    asked, own = plan.placement.max_context, getattr(plan.config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and own and asked > own > 0:
+        raise InvalidRequest(
+            f"Invalid value for field 'max_context': model '{plan.record.model_id}' reads {own} tokens at most",
+            "max_context",
+        )
+
+
+def check_compile(plan: Plan) -> None:
+    """Refuse to compile what gains nothing by it, and where there is nothing to compile with.
+
+    A batch has another shape at every step: compiled, a model of two layers took minutes and was slower afterwards.
+    """
+    if not plan.placement.compiles:
+        return
+    if plan.head in ("causal-lm", "seq2seq-lm"):
+        raise InvalidRequest(
+            f"Invalid value for field 'compile': model '{plan.record.model_id}' generates text, and its shapes change "
+            "at every token; it is for models that classify, fill or embed",
+            "compile",
+        )
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(3, device=plan.placement.device))
+    except Exception as error:
+        raise ModelUnsupported(
+            f"Model '{plan.record.model_id}' cannot be compiled here: torch.compile found no working compiler "
+            f"({type(error).__name__}); on a CPU it needs g++ or clang"
+        ) from error
+
+
+def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except Exception as error:
+        raise refusal(model_id, folder, error, "config.json") from error
+    # transformers knows some models by this name, and it shall not matter to it where the files lie.
+    config.name_or_path = model_id
+    return config
+
+
+def refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadError:
+    """What an error of transformers in reading `part` of a model means to the user."""
+    message = str(error)
+    if "trust_remote_code" in message:
+        return FilesRefused(
+            f"Model '{model_id}' needs Python code of its own repository. If you have read that code and trust it, set "
+            f"LOCAL_LLM_TRUST_REMOTE_CODE={model_id}"
+        )
+    if part == "config.json" and ("model_type" in message or "does not recognize" in message):
+        return ModelUnsupported(
+            f"Model '{model_id}': transformers {transformers.__version__} does not know this kind of model (model_type "
+            "in config.json)"
+        )
+    if isinstance(error, ImportError) or _INSTALL.search(message):
+        return ModelUnsupported(
+            f"Model '{model_id}': {part} needs a package that is not installed: {files.public(error, folder)}"
+        )
+    logger.info("%s of %s cannot be used", part, model_id, exc_info=error)
+    return FilesCorrupt(
+        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({files.public(error, folder)})"
+    )
+
+
+def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
+    """The head that the weights have: the first of `wanted` where they have several, or do not say."""
+
+    def classes(head: Head) -> tuple[str, ...]:
+        names = HEAD_CLASSES[head].names.get(config.model_type, ())
+        return (names,) if isinstance(names, str) else names
+
+    order = [*wanted, *(head for head in HEADS if head not in wanted)]
+    if wanted == ("base",) and classes("base"):  # hidden states: as AutoModel reads any checkpoint, without its head
+        return "base"
+    remote = getattr(config, "auto_map", None) or {}
+    for architecture in config.architectures or ():
+        # BART is one class for filling masks and for generating; the latter's tasks include the former.
+        if "masked-lm" in wanted and architecture in classes("seq2seq-lm"):
+            return "seq2seq-lm"
+        for head in order:
+            if architecture in classes(head):
+                return head
+        for head in order:
+            if HEAD_CLASSES[head].auto_class.__name__ in remote:
+                return head
+        # Older names: a pretraining or language-model head has the weights of the plain one.
+        if architecture.endswith(("ForPreTraining", "LMHeadModel")):
+            for head in order:
+                if head in ("masked-lm", "causal-lm", "seq2seq-lm") and classes(head):
+                    return head
+    if not config.architectures:
+        generates: tuple[Head, ...] = ("seq2seq-lm",) if config.is_encoder_decoder else ()
+        for head in [*wanted, *generates]:
+            if classes(head):
+                return head
+        if not remote:
+            raise ModelUnsupported(
+                f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
+                f"and a {config.model_type} has none that fits the model's type"
+            )
+    raise ModelUnsupported(
+        f"Model '{model_id}' is a {', '.join(config.architectures or [config.model_type])}, "
+        "which does none of this server's text tasks"
+    )
+
+
+def auto_class(config: Any, head: Head) -> Any:
+    """What loads the model: of T5 and its kin there are weights of the encoder alone, as in sentence-t5."""
+    encoder = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    if head == "base" and encoder.endswith("EncoderModel") and encoder in (config.architectures or ()):
+        return transformers.AutoModelForTextEncoding
+    return HEAD_CLASSES[head].auto_class

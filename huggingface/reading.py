@@ -1,0 +1,215 @@
+"""The only `from_pretrained` of models and tokenizers: a plan becomes transformers' own objects, or a `LoadError`.
+
+Imports torch and transformers, so it is itself imported late. Must not know the registry, the manager or HTTP.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import modeling_gguf_pytorch_utils
+
+from . import files, gguf_files
+from .engine.openvino.reserve import make_shell
+from .errors import FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory
+from .plan import Plan, auto_class, refusal
+from .progress import Progress
+from .quantization import quantize
+from .records import LoadOptions
+from .tasks import Head
+from .tasks.embedding import Pooling, find_pooling
+
+logger = logging.getLogger(__name__)
+
+# What transformers calls its progress bars: of weights that are read, and of GGUF's that are unpacked.
+_BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
+
+# Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
+_NOWHERE = "no-adapter-of-its-own"
+
+# transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
+# built at once. Files are fetched outside of it: a slow download holds nobody up.
+BUILDING = threading.Lock()
+
+
+def read_tokenizer(plan: Plan) -> Any:
+    """The model's tokenizer: of its folder, or of its GGUF file where the folder has none.
+
+    Raises: as `loader.load`.
+    """
+    model_id, folder, gguf_file = plan.record.model_id, plan.folder, plan.record.gguf_file
+    if plan.gguf is not None and gguf_file is not None and not files.has_tokenizer(folder):
+        return gguf_files.read_tokenizer(model_id, folder, gguf_file, plan.gguf)
+    if not files.has_tokenizer(folder):
+        raise FilesMissing(
+            f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=plan.config, trust_remote_code=plan.trusted, local_files_only=True
+        )
+    except Exception as error:
+        raise refusal(model_id, folder, error, "its tokenizer") from error
+    # Where there is no vocabulary, transformers makes a tokenizer that knows no word.
+    if lacking := files.lacking_vocabulary(folder, getattr(tokenizer, "vocab_files_names", {})):
+        raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
+    return tokenizer
+
+
+def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False) -> Any:
+    """The model as the plan says; a `hollow` one has shapes and no numbers. Parts may be put into `offload`."""
+    model_id, placement = plan.record.model_id, plan.placement
+    spread: dict[str, Any] = {}
+    if placement.device_map is not None:
+        spread = {"device_map": placement.device_map, "offload_folder": offload}
+    elif hollow:
+        spread = {"device_map": {"": "meta"}}
+    if placement.attention is not None:
+        spread["attn_implementation"] = placement.attention
+    reader, gguf_file = auto_class(plan.config, plan.head), plan.record.gguf_file
+    dtype = placement.dtype or "auto"
+    try:
+        if plan.gguf is not None and gguf_file is not None:
+            model, info = gguf_files.read_model(
+                model_id, plan.folder, gguf_file, plan.gguf, reader, plan.config, dtype=dtype, **spread
+            )
+        else:
+            model, info = reader.from_pretrained(
+                plan.folder,
+                config=plan.config,
+                dtype=dtype,
+                use_safetensors=None if options.allow_pickle else True,
+                trust_remote_code=plan.trusted,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported in the info, and refused below in words of our own
+                output_loading_info=True,
+                adapter_kwargs={"subfolder": _NOWHERE},
+                **spread,
+            )
+        _check_weights(model_id, plan.head, info)
+        if hollow:
+            return model
+        _check_map(placement.device_map, model)
+        if model.device.type == "meta":
+            raise InvalidRequest(
+                "Invalid value for field 'device_map': what reads the tokens (the embeddings) cannot be on the disk",
+                "device_map",
+            )
+        if placement.quantization is not None:
+            quantize(model, placement.quantization, placement.device)
+        return model if placement.device_map is not None else model.to(placement.device)
+    except LocalLLMError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
+    except Exception as error:
+        if "allocate memory" in str(error):  # what torch's CPU allocator says
+            raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
+        if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
+            raise InvalidRequest(
+                f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "
+                f"{files.public(error, plan.folder)}",
+                "attn_implementation",
+            ) from error
+        if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
+            raise InvalidRequest(
+                f"Invalid value for field 'device_map': {files.public(error, plan.folder)}", "device_map"
+            ) from error
+        raise refusal(model_id, plan.folder, error, "its weights or its config.json") from error
+
+
+def read_shell(plan: Plan, options: LoadOptions) -> Any:
+    """The model without its weights: what transformers makes of its folder, with shapes for numbers."""
+    if plan.gguf is not None:
+        config = copy.deepcopy(plan.config)
+        with torch.device("meta"), torch.no_grad():
+            model = auto_class(config, plan.head).from_config(config, dtype=torch.float32).eval()
+        return make_shell(model)
+    return make_shell(read_model(plan, options, None, hollow=True))
+
+
+@contextmanager
+def watched(progress: Progress) -> Iterator[None]:
+    """Tell `progress` how many of the weights are read, as transformers tells its own progress bar.
+
+    Its hook is the process's, as are the switches it builds models under: used with the lock for these only.
+    """
+    total = progress.now().total or 0
+
+    def watch(factory: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if named.get("desc") not in _BARS or not arguments:
+            return factory(*arguments, **named)
+        items = list(arguments[0])
+
+        def each() -> Iterator[Any]:
+            told = 0
+            for index, item in enumerate(items, 1):
+                yield item
+                progress.advance(total * index // len(items) - told)
+                told = total * index // len(items)
+
+        return factory(each(), **{**named, "total": len(items)})
+
+    before, unpacking = transformers.utils.logging.set_tqdm_hook(watch), modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda *arguments, **named: watch(unpacking, arguments, named)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(before)
+        modeling_gguf_pytorch_utils.tqdm = unpacking
+
+
+def read_pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError | None:
+    """What a sentence-transformers folder says of making vectors; what is wrong there is told to who asks for one."""
+    try:
+        return find_pooling(folder, model, trusted=trusted)
+    except InvalidRequest as error:
+        return error
+    except Exception as error:
+        logger.info("the modules of a sentence-transformers model cannot be used", exc_info=error)
+        return InvalidRequest(f"This model's modules.json cannot be used: {files.public(error, folder)}")
+
+
+def _check_map(device_map: Any, model: Any) -> None:
+    """Refuse a map that names what the model does not have, or leaves out what it has: transformers passes over both.
+
+    Raises:
+        InvalidRequest: naming the module.
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    modules = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    field = "Invalid value for field 'device_map': "
+    for name in device_map:
+        if name not in modules:
+            raise InvalidRequest(f"{field}the model has no module '{name}'", "device_map")
+    for name, _ in model.named_parameters():
+        if not any(not module or name == module or name.startswith(f"{module}.") for module in device_map):
+            raise InvalidRequest(f"{field}it does not say where '{name}' goes", "device_map")
+
+
+def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse weights that do not fill the model: transformers would fill the rest with random numbers.
+
+    A base model's pooler may be missing: no task here reads it, and some checkpoints come without.
+    """
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if head == "base":
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    # Of a tensor that does not fit: its name, its shape in the file, and the shape that the model needs.
+    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        names = ", ".join([*missing, *mismatched][:3])
+        raise FilesCorrupt(
+            f"Model '{model_id}': its weights do not fill the model ({len(missing)} tensors missing, {len(mismatched)} "
+            f"of another shape, such as {names}); they are incomplete, or belong to another model than its config.json"
+        )
