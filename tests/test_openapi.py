@@ -197,3 +197,18 @@ def test_the_page_needs_nothing_from_another_host(client: Any) -> None:
 def test_the_page_shows_this_servers_document(client: Any) -> None:
     [address] = re.findall(r'url: "([^"]+)"', client.get("/docs").text)
     assert client.get(address).json["info"]["title"] == "Local LLM"
+
+
+def test_a_model_in_memory_is_shown_field_for_field_as_described(
+    client: Any, tiny: Any, document: dict[str, Any]
+) -> None:
+    """What `/cache`, a load and an estimate answer with are the fields that the document names, and no others."""
+    model_id, api = tiny("gpt2"), "/api/huggingface"
+    client.post(f"{api}/models", json={"model_id": model_id, "name": "x", "model_type": "text-generation"})
+    schemas = document["components"]["schemas"]
+    loaded = client.post(f"{api}/models/{model_id}/load").json
+    assert set(loaded["settings"]) == set(schemas["EffectiveSettings"]["properties"])
+    [shown] = client.get(f"{api}/cache").json["cached_models"].values()
+    assert set(shown) == set(schemas["CachedModel"]["properties"])
+    estimate = client.get(f"{api}/models/{model_id}/estimate").json
+    assert set(estimate) == set(schemas["EstimateAnswer"]["properties"])

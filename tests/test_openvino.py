@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 import torch
 from changed_models import edit
 from conftest import ROOT, Server
+from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import TEXT
 
@@ -208,6 +210,23 @@ def test_without_the_package_torch_computes(place: Callable[[str], Path], monkey
     loaded.close()
     with pytest.raises(Exception, match="pip install openvino"):
         load(folder, engine="openvino")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_are_left_to_torch(place: Callable[[str], Path], tmp_path: Path) -> None:
+    """A graph knows nothing of adapters: with them torch computes, and OpenVINO by its name is refused."""
+    folder = place("llama")
+    model, _ = causal_models.build("llama")
+    adapter = save_adapter(model, tmp_path / "adapter", 1, target_modules=["q_proj"])
+    record = ModelRecord("tiny/llama", "llama", "text-generation", adapters={"one": "org/adapter"})
+    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    loaded = loader.load(record, options, folder, adapters={"one": adapter})
+    assert loaded.effective["engine"] == "torch"
+    assert loaded.engine_reason == "it has adapters"
+    loaded.close()
+    assert loader.estimate(record, options, folder).engine == "torch"
+    with pytest.raises(InvalidRequest, match="adapters"):
+        loader.load(record, options, folder, settings=LoadSettings(engine="openvino"), adapters={"one": adapter})
 
 
 def test_rotary_embeddings_that_change_are_left_to_torch() -> None:
@@ -431,23 +450,23 @@ def test_whoever_cancels_ends_the_conversion(
 
 
 def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_path: Path) -> None:
-    """A server that is killed leaves no process behind that goes on for nobody."""
+    """A server that is killed leaves no process behind that goes on for nobody: it ends while it imports torch."""
     folder = place("llama")
     code = (
         "import sys, pickle; from huggingface.converted import process; from huggingface.progress import Progress\n"
         "process.convert(pickle.load(open(sys.argv[1], 'rb')), Progress())"
     )
-    import pickle
-
     request = tmp_path / "wanted"
     request.write_bytes(pickle.dumps(wanted(folder, tmp_path)))
     parent = subprocess.Popen([sys.executable, "-c", code, str(request)], cwd=ROOT)
     try:
         child = wait_for(lambda: children(parent.pid))[0]
+        wait_for(lambda: "libtorch" in Path(f"/proc/{child}/maps").read_text())
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait(20)
-    assert wait_for(lambda: b") Z" in stat(child), 20), "it went on for nobody"
+    assert wait_for(lambda: b") Z" in stat(child), 3), "it went on for nobody"
+    assert not kept(folder)
 
 
 def children(pid: int) -> list[int]:

@@ -143,6 +143,40 @@ def test_every_row_holds_its_own_tokens_whatever_happens(seed: int, kind: str) -
     assert not store.banks
 
 
+def test_shared_blocks_that_move_are_still_shared() -> None:
+    """Where a bank goes, the blocks behind its own come forward, those that several rows have as one."""
+    limit = 16 * SMALLEST
+    store = Blocks(limit)
+    table = SlotTable(store, limit)
+    fillers = []
+    for start in range(1000, 9000, 1000):  # they have all the blocks in front
+        filler = table.take([start], SMALLEST)
+        assert filler is not None
+        store.write(filler, list(range(start, start + SMALLEST)))
+        fillers.append(filler)
+    long = list(range(100))
+    one, other = table.take(long, 2 * SMALLEST), None
+    assert one is not None
+    store.write(one, long)
+    other = table.take([*range(70), 7, 7], 4 * SMALLEST)
+    assert other is not None
+    store.write(other, [7, 7])
+    shared = [block for block, readers in store._readers.items() if readers == 2]
+    assert len(shared) == 2, "two whole blocks of 32 tokens"
+    for filler in fillers:
+        table.release(filler, keep=False)
+    table.forget()
+    assert not {block for block, readers in store._readers.items() if readers == 2} & set(shared), "they moved"
+    assert sorted(store._readers.values())[-2:] == [2, 2]
+    assert store.read(one) == long
+    table.release(one, keep=False)
+    table.forget()
+    assert store.read(other) == [*range(70), 7, 7]
+    table.release(other, keep=False)
+    table.forget()
+    assert not store._readers
+
+
 def test_a_prompt_that_goes_on_continues_in_its_place_and_a_branch_is_copied() -> None:
     """The next turn takes over the resting row; another chat with the same beginning gets a copy, and both are kept."""
     store = Lists()

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -278,15 +277,16 @@ def test_a_deadline_holds_wherever_the_request_is(llama: Any, tiny: Any) -> None
 def test_whoever_waits_sees_the_place_in_the_queue(llama: Any) -> None:
     """A stream that has to wait tells its place, and sends comments in silence; the text comes when it is its turn."""
     server, model_id = llama(LOCAL_LLM_MAX_BATCH="1")
-    body = {"model_id": model_id, "prompt": "The cat", **GREEDY, "max_new_tokens": 5}
-    busy = []
-    for before, options in enumerate((ALONE, {})):
-        ask = partial(server.call, "POST", "/generate", json={**body, **options})
-        busy.append(threading.Thread(target=ask))
-        busy[-1].start()
-        wait_for(
-            lambda before=before: sum(engine(server, model_id)[state] for state in ("running", "waiting")) > before
+    busy = [
+        threading.Thread(
+            target=lambda: server.call("POST", "/generate", json={"model_id": model_id, "prompt": "The", **ALONE})
         )
+        for _ in range(2)
+    ]
+    for thread in busy:
+        thread.start()
+    wait_for(lambda: engine(server, model_id)["running"] + engine(server, model_id)["waiting"] == 2)
+    body = {"model_id": model_id, "prompt": "The cat", **GREEDY, "max_new_tokens": 5}
     first, *_, last = stream(server, body)
     assert list(first) == ["request_id", "position"]
     assert first["position"] >= 1

@@ -117,7 +117,7 @@ class Settings(Strict):
         "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
     )
     engine: Literal["auto", "torch", "openvino"] | None = _optional(
-        "What computes the tokens. `auto`: OpenVINO on a CPU, where it gives torch's numbers for the model, else torch."
+        "What computes the model. `auto`: OpenVINO on a CPU, where it gives torch's numbers for it, else torch."
     )
     max_context: int | None = _optional("The most tokens of one sequence.", ge=1)
     slots: int | None = _optional("The most sequences in one batch.", ge=1, le=1024)
@@ -257,7 +257,7 @@ class Model(ModelInfo):
     quantization: str | None = _shown("The lossy form of its weights.")
     attn_implementation: str | None = _shown("How attention is computed.")
     compile: bool | None = _shown("Whether it is compiled.")
-    engine: str | None = _shown("What computes the tokens.")
+    engine: str | None = _shown("What computes the model.")
     max_context: int | None = _shown("The most tokens of one sequence.")
     slots: int | None = _shown("The most sequences in one batch.")
     details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
@@ -544,6 +544,7 @@ class CachedModel(BaseModel):
     commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
     adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")
     settings: EffectiveSettings
+    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
 
 
 class LoadProgress(BaseModel):
