@@ -35,9 +35,11 @@ from config import Settings
 from huggingface import loader
 from huggingface.converted import generator, loading, process
 from huggingface.converted.place import FOLDER, Place
-from huggingface.engine.layers import NotBatchable
+from huggingface.engine.layers import NotBatchable, probe
 from huggingface.engine.openvino import agreement, graph, library
 from huggingface.engine.openvino.reserve import Reserve, make_shell
+from huggingface.engine.openvino.runner import OpenVINORunner
+from huggingface.engine.parity import room_for
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.loaded import LoadedModel, Memory, Unlimited
 from huggingface.progress import Progress
@@ -655,6 +657,40 @@ def test_a_wrong_window_is_found_out(tmp_path: Path) -> None:
     made.runner(1024, reserve).close()
     with pytest.raises(NotBatchable, match="from torch's"):
         replace(made, windows={}).runner(1024, reserve)
+
+
+# What is made of a graph ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "products"), [("llama", 9), ("opt", 9), ("gpt2", 9), ("phi3", 9)])
+def test_products_of_the_same_rows_are_one_and_every_number_stays(
+    name: str, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values, with biases or without; gates too. What was one already, stays."""
+    model, _ = causal_models.build(name)
+    expected = agreement.torch_expects(model)
+    shapes = [shape for shape in probe(model) if shape is not None]
+    logits = []
+    for merged in (True, False):
+        if not merged:
+            monkeypatch.setattr(graph, "merge_products", lambda _: 0)
+        made = graph.convert(model)
+        count = sum(node.get_type_name() == "MatMul" for node in made.get_ops())
+        assert (count == products) is (merged or name in ("gpt2", "phi3"))
+        runner = OpenVINORunner(made, {}, shapes, room_for(expected))
+        logits.append(agreement.check(runner, expected))
+        runner.close()
+    for one, other in zip(*logits, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5)  # a bias may be added first or last
+
+
+def test_a_graph_needs_nothing_of_the_model_it_was_made_of(tmp_path: Path) -> None:
+    """Whoever converts has the model's memory back as soon as there is a graph."""
+    model, _ = causal_models.build("llama")
+    spot = Place(tmp_path, "x", "int8")
+    generator.make(model, spot, "int8", tmp_path)
+    assert not any(tensor.numel() for tensor in model.parameters())
+    assert generator.find(spot) is not None
 
 
 # On a live server -----------------------------------------------------------------------------------------------------

@@ -233,3 +233,36 @@ def test_chunks_take_less_than_the_decoding_they_delay() -> None:
     assert 20 <= pace.budget(4, 0) <= 50
     assert pace.budget(4, 4) > 2 * pace.budget(4, 0)
     assert pace.budget(1, 1000) == LARGEST
+
+
+def test_short_prompts_are_read_at_once_however_often_they_come() -> None:
+    """What a step costs by itself is not taken for its tokens' price: then chunks would get ever smaller."""
+    pace = Pace()
+
+    def burst(prompts: int, tokens: int) -> int:
+        """How many steps it takes until so many prompts of so many tokens, that come at once, are read."""
+        left, steps = [tokens] * prompts, 0
+        while left:
+            decoding = prompts - len(left)
+            budget = read = pace.budget(decoding, len(left))
+            while left and budget:
+                part = min(left[0], budget)
+                budget, left[0] = budget - part, left[0] - part
+                left = left[left[0] == 0 :]
+            read -= budget
+            own = (0.010 + 0.001 * decoding) if decoding else 0.0
+            pace.took(own + 0.008 + 0.0005 * read, decoding=decoding, prompt_tokens=read)
+            steps += 1
+        for _ in range(50):
+            pace.took(0.010 + 0.001 * prompts, decoding=prompts, prompt_tokens=0)
+        return steps
+
+    assert [burst(16, 64) for _ in range(8)] == [4] * 8
+
+
+def test_a_clock_that_stands_still_is_no_division_by_zero() -> None:
+    """Steps may be over before a coarse clock moves."""
+    pace = Pace()
+    pace.took(0.0, decoding=1, prompt_tokens=0)
+    pace.took(0.0, decoding=1, prompt_tokens=10)
+    assert pace.budget(1, 0) > 0

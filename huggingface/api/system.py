@@ -13,7 +13,7 @@ from ..libraries import import_library
 from . import schemas
 from .services import services
 
-VERSION = "0.5.0"
+VERSION = "0.5.1"
 _TAG = Tag(name="System", description="The server itself.")
 root = APIBlueprint("root", __name__, abp_tags=[_TAG], abp_responses={**schemas.FAILURES})
 blueprint = APIBlueprint(

@@ -86,7 +86,7 @@ def make(
     spare: Path,
     given_up: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Make a graph of a float32 model, see that it gives what torch gives, and keep it.
+    """Make a graph of a float32 model, which is used up, see that it gives what torch gives, and keep it.
 
     A compressed one is made of one that was tried before its weights were rounded.
 
@@ -104,6 +104,7 @@ def make(
         if given_up():
             raise Cancelled
         windows = graphs.windows(model)
+        _let_go(model)
         if quantization is not None:
             trial = OpenVINORunner(graph.clone(), windows, shapes, room_for(expected))
             agreement.check(trial, expected)
@@ -123,6 +124,14 @@ def make(
         raise
     finally:
         gc.collect()
+
+
+def _let_go(model: Any) -> None:
+    """Free the weights that the graph has no use for: it has copies of those that it merged."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+    gc.collect()
+    release_freed()
 
 
 def _tensors(expected: tuple[Expected, ...]) -> dict[str, torch.Tensor]:

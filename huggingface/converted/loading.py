@@ -193,8 +193,8 @@ def _check_conversion(model: Any, quantization: str | None) -> None:
         ConversionFailed: there is not.
     """
     weights = sum(tensor.numel() * 4 for tensor in model.parameters())
-    # What is to be rounded is tried before, with its weights packed.
-    need = weights * (1 if quantization is None else 2) + _CONVERTING
+    # Two thirds are merged into larger ones. What is to be rounded is tried before, with its weights packed.
+    need = int(weights * (1.7 if quantization is None else 2)) + _CONVERTING
     free = available_bytes()
     if free is not None and free < need:
         raise ConversionFailed(f"its conversion takes about {need} bytes of memory, and {free} are free")

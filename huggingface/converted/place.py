@@ -37,7 +37,7 @@ FOLDER = ".local-llm"
 EXPECTED = "expected.safetensors"  # what torch gives, beside the graph
 
 # To be raised whenever a graph made by an earlier version of this project is not to be used any more.
-_FORMAT = 2
+_FORMAT = 3
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
 _ABANDONED = 24 * 3600  # seconds after which an incomplete graph is nobody's any more

@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from ..cache import LayerShape
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
 from .library import nncf, offline_transformations, openvino
+from .merging import merge_products
 
 # Which of the paged attention's inputs tells how many tokens back it sees; 0 for all of them.
 _WINDOW_INPUT = 10
@@ -113,7 +114,7 @@ def _rotary_kinds(config: Any) -> set[str]:
 
 
 def convert(model: PreTrainedModel) -> Any:
-    """The model as a stateful graph, float32; its constants are the model's own memory.
+    """The model as a stateful graph, float32; its constants are the model's own memory, where they are not merged.
 
     Raises:
         NotBatchable: it keeps something else than keys and values in each layer, or takes no positions.
@@ -146,6 +147,7 @@ def convert(model: PreTrainedModel) -> Any:
     )
     _begin_empty(graph)
     graph.validate_nodes_and_infer_types()
+    merge_products(graph)
     return graph
 
 

@@ -1,0 +1,92 @@
+"""Products of the same rows with several weights, made one product: attention's queries, keys and values, for instance.
+
+Each number is the same sum as before. But a small product leaves cores waiting at its end, and what comes
+in is rounded anew for each where weights are rounded. Must not know models.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .library import openvino
+
+
+def merge_products(graph: Any) -> int:
+    """Make one product of those in a graph that read the same rows, in place; tells of how many groups one was made.
+
+    Their weights are constants, (outputs, inputs), and so are the biases that they may have. Those of the product are
+    copies.
+    """
+    groups = defaultdict(list)
+    for node in graph.get_ordered_ops():
+        if _is_product(node):
+            source = node.input_value(0)
+            groups[source.get_node().get_friendly_name(), source.get_index()].append(node)
+    merged = 0
+    for products in groups.values():
+        biases = [_bias(product) for product in products]
+        if len(products) > 1 and len({bias is None for bias in biases}) == 1:
+            _merge(products, biases)
+            merged += 1
+    if merged:
+        graph.validate_nodes_and_infer_types()
+    return merged
+
+
+def _is_product(node: Any) -> bool:
+    """Whether it is rows times float32 weights."""
+    if node.get_type_name() != "MatMul" or not _is_weights(node.input_value(1), 2):
+        return False
+    attributes = node.get_attributes()
+    return bool(attributes["transpose_b"] and not attributes["transpose_a"])
+
+
+def _is_weights(value: Any, rank: int) -> bool:
+    return bool(
+        value.get_node().get_type_name() == "Constant"
+        and value.get_element_type().get_type_name() == "f32"
+        and value.get_partial_shape().rank.get_length() == rank
+    )
+
+
+def _bias(product: Any) -> tuple[Any, Any] | None:
+    """The sum of a product and a bias, and the bias, if nothing but that sum reads the product."""
+    readers = list(product.output(0).get_target_inputs())
+    if len(readers) != 1 or readers[0].get_node().get_type_name() != "Add":
+        return None
+    total = readers[0].get_node()
+    other = total.input_value(1 - readers[0].get_index())
+    outputs = product.input_value(1).get_shape()[0]
+    if other.get_node().get_type_name() != "Constant" or other.get_element_type().get_type_name() != "f32":
+        return None
+    # One number for each output, whatever the ones in front of them.
+    shape = list(other.get_shape())
+    return (total, other) if shape and shape[-1] == outputs == int(np.prod(shape)) else None
+
+
+def _merge(products: Sequence[Any], biases: Sequence[tuple[Any, Any] | None]) -> None:
+    from openvino import opset13 as ops
+
+    weights = [product.input_value(1).get_node().get_data() for product in products]
+    together = _constant(np.concatenate(weights))
+    whole = ops.matmul(products[0].input_value(0), together, transpose_a=False, transpose_b=True)
+    whole.set_friendly_name(f"{products[0].get_friendly_name()}/merged")
+    results = list(products)
+    if biases[0] is not None:
+        results = [bias[0] for bias in biases if bias is not None]
+        added = np.concatenate([bias[1].get_node().get_data().reshape(-1) for bias in biases if bias is not None])
+        whole = ops.add(whole, _constant(added))
+    sizes = np.array([part.shape[0] for part in weights], dtype=np.int64)
+    parts = ops.variadic_split(whole, ops.constant(np.int64(-1)), ops.constant(sizes))
+    for number, result in enumerate(results):
+        for reader in list(result.output(0).get_target_inputs()):
+            reader.replace_source_output(parts.output(number))
+
+
+def _constant(numbers: Any) -> Any:
+    """A constant that is this very memory."""
+    return openvino().op.Constant(numbers, shared_memory=True)
