@@ -32,9 +32,11 @@ def estimate(
     own_dtype: torch.dtype,
     options: EngineOptions,
     runner: Literal["torch", "openvino"] = "torch",
-) -> Estimate:
-    """What the model that `build` makes would take; `own_dtype` is that of the weights in their files, `runner` what
-    computes it."""
+) -> tuple[Estimate, int]:
+    """What the model that `build` makes would take, and of how many numbers its parameters are.
+
+    `own_dtype` is that of the weights in their files, `runner` what computes it.
+    """
     with torch.device("meta"), torch.no_grad():
         model = build()
     dtype = placement.dtype or own_dtype
@@ -42,7 +44,7 @@ def estimate(
     weights = sum(tensors.values())
     devices = _by_device(model, tensors, placement)
     packs = placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None
-    copied = copies(model) if packs and head == "causal-lm" and placement.quantization is None else 0
+    copied = copies(model, options.findings) if packs and head == "causal-lm" and placement.quantization is None else 0
     if runner == "openvino":
         weights, copied = _graph_bytes(model, placement.quantization)
         devices = {placement.device: weights}
@@ -52,7 +54,7 @@ def estimate(
     token_bytes = _token_bytes(model, dtype) if head == "causal-lm" else 0
     kv_cache = first_bank(options.kv_cache_bytes // token_bytes) * token_bytes if token_bytes else 0
     devices[placement.device] = devices.get(placement.device, 0) + copied + kv_cache
-    return Estimate(
+    told = Estimate(
         weights=weights,
         copies=copied,
         kv_cache=kv_cache,
@@ -63,6 +65,7 @@ def estimate(
         devices=devices,
         engine=runner,
     )
+    return told, sum(tensor.numel() for tensor in model.parameters())
 
 
 def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:

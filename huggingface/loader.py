@@ -158,11 +158,13 @@ def _estimate(plan: Plan, options: LoadOptions) -> Estimate:
     own, engine = own_dtype(plan), engine_options(plan, options)
     try:
         with BUILDING:
-            return estimating.estimate(build, plan.head, plan.placement, own, engine, runner)
+            told, numbers = estimating.estimate(build, plan.head, plan.placement, own, engine, runner)
     except LocalLLMError:
         raise
     except Exception as error:
         raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
+    conversion = by_openvino.conversion_bytes(plan, options, numbers) if runner == "openvino" else 0
+    return replace(told, conversion=conversion)
 
 
 def _load(

@@ -12,10 +12,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +27,16 @@ from .errors import (
     FilesMissing,
     HubUnreachable,
     LocalLLMError,
-    MemoryHeld,
     ModelBusy,
     ModelDisabled,
-    NeverFits,
     OutOfMemory,
 )
-from .eviction import Idle, choose
 from .libraries import import_library
+from .places import LOOK_AGAIN, Loading, Place, Places, Resident
 from .progress import Progress
 from .records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
 from .registry import ModelRegistry
+from .room import Asked, Room
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -49,74 +46,34 @@ logger = logging.getLogger(__name__)
 
 _LOADER = f"{__package__}.loader"
 
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 _ALMOST_ALL = 0.9  # of a model's memory, that should have come back after it was let go
 _PLENTY = 2  # times what a load takes at most, in which case nobody need look closely
 _KV_CACHE = "kv cache"  # the part of a model that grows
 _NOTICED = 64 * 2**20  # bytes that a model has to have for the log to say that they did not
 
 
-class _Loading:
-    """A load under way: everyone who asks meanwhile waits for it, and fails as it fails."""
-
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self.done: Future[None] = Future()
-        self.waiting = 0
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One model's place in memory. Times are readings of `time.monotonic`."""
-
-    model: LoadedModel | None = None
-    users: int = 0
-    loading: _Loading | None = None
-    draining: int = 0  # how many wait for its users to go, for its memory
-    reserved: bool = False  # someone has it alone, or waits for the users to go: no new ones are let in
-    overrides: LoadSettings = field(default_factory=LoadSettings)  # what the last load asked for, over the record
-    used: float = 0.0
-    expires: float | None = None
-    load_seconds: float = 0.0
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is a model that nobody uses or is about to."""
-        return self.model is not None and not self.users and not self.reserved and self.loading is None
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A model in memory, as it is at one moment; `expires_at` is ISO 8601 in UTC, None for never or while in use."""
-
-    model: LoadedModel
-    users: int
-    expires_at: str | None
-    pinned: bool
-    load_seconds: float
-
-
 class _Account:
     """Where one model asks for memory: see `loaded.Memory`."""
 
-    def __init__(self, manager: ModelManager, model_id: str) -> None:
-        self._manager = manager
+    def __init__(self, budget: Budget, room: Room, model_id: str) -> None:
+        self._budget = budget
+        self._room = room
         self._model_id = model_id
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
-        self._manager.budget.note(self._model_id, part, sizes)
+        self._budget.note(self._model_id, part, sizes)
 
     def keep(self, device: str, size: int) -> None:
-        self._manager.budget.keep(self._model_id, _KV_CACHE, device, size)
+        self._budget.keep(self._model_id, _KV_CACHE, device, size)
 
     def take(self, part: str, device: str, size: int) -> bool:
-        return self._manager.budget.take(self._model_id, part, device, size)
+        return self._budget.take(self._model_id, part, device, size)
 
     def settle(self) -> None:
-        self._manager.budget.settle(self._model_id)
+        self._budget.settle(self._model_id)
 
     def relieve(self) -> bool:
-        return self._manager.relieve(self._model_id)
+        return self._room.relieve(self._model_id)
 
 
 class ModelManager:
@@ -145,15 +102,13 @@ class ModelManager:
         self._options = options
         self._busy_timeout = busy_timeout
         self._keep_alive = keep_alive
-        self._memory_timeout = memory_timeout
-        self._changed = threading.Condition()
-        self._slots: dict[str, _Slot] = {}  # never shrinks: a slot may be waited for, and an empty one is tiny
-        self._closed = False
+        self._places = Places()
+        self._changed = self._places.changed
+        self._room = Room(self.budget, self._places, memory_timeout, Asked(self._pinned, self._evict))
         self._importing: threading.Timer | None = None
         self._reaper: threading.Thread | None = None
         self._warm = False
         self._warming_up = threading.Lock()
-        self._making_room = threading.Lock()  # two loads must not count on the same memory, or on the same victims
 
     def import_libraries(self, delay: float) -> None:
         """Import what loading needs, in the background, `delay` seconds from now: the first load need not wait for it.
@@ -181,15 +136,15 @@ class ModelManager:
             DependencyMissing, LoadError, InvalidRequest: it could not be loaded; all who waited for it are told so.
             Cancelled: the server is shutting down, or `gone()` turned true while it was loaded.
         """
-        slot, model, record = self._acquire(model_id, gone, watch)
+        place, model, record = self._acquire(model_id, gone, watch)
         try:
             yield model
         finally:
             with self._changed:
-                slot.users -= 1
-                slot.used = time.monotonic()
-                if slot.users == 0 and slot.model is model:
-                    self._let_expire(slot, record, keep_alive)
+                place.users -= 1
+                place.used = time.monotonic()
+                if place.users == 0 and place.model is model:
+                    self._let_expire(place, record, keep_alive)
                 self._changed.notify_all()
 
     def load(
@@ -216,9 +171,9 @@ class ModelManager:
             return self._bring(model_id, force_reload, keep_alive, gone, watch)
         except LocalLLMError:
             with self._changed:  # what failed is not to be in the way of whoever asks next
-                slot = self._slots[model_id]
-                if slot.overrides == settings and slot.model is None:
-                    slot.overrides = before
+                place = self._places.of(model_id)
+                if place.overrides == settings and place.model is None:
+                    place.overrides = before
             raise
 
     def _bring(
@@ -231,13 +186,13 @@ class ModelManager:
     ) -> LoadedModel:
         if force_reload:
             self._usable_record(model_id)
-            with self._alone(model_id) as slot:
+            with self._places.alone(model_id, self._busy_deadline) as place:
                 record = self._usable_record(model_id)
-                self._release(model_id, slot)
-                loading = slot.loading = _Loading()
+                self._release(model_id, place)
+                loading = place.loading = Loading()
                 loading.waiting = 1  # this one, whoever else comes and goes
                 watch(loading.progress)
-                self._load(record, slot, loading)
+                self._load(record, place, loading)
                 loading.done.result()
         with self.lease(model_id, gone, keep_alive, watch) as model:
             return model
@@ -249,18 +204,23 @@ class ModelManager:
         """
         record = self._usable_record(model_id)
         with self._changed:
-            slot = self._slots.setdefault(model_id, _Slot())
-            before = slot.overrides
+            place = self._places.of(model_id)
+            before = place.overrides
         if before == settings:
             return before
         loader = self._import_loader()
         with suppress(FilesMissing, HubUnreachable):  # files that are not here yet say nothing
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
-        with self._alone(model_id) as slot:
-            self._release(model_id, slot)
-            slot.overrides = settings
+        with self._places.alone(model_id, self._busy_deadline) as place:
+            self._release(model_id, place)
+            place.overrides = settings
         return before
+
+    @property
+    def _busy_deadline(self) -> float:
+        """Until when an unload that begins now waits for the model's users, as `time.monotonic` tells it."""
+        return time.monotonic() + self._busy_timeout
 
     # Unloading -------------------------------------------------------------------------------------------------------
 
@@ -270,9 +230,9 @@ class ModelManager:
         Raises:
             ModelBusy: they did not end within the busy timeout; the model stays.
         """
-        with self._alone(model_id) as slot:
-            slot.overrides = LoadSettings()
-            return self._release(model_id, slot)
+        with self._places.alone(model_id, self._busy_deadline) as place:
+            place.overrides = LoadSettings()
+            return self._release(model_id, place)
 
     def unload_all(self) -> None:
         """Take every model out of memory, after those who use it are done.
@@ -280,15 +240,17 @@ class ModelManager:
         Raises:
             ModelBusy: some were in use for longer than the busy timeout, and stay; it names them.
         """
-        deadline = time.monotonic() + self._busy_timeout
+        deadline = self._busy_deadline
         busy = []
         with self._changed:
-            present = [name for name, slot in self._slots.items() if slot.model is not None or slot.loading is not None]
+            present = [
+                name for name, place in self._places.all() if place.model is not None or place.loading is not None
+            ]
         for model_id in present:
             try:
-                with self._alone(model_id, deadline) as slot:
-                    slot.overrides = LoadSettings()
-                    self._release(model_id, slot)
+                with self._places.alone(model_id, deadline) as place:
+                    place.overrides = LoadSettings()
+                    self._release(model_id, place)
             except ModelBusy:
                 busy.append(f"'{model_id}'")
         if busy:
@@ -302,23 +264,23 @@ class ModelManager:
             ModelBusy: those who use it did not end within the busy timeout; nothing was changed.
         """
         self._registry.get(model_id)
-        with self._alone(model_id) as slot:
+        with self._places.alone(model_id, self._busy_deadline) as place:
             content = self._registry.remove(model_id)
             self.downloads.cancel(model_id)
-            slot.overrides = LoadSettings()
-            self._release(model_id, slot)
+            place.overrides = LoadSettings()
+            self._release(model_id, place)
             self.statistics.removed(model_id)
         return content
 
     def close(self) -> None:
         """Cancel all work and empty the memory; no model is lent or loaded afterwards."""
         with self._changed:
-            self._closed = True
-            models = [slot.model for slot in self._slots.values() if slot.model is not None]
-            for slot in self._slots.values():
-                slot.model = None
-                if slot.loading is not None:
-                    slot.loading.progress.cancel()
+            self._places.closed = True
+            models = [place.model for _, place in self._places.all() if place.model is not None]
+            for _, place in self._places.all():
+                place.model = None
+                if place.loading is not None:
+                    place.loading.progress.cancel()
             self._changed.notify_all()
             reaper = self._reaper
         self.downloads.close()
@@ -334,27 +296,15 @@ class ModelManager:
 
     def loaded(self) -> dict[str, LoadedModel]:
         """The models in memory, by id; a view of this moment."""
-        with self._changed:
-            return {model_id: slot.model for model_id, slot in self._slots.items() if slot.model is not None}
+        return self._places.loaded()
 
     def residents(self) -> dict[str, Resident]:
         """The models in memory and who uses them, by id; a view of this moment."""
-        pinned = self._pinned()
-        with self._changed:
-            now, clock = time.monotonic(), datetime.now(UTC).replace(tzinfo=None)
-            found = {}
-            for model_id, slot in self._slots.items():
-                if slot.model is not None:
-                    expires = None
-                    if slot.expires is not None and not slot.users:
-                        expires = (clock + timedelta(seconds=slot.expires - now)).isoformat(timespec="microseconds")
-                    found[model_id] = Resident(slot.model, slot.users, expires, model_id in pinned, slot.load_seconds)
-            return found
+        return self._places.residents(self._pinned())
 
     def loading(self) -> dict[str, Progress]:
         """The loads under way, by id."""
-        with self._changed:
-            return {name: slot.loading.progress for name, slot in self._slots.items() if slot.loading is not None}
+        return self._places.loading()
 
     def forecast(self, model_id: str, settings: LoadSettings | None = None) -> Forecast:
         """What a load of the model would take, whether there is room for it, and who would go for it.
@@ -366,19 +316,7 @@ class ModelManager:
         record = self._registry.get(model_id)
         loader = self._import_loader()
         wanted = (settings or LoadSettings()).over(record.settings)
-        estimate = self._estimate(loader, record, wanted)
-        idle = self._idle(model_id)
-        own = self.budget.held(model_id)
-        lacking, rooms, most = {}, {}, {}
-        for device, need in estimate.devices.items():
-            room, limit = self.budget.room(device), self.budget.most(device)
-            if room is not None and limit is not None:
-                rooms[device], most[device] = room + own.get(device, 0), limit
-                lacking[device] = self.budget.lacking(model_id, device, need)
-        goes = choose(idle, lacking) if any(lacking.values()) else []
-        possible = all(estimate.devices[device] <= limit for device, limit in most.items())
-        fits = possible and (not any(lacking.values()) or bool(goes))
-        return Forecast(estimate, rooms, most, fits, possible, [model.model_id for model in goes])
+        return self._room.forecast(model_id, self._estimate(loader, record, wanted))
 
     def _estimate(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> Estimate:
         """What a load of a model would take, whether its weights are here or not.
@@ -413,160 +351,41 @@ class ModelManager:
             estimate = self._estimate(loader, record, settings)
         except LocalLLMError:
             return
-        self._lacking(record.model_id, estimate.devices)
+        self._room.lacking(record.model_id, estimate.devices)
 
-    # Room ------------------------------------------------------------------------------------------------------------
-
-    def relieve(self, model_id: str) -> bool:
-        """Take the model that was used longest ago out of memory for the sake of another; False if there is none."""
-        while not self._making_room.acquire(timeout=_LOOK_AGAIN):
-            with self._changed:
-                slot = self._slots.get(model_id)
-                if slot is None or slot.reserved or self._closed:
-                    return False  # it is about to go itself, and whoever waits for that may hold the lock
-        try:
-            for idle in sorted(self._idle(model_id), key=lambda idle: idle.used):
-                if self._evict(idle.model_id, f"'{model_id}' needs its memory"):
-                    return True
-            return False
-        finally:
-            self._making_room.release()
-
-    def _make_room(self, model_id: str, needs: Mapping[str, int], gone: Callable[[], bool]) -> None:
-        """Set memory aside for a model, for which others may have to go.
-
-        Where those are in use, nobody new gets them for a while, so that whoever waits here has his turn.
-
-        Raises:
-            NeverFits: it is more than all models together may have.
-            MemoryHeld: the others are pinned, or still in use after the memory timeout. Cancelled: `gone()`.
-        """
-        deadline = time.monotonic() + self._memory_timeout
-        while True:
-            with self._making_room:
-                while not self.budget.reserve(model_id, needs):
-                    lacking = self._lacking(model_id, needs)
-                    victims = choose(self._idle(model_id), lacking)
-                    if not victims:
-                        break
-                    for victim in victims:
-                        self._evict(victim.model_id, f"'{model_id}' needs its memory")
-                else:
-                    return
-            busy = choose(self._idle(model_id, busy=True), lacking)
-            if time.monotonic() >= deadline or not (busy or self._others_come(model_id)):
-                raise self._held(model_id, needs)
-            self._wait_for_turn([model.model_id for model in busy], deadline, gone)
-
-    def _wait_for_turn(self, model_ids: list[str], deadline: float, gone: Callable[[], bool]) -> None:
-        """Wait until nobody uses these models, and let nobody new have them meanwhile."""
-        with self._changed:
-            slots = [self._slots[model_id] for model_id in model_ids]
-            for slot in slots:
-                slot.draining += 1
-            try:
-                if not slots:  # somebody else is being loaded, and may go when that is done
-                    self._changed.wait(_LOOK_AGAIN)
-                while any(slot.users for slot in slots) and (left := deadline - time.monotonic()) > 0:
-                    if self._closed or gone():
-                        raise Cancelled
-                    self._changed.wait(min(left, _LOOK_AGAIN))
-            finally:
-                for slot in slots:
-                    slot.draining -= 1
-                self._changed.notify_all()
-
-    def _others_come(self, model_id: str) -> bool:
-        """Whether another model is being loaded."""
-        with self._changed:
-            return any(slot.loading is not None for name, slot in self._slots.items() if name != model_id)
-
-    def _lacking(self, model_id: str, needs: Mapping[str, int]) -> dict[str, int]:
-        """How many bytes more are needed on each device than there are.
-
-        Raises:
-            NeverFits: there could never be as many.
-        """
-        lacking = {}
-        for device, need in needs.items():
-            most = self.budget.most(device)
-            if most is None:
-                continue
-            if need > most:
-                raise NeverFits(
-                    f"Model '{model_id}' needs {readable(need)} of memory on {device} ({need} bytes), and models may "
-                    f"have {readable(most)} there ({most} bytes)"
-                )
-            lacking[device] = self.budget.lacking(model_id, device, need)
-        return lacking
-
-    def _held(self, model_id: str, needs: Mapping[str, int]) -> MemoryHeld:
-        """Who has the memory that a model needs."""
-        pinned = self._pinned()
-        texts = []
-        for device, need in needs.items():
-            room = self.budget.room(device)
-            if room is not None and need > room:
-                holders = []
-                for name, size in self.budget.holders(device).items():
-                    if name != model_id:
-                        with self._changed:
-                            slot = self._slots.get(name)
-                        state = "pinned" if name in pinned else "idle" if slot is not None and slot.idle else "in use"
-                        holders.append(f"'{name}' ({readable(size)}, {state})")
-                if (besides := self.budget.besides(device)) > 0:
-                    holders.append(f"the process itself ({readable(besides)})")
-                texts.append(
-                    f"{readable(need)} on {device} are needed and {readable(room)} are to be had; the rest is held by "
-                    + (", ".join(holders) or "other programs")
-                )
-        return MemoryHeld(f"No room for model '{model_id}' now: {'; '.join(texts) or 'its memory was taken meanwhile'}")
-
-    def _idle(self, but: str, *, busy: bool = False) -> list[Idle]:
-        """The models that may go for another one; those that are in use too where `busy`."""
-        pinned = self._pinned()
-        with self._changed:
-            idle = [
-                (name, slot.used)
-                for name, slot in self._slots.items()
-                if (slot.idle or (busy and slot.model is not None and not slot.reserved)) and name not in (but, *pinned)
-            ]
-        return [Idle(name, used, self.budget.held(name)) for name, used in idle]
+    # Going for others -------------------------------------------------------------------------------------------------
 
     def _pinned(self) -> frozenset[str]:
         try:
             return frozenset(record.model_id for record in self._registry.list() if record.pinned)
         except LocalLLMError:  # the registry cannot be read just now: nobody loses his model for that
-            with self._changed:
-                return frozenset(self._slots)
+            return frozenset(self._places.loaded())
 
     def _evict(self, model_id: str, why: str, *, expired: bool = False) -> bool:
         """Take a model out of memory if still nobody uses it, and its time still is up where it `expired`; tells
         whether it went."""
         with self._changed:
-            slot = self._slots[model_id]
-            if not slot.idle or self._closed:
+            place = self._places.of(model_id)
+            if not place.idle or self._places.closed:
                 return False
-            if expired and (slot.expires is None or slot.expires > time.monotonic()):
+            if expired and (place.expires is None or place.expires > time.monotonic()):
                 return False
-            slot.reserved = True
+            place.reserved = True
         try:
             logger.info("taking %s out of memory: %s", model_id, why)
-            slot.overrides = LoadSettings()
-            self._release(model_id, slot)
+            place.overrides = LoadSettings()
+            self._release(model_id, place)
             if not expired:
                 self.statistics.evicted(model_id)
         finally:
-            with self._changed:
-                slot.reserved = False
-                self._changed.notify_all()
+            self._places.free(place)
         return True
 
-    def _release(self, model_id: str, slot: _Slot) -> Unloaded:
-        """Empty a slot that this thread has alone; tells what the model had, and what came back."""
+    def _release(self, model_id: str, place: Place) -> Unloaded:
+        """Empty a place that this thread has alone; tells what the model had, and what came back."""
         with self._changed:
-            model, slot.model = slot.model, None
-            slot.expires = None
+            model, place.model = place.model, None
+            place.expires = None
         if model is None:
             return Unloaded(False, 0, 0)
         sizes = model.sizes
@@ -589,12 +408,12 @@ class ModelManager:
 
     # Going by themselves ---------------------------------------------------------------------------------------------
 
-    def _let_expire(self, slot: _Slot, record: ModelRecord, keep_alive: float | None) -> None:
+    def _let_expire(self, place: Place, record: ModelRecord, keep_alive: float | None) -> None:
         """Have a model that nobody uses go when its time is up; with the lock held."""
         if keep_alive is None:
             keep_alive = record.keep_alive if record.keep_alive is not None else self._keep_alive
-        slot.expires = None if keep_alive < 0 else slot.used + keep_alive
-        if slot.expires is not None and self._reaper is None and not self._closed:
+        place.expires = None if keep_alive < 0 else place.used + keep_alive
+        if place.expires is not None and self._reaper is None and not self._places.closed:
             self._reaper = threading.Thread(target=self._reap, name="keep-alive")
             self._reaper.start()
 
@@ -602,15 +421,15 @@ class ModelManager:
         """Take out of memory what has expired, until nothing will."""
         while True:
             with self._changed:
-                waiting = {name: slot.expires for name, slot in self._slots.items() if slot.expires is not None}
-                if not waiting or self._closed:
+                waiting = {name: place.expires for name, place in self._places.all() if place.expires is not None}
+                if not waiting or self._places.closed:
                     self._reaper = None
                     return
                 now = time.monotonic()
-                due = [name for name, expires in waiting.items() if expires <= now and self._slots[name].idle]
+                due = [name for name, expires in waiting.items() if expires <= now and self._places.of(name).idle]
                 if not due:
                     soonest = min(waiting.values())
-                    self._changed.wait(min(soonest - now, 60.0) if soonest > now else _LOOK_AGAIN)
+                    self._changed.wait(min(soonest - now, 60.0) if soonest > now else LOOK_AGAIN)
                     continue
             for model_id in due:
                 self._evict(model_id, "its time is up", expired=True)
@@ -619,31 +438,31 @@ class ModelManager:
 
     def _acquire(
         self, model_id: str, gone: Callable[[], bool], watch: Callable[[Progress], None]
-    ) -> tuple[_Slot, LoadedModel, ModelRecord]:
-        """The model's slot, counted as in use, the model in it, and its record."""
+    ) -> tuple[Place, LoadedModel, ModelRecord]:
+        """The model's place, counted as in use, the model in it, and its record."""
         asked = False
         while True:
             record = self._usable_record(model_id)  # looked up in every round: a wait may have been for its removal
             with self._changed:
-                if self._closed:
+                if self._places.closed:
                     raise Cancelled("The server is shutting down")
-                slot = self._slots.setdefault(model_id, _Slot())
-                loading = slot.loading
-                if slot.reserved or slot.draining or (loading is not None and loading.progress.cancelled):
-                    self._changed.wait(_LOOK_AGAIN)
+                place = self._places.of(model_id)
+                loading = place.loading
+                if place.reserved or place.draining or (loading is not None and loading.progress.cancelled):
+                    self._changed.wait(LOOK_AGAIN)
                     if gone():
                         raise Cancelled
                     continue
-                stale = slot.model is not None and _is_stale(slot.model, record)
-                if slot.model is not None and not stale:
-                    slot.users += 1
-                    slot.expires = None
+                stale = place.model is not None and _is_stale(place.model, record)
+                if place.model is not None and not stale:
+                    place.users += 1
+                    place.expires = None
                     if not asked:
                         self.statistics.found(model_id)
-                    return slot, slot.model, record
+                    return place, place.model, record
                 mine = loading is None
                 if loading is None and not stale:
-                    loading = slot.loading = _Loading()
+                    loading = place.loading = Loading()
                 if loading is not None:
                     loading.waiting += 1
             if stale or loading is None:
@@ -652,19 +471,19 @@ class ModelManager:
             watch(loading.progress)
             if mine:
                 name = f"load-{model_id}"
-                threading.Thread(target=self._load, args=(record, slot, loading), name=name).start()
+                threading.Thread(target=self._load, args=(record, place, loading), name=name).start()
             if not asked:
                 self.statistics.missed(model_id)
                 asked = True
             self._wait_for(loading, gone)
 
-    def _wait_for(self, loading: _Loading, gone: Callable[[], bool]) -> None:
+    def _wait_for(self, loading: Loading, gone: Callable[[], bool]) -> None:
         """Wait for a load. Where everyone who wanted it has left, it is given up.
 
         Raises: as the load does; Cancelled where `gone()`.
         """
         try:
-            while not wait([loading.done], _LOOK_AGAIN).done:
+            while not wait([loading.done], LOOK_AGAIN).done:
                 if gone():
                     raise Cancelled
         finally:
@@ -676,20 +495,20 @@ class ModelManager:
         if gone():
             raise Cancelled
 
-    def _load(self, record: ModelRecord, slot: _Slot, loading: _Loading) -> None:
-        """Fill `slot`, and settle `loading` for all who wait for it."""
+    def _load(self, record: ModelRecord, place: Place, loading: Loading) -> None:
+        """Fill `place`, and settle `loading` for all who wait for it."""
         model, failure = None, None
         started = time.monotonic()
         try:
-            model = self._read(record, slot.overrides.over(record.settings), loading.progress)
+            model = self._read(record, place.overrides.over(record.settings), loading.progress)
         except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
             failure = error
         seconds = time.monotonic() - started
         with self._changed:
-            late = self._closed
-            slot.model = None if late else model
-            slot.loading = None
-            slot.used, slot.load_seconds = time.monotonic(), seconds
+            late = self._places.closed
+            place.model = None if late else model
+            place.loading = None
+            place.used, place.load_seconds = time.monotonic(), seconds
             self._changed.notify_all()
         if late and model is not None:
             model.close()
@@ -712,11 +531,11 @@ class ModelManager:
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
         progress.begin("read")
-        account = _Account(self, model_id)
+        account = _Account(self.budget, self._room, model_id)
         heads = self.downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-            self._make_room(model_id, estimate.devices, lambda: progress.cancelled)
+            self._room.make(model_id, estimate.devices, lambda: progress.cancelled)
             account.keep(estimate.device, estimate.kv_cache)
         try:
             read = partial(
@@ -762,10 +581,7 @@ class ModelManager:
             return False
         device = resolve_device(settings.device or self._options.device)
         rough = loader.rough_bytes(record, self._options, folder, adapters)
-        with self._making_room:
-            room = self.budget.room(device)
-            plenty = room is None or room >= _PLENTY * rough
-            return plenty and self.budget.reserve(record.model_id, {device: rough})
+        return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
 
     def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
         """Read a model; where memory runs out all the same, once more without the others that nobody uses."""
@@ -773,40 +589,17 @@ class ModelManager:
             return read()
         except OutOfMemory:
             relieved = False
-            while self.relieve(model_id):
+            while self._room.relieve(model_id):
                 relieved = True
             if not relieved:
                 raise
             return read()
 
-    @contextmanager
-    def _alone(self, model_id: str, deadline: float | None = None) -> Iterator[_Slot]:
-        """The model's slot with nobody else in it: users waited for, new ones kept out until the block ends."""
-        if deadline is None:
-            deadline = time.monotonic() + self._busy_timeout
-        with self._changed:
-            slot = self._slots.setdefault(model_id, _Slot())
-            if not self._changed.wait_for(lambda: not slot.reserved, deadline - time.monotonic()):
-                raise ModelBusy(f"Model '{model_id}' is being loaded or unloaded; try again later")
-            slot.reserved = True
-            if not self._changed.wait_for(
-                lambda: slot.users == 0 and slot.loading is None, deadline - time.monotonic()
-            ):
-                slot.reserved = False
-                self._changed.notify_all()
-                raise ModelBusy(f"Model '{model_id}' is in use; try again when its requests have ended")
-        try:
-            yield slot
-        finally:
-            with self._changed:
-                slot.reserved = False
-                self._changed.notify_all()
-
     def _drop_stale(self, record: ModelRecord) -> None:
         """Take a model out of memory that is to be loaded anew."""
-        with self._alone(record.model_id) as slot:
-            if slot.model is not None and _is_stale(slot.model, record):
-                self._release(record.model_id, slot)
+        with self._places.alone(record.model_id, self._busy_deadline) as place:
+            if place.model is not None and _is_stale(place.model, record):
+                self._release(record.model_id, place)
 
     def _usable_record(self, model_id: str) -> ModelRecord:
         record = self._registry.get(model_id)

@@ -313,7 +313,7 @@ class Sizes:
 class Estimate:
     """What a load would take, in bytes, told from config and headers: its weights, copies of some of them, and the KV
     cache that the first generations take. `token_bytes` is the KV cache of one token. `devices` are the bytes by
-    device.
+    device. `conversion` is what another process takes besides, for a while, to convert the model.
     """
 
     weights: int
@@ -325,6 +325,7 @@ class Estimate:
     quantization: str | None
     devices: Mapping[str, int]
     engine: str = "torch"
+    conversion: int = 0
 
     @property
     def total(self) -> int:

@@ -37,7 +37,7 @@ def build(root: Path, model_id: str, **changes: Any) -> str:
         vocab_size=own.vocab_size,
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # else a processor with weights laid out anew has one of them twice
     )
     torch.manual_seed(len(model_id) + sum(map(ord, model_id)))
     LlamaForCausalLM(config).save_pretrained(folder)

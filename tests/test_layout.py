@@ -63,6 +63,8 @@ PARTS = {
     "placement": "loader",
     "quantization": "loader",
     "gguf_files": "loader",
+    "places": "manager",
+    "room": "manager",
     "registry_content": "registry",
     "registry_file": "registry",
 }
@@ -108,10 +110,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "waitress": ("server.py",),
     "pydantic": (
         "config.py",
-        *(
-            f"huggingface/api/{name}.py"
-            for name in ("schemas", "download_schemas", "preflight_schemas", "hub_schemas", "parameters", "errors")
-        ),
+        *(f"huggingface/api/{name}.py" for name in ("schemas", "*_schemas", "parameters", "errors")),
         *(
             f"huggingface/api/openai/{name}.py"
             for name in ("bodies", "schemas", "text_schemas", "response_schemas", "answers")

@@ -6,6 +6,7 @@ Models of a hundred megabytes where resident memory is looked at, tiny ones else
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
+from huggingface.engine import products
 from huggingface.errors import Cancelled, InvalidRequest, MemoryHeld, NeverFits, OutOfMemory
 from huggingface.eviction import Idle, choose
 from huggingface.manager import ModelManager
@@ -317,6 +319,15 @@ def test_a_budget_has_room_for_the_adapters_too(tmp_path: Path, manage: Callable
 
 
 def test_the_starter_model_takes_what_was_told(starter_models_dir: Path) -> None:
+    check_estimate(starter_models_dir, STARTER)
+
+
+@pytest.mark.parametrize("worth", [0.0, math.inf])
+def test_an_estimate_knows_whether_weights_will_be_laid_out_anew(
+    starter_models_dir: Path, worth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That depends on the processor; a table of embeddings that is multiplied too lies there twice then."""
+    monkeypatch.setattr(products, "_PACK_WORTH", worth)
     check_estimate(starter_models_dir, STARTER)
 
 

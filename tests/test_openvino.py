@@ -226,7 +226,8 @@ def test_adapters_are_left_to_torch(place: Callable[[str], Path], tmp_path: Path
     assert loaded.effective["engine"] == "torch"
     assert loaded.engine_reason == "it has adapters"
     loaded.close()
-    assert loader.estimate(record, options, folder).engine == "torch"
+    told = loader.estimate(record, options, folder)
+    assert (told.engine, told.conversion) == ("torch", 0)
     with pytest.raises(InvalidRequest, match="adapters"):
         loader.load(record, options, folder, settings=LoadSettings(engine="openvino"), adapters={"one": adapter})
 
@@ -247,8 +248,12 @@ def test_rotary_embeddings_that_change_are_left_to_torch() -> None:
 def test_the_graph_is_made_once(place: Callable[[str], Path]) -> None:
     """The first load converts and says so; the next one reads what is kept, and gives the same."""
     folder, first, second = place("llama"), Progress(), Progress()
+    record = ModelRecord("tiny/llama", "llama", "text-generation")
+    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    assert loader.estimate(record, options, folder).conversion > 0
     loaded = load(folder, first)
     assert loaded.effective["engine"] == "openvino"
+    assert loader.estimate(record, options, folder).conversion == 0
     whole = text(loaded)
     loaded.close()
     [there] = kept(folder)

@@ -299,7 +299,12 @@ def test_a_run_killed_beside_the_rename_is_made_good_by_the_next(folder_to_fill:
 
 def test_ctrl_c_ends_the_run_cleanly(tmp_path: Path) -> None:
     """Ctrl-C in the middle of the work leaves nothing behind and shows no traceback."""
-    process = command(tmp_path)
+    # A shell has what it starts in the background ignore Ctrl-C: these tests, perhaps, and then all that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = command(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for_weights(process, tmp_path)
     process.send_signal(signal.SIGINT)
     _, written = process.communicate(timeout=60)

@@ -10,8 +10,8 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from ..devices import resolve_device
 from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
-from ..manager import Resident
-from . import schemas
+from ..places import Resident
+from . import cache_schemas, schemas
 from .services import services
 
 blueprint = APIBlueprint(
@@ -28,7 +28,7 @@ blueprint = APIBlueprint(
 _SETTLE = 0.5
 
 
-@blueprint.get("/cache", responses={200: schemas.CacheAnswer})
+@blueprint.get("/cache", responses={200: cache_schemas.CacheAnswer})
 def show_cache() -> dict[str, Any]:
     """Show which models are in memory, what they take there, and what is being loaded."""
     manager = services().manager
@@ -88,9 +88,14 @@ def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
 
 @blueprint.post(
     "/cache/warm",
-    responses={200: schemas.WarmAnswer, **schemas.BODY_FAILURES, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer},
+    responses={
+        200: cache_schemas.WarmAnswer,
+        **schemas.BODY_FAILURES,
+        404: schemas.ErrorAnswer,
+        409: schemas.ErrorAnswer,
+    },
 )
-def warm_cache(body: schemas.WarmBody) -> dict[str, Any]:
+def warm_cache(body: cache_schemas.WarmBody) -> dict[str, Any]:
     """Load models in the background, one after the other."""
     records = {record.model_id: record for record in services().registry.list()}
     for model_id in body.model_ids:
@@ -103,7 +108,7 @@ def warm_cache(body: schemas.WarmBody) -> dict[str, Any]:
 
 
 @blueprint.delete("/cache", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer})
-def clear_cache(query: schemas.CacheQuery) -> dict[str, Any]:
+def clear_cache(query: cache_schemas.CacheQuery) -> dict[str, Any]:
     """Take models out of memory, after those who use them are done."""
     if request.get_json():
         raise InvalidRequest("DELETE takes no body here; name the model in the query: ?model_id=", "model_id")

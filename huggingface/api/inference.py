@@ -13,7 +13,7 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from ..errors import InvalidRequest, MissingField
 from ..records import Chunk, Constraint, GenerationRequest, ModelRecord
-from . import schemas
+from . import inference_schemas, schemas
 from .effective import generation_parameters, task_parameters
 from .lending import lent
 from .services import services
@@ -38,8 +38,8 @@ _FORMS: tuple[Literal["json_schema", "json_object", "regex", "choice", "grammar"
 )
 
 
-@blueprint.post("/generate", responses={200: schemas.GenerateAnswer})
-def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
+@blueprint.post("/generate", responses={200: inference_schemas.GenerateAnswer})
+def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
     """Generate text. The model is loaded if it is not in memory.
 
     With `stream` the answer is server-sent events: `{"index", "text"}` for each piece of text, `{"request_id",
@@ -75,8 +75,8 @@ def generate(body: schemas.GenerateBody) -> dict[str, Any] | Response:
         return response
 
 
-@blueprint.post("/pipeline", responses={200: schemas.PipelineAnswer})
-def pipeline(body: schemas.PipelineBody) -> dict[str, Any]:
+@blueprint.post("/pipeline", responses={200: inference_schemas.PipelineAnswer})
+def pipeline(body: inference_schemas.PipelineBody) -> dict[str, Any]:
     """Run a task. The model is loaded if it is not in memory."""
     registry = services().registry
     record = registry.get(body.model_id)

@@ -17,7 +17,7 @@ from .. import records
 from ..errors import InvalidRequest, MissingField, ModelExists, ModelNotFound
 from ..progress import Progress
 from ..tasks import MODEL_TYPES
-from . import schemas
+from . import model_schemas, schemas
 from .effective import check_registered
 from .load_events import load_events
 from .services import Services, admitted, services
@@ -31,15 +31,17 @@ blueprint = APIBlueprint(
 )
 
 
-@blueprint.get("/models", responses={200: schemas.ModelsAnswer})
-def list_models(query: schemas.TypeQuery) -> dict[str, Any]:
+@blueprint.get("/models", responses={200: model_schemas.ModelsAnswer})
+def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
     """List the registered models."""
     models = [record.to_dict() for record in services().registry.list(query.type)]
     return {"success": True, "models": models, "count": len(models)}
 
 
-@blueprint.post("/models", responses={200: schemas.ChangedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer})
-def add_model(body: schemas.NewModel) -> dict[str, Any]:
+@blueprint.post(
+    "/models", responses={200: model_schemas.ChangedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer}
+)
+def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
     """Register a model. Nothing is downloaded or loaded yet; what its files tell is looked up and kept in `details`.
 
     Where `model_type` is left out, it is what the model's config tells, if it does.
@@ -105,14 +107,14 @@ def _check_settings(record: records.ModelRecord) -> None:
         )
 
 
-@blueprint.get("/models/<path:model_id>", responses={200: schemas.ModelAnswer})
+@blueprint.get("/models/<path:model_id>", responses={200: model_schemas.ModelAnswer})
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     """Show one model."""
     return {"success": True, "model": services().registry.get(path.model_id).to_dict()}
 
 
-@blueprint.put("/models/<path:model_id>", responses={200: schemas.ChangedAnswer, **schemas.BODY_FAILURES})
-def update_model(path: schemas.ModelPath, body: schemas.ModelChanges) -> dict[str, Any]:
+@blueprint.put("/models/<path:model_id>", responses={200: model_schemas.ChangedAnswer, **schemas.BODY_FAILURES})
+def update_model(path: schemas.ModelPath, body: model_schemas.ModelChanges) -> dict[str, Any]:
     """Change a model. Fields that are left out stay; `parameters` are replaced as a whole."""
     registry = services().registry
     changes = body.model_dump(exclude_unset=True)
@@ -142,7 +144,7 @@ def called(model_id: str, last: str) -> schemas.ModelPath | None:
     return schemas.ModelPath(model_id=whole)
 
 
-@blueprint.delete("/models/<path:model_id>", responses={200: schemas.RemovedAnswer, 409: schemas.ErrorAnswer})
+@blueprint.delete("/models/<path:model_id>", responses={200: model_schemas.RemovedAnswer, 409: schemas.ErrorAnswer})
 def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
     """Remove a model from the registry and from memory. Its files stay."""
     data = services().manager.remove(path.model_id)
@@ -151,9 +153,9 @@ def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
 
 @blueprint.post(
     "/models/<path:model_id>/load",
-    responses={200: schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
+    responses={200: model_schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
 )
-def load_model(path: schemas.ModelPath, body: schemas.LoadBody) -> dict[str, Any] | Response:
+def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[str, Any] | Response:
     """Bring a model into memory; its files are downloaded if they are not here. The body may be left out.
 
     The settings named are in effect over the registered ones until the model is unloaded. With `stream` the answer is
@@ -204,9 +206,9 @@ def _describe(present: Services, record: records.ModelRecord, commit: str | None
 
 @blueprint.post(
     "/models/<path:model_id>/unload",
-    responses={200: schemas.UnloadedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer},
+    responses={200: model_schemas.UnloadedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer},
 )
-def unload_model(path: schemas.ModelPath, body: schemas.EmptyBody) -> dict[str, Any]:  # noqa: ARG001 - it is checked
+def unload_model(path: schemas.ModelPath, body: model_schemas.EmptyBody) -> dict[str, Any]:  # noqa: ARG001 - it is checked
     """Take a model out of memory, after those who use it are done; tells how much memory came back."""
     services().registry.get(path.model_id)
     unloaded = services().manager.unload(path.model_id)
@@ -219,8 +221,10 @@ def unload_model(path: schemas.ModelPath, body: schemas.EmptyBody) -> dict[str, 
     }
 
 
-@blueprint.get("/models/<path:model_id>/estimate", responses={200: schemas.EstimateAnswer, **schemas.MODEL_FAILURES})
-def estimate_model(path: schemas.ModelPath, query: schemas.EstimateQuery) -> dict[str, Any]:
+@blueprint.get(
+    "/models/<path:model_id>/estimate", responses={200: model_schemas.EstimateAnswer, **schemas.MODEL_FAILURES}
+)
+def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) -> dict[str, Any]:
     """Tell what a load would take, whether there is room for it, and which models would go. Nothing is loaded."""
     if (model := called(path.model_id, "estimate")) is not None:
         return dict(get_model(model))
@@ -239,6 +243,7 @@ def estimate_model(path: schemas.ModelPath, query: schemas.EstimateQuery) -> dic
         "dtype": estimate.dtype,
         "quantization": estimate.quantization,
         "engine": estimate.engine,
+        "conversion_bytes": estimate.conversion,
         "devices": {
             device: {
                 "bytes": size,

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from flask_openapi3 import APIBlueprint, Tag
 
-from . import schemas
+from . import schemas, system_schemas
 from .services import services
 
 blueprint = APIBlueprint(
@@ -21,7 +21,7 @@ blueprint = APIBlueprint(
 _CLIENTS_ID, _OUR_ID = "X-Request-Id", "X-Local-LLM-Request-Id"
 
 
-@blueprint.get("/requests", responses={200: schemas.RequestsAnswer})
+@blueprint.get("/requests", responses={200: system_schemas.RequestsAnswer})
 def list_requests() -> dict[str, Any]:
     """List the requests that wait or run, oldest first."""
     found = [flight.to_dict() for flight in services().requests.list()]
@@ -29,7 +29,7 @@ def list_requests() -> dict[str, Any]:
 
 
 @blueprint.delete("/requests/<request_id>", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer})
-def cancel_request(path: schemas.RequestPath) -> dict[str, Any]:
+def cancel_request(path: system_schemas.RequestPath) -> dict[str, Any]:
     """Give a request up. Its client gets an error, and what it held is free at the next step."""
     services().requests.cancel(path.request_id)
     return {"success": True, "message": f"Request '{path.request_id}' cancelled"}

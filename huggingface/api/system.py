@@ -10,7 +10,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from ..devices import cuda_available, resolve_device
 from ..errors import DependencyMissing, NotReady
 from ..libraries import import_library
-from . import schemas
+from . import schemas, system_schemas
 from .services import services
 
 VERSION = "0.5.1"
@@ -21,7 +21,7 @@ blueprint = APIBlueprint(
 )
 
 
-@root.get("/", responses={200: schemas.ServerAnswer})
+@root.get("/", responses={200: system_schemas.ServerAnswer})
 def show_server() -> dict[str, Any]:
     """Show what is running."""
     present = services()
@@ -37,13 +37,13 @@ def show_server() -> dict[str, Any]:
     }
 
 
-@root.get("/health", responses={200: schemas.HealthAnswer})
+@root.get("/health", responses={200: system_schemas.HealthAnswer})
 def show_health() -> dict[str, Any]:
     """Tell that the server answers."""
     return {"success": True, "status": "ok"}
 
 
-@root.get("/ready", responses={200: schemas.ReadyAnswer, 503: schemas.ErrorAnswer})
+@root.get("/ready", responses={200: system_schemas.ReadyAnswer, 503: schemas.ErrorAnswer})
 def show_readiness() -> dict[str, Any]:
     """Tell whether the models that are to be loaded at the start are in memory: a 503 that names them until then."""
     missing = services().warmup.missing.items()
@@ -53,7 +53,7 @@ def show_readiness() -> dict[str, Any]:
     return {"success": True, "status": "ready"}
 
 
-@blueprint.get("/statistics", responses={200: schemas.StatisticsAnswer})
+@blueprint.get("/statistics", responses={200: system_schemas.StatisticsAnswer})
 def show_statistics() -> dict[str, Any]:
     """Show how much the registered models were used, and how well they did."""
     present = services()
@@ -63,13 +63,13 @@ def show_statistics() -> dict[str, Any]:
     }
 
 
-@blueprint.get("/model-types", responses={200: schemas.ModelTypesAnswer})
+@blueprint.get("/model-types", responses={200: system_schemas.ModelTypesAnswer})
 def list_model_types() -> dict[str, Any]:
     """List the types of the registered models."""
     return {"success": True, "model_types": services().registry.model_types()}
 
 
-@blueprint.get("/dependencies", responses={200: schemas.DependenciesAnswer})
+@blueprint.get("/dependencies", responses={200: system_schemas.DependenciesAnswer})
 def show_dependencies() -> dict[str, Any]:
     """Show whether models can be run here. The first call imports the libraries, which takes seconds."""
     torch = _importable("torch")

@@ -19,7 +19,7 @@ import transformers
 from .. import files
 from ..engine.layers import NotBatchable
 from ..engine.openvino import library
-from ..errors import InvalidRequest, ModelUnsupported
+from ..errors import FilesMissing, InvalidRequest, ModelUnsupported
 from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
 from ..memory import available_bytes
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
@@ -164,7 +164,7 @@ def _make(
     bare = ModelRecord(plan.record.model_id, plan.record.name, plan.record.model_type, gguf_file=plan.record.gguf_file)
     wanted = Wanted(bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare)
     if file_bytes(plan, options) > _CONVERTED_HERE:
-        _check_conversion(model, plan.placement.quantization)
+        _check_conversion(sum(tensor.numel() for tensor in model.parameters()), plan.placement.quantization)
         process.convert(wanted, progress)
     else:
         with BUILDING:
@@ -186,16 +186,30 @@ def _own_bytes(plan: Plan, model: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in {*model.parameters(), *model.buffers()})
 
 
-def _check_conversion(model: Any, quantization: str | None) -> None:
-    """See that there is memory for another process that makes the graph of a model, whose shell this is.
+def conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
+    """Bytes that another process takes for a while to make the graph of a model of so many numbers; 0 where a graph is
+    kept, and where the model is so small that no other process makes it."""
+    if _place(plan, options).present:
+        return 0
+    try:
+        size = file_bytes(plan, options)
+    except FilesMissing:  # they are still to be downloaded
+        size = numbers * own_dtype(plan).itemsize
+    return _converting_bytes(numbers, plan.placement.quantization) if size > _CONVERTED_HERE else 0
+
+
+def _converting_bytes(numbers: int, quantization: str | None) -> int:
+    # Two thirds of the weights are merged into larger ones. What is to be rounded is tried before, its weights packed.
+    return int(numbers * 4 * (1.7 if quantization is None else 2.4)) + _CONVERTING
+
+
+def _check_conversion(numbers: int, quantization: str | None) -> None:
+    """See that there is memory for another process that makes the graph of a model of so many numbers.
 
     Raises:
         ConversionFailed: there is not.
     """
-    weights = sum(tensor.numel() * 4 for tensor in model.parameters())
-    # Two thirds are merged into larger ones. What is to be rounded is tried before, with its weights packed.
-    need = int(weights * (1.7 if quantization is None else 2)) + _CONVERTING
-    free = available_bytes()
+    need, free = _converting_bytes(numbers, quantization), available_bytes()
     if free is not None and free < need:
         raise ConversionFailed(f"its conversion takes about {need} bytes of memory, and {free} are free")
 

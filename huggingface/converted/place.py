@@ -84,6 +84,11 @@ class Place:
             return None
 
     @property
+    def present(self) -> bool:
+        """Whether a graph is kept, or a note that there can be none."""
+        return (self._folder / self._name / "about.json").is_file()
+
+    @property
     def refused(self) -> str | None:
         """Why the model cannot be served so, where that is noted."""
         try:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 # Rows at which the ways are tried; each size stands for those up to the next.
 _SIZES = (1, 4, 16, 64)
-_SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with: more than the caches hold
+_SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with, of a larger one as many outputs: more than caches hold
 _RUNS = 2
 _WORTH = 0.95  # torch's own way stays unless another takes at most this share of its time
 _PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
@@ -116,8 +117,6 @@ class Products:
         Raises:
             Cancelled: `given_up()` turned true.
         """
-        self._findings = {} if findings is None else findings
-        self._given_up = given_up
         uses = Counter(id(parameter) for module in twin.modules() for parameter in module._parameters.values())
         found = [
             (parent, name, Product(child, shared=uses[id(child.weight)] > 1))
@@ -127,8 +126,19 @@ class Products:
         ]
         self._all = [product for _, _, product in found]
         self._weights_bytes = sum(product.weight.numel() * product.weight.itemsize for product in self._all)
-        with torch.inference_mode():
-            self._worth_packing = self._tune()
+        alike: dict[_Kind, list[Product]] = defaultdict(list)
+        for product in self._all:
+            alike[_kind(product.weight, product.bias)].append(product)
+
+        def some(kind: _Kind, count: int, outputs: int) -> list[torch.Tensor]:
+            return [product.weight[:outputs] for product in alike[kind][:count]]
+
+        counts = {kind: len(products) for kind, products in alike.items()}
+        found_out = _found_out(counts, some, findings, given_up)
+        for kind, products in alike.items():
+            for product in products:
+                product.ways = found_out[kind].ways
+        self._worth_packing = _worth_packing(counts, found_out)
         for parent, name, product in found:
             setattr(parent, name, product)
         self._packed = False
@@ -169,58 +179,125 @@ class Products:
         shared = [product.weight for product in self._all if product.shared]
         return sum(weight.numel() * weight.itemsize for weight in shared) if self._worth_packing else 0
 
-    def _tune(self) -> bool:
-        """Find the fastest way for each shape and size; tells whether it is worth it to have oneDNN lay them out."""
-        by_shape: dict[torch.Size, list[Product]] = defaultdict(list)
-        for product in self._all:
-            by_shape[product.weight.shape].append(product)
-        as_they_lie = laid_out = 0.0  # seconds of a step of each size, added up
-        for shape, alike in by_shape.items():
-            sample = alike[: max(1, _SAMPLE_BYTES // (alike[0].weight.numel() * 4))]
-            strided = sample[0].weight.is_contiguous()
-            key = ("products", shape, strided, sample[0].bias is None, len(sample), torch.get_num_threads())
-            if key not in self._findings:
-                self._findings[key] = self._try(sample)
-            ways, lying, packed = self._findings[key]
-            as_they_lie += lying * len(alike)
-            laid_out += packed * len(alike)
-            for product in alike:
-                product.ways = ways
-        return self._weights_bytes >= _PACK_AT_LEAST and laid_out < _PACK_WORTH * as_they_lie
 
-    def _try(self, sample: Sequence[Product]) -> tuple[tuple[Way, ...], float, float]:
-        """The fastest ways for products of one shape, and the seconds that one takes in a step of each size, added up:
-        with the weights as they lie, and as oneDNN lays them out."""
-        weights, bias = [product.weight for product in sample], sample[0].bias
-        packed = _try_to_pack(weights)
-        ways = []
-        as_they_lie = laid_out = 0.0
-        for size in _SIZES:
-            if self._given_up():
-                raise Cancelled
-            # With its type: while a model of half precision is read, transformers makes that torch's default.
-            rows = torch.rand(size, sample[0].in_features, dtype=torch.float32) - 0.5
-            way, seconds = _fastest(rows, weights, bias)
-            ways.append(way)
-            as_they_lie += seconds
-            if packed is not None:
-                seconds = _seconds(_onednn, rows, packed, bias)
-            laid_out += seconds
-        return tuple(ways), as_they_lie, laid_out
+def copies(
+    model: nn.Module,
+    findings: MutableMapping[Hashable, Any] | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> int:
+    """Bytes of weights that would lie in memory twice if a twin of this model had its products.
 
+    The model may be on the meta device: what is fastest is tried with other numbers then.
 
-def copies(model: nn.Module) -> int:
-    """Bytes of weights that would lie in memory twice if a twin of this model had its products packed."""
+    Raises:
+        Cancelled: `given_up()` turned true.
+    """
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    weights: dict[int, torch.Tensor] = {
-        id(module.weight): module.weight  # type: ignore[misc]
-        for module in model.modules()
-        if type(module) in (nn.Linear, Conv1D)
-    }
-    sizes = {key: weight.numel() * torch.float32.itemsize for key, weight in weights.items()}
-    if sum(sizes.values()) < _PACK_AT_LEAST:
+    counts: Counter[_Kind] = Counter()
+    shared: dict[int, int] = {}
+    for module in model.modules():
+        if type(module) in (nn.Linear, Conv1D):
+            weight: torch.Tensor = module.weight.t() if type(module) is Conv1D else module.weight  # type: ignore[assignment, operator]
+            counts[_kind(weight, module.bias)] += 1  # type: ignore[arg-type]
+            if uses[id(module.weight)] > 1:
+                shared[id(module.weight)] = weight.numel() * torch.float32.itemsize
+    if not shared or _bytes(counts) < _PACK_AT_LEAST:
         return 0
-    return sum(size for key, size in sizes.items() if uses[key] > 1)
+
+    def some(kind: _Kind, count: int, outputs: int) -> list[torch.Tensor]:
+        # With their type and place: a default of torch's may be another one while a model is built.
+        made = [torch.rand(outputs * kind.inputs, dtype=torch.float32, device="cpu") - 0.5 for _ in range(count)]
+        if kind.contiguous:
+            return [numbers.view(outputs, kind.inputs) for numbers in made]
+        return [numbers.view(kind.inputs, outputs).t() for numbers in made]
+
+    worth = _worth_packing(counts, _found_out(counts, some, findings, given_up))
+    release_freed()
+    return sum(shared.values()) if worth else 0
+
+
+# Trying ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is alike of products: the shape of their weights, how these lie, and whether there is a bias."""
+
+    outputs: int
+    inputs: int
+    contiguous: bool
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """The fastest ways for products of a kind, by size, and the seconds that one takes in a step of each size, added
+    up: with the weights as they lie, and as oneDNN lays them out."""
+
+    ways: tuple[Way, ...]
+    lying: float
+    packed: float
+
+
+# Gives so many weights of a kind, cut to so many outputs.
+_Some = Callable[[_Kind, int, int], list[torch.Tensor]]
+
+
+def _kind(weight: torch.Tensor, bias: torch.Tensor | None) -> _Kind:
+    return _Kind(int(weight.shape[0]), int(weight.shape[1]), weight.is_contiguous(), bias is not None)
+
+
+def _bytes(counts: Mapping[_Kind, int]) -> int:
+    return sum(kind.outputs * kind.inputs * torch.float32.itemsize * count for kind, count in counts.items())
+
+
+def _worth_packing(counts: Mapping[_Kind, int], found: Mapping[_Kind, _Finding]) -> bool:
+    """Whether it is worth it to have oneDNN lay the weights out."""
+    lying = sum(found[kind].lying * count for kind, count in counts.items())
+    packed = sum(found[kind].packed * count for kind, count in counts.items())
+    return _bytes(counts) >= _PACK_AT_LEAST and packed < _PACK_WORTH * lying
+
+
+def _found_out(
+    counts: Mapping[_Kind, int],
+    some: _Some,
+    findings: MutableMapping[Hashable, Any] | None,
+    given_up: Callable[[], bool],
+) -> dict[_Kind, _Finding]:
+    """What is fastest for products of each kind, of which there are so many."""
+    known: MutableMapping[Hashable, Any] = {} if findings is None else findings
+    found = {}
+    for kind in counts:
+        row = kind.inputs * torch.float32.itemsize
+        outputs = min(kind.outputs, max(1, _SAMPLE_BYTES // row))
+        count = min(counts[kind], max(1, _SAMPLE_BYTES // (outputs * row)))
+        key = ("products", replace(kind, outputs=outputs), count, torch.get_num_threads())
+        if key not in known:
+            with torch.inference_mode():
+                known[key] = _try(kind, some(kind, count, outputs), given_up)
+        tried: _Finding = known[key]
+        share = kind.outputs / outputs
+        found[kind] = replace(tried, lying=tried.lying * share, packed=tried.packed * share)
+    return found
+
+
+def _try(kind: _Kind, weights: Sequence[torch.Tensor], given_up: Callable[[], bool]) -> _Finding:
+    packed = _try_to_pack(weights)
+    # With their type: while a model of half precision is read, transformers makes that torch's default.
+    bias = torch.zeros(weights[0].shape[0], dtype=torch.float32, device="cpu") if kind.bias else None
+    ways = []
+    as_they_lie = laid_out = 0.0
+    for size in _SIZES:
+        if given_up():
+            raise Cancelled
+        rows = torch.rand(size, kind.inputs, dtype=torch.float32, device="cpu") - 0.5
+        way, seconds = _fastest(rows, weights, bias)
+        ways.append(way)
+        as_they_lie += seconds
+        if packed is not None:
+            seconds = _seconds(_onednn, rows, packed, bias)
+        laid_out += seconds
+    return _Finding(tuple(ways), as_they_lie, laid_out)
 
 
 def _replaceable(module: nn.Module) -> bool:

@@ -1,0 +1,98 @@
+"""The contract on what is in memory as pydantic models: `/cache`, and loading several. See `schemas`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .model_schemas import DeviceEstimate, EffectiveSettings
+from .schemas import Answer, Strict
+
+
+class WarmBody(Strict):
+    """What to load."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_ids: list[str] = Field(min_length=1, description="Registered models, in the order to load them in.")
+
+
+class WarmAnswer(Answer):
+    """How far each model is."""
+
+    message: str
+    models: dict[str, Literal["waiting", "loading", "ready", "failed"]]
+
+
+class CacheQuery(Strict):
+    """Which model to take out of memory."""
+
+    model_id: str | None = Field(None, description="Only this model; all models where it is left out.")
+
+
+class EngineState(BaseModel):
+    """What the engine of a model in memory is doing."""
+
+    state: Literal["starting", "running", "failed"] = Field(
+        description="`starting`: how it is served best is being found out; `failed`: the next request loads it anew."
+    )
+    mode: Literal["batched", "one at a time"] | None = Field(description="How generations are served.")
+    reason: str | None = Field(description="Why one at a time.")
+    running: int = Field(description="Generations that run.")
+    waiting: int = Field(description="Generations that wait.")
+    tasks: int = Field(description="Task calls that run or wait.")
+    slots: int = Field(description="Slots of the KV cache that running generations have.")
+    resting_slots: int = Field(description="Slots kept for prompts that begin alike.")
+    kv_cache_bytes: int = Field(description="Memory taken for the KV cache.")
+    kv_cache_limit: int = Field(description="Most memory that it may take.")
+
+
+class CachedModel(BaseModel):
+    """A model in memory."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    loaded_at: str
+    device: str
+    model_type: str
+    engine: EngineState | None
+    dtype: str = Field(description="Of its weights in memory.")
+    bytes: int = Field(description="All that it takes: weights, copies and KV cache.")
+    weights_bytes: int
+    copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")
+    kv_cache_bytes: int
+    peak_bytes: int = Field(description="The most that it took since the load.")
+    devices: dict[str, int] = Field(description="Bytes by device.")
+    in_use: int = Field(description="Requests that have it at this moment.")
+    queue: int = Field(description="Generations that wait for a place in its batch.")
+    expires_at: str | None = Field(description="When it goes if nobody uses it (ISO 8601, UTC); null for never.")
+    pinned: bool = Field(description="It never goes to make room for another.")
+    load_seconds: float
+    commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
+    adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")
+    settings: EffectiveSettings
+    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+
+
+class LoadProgress(BaseModel):
+    """How far a load is."""
+
+    phase: Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
+    bytes_done: int
+    bytes_total: int | None
+    bytes_per_second: int
+    seconds_left: float | None
+    fraction: float | None = Field(description="The part of the phase that is done.")
+    file: str | None
+    error: str | None
+
+
+class CacheAnswer(Answer):
+    """What is in memory."""
+
+    cached_models: dict[str, CachedModel]
+    cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
+    total_cached: int = Field(description="Models in memory.")
+    loading: dict[str, LoadProgress] = Field(description="The loads under way.")
+    memory: dict[str, DeviceEstimate] = Field(description="What models have on each device, and what they may have.")

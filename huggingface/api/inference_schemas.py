@@ -1,0 +1,134 @@
+"""The contract on `/generate` and `/pipeline` as pydantic models. See `schemas`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..tasks import TASKS
+from .effective import GENERATE_DEFAULTS
+from .model_schemas import ModelInfo
+from .parameters import TASK_PARAMETERS, GenerationParameters
+from .schemas import MODEL_ID_TEXT, MOST_SECONDS, Answer, Strict, optional, streaming
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateBody(GenerationParameters):
+    """Text to continue, or a chat to answer, and how. Give exactly one of `prompt` and `messages`.
+
+    What is left out comes from the model's registered parameters, then from the defaults named here.
+    """
+
+    model_id: str = Field(description=MODEL_ID_TEXT)
+    prompt: str = optional("Input text. For a conversational model it is the user's turn of a new chat.")
+    messages: list[Message] = optional("A chat, oldest turn first.", min_length=1)
+    stream: bool = optional("Send the text as it is made, as server-sent events.")
+    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: float = optional(
+        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
+    )
+    adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
+    json_schema: dict[str, Any] = optional("The text is to be JSON of this schema. At most one of these five.")
+    json_object: Literal[True] = optional("The text is to be a JSON object.")
+    regex: str = optional("The text is to match this regular expression, whole.", min_length=1)
+    choice: list[str] = optional("The text is to be one of these.", min_length=1)
+    grammar: str = optional("The text is to be of this grammar, in llguidance's dialect of Lark.", min_length=1)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, with the defaults that are in effect where a model has none of its own."""
+        schema = super().model_json_schema(*arguments, **options)
+        for name, value in GENERATE_DEFAULTS.items():
+            schema["properties"][name]["default"] = value
+        return schema
+
+
+class Usage(BaseModel):
+    """Tokens, counted by the model's own tokenizer, special ones included."""
+
+    prompt_tokens: int
+    completion_tokens: int = Field(description="Of all returned texts together.")
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Where the time went, in seconds since the request reached the model."""
+
+    queue: float = Field(description="Until it was let into the batch.")
+    first_token: float = Field(description="Until its first token was made.")
+    total: float = Field(description="Until its last token was made.")
+    tokens_per_second: float = Field(description="Tokens made, by the time after the queue.")
+
+
+class GenerateAnswer(Answer):
+    """The new text."""
+
+    model_config = streaming(
+        '`{"index": 0, "text": "…"}` for what was made, `{"request_id": "…", "position": 3}` in the queue, and last '
+        "this answer, or a failure."
+    )
+
+    response: str = Field(description="The new text only, without the prompt.")
+    responses: list[str] | None = Field(None, description="All texts, where `num_return_sequences` asks for several.")
+    model_used: str
+    prompt: str | None = Field(None, description="The prompt as sent.")
+    messages: list[Message] | None = Field(None, description="The messages as sent.")
+    parameters: dict[str, Any] = Field(description="The parameters that were in effect.")
+    model_info: ModelInfo
+    finish_reason: Literal["stop", "length"] = Field(
+        description="`stop`: an end token or a stop string came; `length`: a limit was reached."
+    )
+    finish_reasons: list[Literal["stop", "length"]] | None = Field(None, description="One for each of `responses`.")
+    usage: Usage
+    timings: Timings
+
+
+class PipelineBody(BaseModel):
+    """A task for a model. Every further field is a parameter of the task; one that it does not have is refused."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    model_id: str = Field(description=MODEL_ID_TEXT)
+    task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
+    inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
+    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: float = optional(
+        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
+    )
+    adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
+        schema = super().model_json_schema(*arguments, **options)
+        for name in ("timeout", "keep_alive", "adapter"):
+            del schema["properties"][name]["default"]  # none is given: it stands for that
+        schema["anyOf"] = []
+        for name, parameters in TASK_PARAMETERS.items():
+            fields = parameters.model_json_schema(*arguments, **options)
+            schema.setdefault("$defs", {}).update(fields.get("$defs", {}))
+            task: dict[str, Any] = {"enum": [*TASKS[name].aliases, name]}
+            if name == "translation":
+                task = {"anyOf": [task, {"pattern": "^translation_[^_]+_to_[^_]+$"}]}
+            branch = {"title": name, "properties": {"task": task, **fields["properties"]}}
+            schema["anyOf"].append({**branch, "required": ["task", *fields.get("required", [])]})
+        return schema
+
+
+class PipelineAnswer(Answer):
+    """What the task gives, as `transformers` gives it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    results: Any
+    model_used: str
+    task: str
+    inputs: Any
+    model_info: ModelInfo

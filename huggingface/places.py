@@ -1,0 +1,182 @@
+"""The models' places in memory: which is there, who uses it, who waits for it to go.
+
+One lock guards all of it; it is never held while a model is loaded, waited for or let go. What is done with the models
+is the manager's business. Any thread may call it. Must not know the registry, torch or HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from .errors import Cancelled, ModelBusy
+from .progress import Progress
+from .records import LoadSettings
+
+if TYPE_CHECKING:
+    from .loaded import LoadedModel
+
+LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
+
+
+class Loading:
+    """A load under way: everyone who asks meanwhile waits for it, and fails as it fails."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.done: Future[None] = Future()
+        self.waiting = 0
+
+
+@dataclass(slots=True)
+class Place:
+    """One model's place in memory. Times are readings of `time.monotonic`."""
+
+    model: LoadedModel | None = None
+    users: int = 0
+    loading: Loading | None = None
+    draining: int = 0  # how many wait for its users to go, for its memory
+    reserved: bool = False  # someone has it alone, or waits for the users to go: no new ones are let in
+    overrides: LoadSettings = field(default_factory=LoadSettings)  # what the last load asked for, over the record
+    used: float = 0.0
+    expires: float | None = None
+    load_seconds: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is a model that nobody uses or is about to."""
+        return self.model is not None and not self.users and not self.reserved and self.loading is None
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model in memory, as it is at one moment; `expires_at` is ISO 8601 in UTC, None for never or while in use."""
+
+    model: LoadedModel
+    users: int
+    expires_at: str | None
+    pinned: bool
+    load_seconds: float
+
+
+class Places:
+    """All places, and the lock that guards them: `changed`, which is notified of every change that somebody awaits."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.closed = False
+        self._places: dict[str, Place] = {}  # never shrinks: a place may be waited for, and an empty one is tiny
+
+    # With the lock held ----------------------------------------------------------------------------------------------
+
+    def of(self, model_id: str) -> Place:
+        """The model's place, made if it has none."""
+        return self._places.setdefault(model_id, Place())
+
+    def get(self, model_id: str) -> Place | None:
+        """The model's place, if it has one."""
+        return self._places.get(model_id)
+
+    def all(self) -> list[tuple[str, Place]]:
+        """Every place there ever was, by id."""
+        return list(self._places.items())
+
+    # With or without it ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def alone(self, model_id: str, deadline: float) -> Iterator[Place]:
+        """The model's place with nobody else in it: users waited for, new ones kept out until the block ends.
+
+        Raises:
+            ModelBusy: they did not end before the deadline, a reading of `time.monotonic`.
+        """
+        with self.changed:
+            place = self.of(model_id)
+            if not self.changed.wait_for(lambda: not place.reserved, deadline - time.monotonic()):
+                raise ModelBusy(f"Model '{model_id}' is being loaded or unloaded; try again later")
+            place.reserved = True
+            if not self.changed.wait_for(
+                lambda: place.users == 0 and place.loading is None, deadline - time.monotonic()
+            ):
+                place.reserved = False
+                self.changed.notify_all()
+                raise ModelBusy(f"Model '{model_id}' is in use; try again when its requests have ended")
+        try:
+            yield place
+        finally:
+            self.free(place)
+
+    def free(self, place: Place) -> None:
+        """Let others have a place that somebody had alone."""
+        with self.changed:
+            place.reserved = False
+            self.changed.notify_all()
+
+    def wait_for_turn(self, model_ids: Sequence[str], deadline: float, gone: Callable[[], bool]) -> None:
+        """Wait until nobody uses these models, and let nobody new have them meanwhile.
+
+        Raises:
+            Cancelled: `gone()` turned true, or the server is shutting down.
+        """
+        with self.changed:
+            places = [self.of(model_id) for model_id in model_ids]
+            for place in places:
+                place.draining += 1
+            try:
+                if not places:  # somebody else is being loaded, and may go when that is done
+                    self.changed.wait(LOOK_AGAIN)
+                while any(place.users for place in places) and (left := deadline - time.monotonic()) > 0:
+                    if self.closed or gone():
+                        raise Cancelled
+                    self.changed.wait(min(left, LOOK_AGAIN))
+            finally:
+                for place in places:
+                    place.draining -= 1
+                self.changed.notify_all()
+
+    # Looking: views of a moment --------------------------------------------------------------------------------------
+
+    def loaded(self) -> dict[str, LoadedModel]:
+        """The models in memory, by id."""
+        with self.changed:
+            return {model_id: place.model for model_id, place in self.all() if place.model is not None}
+
+    def loading(self) -> dict[str, Progress]:
+        """The loads under way, by id."""
+        with self.changed:
+            return {model_id: place.loading.progress for model_id, place in self.all() if place.loading is not None}
+
+    def residents(self, pinned: Collection[str]) -> dict[str, Resident]:
+        """The models in memory and who uses them, by id."""
+        with self.changed:
+            now, clock = time.monotonic(), datetime.now(UTC).replace(tzinfo=None)
+            found = {}
+            for model_id, place in self.all():
+                if place.model is not None:
+                    expires = None
+                    if place.expires is not None and not place.users:
+                        expires = (clock + timedelta(seconds=place.expires - now)).isoformat(timespec="microseconds")
+                    found[model_id] = Resident(
+                        place.model, place.users, expires, model_id in pinned, place.load_seconds
+                    )
+            return found
+
+    def last_used(self, *, busy: bool = False) -> dict[str, float]:
+        """When the models that nobody uses were last used, by id; those that are in use too where `busy`."""
+        with self.changed:
+            return {
+                model_id: place.used
+                for model_id, place in self.all()
+                if place.idle or (busy and place.model is not None and not place.reserved)
+            }
+
+    def others_come(self, model_id: str) -> bool:
+        """Whether another model is being loaded."""
+        with self.changed:
+            return any(place.loading is not None for name, place in self.all() if name != model_id)
