@@ -10,7 +10,10 @@ import torch
 from huggingface.engine.cache import LayerShape
 from huggingface.engine.openvino.blocks import BLOCK, BlockCache
 from huggingface.engine.pace import LARGEST, Pace
+from huggingface.engine.scheduler import Scheduler
+from huggingface.engine.sequence import Sequence
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
+from huggingface.engine.ticket import Ticket
 
 
 class Lists:
@@ -266,3 +269,56 @@ def test_a_clock_that_stands_still_is_no_division_by_zero() -> None:
     pace.took(0.0, decoding=1, prompt_tokens=0)
     pace.took(0.0, decoding=1, prompt_tokens=10)
     assert pace.budget(1, 0) > 0
+
+
+class Nothing:
+    """Text, and a sampler, for sequences that only stand in line."""
+
+    stopped = complete = False
+
+    def add(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> tuple[str, str]:
+        return "", ""
+
+
+def waiting(tokens: list[int]) -> Sequence:
+    """A sequence with a prompt of these tokens."""
+    return Sequence(
+        tokens=tokens,
+        prompt_tokens=len(tokens),
+        most=len(tokens) + 8,
+        ends=frozenset(),
+        ticket=Ticket(),
+        text=Nothing(),
+        sampler=Nothing(),
+        parameters={},
+        gone=lambda: False,
+    )
+
+
+def test_nobody_hurries_for_the_end_of_a_long_prompt() -> None:
+    """A prompt is short by what is to be read of it, a long one's end is not, and one that goes on a known text is."""
+    scheduler = Scheduler(SlotTable(Lists(), 10_000), 4)
+
+    def admit(tokens: list[int]) -> Sequence:
+        scheduler.waiting.append(waiting(tokens))
+        scheduler.admit()
+        return scheduler.prefilling[-1]
+
+    long = admit(list(range(2000)))
+    assert scheduler.short_prompts == 0
+    while len(long.tokens) - long.computed > 200:
+        scheduler.computed(scheduler.plan(200))
+    assert scheduler.prefilling == [long]
+    assert scheduler.short_prompts == 0
+    short = admit([7, 8, 9])
+    assert scheduler.short_prompts == 1
+    while scheduler.prefilling:
+        scheduler.computed(scheduler.plan(200))
+    for sequence in (long, short):
+        scheduler.drop(sequence)
+    again = admit([*range(2000), 5, 6])
+    assert again.reused >= 1900
+    assert scheduler.short_prompts == 1

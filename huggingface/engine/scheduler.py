@@ -53,8 +53,11 @@ class Scheduler:
 
     @property
     def short_prompts(self) -> int:
-        """Sequences whose prompts are nearly read."""
-        return sum(1 for sequence in self.prefilling if _left(sequence) <= _SHORT)
+        """Sequences whose prompts are being read and are short, what was known of them apart.
+
+        The end of a long one is none: whoever decodes has been kept waiting for it long enough.
+        """
+        return sum(1 for sequence in self.prefilling if len(sequence.tokens) - sequence.reused <= _SHORT)
 
     def admit(self) -> None:
         """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
