@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
+_DROP_EVERY = 0.01  # seconds
 
 
 def keep_few_arenas() -> None:
@@ -57,13 +60,35 @@ def drop_pages(address: int, size: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
+@contextmanager
+def few_file_pages(path: Path) -> Iterator[None]:
+    """Have few pages of a mapped file lie in memory while somebody copies them, and none afterwards.
+
+    They would go by themselves where memory is short, but count as this process's until then.
+    """
+    done = threading.Event()
+
+    def drop() -> None:
+        while not done.wait(_DROP_EVERY):
+            drop_file_pages(path)
+
+    thread = threading.Thread(target=drop, name="few-file-pages")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        drop_file_pages(path)
+
+
 def drop_file_pages(path: Path) -> None:
-    """Have no page of a mapped file lie in memory that nobody reads just now; nobody may have written to them."""
+    """Have no page of a mapped file lie in memory that nobody reads just now, where it is mapped to be read only."""
     wanted = str(path.resolve())
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
             addresses, *rest = line.split(None, 5)
-            if len(rest) == 5 and rest[4] == wanted:
+            if len(rest) == 5 and rest[4] == wanted and "w" not in rest[0]:
                 start, _, end = addresses.partition("-")
                 drop_pages(int(start, 16), int(end, 16) - int(start, 16))
 

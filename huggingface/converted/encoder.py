@@ -23,7 +23,7 @@ from ..engine.openvino.graph import compress
 from ..engine.openvino.reserve import Reserve
 from ..engine.openvino.runner import read_graph
 from ..errors import Cancelled
-from ..memory import drop_file_pages, release_freed
+from ..memory import few_file_pages, release_freed
 from ..tasks import Head
 from ..tasks.positions import max_positions
 from .place import EXPECTED, Place
@@ -58,7 +58,8 @@ class EncoderGraph:
         Raises:
             NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
         """
-        with computed("compute"):
+        weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
+        with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
             if given_up():
                 raise Cancelled
@@ -67,7 +68,6 @@ class EncoderGraph:
             if given_up():
                 raise Cancelled
             encoders.check(encoder, self.expected, self.quantization)
-        drop_file_pages(self.path.with_suffix(".bin"))  # products have their weights packed, elsewhere
         release_freed()
         encoder.serve(shell, reserve)
         return encoder

@@ -22,7 +22,7 @@ from ..engine.openvino.reserve import Reserve
 from ..engine.openvino.runner import OpenVINORunner, read_graph
 from ..engine.parity import Expected, room_for
 from ..errors import Cancelled
-from ..memory import drop_file_pages, release_freed
+from ..memory import few_file_pages, release_freed
 from .place import EXPECTED, Place
 
 # How far the logits of compressed weights may lie from float32's, as a share of their spread: what is worse is a fault.
@@ -60,7 +60,8 @@ class Graph:
         Raises:
             NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
         """
-        with computed("compute"):
+        weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
+        with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
             if given_up():
                 raise Cancelled
@@ -69,7 +70,6 @@ class Graph:
             if given_up():
                 raise Cancelled
             agreement.check(runner, self.expected, _CLOSE[self.quantization])
-        drop_file_pages(self.path.with_suffix(".bin"))  # products have their weights packed, elsewhere
         release_freed()
         return runner
 
