@@ -188,6 +188,7 @@ class LoadedModel:
         self._kv: dict[str, int] = {}
         self._peak = 0
         self._own = 0  # bytes of weights that are there beside the graph's
+        self._elsewhere: Callable[[], int] = lambda: 0  # bytes that count as the model's and do not lie in memory
         self._counting = threading.Lock()
         self._memory.note("weights", self._weights)
         # Of one call, so that whoever comes meanwhile finds a place.
@@ -238,6 +239,9 @@ class LoadedModel:
             token_bytes = runner.cache.token_bytes
             self._memory.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
             copied = runner.copied_bytes
+        if isinstance(made, OpenVINORunner):
+            cache = made.cache
+            self._elsewhere = lambda: cache.unwritten_bytes + copied  # a table is read where it lies in its file
 
         def find() -> Pooling | None:
             if isinstance(pooling, LocalLLMError):
@@ -360,6 +364,11 @@ class LoadedModel:
         return Sizes(
             weights, copied, sum(kv.values()), self._peak, {name: size for name, size in devices.items() if size}
         )
+
+    @property
+    def expected_back(self) -> int:
+        """Bytes that the system should have back once it is closed: what was promised and never used is there now."""
+        return self.sizes.total - self._elsewhere()
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
@@ -536,6 +545,7 @@ class LoadedModel:
         del parts
         self._preparing.join()  # it holds the model
         self._adapters = Adapters(self.model_id, None, {})  # so do these
+        self._elsewhere = lambda: 0
         self._weights = {}
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)

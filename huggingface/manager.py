@@ -388,7 +388,7 @@ class ModelManager:
             place.expires = None
         if model is None:
             return Unloaded(False, 0, 0)
-        sizes = model.sizes
+        sizes, expected = model.sizes, model.expected_back
         resident = model.resident
         before = {device: used_bytes(device) for device in sizes.devices}
         self.budget.leave(model_id)
@@ -399,8 +399,8 @@ class ModelManager:
             after = used_bytes(device)
             if used is not None and after is not None:
                 freed += max(0, used - after)
-        text = f"{readable(freed)} of {readable(sizes.total)}"
-        if resident and sizes.total >= _NOTICED and freed < _ALMOST_ALL * sizes.total:
+        text = f"{readable(freed)} of {readable(expected)}"
+        if resident and expected >= _NOTICED and freed < _ALMOST_ALL * expected:
             logger.warning("unloaded %s, but only %s came back", model_id, text)
         else:
             logger.info("unloaded %s, %s came back", model_id, text)

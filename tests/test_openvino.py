@@ -37,6 +37,7 @@ from huggingface.converted import generator, loading, process
 from huggingface.converted.place import FOLDER, Place
 from huggingface.engine.layers import NotBatchable, probe
 from huggingface.engine.openvino import agreement, graph, library
+from huggingface.engine.openvino.blocks import BLOCK
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.parity import room_for
@@ -696,6 +697,19 @@ def test_a_graph_needs_nothing_of_the_model_it_was_made_of(tmp_path: Path) -> No
     generator.make(model, spot, "int8", tmp_path)
     assert not any(tensor.numel() for tensor in model.parameters())
     assert generator.find(spot) is not None
+
+
+def test_what_was_promised_and_never_used_is_not_missed_at_an_unload(place: Callable[[str], Path]) -> None:
+    """The KV cache takes memory as it is written to, and a table that is looked up lies in its file."""
+    loaded = load(place("llama"))
+    text(loaded)
+    cache = loaded._parts.engine._batch._runner.cache  # type: ignore[union-attr]
+    before = loaded.expected_back
+    assert loaded.sizes.weights < before < loaded.sizes.weights + loaded.sizes.kv_cache
+    text(loaded, prompt="The cat sat on the mat. " * 12)
+    assert before < loaded.expected_back <= loaded.sizes.total
+    assert cache.allocated_bytes - cache.unwritten_bytes >= 12 * BLOCK // 4 * cache.token_bytes
+    loaded.close()
 
 
 # On a live server -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class BlockCache:
         self._free: list[int] = []  # a heap: the lowest are used first, so that the highest can be given back
         self._promised = 0  # blocks
         self._banks: dict[int, int] = {}  # blocks promised to each bank
+        self._written = 0  # blocks that memory has been taken for: all before this one
 
     @property
     def tensors(self) -> list[tuple[Array, Array]]:
@@ -66,6 +67,7 @@ class BlockCache:
     def _get(self) -> int:
         block = heapq.heappop(self._free)
         self._readers[block] = 1
+        self._written = max(self._written, block + 1)
         return block
 
     def _leave(self, block: int) -> None:
@@ -141,6 +143,11 @@ class BlockCache:
         """Bytes of all banks."""
         return self._promised * BLOCK * self.token_bytes
 
+    @property
+    def unwritten_bytes(self) -> int:
+        """Bytes of all banks that no memory has been taken for yet."""
+        return (self._promised - self._written) * BLOCK * self.token_bytes
+
     def _forget(self, key: tuple[int, int]) -> None:
         for block in self._rows.pop(key, ()):
             self._leave(block)
@@ -161,6 +168,7 @@ class BlockCache:
         for pair in self._pools:
             for pool in pair:
                 pool.give_back(self._promised)
+        self._written = min(self._written, self._promised)
 
 
 class _Pool:
