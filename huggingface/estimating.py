@@ -43,14 +43,15 @@ def estimate(
     tensors = _tensors(model, dtype)
     weights = sum(tensors.values())
     devices = _by_device(model, tensors, placement)
-    packs = placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None
-    copied = copies(model, options.findings) if packs and head == "causal-lm" and placement.quantization is None else 0
+    copied = 0
     if runner == "openvino":
         weights, copied = _graph_bytes(model, placement.quantization)
         devices = {placement.device: weights}
     elif placement.quantization is not None:
         weights = predicted_bytes(model, placement.quantization, placement.device)
         devices = {placement.device: weights}
+    elif head == "causal-lm" and placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None:
+        copied = copies(model, options.findings)
     token_bytes = _token_bytes(model, dtype) if head == "causal-lm" else 0
     kv_cache = first_bank(options.kv_cache_bytes // token_bytes) * token_bytes if token_bytes else 0
     devices[placement.device] = devices.get(placement.device, 0) + copied + kv_cache

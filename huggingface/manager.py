@@ -36,7 +36,7 @@ from .places import LOOK_AGAIN, Loading, Place, Places, Resident
 from .progress import Progress
 from .records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
 from .registry import ModelRegistry
-from .room import Asked, Room
+from .room import Room
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ModelManager:
         self._keep_alive = keep_alive
         self._places = Places()
         self._changed = self._places.changed
-        self._room = Room(self.budget, self._places, memory_timeout, Asked(self._pinned, self._evict))
+        self._room = Room(self.budget, self._places, memory_timeout, self._pinned, self._evict)
         self._importing: threading.Timer | None = None
         self._reaper: threading.Thread | None = None
         self._warm = False

@@ -16,7 +16,7 @@ from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
-_DROP_EVERY = 0.01  # seconds
+_DROP_EVERY = 0.01  # seconds between two times that pages are dropped of a file that is being copied
 
 
 def keep_few_arenas() -> None:

@@ -79,10 +79,6 @@ class Places:
         """The model's place, made if it has none."""
         return self._places.setdefault(model_id, Place())
 
-    def get(self, model_id: str) -> Place | None:
-        """The model's place, if it has one."""
-        return self._places.get(model_id)
-
     def all(self) -> list[tuple[str, Place]]:
         """Every place there ever was, by id."""
         return list(self._places.items())
@@ -175,6 +171,12 @@ class Places:
                 for model_id, place in self.all()
                 if place.idle or (busy and place.model is not None and not place.reserved)
             }
+
+    def goes(self, model_id: str) -> bool:
+        """Whether a model is about to go."""
+        with self.changed:
+            place = self._places.get(model_id)
+            return place is None or place.reserved or self.closed
 
     def others_come(self, model_id: str) -> bool:
         """Whether another model is being loaded."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 from .budget import Budget, readable
 from .errors import MemoryHeld, NeverFits
@@ -18,24 +17,27 @@ from .places import LOOK_AGAIN, Places
 from .records import Estimate, Forecast
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What `Room` asks its manager: which models may not go, and to take one out of memory if nobody uses it, with the
-    reason why; that tells whether it went."""
-
-    pinned: Callable[[], Collection[str]]
-    evict: Callable[[str, str], bool]
-
-
 class Room:
     """Makes room for models."""
 
-    def __init__(self, budget: Budget, places: Places, timeout: float, asked: Asked) -> None:
-        """`timeout` is how many seconds a load waits for the users of models that are to go for it."""
+    def __init__(
+        self,
+        budget: Budget,
+        places: Places,
+        timeout: float,
+        pinned: Callable[[], Collection[str]],
+        evict: Callable[[str, str], bool],
+    ) -> None:
+        """`timeout` is how many seconds a load waits for the users of models that are to go for it.
+
+        `pinned` tells which models may not go. `evict` takes one out of memory if nobody uses it, and is told why; it
+        tells whether the model went.
+        """
         self._budget = budget
         self._places = places
         self._timeout = timeout
-        self._asked = asked
+        self._pinned = pinned
+        self._evict = evict
         self._making = threading.Lock()  # two loads must not count on the same memory, or on the same victims
 
     def take_if_plenty(self, model_id: str, device: str, size: int, times: float) -> bool:
@@ -62,7 +64,7 @@ class Room:
                     if not victims:
                         break
                     for victim in victims:
-                        self._asked.evict(victim.model_id, f"'{model_id}' needs its memory")
+                        self._evict(victim.model_id, f"'{model_id}' needs its memory")
                 else:
                     return
             busy = choose(self._idle(model_id, busy=True), lacking)
@@ -73,13 +75,11 @@ class Room:
     def relieve(self, model_id: str) -> bool:
         """Take the model that was used longest ago out of memory for the sake of another; False if there is none."""
         while not self._making.acquire(timeout=LOOK_AGAIN):
-            with self._places.changed:
-                place = self._places.get(model_id)
-                if place is None or place.reserved or self._places.closed:
-                    return False  # it is about to go itself, and whoever waits for that may hold the lock
+            if self._places.goes(model_id):  # and whoever waits for that may hold the lock
+                return False
         try:
             for idle in sorted(self._idle(model_id), key=lambda idle: idle.used):
-                if self._asked.evict(idle.model_id, f"'{model_id}' needs its memory"):
+                if self._evict(idle.model_id, f"'{model_id}' needs its memory"):
                     return True
             return False
         finally:
@@ -120,7 +120,7 @@ class Room:
 
     def _held(self, model_id: str, needs: Mapping[str, int]) -> MemoryHeld:
         """Who has the memory that a model needs."""
-        pinned, idle = self._asked.pinned(), self._places.last_used()
+        pinned, idle = self._pinned(), self._places.last_used()
         texts = []
         for device, need in needs.items():
             room = self._budget.room(device)
@@ -140,6 +140,6 @@ class Room:
 
     def _idle(self, but: str, *, busy: bool = False) -> list[Idle]:
         """The models that may go for another one; those that are in use too where `busy`."""
-        stay = (but, *self._asked.pinned())
+        stay = (but, *self._pinned())
         found = self._places.last_used(busy=busy)
         return [Idle(name, used, self._budget.held(name)) for name, used in found.items() if name not in stay]

@@ -110,7 +110,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "waitress": ("server.py",),
     "pydantic": (
         "config.py",
-        *(f"huggingface/api/{name}.py" for name in ("schemas", "*_schemas", "parameters", "errors")),
+        *(
+            f"huggingface/api/{name}.py"
+            for name in (
+                *("schemas", "cache_schemas", "download_schemas", "hub_schemas", "inference_schemas", "model_schemas"),
+                *("preflight_schemas", "system_schemas", "parameters", "errors"),
+            )
+        ),
         *(
             f"huggingface/api/openai/{name}.py"
             for name in ("bodies", "schemas", "text_schemas", "response_schemas", "answers")

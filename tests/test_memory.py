@@ -333,6 +333,16 @@ def test_an_estimate_knows_whether_weights_will_be_laid_out_anew(
     check_estimate(starter_models_dir, STARTER)
 
 
+def test_an_estimate_tries_products_for_torch_alone(starter_models_dir: Path) -> None:
+    """OpenVINO has products of its own; for torch a load then finds what the estimate has found out."""
+    options = LoadOptions(starter_models_dir, "cpu", runner="auto")
+    model, folder = record(STARTER, "auto"), starter_models_dir / STARTER
+    assert loader.estimate(model, options, folder).engine == "openvino"
+    assert not options.engine.findings
+    assert loader.estimate(model, options, folder, LoadSettings(engine="torch")).engine == "torch"
+    assert options.engine.findings
+
+
 def test_an_estimate_over_http_says_whether_it_fits_and_who_would_go(sized: Path, start_server: Any) -> None:
     server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_MEMORY_BUDGET="300MB")
     for name in "abc":

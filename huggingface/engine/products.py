@@ -125,7 +125,6 @@ class Products:
             if _replaceable(child)
         ]
         self._all = [product for _, _, product in found]
-        self._weights_bytes = sum(product.weight.numel() * product.weight.itemsize for product in self._all)
         alike: dict[_Kind, list[Product]] = defaultdict(list)
         for product in self._all:
             alike[_kind(product.weight, product.bias)].append(product)
@@ -134,11 +133,12 @@ class Products:
             return [product.weight[:outputs] for product in alike[kind][:count]]
 
         counts = {kind: len(products) for kind, products in alike.items()}
-        found_out = _found_out(counts, some, findings, given_up)
+        tried = _found_out(counts, some, findings, given_up)
         for kind, products in alike.items():
             for product in products:
-                product.ways = found_out[kind].ways
-        self._worth_packing = _worth_packing(counts, found_out)
+                product.ways = tried[kind].ways
+        self._weights_bytes = _bytes(counts)
+        self._worth_packing = _worth_packing(counts, tried)
         for parent, name, product in found:
             setattr(parent, name, product)
         self._packed = False
@@ -180,17 +180,11 @@ class Products:
         return sum(weight.numel() * weight.itemsize for weight in shared) if self._worth_packing else 0
 
 
-def copies(
-    model: nn.Module,
-    findings: MutableMapping[Hashable, Any] | None = None,
-    given_up: Callable[[], bool] = lambda: False,
-) -> int:
+def copies(model: nn.Module, findings: MutableMapping[Hashable, Any] | None = None) -> int:
     """Bytes of weights that would lie in memory twice if a twin of this model had its products.
 
-    The model may be on the meta device: what is fastest is tried with other numbers then.
-
-    Raises:
-        Cancelled: `given_up()` turned true.
+    The model may be on the meta device: what is fastest is tried with other numbers. `findings` keep what came of it
+    for the load.
     """
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     counts: Counter[_Kind] = Counter()
@@ -211,7 +205,7 @@ def copies(
             return [numbers.view(outputs, kind.inputs) for numbers in made]
         return [numbers.view(kind.inputs, outputs).t() for numbers in made]
 
-    worth = _worth_packing(counts, _found_out(counts, some, findings, given_up))
+    worth = _worth_packing(counts, _found_out(counts, some, findings))
     release_freed()
     return sum(shared.values()) if worth else 0
 
@@ -262,7 +256,7 @@ def _found_out(
     counts: Mapping[_Kind, int],
     some: _Some,
     findings: MutableMapping[Hashable, Any] | None,
-    given_up: Callable[[], bool],
+    given_up: Callable[[], bool] = lambda: False,
 ) -> dict[_Kind, _Finding]:
     """What is fastest for products of each kind, of which there are so many."""
     known: MutableMapping[Hashable, Any] = {} if findings is None else findings
