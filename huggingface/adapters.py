@@ -20,6 +20,7 @@ from typing import Any
 from . import files
 from .adapter_files import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
+from .memory import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: An
         except ImportError as error:
             raise ModelUnsupported(f"{what} needs a package that is not installed: {error.name or 'peft'}") from error
         except Exception as error:
-            if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+            if ran_out_of_memory(error):
                 raise OutOfMemory(f"Not enough memory for {what[0].lower()}{what[1:]}") from error
             logger.info("%s cannot be attached", what, exc_info=error)
             raise FilesCorrupt(f"{what} cannot be used: {files.public(error, folder)}") from error

@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .devices import free_bytes
+from .devices import by_index, free_bytes, indexed
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -49,12 +49,12 @@ def parse_limits(text: str) -> dict[str, Limit]:
             raise ValueError(f"'{part}' is no amount of memory (12GB, 0.8) or device with one (cuda:0=20GB)")
         number, unit = float(found[1]), found[2].upper()
         size = int(number * _UNITS[unit])
-        if _same(device) in limits:
+        if indexed(device) in limits:
             raise ValueError(f"'{text}' names the memory of {'a device' if device == '*' else device} twice")
         if not unit and 0 < number <= 1:
-            limits[_same(device)] = Limit(share=number)
+            limits[indexed(device)] = Limit(share=number)
         elif size >= _LEAST:
-            limits[_same(device)] = Limit(bytes=size)
+            limits[indexed(device)] = Limit(bytes=size)
         else:
             raise ValueError(f"'{part}' is less memory than any model needs")
     return limits
@@ -100,7 +100,7 @@ class Budget:
 
         It counts as taken until `settle`.
         """
-        needs = {_same(device): need for device, need in needs.items()}
+        needs = by_index(needs)
         with self._lock:
             if any(self._lacking(owner, device, need) > 0 for device, need in needs.items()):
                 return False
@@ -111,7 +111,7 @@ class Budget:
     def lacking(self, owner: str, device: str, need: int) -> int:
         """How many bytes others would have to give back, so that `owner` could have as many as it needs."""
         with self._lock:
-            return max(0, self._lacking(owner, _same(device), need))
+            return max(0, self._lacking(owner, indexed(device), need))
 
     def settle(self, owner: str) -> None:
         """What `owner` had reserved is not needed any more: it has been taken and noted, or will not be."""
@@ -126,18 +126,18 @@ class Budget:
                 parts.pop((owner, part), None)
             for device, size in sizes.items():
                 if size:
-                    self._held[_same(device)][owner, part] = size
+                    self._held[indexed(device)][owner, part] = size
 
     def keep(self, owner: str, part: str, device: str, size: int) -> bool:
         """Set `size` bytes aside, in place of before, that a part of `owner` may have at any time, if they are there to
         be had."""
         with self._lock:
-            return self._set(self._kept, owner, part, _same(device), size)
+            return self._set(self._kept, owner, part, indexed(device), size)
 
     def take(self, owner: str, part: str, device: str, size: int) -> bool:
         """Note `size` bytes more for a part of `owner`, if there is room for them or they were set aside; a negative
         size gives back."""
-        device = _same(device)
+        device = indexed(device)
         with self._lock:
             before = self._held[device].get((owner, part), 0)
             return self._set(self._held, owner, part, device, max(0, before + size))
@@ -171,16 +171,16 @@ class Budget:
     def holders(self, device: str) -> dict[str, int]:
         """Bytes on a device that count as each owner's."""
         with self._lock:
-            return self._counted(_same(device))
+            return self._counted(indexed(device))
 
     def room(self, device: str) -> int | None:
         """Bytes that a load could take on a device now; None where nothing limits them."""
         with self._lock:
-            return self._room(_same(device))
+            return self._room(indexed(device))
 
     def most(self, device: str) -> int | None:
         """Bytes that models could have on a device if all of them went; None where nothing limits them."""
-        device = _same(device)
+        device = indexed(device)
         with self._lock:
             room = self._room(device, 0)
             return None if room is None else room + self._taken(device)
@@ -188,7 +188,7 @@ class Budget:
     def besides(self, device: str) -> int:
         """Bytes of a limit that models cannot have now, as the process has them besides what is noted."""
         with self._lock:
-            return self._besides(_same(device), _LENIENT)
+            return self._besides(indexed(device), _LENIENT)
 
     def _set(
         self, ledger: dict[str, dict[tuple[str, str], int]], owner: str, part: str, device: str, size: int
@@ -257,10 +257,6 @@ class Budget:
             self._unnoted.popleft()
         most = self._unnoted[0][1] if self._unnoted else 0
         return max(0, most - int(lenient * limit))
-
-
-def _same(device: str) -> str:
-    return "cuda:0" if device == "cuda" else device
 
 
 def readable(size: float) -> str:

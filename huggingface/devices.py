@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 
 from .memory import available_bytes, resident_bytes
@@ -19,27 +21,50 @@ def resolve_device(setting: str) -> str:
     return "cuda" if cuda_available() else "cpu"
 
 
+def indexed(device: str) -> str:
+    """The device's name with its index: torch places what goes to `cuda` on `cuda:0`, and names it so from then on."""
+    return "cuda:0" if device == "cuda" else device
+
+
+def by_index(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by device, the devices named with their indices."""
+    summed: dict[str, int] = {}
+    for device, size in sizes.items():
+        summed[indexed(device)] = summed.get(indexed(device), 0) + size
+    return summed
+
+
 def free_bytes(device: str) -> int | None:
     """Bytes that could be taken on a device without harm to others; None where that cannot be told."""
     if device == "cpu":
         return available_bytes()
-    torch = sys.modules.get("torch")
-    if torch is None or not device.startswith("cuda") or not torch.cuda.is_available():
+    memory = _cuda_memory(device)
+    if memory is None:
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, int(free + kept - total // 50))
+    free, total, cached = memory
+    return max(0, free + cached - total // 50)
 
 
 def used_bytes(device: str) -> int | None:
     """Bytes that this process (on a CPU), or all processes (elsewhere), have on a device; None where unknown."""
     if device == "cpu":
         return resident_bytes()
+    memory = _cuda_memory(device)
+    return None if memory is None else memory[1] - memory[0]
+
+
+def _cuda_memory(device: str) -> tuple[int, int, int] | None:
+    """Free and total bytes of a CUDA device, and those that torch's allocator caches; None where CUDA does not tell.
+
+    After a failed assertion in a kernel CUDA refuses every call of the process, this one too.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda") or not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total - free)
+    with suppress(RuntimeError):
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total), int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return None
 
 
 def cuda_available() -> bool:

@@ -141,6 +141,14 @@ class DeviceMissing(LoadError):
     """The device that the settings name is not there."""
 
 
+class DeviceFailed(LoadError):
+    """The device failed in a way that only a new process recovers from, as CUDA does after an error in a kernel."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        said = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+        super().__init__(f"The device '{device}' has failed ({said}); restart the server to use it again")
+
+
 class DownloadNotFound(LocalLLMError):
     """No download of that model runs, or ever did."""
 

@@ -17,6 +17,7 @@ from typing import Any
 from . import files
 from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
 from .headers import GGUFHeader, HeaderDamaged, gguf_header
+from .memory import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,6 @@ def read_model(
     Raises:
         ModelUnsupported, FilesCorrupt: the weights cannot be used. What lacks memory is raised as it is.
     """
-    import torch
     from transformers import GgufConfig
 
     path = locate(model_id, folder, gguf_file)
@@ -180,10 +180,8 @@ def read_model(
             output_loading_info=True,
             **options,
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if "allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise
         raise _refusal(model_id, path, header, error, "its weights") from error
     _forget_packing(model)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from .adapters import Adapters
 from .converted.encoder import EncoderGraph
 from .converted.generator import Graph
-from .devices import free_bytes
+from .devices import free_bytes, indexed
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
@@ -49,6 +50,7 @@ from .tasks.generation import generation_arguments
 from .tasks.positions import max_positions
 from .tasks.runner import TaskRunner
 from .tasks.text_generation import TextGenerations
+from .tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +229,8 @@ class LoadedModel:
     def _make_parts(self, model: Any, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
         """Find out how the model is served, and build all that serves it."""
         model_id, options = self.model_id, self._options
+        rows = vocabulary_rows(model)
+        guard_vocabulary(model, tokenizer)
         made = None if self._conversion is None else self._openvino_runner(model, self._conversion)
         encoder = made if isinstance(made, Encoder) else None
         runner, reason = (made, None) if isinstance(made, OpenVINORunner) else self._batch_runner(model)
@@ -260,6 +264,7 @@ class LoadedModel:
             constraints=constraints,
             arguments=lambda given: generation_arguments(given, model),
             check_adapter=self._adapters.check,
+            check_vocabulary=lambda highest, field: check_vocabulary(highest, rows, field),
         )
         solo = Solo(model_id, model, tokenizer, texts, active)
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
@@ -356,10 +361,10 @@ class LoadedModel:
         """How much memory it takes at this moment."""
         with self._counting:
             kv, copied = dict(self._kv), self._copied + self._own
-        devices = dict(self._weights)
-        devices[self.device] = devices.get(self.device, 0) + copied
-        for device, size in kv.items():
-            devices[device] = devices.get(device, 0) + size
+        devices, device = dict(self._weights), indexed(self.device)
+        devices[device] = devices.get(device, 0) + copied
+        for place, size in kv.items():
+            devices[place] = devices.get(place, 0) + size
         weights = sum(self._weights.values())
         return Sizes(
             weights, copied, sum(kv.values()), self._peak, {name: size for name, size in devices.items() if size}
@@ -484,6 +489,7 @@ class LoadedModel:
         if task == _GENERATION and parts.batched:
             generation = parts.generations.begin(inputs, parameters)
             limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
+            limits["check_vocabulary"] = parts.preparer.check_vocabulary
             if run_in_batch(generation, parts.engine, **limits, gone=gone, adapter=adapter):
                 parts.tasks.note(task)
                 return generation.result()
@@ -510,6 +516,10 @@ class LoadedModel:
                 if gone():
                     call.cancel()
                     raise Cancelled from None
+            except Cancelled:
+                if parts.engine.failed:  # it broke between the look at its queue and the call
+                    raise EngineFailed(self.model_id) from None
+                raise
 
     def settles(self, seconds: float) -> bool:
         """Wait so long at most until it is known how it is served; tells whether it is."""
@@ -555,8 +565,9 @@ class LoadedModel:
 def free() -> None:
     """Give back what was let go of: models and pipelines refer to each other in circles, and allocators keep memory."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with suppress(torch.AcceleratorError):  # a device that has failed gives its memory back when the process ends
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
     release_freed()

@@ -1,4 +1,5 @@
-"""Giving memory back: what caught errors still hold, and what glibc's allocator keeps after it was freed.
+"""Giving memory back: what caught errors still hold, and what glibc's allocator keeps after it was freed; and which
+errors say that memory ran out.
 
 Standard library only; what concerns glibc does nothing under another C library. Any thread may call it.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
+# What torch's CPU allocator, CUDA itself, and its libraries say; the last is cuBLAS with no room for its workspace.
+_NO_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _DROP_EVERY = 0.01  # seconds between two times that pages are dropped of a file that is being copied
 
 
@@ -91,6 +94,14 @@ def drop_file_pages(path: Path) -> None:
             if len(rest) == 5 and rest[4] == wanted and "w" not in rest[0]:
                 start, _, end = addresses.partition("-")
                 drop_pages(int(start, 16), int(end, 16) - int(start, 16))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch, CUDA or its libraries says that a device has no memory left."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def forget_frames(error: BaseException | None) -> None:

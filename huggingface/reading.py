@@ -20,7 +20,8 @@ from transformers import modeling_gguf_pytorch_utils
 
 from . import files, gguf_files
 from .engine.openvino.reserve import make_shell
-from .errors import FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory
+from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory
+from .memory import ran_out_of_memory
 from .plan import Plan, auto_class, refusal
 from .progress import Progress
 from .quantization import quantize
@@ -39,6 +40,9 @@ _NOWHERE = "no-adapter-of-its-own"
 # transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
 # built at once. Files are fetched outside of it: a slow download holds nobody up.
 BUILDING = threading.Lock()
+
+# The default dtype is no such switch here: other models compute while one is built.
+default_dtype.install()
 
 
 def read_tokenizer(plan: Plan) -> Any:
@@ -109,11 +113,11 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
         return model if placement.device_map is not None else model.to(placement.device)
     except LocalLLMError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
     except Exception as error:
-        if "allocate memory" in str(error):  # what torch's CPU allocator says
+        if ran_out_of_memory(error):
             raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceFailed(placement.device, str(error)) from error
         if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
             raise InvalidRequest(
                 f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "

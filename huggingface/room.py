@@ -9,8 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from .budget import Budget, readable
+from .devices import by_index
 from .errors import MemoryHeld, NeverFits
 from .eviction import Idle, choose
 from .places import LOOK_AGAIN, Places
@@ -55,7 +57,7 @@ class Room:
             NeverFits: it is more than all models together may have.
             MemoryHeld: the others are pinned, or still in use after the memory timeout. Cancelled: `gone()`.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline, needs = time.monotonic() + self._timeout, by_index(needs)
         while True:
             with self._making:
                 while not self._budget.reserve(model_id, needs):
@@ -87,7 +89,7 @@ class Room:
 
     def forecast(self, model_id: str, estimate: Estimate) -> Forecast:
         """Whether there is room for what a load takes, and who would go for it."""
-        own = self._budget.held(model_id)
+        own, estimate = self._budget.held(model_id), replace(estimate, devices=by_index(estimate.devices))
         lacking, rooms, most = {}, {}, {}
         for device, need in estimate.devices.items():
             room, limit = self._budget.room(device), self._budget.most(device)
@@ -106,7 +108,7 @@ class Room:
             NeverFits: there could never be as many.
         """
         lacking = {}
-        for device, need in needs.items():
+        for device, need in by_index(needs).items():
             most = self._budget.most(device)
             if most is None:
                 continue

@@ -254,3 +254,30 @@ def test_a_model_whose_engine_broke_is_loaded_anew_at_the_next_request(
     assert client.get(f"{API}/cache").get_json()["cached_models"][model_id]["engine"]["state"] == "running"
     with pytest.raises((Cancelled, EngineFailed)):
         old.generate(GenerationRequest(GREEDY, prompt="The cat"))
+
+
+def test_a_device_that_fails_in_a_task_breaks_the_engine_and_all_who_wait_are_told(
+    app: Any, tiny: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, model_id = app.test_client(), tiny("distilbert-sst2")
+    fields = {"model_id": model_id, "name": "x", "model_type": "sentiment-analysis"}
+    assert client.post(f"{API}/models", json=fields).status_code == 200
+    body = {"model_id": model_id, "task": "sentiment-analysis", "inputs": "The cat"}
+    right = client.post(f"{API}/pipeline", json=body).get_json()["results"]
+    old = app.extensions["local-llm"].manager.loaded()[model_id]
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(old._parts.solo.model, "forward", fails)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: app.test_client().post(f"{API}/pipeline", json=body), range(4)))
+    for answer in answers:
+        if answer.status_code == 200:  # it came when the model had been loaded again
+            assert answer.get_json()["results"] == right
+        else:
+            assert answer.status_code == 503, answer.get_json()
+            assert "loads it anew" in answer.get_json()["error"]
+    assert {answer.status_code for answer in answers} != {200}
+    assert client.post(f"{API}/pipeline", json=body).get_json()["results"] == right
+    assert app.extensions["local-llm"].manager.loaded()[model_id] is not old

@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"records", "errors"},
     "files": {"records", "errors"},
     "hub": {"headers", "files", "progress", "records", "errors"},
-    "tasks": {"records", "errors"},
+    "tasks": {"memory", "records", "errors"},
     "engine": {"memory", "devices", "json_schema", "records", "errors"},
     "chat": {"json_schema"},
     "json_schema": set(),

@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 import requests
 import sized_models
 import tiny_models
+import torch
+import transformers
 from conftest import STARTER, Server
 from hub_place import Place
 from lora_models import save_adapter
@@ -31,12 +33,23 @@ from transformers import AutoModelForCausalLM
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
 from huggingface.engine import products
-from huggingface.errors import Cancelled, InvalidRequest, MemoryHeld, NeverFits, OutOfMemory
+from huggingface.engine.failures import typed
+from huggingface.errors import (
+    Cancelled,
+    DeviceFailed,
+    EngineFailed,
+    InvalidRequest,
+    MemoryHeld,
+    NeverFits,
+    OutOfMemory,
+)
 from huggingface.eviction import Idle, choose
 from huggingface.manager import ModelManager
-from huggingface.memory import few_file_pages
-from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.memory import few_file_pages, ran_out_of_memory
+from huggingface.places import Places
+from huggingface.records import Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 from huggingface.registry import ModelRegistry
+from huggingface.room import Room
 
 SIZED = 125_864_192  # bytes of a sized model with the KV cache of its first generations
 LONG = {"do_sample": False, "num_beams": 24, "min_new_tokens": 230, "max_new_tokens": 240}  # seconds on a tiny model
@@ -205,6 +218,64 @@ def test_cuda_is_its_first_device() -> None:
     budget.note("a", "weights", {"cuda": 60})
     assert budget.room("cuda:0") == 40
     assert budget.room("cuda:1") == 100
+
+
+def test_an_idle_model_goes_for_another_whether_the_device_is_named_with_its_index_or_not() -> None:
+    """A load says `cuda`; torch, and so a model in memory, says `cuda:0`."""
+    budget, places, gone = Budget({"cuda": Limit(bytes=100)}, lambda _: None), Places(), []
+
+    def evict(model_id: str, _: str) -> bool:
+        gone.append(model_id)
+        places.of(model_id).model = None
+        budget.forget(model_id)
+        return True
+
+    room = Room(budget, places, 0, tuple, evict)
+    places.of("idle").model = cast("Any", object())
+    budget.note("idle", "weights", {"cuda:0": 60})
+    estimate = Estimate(50, 0, 0, 0, "cuda", "bfloat16", None, {"cuda": 50})
+    forecast = room.forecast("new", estimate)
+    assert (forecast.fits, forecast.evicts) == (True, ["idle"])
+    assert (dict(forecast.available), dict(forecast.limits)) == ({"cuda:0": 40}, {"cuda:0": 100})
+    room.make("new", {"cuda": 50}, lambda: False)
+    assert gone == ["idle"]
+    budget.settle("new")
+    budget.note("new", "weights", {"cuda:0": 50})
+    assert room.forecast("new", estimate).available == {"cuda:0": 100}  # what it has itself is there for it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_what_says_that_memory_ran_out_is_told_from_what_breaks_a_device(error: BaseException) -> None:
+    assert ran_out_of_memory(error)
+    with pytest.raises(OutOfMemory), typed("tiny/llama"):
+        raise error
+    broken = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    assert not ran_out_of_memory(broken)
+    with pytest.raises(EngineFailed), typed("tiny/llama"):
+        raise broken
+
+
+def test_a_load_on_a_device_that_has_failed_says_so_and_not_that_the_files_are_damaged(
+    tiny: Callable[[str], str], models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    model_id = tiny("llama")
+    with pytest.raises(DeviceFailed, match=r"'cpu' has failed \(CUDA error: device-side assert triggered\); restart"):
+        loader.load(record(model_id, "auto"), LoadOptions(models_dir, "cpu"), models_dir / model_id)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..devices import resolve_device
+from ..devices import indexed, resolve_device
 from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
 from ..places import Resident
 from . import cache_schemas, schemas
@@ -54,7 +54,9 @@ def show_cache() -> dict[str, Any]:
                 "available_bytes": manager.budget.room(device),
                 "limit_bytes": manager.budget.most(device),
             }
-            for device, size in (manager.budget.held() or {resolve_device(services().options.device): 0}).items()
+            for device, size in (
+                manager.budget.held() or {indexed(resolve_device(services().options.device)): 0}
+            ).items()
         },
     }
 

@@ -38,6 +38,7 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
     errors.ModelUnsupported: 422,
     errors.HubUnreachable: 503,
     errors.DeviceMissing: 503,
+    errors.DeviceFailed: 503,
     errors.DiskFull: 507,
     errors.OutOfMemory: 507,
     errors.NeverFits: 400,

@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from ..devices import free_bytes
-from ..memory import release_freed
+from ..memory import ran_out_of_memory, release_freed
 
 # Shape of one layer's keys or values for one token: heads and width of a head.
 Shape = tuple[int, int]
@@ -134,7 +134,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             self._banks[bank] = [self._layer(shape, rows, capacity) for shape in self._shapes]
             self._bank_bytes[bank], taken = taken, {}
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if ran_out_of_memory(error):
                 return False
             raise
         finally:

@@ -474,6 +474,8 @@ class Engine:
             sequence.ticket.finish(error)
         for job in jobs:
             job.fail(error)
+        if isinstance(error, LocalLLMError):
+            self._tasks.fail(error)
         self._tasks.close()
         if self._batch is not None:
             self._batch.close()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory
+from ..memory import ran_out_of_memory
 
 
 @contextmanager
@@ -25,11 +26,9 @@ def typed(model_id: str) -> Iterator[None]:
         yield
     except LocalLLMError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
-    except torch.AcceleratorError as error:  # CUDA says so once, and refuses everything afterwards
-        raise EngineFailed(model_id) from error
     except Exception as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # what torch's CPU allocator says
+        if ran_out_of_memory(error):
             raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
+        if isinstance(error, torch.AcceleratorError):  # CUDA says so once, and refuses everything afterwards
+            raise EngineFailed(model_id) from error
         raise GenerationFailed(f"Model '{model_id}' failed to generate ({type(error).__name__})") from error

@@ -107,12 +107,14 @@ class Preparer:
         constraints: Constraints,
         arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
         check_adapter: Callable[[str | None], None] = lambda _: None,
+        check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     ) -> None:
         """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
         begins with the prompt); `room` is how many the KV cache holds of one sequence; None for no limit.
 
         `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour;
-        `check_adapter` refuses the name of an adapter that the model does not have.
+        `check_adapter` refuses the name of an adapter that the model does not have, `check_vocabulary` the highest
+        token id of a field where the model has no row for it.
         """
         self._model_id = model_id
         self._model = model
@@ -123,6 +125,7 @@ class Preparer:
         self._constraints = constraints
         self._arguments_for = arguments
         self._check_adapter = check_adapter
+        self.check_vocabulary = check_vocabulary
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Tokens, parameters and processors of a request.
@@ -253,6 +256,7 @@ class Preparer:
                     field,
                 )
             return {}
+        self.check_vocabulary(max(ids), field)
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 

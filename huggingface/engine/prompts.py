@@ -95,12 +95,14 @@ def run_in_batch(
     most: int,
     context: int | None,
     gone: Callable[[], bool],
+    check_vocabulary: Callable[[int, str], None],
     adapter: str | None = None,
 ) -> bool:
     """Have the batch make the tokens of all prompts of `call`; False where it cannot, and the call is to be done whole.
 
     At most `most` of them are in the batch at once. It cannot where `generate` would do more than one plain row, nor
     beyond the `context`, a number of tokens, or the cache. `adapter` names one of the model's, None is itself.
+    `check_vocabulary` refuses the highest token id of a field where the model has no row for it.
 
     Raises:
         QueueFull: as many wait as may; only before the first prompt, the others of a call wait for room.
@@ -113,7 +115,7 @@ def run_in_batch(
     try:
         while begun < call.count or running:
             while begun < call.count and len(running) < most and sum(row.waits for row in running.values()) < _QUEUED:
-                ready = ready or _row(call, begun, engine, context, gone, told, adapter)
+                ready = ready or _row(call, begun, engine, context, gone, told, check_vocabulary, adapter)
                 if ready is None:
                     return False
                 try:
@@ -152,6 +154,7 @@ def _row(
     context: int | None,
     gone: Callable[[], bool],
     told: SimpleQueue[None],
+    check_vocabulary: Callable[[int, str], None],
     adapter: str | None,
 ) -> _Row | None:
     """The row that gives a prompt what `generate` would; None where the batch cannot."""
@@ -163,6 +166,7 @@ def _row(
     if context is not None and config.max_length - 1 > context:
         return None
     prompt: list[int] = settled.input_ids[0].tolist()
+    check_vocabulary(max(prompt, default=0), "inputs")
     ends = config._eos_token_tensor
     tokens = _Tokens(prompt, call.stopped)
     sequence = Sequence(

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import Cancelled, LocalLLMError, OutOfMemory
+from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory
 from .lane import Lane, Outputs, Tensors, token_count
 
 # How many rows a step prepares, over all calls; and how many of one call may be waiting for their batch: enough to sort
@@ -252,7 +252,11 @@ class Batcher:
     # On the engine's thread -------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Do the next piece of work: prepare some rows, and compute one batch or one whole call. Whether more waits."""
+        """Do the next piece of work: prepare some rows, and compute one batch or one whole call. Whether more waits.
+
+        Raises:
+            EngineFailed: the device failed, and does so from now on.
+        """
         self._admit()
         self._drop()
         self._prepare()
@@ -404,3 +408,5 @@ class Batcher:
             failure = self._explain(job.request, error)
             failure.__cause__ = error
         job.call.settle(error=failure)
+        if isinstance(failure, EngineFailed):
+            raise failure

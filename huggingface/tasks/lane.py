@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
+from .vocabulary import check_vocabulary, vocabulary_rows
+
 Tensors = Mapping[str, Any]
 Outputs = tuple[Any, ...]
 
@@ -59,6 +61,9 @@ class Lane:
         # BigBird reads a short input in another way than a long one, and takes the padding for a part of it.
         strange = getattr(model.config, "attention_type", None) == "block_sparse"
         self._masks = not strange and "attention_mask" in inspect.signature(model.forward).parameters
+        self._vocabulary = vocabulary_rows(model)
+        pad = tokenizer.pad_token_id
+        self._pad = pad if pad is None or self._vocabulary is None or pad < self._vocabulary else None
         self._kinds: dict[Hashable, int] = {}
         self._agreed: dict[tuple[bool, int], bool] = {}
         self._failures = 0
@@ -66,12 +71,17 @@ class Lane:
     # Which rows go together -------------------------------------------------------------------------------------------
 
     def kind(self, row: Tensors) -> int | None:
-        """A number that rows have in common if they may be computed together; None for a row that must be alone."""
+        """A number that rows have in common if they may be computed together; None for a row that must be alone.
+
+        Raises:
+            InvalidRequest: it holds a token that the model has no row for.
+        """
         ids = row["input_ids"]
+        check_vocabulary(int(ids.max()) if ids.numel() else 0, self._vocabulary)
         if ids.shape[0] != 1:
             return None
         shapes = tuple((name, row[name].dtype, _beyond(row[name], ids.shape[1])) for name in sorted(row))
-        pads = self._masks and "attention_mask" in row and self._tokenizer.pad_token_id is not None
+        pads = self._masks and "attention_mask" in row and self._pad is not None
         config = self._model.config
         # BART and T5 classify by the last </s>, and fail on rows that differ in how many they have.
         by_end = config.is_encoder_decoder and isinstance(config.eos_token_id, int)
@@ -157,8 +167,8 @@ class Lane:
         return stacked
 
     def _filling(self, name: str) -> int:
-        if name == "input_ids":
-            return int(self._tokenizer.pad_token_id)
+        if name == "input_ids" and self._pad is not None:
+            return int(self._pad)
         return int(getattr(self._tokenizer, "pad_token_type_id", 0)) if name == "token_type_ids" else 0
 
     def _span(self, length: int, longest: int) -> slice:

@@ -14,7 +14,16 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import Cancelled, GenerationFailed, LocalLLMError, MissingField, OutOfMemory, UnsupportedTask
+from ..errors import (
+    Cancelled,
+    EngineFailed,
+    GenerationFailed,
+    LocalLLMError,
+    MissingField,
+    OutOfMemory,
+    UnsupportedTask,
+)
+from ..memory import ran_out_of_memory
 from . import Head, canonical_task, supported_tasks, text_generation
 from . import inputs as shapes
 from .batching import Batcher, Request, TaskCall, Work
@@ -327,8 +336,10 @@ class TaskRunner:
         import torch
 
         reason = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+        if ran_out_of_memory(error):
             return OutOfMemory(f"Not enough memory on the device for '{task}' on model '{self._model_id}'")
+        if isinstance(error, torch.AcceleratorError):  # CUDA refuses everything afterwards
+            return EngineFailed(self._model_id)
         if type(error).__name__ == "PipelineException" and "mask_token" in reason:
             mask = self._shared_tokenizer.mask_token
             return shapes.refuse("inputs", f"must hold the model's mask token {mask}")

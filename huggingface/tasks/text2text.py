@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import Cancelled, InvalidRequest, UnknownField
 from . import inputs as check
 from .positions import max_positions
+from .vocabulary import check_vocabulary, vocabulary_rows
 
 # What each task calls its answer (4.57.6: `return_name` of the three pipelines in text2text_generation.py).
 _KEYS = {"text2text-generation": "generated_text", "summarization": "summary_text", "translation": "translation_text"}
@@ -256,6 +257,7 @@ class Text2Text:
         encoded.pop("token_type_ids", None)  # some tokenizers make them, no `generate` takes them
         forced = {"forced_bos_token_id": encoded.pop("forced_bos_token_id")} if self._by_language else {}
         self._check_length(int(encoded["input_ids"].shape[-1]), field)
+        check_vocabulary(int(encoded["input_ids"].max()), vocabulary_rows(self._model), field)
         tensors = {name: value.to(self._model.device) for name, value in encoded.items()}
         try:
             with torch.inference_mode(), _blaming(asked):
