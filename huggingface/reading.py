@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from . import files, gguf_files
+from . import default_dtype, files, gguf_files
 from .engine.openvino.reserve import make_shell
 from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory
 from .memory import ran_out_of_memory
@@ -37,8 +37,8 @@ _BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
 # Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
 _NOWHERE = "no-adapter-of-its-own"
 
-# transformers builds a model under process-wide switches (default dtype, skipped initialization), so two must not be
-# built at once. Files are fetched outside of it: a slow download holds nobody up.
+# transformers builds a model under process-wide switches (skipped initialization), so two must not be built at once.
+# Files are fetched outside of it: a slow download holds nobody up.
 BUILDING = threading.Lock()
 
 # The default dtype is no such switch here: other models compute while one is built.

@@ -56,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
 PARTS = {
     "adapters": "loader",
     "converted": "loader",
+    "default_dtype": "loader",
     "plan": "loader",
     "reading": "loader",
     "estimating": "loader",
@@ -75,6 +76,7 @@ TORCH = (
     "huggingface/loaded.py",
     "huggingface/adapters.py",
     "huggingface/converted/*.py",
+    "huggingface/default_dtype.py",
     "huggingface/plan.py",
     "huggingface/reading.py",
     "huggingface/estimating.py",
