@@ -56,6 +56,14 @@ class Program:
             with contextlib.suppress(psutil.Error):
                 process.resume()
 
+    def ask_to_end(self, limit: float) -> int | None:
+        """Ask it to end (SIGTERM), and wait so many seconds at most; its exit status, or None if it goes on."""
+        self._process.terminate()
+        try:
+            return self._process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+
     def stop(self) -> None:
         """End it: asked first, killed after ten seconds."""
         tree = self._tree()
