@@ -213,6 +213,7 @@ class LoadedModel:
     ) -> None:
         """Take the weights into memory of its own, and find out how the model is served."""
         try:
+            use_device(self.device)
             if not detached:
                 detach(model, lambda: self._closing)
             self.resident = True
@@ -254,7 +255,7 @@ class LoadedModel:
 
         active = self._adapters.active
         tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active, encoder)
-        engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve)
+        engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve, lambda: use_device(self.device))
         preparer = Preparer(
             model_id,
             model,
@@ -571,6 +572,12 @@ def free() -> None:
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
     release_freed()
+
+
+def use_device(device: str) -> None:
+    """Make a CUDA device this thread's current one: kernels that are not torch's run there, not at their tensors."""
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def _constraints(model: Any, tokenizer: Any) -> Constraints:

@@ -195,6 +195,19 @@ def test_closing_in_any_moment_answers_everyone(resting: Any) -> None:
         until(lambda: not threads_of("closing"))
 
 
+def test_each_of_an_engines_threads_is_made_ready_before_it_computes() -> None:
+    """CUDA keeps the current device for each thread."""
+    begun: list[str] = []
+    model, tokenizer = build("llama")
+    tasks = TaskRunner("tiny/llama", model, tokenizer, "causal-lm")
+    engine = Engine(
+        "tiny/begun", None, tasks, EngineOptions(), begin=lambda: begun.append(threading.current_thread().name)
+    )
+    assert engine.call(lambda: (threading.current_thread().name, list(begun))) == ("engine-tiny/begun", begun)
+    assert begun == ["engine-tiny/begun"]
+    engine.close()
+
+
 # Breaking -------------------------------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import changed_models
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 import huggingface
 from app import create_app
 from config import Settings
+from huggingface.tasks.positions import max_positions
 
 API = "/api/huggingface"
 EXTRA = "<image_soft_token>"
@@ -114,3 +116,23 @@ def test_rows_are_not_padded_with_a_token_that_the_model_has_no_row_for(tmp_path
     model.close()
     scores = torch.tensor([[each["score"] for each in answers] for answers in (together, alone)])
     assert torch.allclose(scores[0], scores[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["CTRLConfig", "CodeGenConfig", "GPTJConfig", "IBertConfig", "RobertaConfig", "GPT2Config"]
+)
+def test_how_many_positions_a_model_has_is_known_before_it_is_run(kind: str) -> None:
+    """Beyond them a CPU raises, and CUDA ends for the whole process."""
+    shape = {"vocab_size": 100, "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64, "rotary_dim": 8, "dff": 32}
+    if kind in ("IBertConfig", "RobertaConfig"):
+        shape = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+        shape |= {"max_position_embeddings": 66}
+    config = getattr(transformers, kind)(**shape, pad_token_id=1)
+    model = transformers.AutoModel.from_config(config).eval()
+    most = max_positions(model)
+    assert most in (63, 64)  # RoBERTa's begin after the padding index, which takes one more
+    tokens = torch.full((1, most), 7)
+    with torch.inference_mode():
+        model(input_ids=tokens)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, 70), 7))

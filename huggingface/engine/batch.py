@@ -85,7 +85,11 @@ class TransformersBatch:
             if row.sequence.slot is not None
         ]
         with typed(self._model_id):
-            return self._runner.forward(pieces, lambda index, logits: self._note_prompt(rows[index], logits))
+            logits = self._runner.forward(pieces, lambda index, logits: self._note_prompt(rows[index], logits))
+            if logits.is_cuda and not any(row.complete for row in rows):
+                # No token is drawn, which would wait for the device: the engine takes the time of each step.
+                torch.cuda.synchronize(logits.device)
+            return logits
 
     def draw(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
         """The next token of each row whose tokens are all computed, or why there is none; 0 for the others."""

@@ -107,12 +107,15 @@ class Engine:
         options: EngineOptions,
         reason: str | None = None,
         relieve: Callable[[], bool] = lambda: False,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         """Without a `batch` each generation is a job of its own; `reason` says why.
 
-        `relieve` is asked for memory where there is none; it tells whether it could free some.
+        `relieve` is asked for memory where there is none; it tells whether it could free some. `begin` is called first
+        of all on each of its threads.
         """
         self._relieve = relieve
+        self._begin = begin
         self._model_id = model_id
         self._batch = batch
         self._tasks = tasks
@@ -288,6 +291,7 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
+            self._begin()
             while (next_thing := self._wait()) == "step":
                 self.step()
             if next_thing == "rest":

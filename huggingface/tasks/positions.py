@@ -13,6 +13,9 @@ _NAMES = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "embed_position"}
 )
 
+# Kinds of models that keep their positions in a plain tensor, as long as their config says.
+_PLAIN_TABLES = frozenset({"codegen", "ctrl", "gptj"})
+
 # Where a model also sees or hears, the places in a picture are not those in a text.
 _NOT_TEXT = ("vision", "visual", "image", "audio")
 
@@ -27,8 +30,15 @@ def max_positions(model: Any) -> int | None:
 
     if getattr(model.config, "reset_position_index_per_cell", False):  # TAPAS counts from zero in each cell
         return None
+    config = model.config.get_text_config()
+    if config.model_type in _PLAIN_TABLES:
+        return int(config.max_position_embeddings)
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in _NAMES or not isinstance(module, nn.Embedding):
+        if name.rpartition(".")[2] not in _NAMES:
+            continue
+        if type(module).__name__ == "QuantEmbedding":  # I-BERT's own, a RoBERTa
+            return int(module.weight.shape[0]) - int(module.padding_idx) - 1
+        if not isinstance(module, nn.Embedding):
             continue
         if any(other in name for other in _NOT_TEXT):
             continue
