@@ -37,7 +37,7 @@ SECTIONS = {
     | {"int8: the estimate is what a load takes", "int4: the estimate is what a load takes"},
     "robust": {"a client that hangs up costs nothing more", "a cancel by id", "many callers at once", "SIGTERM ends it"}
     | {"texts beside a load are the same", "/health while a model loads"},
-    "profile": {"a step of 4 rows, greedy", "a step of 4 rows, sampled"},
+    "profile": {"a step of 4 rows, greedy", "a step of 4 rows, sampled", "its sampling alone, sampled"},
     "speed": {"4 callers, ours", "4 callers, generate", "4 callers, continuous batching"}
     | {"a prompt of 400 tokens, first token"},
 }
@@ -57,7 +57,8 @@ def test_each_section_ends_and_all_its_checks_hold(section: str, tmp_path: Path)
     found = {line.get("check") or line["figure"]: line for each in told["sections"] for line in each["found"]}
     assert not SECTIONS[section] - set(found)
     assert all(line.get("ok", True) for line in found.values())
-    assert found["versions"]["torch"] == metadata.version("torch")
+    assert told["versions"]["torch"] == metadata.version("torch")
+    assert told["card"]["threads"] >= 1
     assert section in done.stdout
 
 

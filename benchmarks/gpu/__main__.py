@@ -69,6 +69,8 @@ def main() -> int:
         "device": device,
         "seconds": round(monotonic() - began, 1),
         "budget_s": options.budget_s,
+        "versions": _told(sections, "versions"),
+        "card": _told(sections, "card"),
         "sections": sections,
     }
     print(table(sections))
@@ -141,6 +143,14 @@ def table(sections: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"  FAILED {found['check']}: {_shown(found)}" for found in failed]
         lines += [f"  {found['figure']}: {_shown(found)}" for found in figures]
     return "\n".join(lines)
+
+
+def _told(sections: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The numbers of a figure."""
+    found: dict[str, Any] = next(
+        (each for part in sections for each in part["found"] if each.get("figure") == name), {}
+    )
+    return {key: value for key, value in found.items() if key != "figure"}
 
 
 def _shown(found: Mapping[str, Any]) -> str:

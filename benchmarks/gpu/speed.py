@@ -22,6 +22,8 @@ _COPIED_ON_CPU = 2**26
 _COPIES = 10
 _CACHE_SHARE = 0.2  # of what is free, for transformers' continuous batching: the server's own cache is there too
 
+_FORWARD = "forward pass"  # what the profile calls the part of a step on the host until the kernels are launched
+
 # Which kernels, by what their names hold, do what; on a CPU these are torch's operations.
 _KINDS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("attention", ("attention", "flash", "fmha", "softmax", "sdpa")),
@@ -260,10 +262,9 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
         return [Sampler(prompt, 4096, rules or LogitsProcessorList(), do_sample, None) for _ in slots]
 
     def step(drawing: list[Sampler]) -> None:
-        with torch.profiler.record_function("step.forward"):
+        with torch.profiler.record_function(_FORWARD):
             logits = runner.forward([Piece(slot, [7], len(slot.tokens)) for slot in slots])
-        with torch.profiler.record_function("step.sampling"):
-            tokens = draw(logits, drawing, "profile")
+        tokens = draw(logits, drawing, "profile")
         for slot, token in zip(slots, tokens, strict=True):
             slot.tokens.append(token)
 
@@ -280,17 +281,27 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
             for _ in range(scale.profiled_steps):
                 step(drawing)
         _tell_profile(f"a step of {len(slots)} rows, {name}", seen, wall, scale, tell)
+        # Alone, as in a step it waits for the forward pass.
+        logits = runner.forward([Piece(slot, [7], len(slot.tokens)) for slot in slots]).clone()
+        began = perf_counter()
+        for _ in range(scale.profiled_steps):
+            draw(logits, drawing, "profile")
+        wall = (perf_counter() - began) / scale.profiled_steps
+        with profiler(activities=activities) as seen:
+            for _ in range(scale.profiled_steps):
+                draw(logits, drawing, "profile")
+        _tell_profile(f"its sampling alone, {name}", seen, wall, scale, tell)
 
 
 def _tell_profile(name: str, seen: Any, wall: float, scale: Scale, tell: Tell) -> None:
     """Milliseconds a step: on the clock without the profiler, and by what its events say."""
     steps, cuda = scale.profiled_steps, scale.device != "cpu"
     spent: dict[str, float] = {kind: 0.0 for kind, _ in _KINDS} | {"rest": 0.0}
-    launches, regions, launching = 0, {"step.forward": 0.0, "step.sampling": 0.0}, 0.0
+    launches, forward, launching = 0, 0.0, 0.0
     for event in seen.key_averages():
         key = str(event.key)
-        if key in regions:
-            regions[key] += event.cpu_time_total
+        if key == _FORWARD:
+            forward += event.cpu_time_total
             continue
         if key.startswith(("cudaLaunch", "cuLaunch")):
             launches += event.count
@@ -311,6 +322,5 @@ def _tell_profile(name: str, seen: Any, wall: float, scale: Scale, tell: Tell) -
         **numbers,
         launches=launches / steps,
         launching_ms=launching / steps / 1000,
-        forward_on_host_ms=regions["step.forward"] / steps / 1000,
-        sampling_on_host_ms=regions["step.sampling"] / steps / 1000,
+        forward_on_host_ms=forward / steps / 1000,
     )
