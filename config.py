@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -97,6 +97,11 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
         description="Further names, separated by commas, under which browsers and clients may address this server.",
+    )
+    unknown_parameters: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="What becomes of a request with a parameter that is not known here: `refuse`, or `ignore` it and "
+        "name it in the header `X-Local-LLM-Ignored`.",
     )
     log_level: str = Field(
         "INFO",

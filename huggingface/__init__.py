@@ -18,6 +18,7 @@ from .api import downloads as download_routes
 from .api import hub_protocol as hub_protocol  # adds its route to those of the models
 from .api import preflight as preflight_routes
 from .api.errors import init_errors
+from .api.fields import UnknownParameters, init_ignored
 from .api.guard import init_guard
 from .api.inflight import Requests
 from .api.openai import routes as openai
@@ -49,6 +50,7 @@ def init_app(
     memory_limits: Mapping[str, Limit] | None = None,
     preload: Sequence[str] = (),
     allowed_hosts: Iterable[str] = (),
+    unknown_parameters: UnknownParameters = "refuse",
 ) -> None:
     """Put the services on `app` and register the routes.
 
@@ -57,6 +59,7 @@ def init_app(
     stays after its last use (-1: for ever). `memory_limits` are what models may take on each device, `preload` the
     models to load at the start. `threads` are those that serve requests (an eighth of them is kept for those that need
     no model), `allowed_hosts` are names under which the server may be addressed besides the local ones.
+    `unknown_parameters` says whether a request with a parameter that nothing here knows is refused.
     """
     records = ModelRegistry(registry)
     manager = ModelManager(
@@ -78,6 +81,7 @@ def init_app(
     app.before_request(check_query)
     init_guard(app, allowed_hosts)
     init_errors(app)
+    init_ignored(app, unknown_parameters)
     init_request_ids(app)
     for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, openai):
         app.register_api(routes.blueprint)

@@ -39,9 +39,10 @@ class MissingField(InvalidRequest):
 class UnknownField(InvalidRequest):
     """A field that nothing here honours."""
 
-    def __init__(self, field: str, known: Iterable[str] = ()) -> None:
+    def __init__(self, field: str, known: Iterable[str] = (), meant: str | None = None) -> None:
         names = ", ".join(sorted(known))
-        super().__init__(f"Unknown field: {field}" + (f". Accepted here: {names}" if names else ""), field)
+        more = f". Did you mean {meant}?" if meant else f". Accepted here: {names}" if names else ""
+        super().__init__(f"Unknown field: {field}{more}", field)
 
 
 class InvalidModelId(InvalidRequest):

@@ -116,7 +116,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
             f"huggingface/api/{name}.py"
             for name in (
                 *("schemas", "cache_schemas", "download_schemas", "hub_schemas", "inference_schemas", "model_schemas"),
-                *("preflight_schemas", "system_schemas", "parameters", "errors"),
+                *("preflight_schemas", "system_schemas", "parameters", "fields", "errors"),
             )
         ),
         *(

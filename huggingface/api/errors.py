@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from .. import errors
+from .fields import fields_named
 from .parameters import request_error
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def init_errors(app: Flask) -> None:
 
 def on_invalid_body(error: ValidationError) -> Response:
     """What flask-openapi3 calls when a body, path or query does not fit its pydantic model."""
-    raise request_error(error) from error
+    raise request_error(error, suggested=fields_named(error.title)) from error
 
 
 def log(error: errors.LocalLLMError, where: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -22,8 +23,11 @@ class Complaints(Protocol):
         ...
 
 
-def request_error(exc: Complaints, prefix: str = "", known: Iterable[str] = ()) -> InvalidRequest:
-    """Say in plain English what a body got wrong; `known` are the names to list where one is unknown.
+def request_error(
+    exc: Complaints, prefix: str = "", known: Iterable[str] = (), suggested: frozenset[str] = frozenset()
+) -> InvalidRequest:
+    """Say in plain English what a body got wrong; `known` are the names to list where one is unknown, `suggested` those
+    of which the nearest one is named.
 
     One thing at a time: a missing field first, then an unknown one, then a wrong value, each in the model's order.
     """
@@ -34,7 +38,10 @@ def request_error(exc: Complaints, prefix: str = "", known: Iterable[str] = ()) 
                 field = prefix + _path(problem)
                 if kind == "missing":
                     return MissingField(field)
-                return UnknownField(field, known if len(problem["loc"]) == 1 else ())
+                if len(problem["loc"]) > 1:
+                    return UnknownField(field)
+                nearest = get_close_matches(field, sorted(suggested), 1, 0.75)
+                return UnknownField(field, known, nearest[0] if nearest else None)
     # A value that fits no branch of a union has a complaint from each: keep those that went deepest into the value.
     first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     depth = max(len(_path(problem)) for problem in first)

@@ -1,7 +1,4 @@
-"""What OpenAI's bodies have in common. A field that means nothing here is refused by its name, as an unknown one is.
-
-`null` stands for a field that is left out, as OpenAI has it. Nothing here works on a model.
-"""
+"""What OpenAI's bodies have in common. Nothing here works on a model."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..fields import Fields
 from ..parameters import GenerationParameters
 
 MODEL = "Id of a registered model."
@@ -65,10 +63,17 @@ def of_an_object(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     return parameters
 
 
-class Part(BaseModel):
+class Part(Fields):
     """Some of a body."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Replayed(Part):
+    """What a program sends back as it got it, from here or elsewhere: unknown fields are dropped."""
+
+    drops = True
+    place = "messages"
 
 
 def one_of(field: str, kinds: Mapping[str, type[BaseModel]], reason: str, default: str | None = None) -> Any:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .bodies import Asked, Count, Part, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
+from .bodies import Asked, Count, Part, Replayed, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
 
 
-class InputText(Part):
+class InputText(Replayed):
     """Text of a message."""
+
+    place = "input"
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
@@ -21,8 +23,10 @@ class InputText(Part):
     logprobs: list[Any] | None = None
 
 
-class InputRefusal(Part):
+class InputRefusal(Replayed):
     """A refusal that was given before."""
+
+    place = "input"
 
     type: Literal["refusal"]
     refusal: Text
@@ -36,8 +40,10 @@ else:
     ItemContent = Text | list[one_of("type", _TEXT_KINDS, "must be input_text or output_text: this server reads text")]
 
 
-class MessageItem(Part):
+class MessageItem(Replayed):
     """A message."""
+
+    place = "input"
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -47,8 +53,10 @@ class MessageItem(Part):
     phase: Text | None = None
 
 
-class CallItem(Part):
+class CallItem(Replayed):
     """A call that the model made."""
+
+    place = "input"
 
     type: Literal["function_call"]
     call_id: Text
@@ -62,8 +70,10 @@ class CallItem(Part):
     async_: None = Field(None, alias="async")
 
 
-class ResultItem(Part):
+class ResultItem(Replayed):
     """What a call gave."""
+
+    place = "input"
 
     type: Literal["function_call_output"]
     call_id: Text
@@ -73,8 +83,10 @@ class ResultItem(Part):
     status: Text | None = None
 
 
-class ReasoningItem(Part):
+class ReasoningItem(Replayed):
     """What the model thought before; models are not shown it again, as their templates have it."""
+
+    place = "input"
 
     type: Literal["reasoning"]
     id: Text | None = None
@@ -93,8 +105,10 @@ else:
     Item = one_of("type", _ALL_ITEMS, f"must be one of {', '.join(_ALL_ITEMS)}", default="message")
 
 
-class FunctionTool(Part):
+class FunctionTool(Replayed):
     """A function that the model may call."""
+
+    place = "tools"
 
     type: Literal["function"]
     name: ToolName

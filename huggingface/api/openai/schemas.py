@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from .bodies import Count, Part, Penalized, Text, ToolName, of_an_object, one_of, refuse
+from .bodies import Count, Part, Penalized, Replayed, Text, ToolName, of_an_object, one_of, refuse
 
 
-class TextPart(Part):
+class TextPart(Replayed):
     """A part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class RefusalPart(Part):
+class RefusalPart(Replayed):
     """A part of an assistant's message."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
-class CalledFunction(Part):
+class CalledFunction(Replayed):
     """A call's function."""
 
     name: ToolName
@@ -34,7 +34,7 @@ class CalledFunction(Part):
     parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
 
 
-class ToolCall(Part):
+class ToolCall(Replayed):
     """A call that an assistant made."""
 
     id: Text
@@ -52,7 +52,7 @@ else:
     SaidContent = Text | list[one_of("type", {"text": TextPart, "refusal": RefusalPart}, _TEXT_ONLY)]
 
 
-class SystemMessage(Part):
+class SystemMessage(Replayed):
     """What the assistant is to be like."""
 
     role: Literal["system", "developer"]
@@ -60,7 +60,7 @@ class SystemMessage(Part):
     name: Text | None = None
 
 
-class UserMessage(Part):
+class UserMessage(Replayed):
     """What the user says."""
 
     role: Literal["user"]
@@ -68,7 +68,7 @@ class UserMessage(Part):
     name: Text | None = None
 
 
-class AssistantMessage(Part):
+class AssistantMessage(Replayed):
     """What the assistant said."""
 
     role: Literal["assistant"]
@@ -90,7 +90,7 @@ class AssistantMessage(Part):
         return self
 
 
-class ToolMessage(Part):
+class ToolMessage(Replayed):
     """What a tool gave."""
 
     role: Literal["tool"]
@@ -112,8 +112,10 @@ else:
     Message = one_of("role", _ROLES, f"must be one of {', '.join(_ROLES)}")
 
 
-class Function(Part):
+class Function(Replayed):
     """A function that the model may call."""
+
+    place = "tools"
 
     name: ToolName
     description: Text | None = None
@@ -126,8 +128,10 @@ class Function(Part):
         return of_an_object(value)
 
 
-class Tool(Part):
+class Tool(Replayed):
     """A tool."""
+
+    place = "tools"
 
     type: Literal["function"]
     function: Function
