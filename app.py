@@ -54,6 +54,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         preload=settings.preload,
         threads=settings.threads,
         allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
         unknown_parameters=settings.unknown_parameters,
     )
     return app

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from huggingface.api.origins import allowed_origins
 from huggingface.budget import parse_limits
 
 ROOT = Path(__file__).resolve().parent
@@ -98,6 +99,12 @@ class Settings(BaseSettings):
         frozenset(),
         description="Further names, separated by commas, under which browsers and clients may address this server.",
     )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Further origins of web pages, separated by commas, that may use this server besides those of this "
+        "machine: `https://chat.example`, `https://*.chat.example`, `http://10.0.0.5:*`, `chrome-extension://*`; "
+        "`null` for pages from files, `*` for every page.",
+    )
     unknown_parameters: Literal["refuse", "ignore"] = Field(
         "refuse",
         description="What becomes of a request with a parameter that is not known here: `refuse`, or `ignore` it and "
@@ -116,11 +123,17 @@ class Settings(BaseSettings):
             return frozenset(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("preload", mode="before")
+    @field_validator("preload", "allowed_origins", mode="before")
     @classmethod
     def _list(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        allowed_origins(value)
         return value
 
     @field_validator("memory_budget")

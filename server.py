@@ -1,7 +1,7 @@
 """The production server around the app: waitress, its limits, its signals, and what it prints at the start.
 
 Knows sockets and threads; nothing of models. Errors that waitress answers by itself (a malformed request line, a body
-beyond any limit) get the documented JSON body here, because they never reach the app.
+beyond any limit) get the documented JSON body, and the headers for browsers, here: they never reach the app.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from waitress.task import ErrorTask
 from waitress.utilities import RequestEntityTooLarge
 
 from config import Settings
+from huggingface.api.guard import EXTENSION as GUARD
+from huggingface.api.guard import Guard
 
 # Beyond the app's own limit, so that the app can answer a body that is too large after its sender has finished sending;
 # a client that is cut off in mid-sending sees a broken connection instead of the answer.
@@ -38,6 +40,9 @@ class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
         body = json.dumps({"success": False, "error": message}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
+        # A failure of the app has a new request here, without the headers that were sent.
+        sent = (self.channel.requests or [self.request])[0].headers
+        self.response_headers.extend(self.channel.server.guard.answer_headers(sent.get("ORIGIN"), sent.get("HOST", "")))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -54,7 +59,7 @@ def serve(app: Flask, settings: Settings) -> None:
     except (OSError, ValueError) as error:  # ValueError: what waitress says of a name that it cannot resolve
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {reason}")
-    host, port = _use_channel(server)[0]
+    host, port = _use_channel(server, app.extensions[GUARD])[0]
     signal.signal(signal.SIGTERM, _stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
     print(f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n", flush=True)  # noqa: T201
@@ -75,14 +80,14 @@ def _listen(app: Flask, settings: Settings) -> Any:
     )
 
 
-def _use_channel(server: Any) -> list[tuple[str, int]]:
-    """Have every listening socket use our channel; returns their addresses."""
+def _use_channel(server: Any, guard: Guard) -> list[tuple[str, int]]:
+    """Have every listening socket use our channel, which asks `guard`; returns their addresses."""
     if not isinstance(server, MultiSocketServer):
-        server.channel_class = _Channel
+        server.channel_class, server.guard = _Channel, guard
         return [(server.effective_host, server.effective_port)]
     for listener in server.map.values():
         if hasattr(listener, "channel_class"):
-            listener.channel_class = _Channel
+            listener.channel_class, listener.guard = _Channel, guard
     return list(server.effective_listen)
 
 

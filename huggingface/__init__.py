@@ -50,6 +50,7 @@ def init_app(
     memory_limits: Mapping[str, Limit] | None = None,
     preload: Sequence[str] = (),
     allowed_hosts: Iterable[str] = (),
+    allowed_origins: Iterable[str] = (),
     unknown_parameters: UnknownParameters = "refuse",
 ) -> None:
     """Put the services on `app` and register the routes.
@@ -58,7 +59,8 @@ def init_app(
     for the model's users, `memory_timeout` how many a load waits for those of others, `keep_alive` how many a model
     stays after its last use (-1: for ever). `memory_limits` are what models may take on each device, `preload` the
     models to load at the start. `threads` are those that serve requests (an eighth of them is kept for those that need
-    no model), `allowed_hosts` are names under which the server may be addressed besides the local ones.
+    no model), `allowed_hosts` are names under which the server may be addressed besides the local ones,
+    `allowed_origins` patterns of web pages' origins that may use it besides those of this machine.
     `unknown_parameters` says whether a request with a parameter that nothing here knows is refused.
     """
     records = ModelRegistry(registry)
@@ -78,8 +80,8 @@ def init_app(
     app.request_class = JSONRequest
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
+    init_guard(app, allowed_hosts, allowed_origins)
     app.before_request(check_query)
-    init_guard(app, allowed_hosts)
     init_errors(app)
     init_ignored(app, unknown_parameters)
     init_request_ids(app)

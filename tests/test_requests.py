@@ -216,7 +216,7 @@ def test_local_names_and_addresses_are_served(client: Any, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "https://localhost", "http://localhost:3000", "null", "http://["]
+    "origin", ["http://evil.example", "https://localhost.evil.example", "http://0.0.0.0:3000", "null", "http://["]
 )
 def test_a_foreign_page_is_refused(registered: Any, origin: str) -> None:
     """A web page of another origin cannot use the server, whatever it sends."""

@@ -18,7 +18,7 @@ blueprint = APIBlueprint(
     abp_responses={**schemas.FAILURES},
 )
 
-_CLIENTS_ID, _OUR_ID = "X-Request-Id", "X-Local-LLM-Request-Id"
+CLIENTS_ID, OUR_ID = "X-Request-Id", "X-Local-LLM-Request-Id"
 
 
 @blueprint.get("/requests", responses={200: system_schemas.RequestsAnswer})
@@ -40,9 +40,9 @@ def init_request_ids(app: Flask) -> None:
 
     def add_headers(response: Response) -> Response:
         if (name := client_request_id()) is not None:
-            response.headers[_CLIENTS_ID] = name
+            response.headers[CLIENTS_ID] = name
         if (own := g.get("request_id")) is not None:
-            response.headers[_OUR_ID] = own
+            response.headers[OUR_ID] = own
         return response
 
     app.after_request(add_headers)
@@ -50,5 +50,5 @@ def init_request_ids(app: Flask) -> None:
 
 def client_request_id() -> str | None:
     """What the client calls the present request, if it does; cut where it is no name any more."""
-    name = request.headers.get(_CLIENTS_ID)
+    name = request.headers.get(CLIENTS_ID)
     return None if name is None else name[:200]
