@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from huggingface.api.effective import GENERATE_DEFAULTS
 
 METHODS = {"GET", "POST", "PUT", "DELETE", "PATCH"}
 UNDESCRIBED = {"/openapi.json", "/docs", "/docs/static/{filename}"}  # the description itself
@@ -69,7 +72,57 @@ def test_every_route_says_in_a_sentence_what_it_does_and_describes_its_success(d
             assert "success" in told or {"object", "data", "results"} & told.keys(), (method, path)
 
 
+def schemas(node: Any) -> Iterator[dict[str, Any]]:
+    """Every object of the document but those that hold fields or schemas by their names."""
+    if isinstance(node, list):
+        for each in node:
+            yield from schemas(each)
+    if isinstance(node, dict):
+        yield node
+        for key, value in node.items():
+            named = key in ("properties", "schemas", "$defs") and isinstance(value, dict)
+            yield from schemas(list(value.values()) if named else value)
+
+
+def test_no_schema_has_a_default(document: dict[str, Any]) -> None:
+    """A generated client would send it, over what the model is registered with."""
+    assert [schema for schema in schemas(document) if "default" in schema] == []
+
+
+def test_defaults_are_told_in_descriptions(document: dict[str, Any]) -> None:
+    fields = document["components"]["schemas"]["GenerateBody"]["properties"]
+    for name, value in GENERATE_DEFAULTS.items():
+        assert f"Default, where the model has none registered: {json.dumps(value)}." in fields[name]["description"]
+    load = document["components"]["schemas"]["LoadBody"]["properties"]
+    assert "Default: false." in load["force_reload"]["description"]
+    [details] = document["paths"]["/api/huggingface/models/available"]["get"]["parameters"]
+    assert 'Default: "false".' in details["description"]
+
+
+def test_an_answer_always_has_its_success(document: dict[str, Any]) -> None:
+    for name, schema in document["components"]["schemas"].items():
+        if "success" in schema.get("properties", {}):
+            assert "success" in schema["required"], name
+
+
+def test_operations_have_short_names_of_their_own(app: Any, document: dict[str, Any]) -> None:
+    """That of the view; another protocol's begin with the protocol's."""
+    names = {}
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            name = operation["operationId"]
+            assert name not in names, f"{name}: {method} {path} and {names[name]}; rename one of the two views"
+            assert re.fullmatch(r"[a-z]+([A-Z][a-z0-9]*)*", name), (name, method, path)
+            names[name] = (method, path)
+    assert names["generate"] == ("post", "/api/huggingface/generate")
+    assert names["listModels"] == ("get", "/api/huggingface/models")
+    assert names["openaiListModels"] == ("get", "/v1/models")
+    views = {rule.endpoint.rpartition(".")[2].replace("_", "").lower() for rule in app.url_map.iter_rules()}
+    assert [name for name in names if not any(name.lower().endswith(view) for view in views)] == []
+
+
 STREAMS = {
+    "/api/huggingface/models/{model_id}",
     "/api/huggingface/models/{model_id}/load",
     "/api/huggingface/models/{model_id}/download",
     "/api/huggingface/models/{model_id}/v1/chat/completions",
@@ -93,7 +146,9 @@ def test_what_is_streamed_is_described_as_events_too(document: dict[str, Any]) -
                 assert events["description"]
                 assert "stream" in body_of(document, method, path)["properties"]
                 told.add(path)
-    assert told == STREAMS
+            elif "requestBody" in operation:
+                assert "stream" not in body_of(document, method, path)["properties"], path
+    assert told >= STREAMS
 
 
 def test_every_error_is_described_in_the_one_documented_shape(document: dict[str, Any]) -> None:

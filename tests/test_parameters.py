@@ -138,10 +138,9 @@ def test_every_task_has_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_is_described_and_none_claims_a_default_of_null(name: str) -> None:
+def test_every_parameter_is_described(name: str) -> None:
     for field, schema in MODELS[name].model_json_schema()["properties"].items():
         assert schema.get("description"), field
-        assert "default" not in schema or (name, field) == ("text-classification", "top_k")
 
 
 def test_only_the_parameters_that_were_given_come_back_and_whole_numbers_do_for_others() -> None:

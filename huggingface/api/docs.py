@@ -12,6 +12,8 @@ import flask_openapi3_swagger
 from flask import Blueprint, current_app, render_template, url_for
 from flask_openapi3 import OpenAPI
 
+from .document import api_document
+
 _PACKAGE = Path(flask_openapi3_swagger.__file__).parent
 
 blueprint = Blueprint(
@@ -26,10 +28,7 @@ blueprint = Blueprint(
 @blueprint.get("/openapi.json")
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    document: dict[str, Any] = cast(OpenAPI, current_app).api_doc
-    if not document["components"].get("securitySchemes"):
-        document["components"].pop("securitySchemes", None)  # an empty one has the page offer to log in
-    return document
+    return api_document(cast(OpenAPI, current_app))
 
 
 @blueprint.get("/docs")

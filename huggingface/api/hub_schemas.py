@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .parameters import TASK_PARAMETERS, AnyText, Parameters, Stop, TableQuestionAnsweringParameters, Text
+from .schemas import streaming
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -152,4 +153,4 @@ class HubBody(BaseModel):
 class HubAnswer(BaseModel):
     """What the task gives, in the form that Hugging Face publishes: of each task another."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = {**streaming("TGI's event for each token; of text generation only."), "extra": "allow"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +12,12 @@ from .effective import GENERATE_DEFAULTS
 from .model_schemas import ModelInfo
 from .parameters import TASK_PARAMETERS, GenerationParameters
 from .schemas import MODEL_ID_TEXT, MOST_SECONDS, Answer, Strict, optional, streaming
+
+
+def _example(**fields: Any) -> ConfigDict:
+    """What the page at `/docs` offers to send, in place of every field that there is."""
+    body = {"model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", **fields}
+    return cast(ConfigDict, {"openapi_extra": {"example": body}})
 
 
 class Message(Strict):
@@ -25,6 +32,8 @@ class GenerateBody(GenerationParameters):
 
     What is left out comes from the model's registered parameters, then from the defaults named here.
     """
+
+    model_config = _example(prompt="What is the capital of France?", max_new_tokens=30)
 
     model_id: str = Field(description=MODEL_ID_TEXT)
     prompt: str = optional("Input text. For a conversational model it is the user's turn of a new chat.")
@@ -43,10 +52,12 @@ class GenerateBody(GenerationParameters):
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """The schema as pydantic makes it, with the defaults that are in effect where a model has none of its own."""
+        """The schema as pydantic makes it, with what is in effect where a model has nothing of its own registered."""
         schema = super().model_json_schema(*arguments, **options)
         for name, value in GENERATE_DEFAULTS.items():
-            schema["properties"][name]["default"] = value
+            schema["properties"][name]["description"] += (
+                f" Default, where the model has none registered: {json.dumps(value)}."
+            )
         return schema
 
 
@@ -93,7 +104,12 @@ class GenerateAnswer(Answer):
 class PipelineBody(BaseModel):
     """A task for a model. Every further field is a parameter of the task; one that it does not have is refused."""
 
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+    model_config = {
+        **_example(task="text-generation", inputs="Once upon a time", max_new_tokens=30),
+        "extra": "allow",
+        "strict": True,
+        "protected_namespaces": (),
+    }
 
     model_id: str = Field(description=MODEL_ID_TEXT)
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
@@ -108,8 +124,6 @@ class PipelineBody(BaseModel):
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
         """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
         schema = super().model_json_schema(*arguments, **options)
-        for name in ("timeout", "keep_alive", "adapter"):
-            del schema["properties"][name]["default"]  # none is given: it stands for that
         schema["anyOf"] = []
         for name, parameters in TASK_PARAMETERS.items():
             fields = parameters.model_json_schema(*arguments, **options)

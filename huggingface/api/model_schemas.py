@@ -28,16 +28,8 @@ def _shown(description: str) -> Any:
     return Field(default=None, description=description)
 
 
-def _drop_defaults(schema: dict[str, Any]) -> None:
-    for field in schema["properties"].values():
-        if field.get("default") is None:
-            field.pop("default", None)
-
-
 class Settings(Strict):
     """How a model is loaded. What is left out is the server's choice."""
-
-    model_config = ConfigDict(json_schema_extra=_drop_defaults)
 
     device: str | None = optional("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = optional(
@@ -65,8 +57,6 @@ class Settings(Strict):
 class Registered(Settings):
     """What may be said of a model beyond what is documented."""
 
-    model_config = ConfigDict(json_schema_extra=_drop_defaults)
-
     revision: str | None = optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
     gguf_file: str | None = optional(
         "The file of the repository or folder that holds the weights as GGUF.", min_length=1, max_length=500
@@ -89,8 +79,6 @@ class TypeQuery(Strict):
 class NewModel(Registered):
     """A model to register."""
 
-    model_config = ConfigDict(json_schema_extra=_drop_defaults)
-
     model_id: str = Field(description=MODEL_ID_TEXT, examples=["microsoft/DialoGPT-medium"])
     name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
     model_type: str | None = Field(
@@ -112,8 +100,6 @@ class ModelChanges(Registered):
     `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
     """
 
-    model_config = ConfigDict(json_schema_extra=_drop_defaults)
-
     name: str = optional("Display name.", min_length=1)
     model_type: str = optional("What the model is for.")
     description: str = optional("Anything that helps to tell the model from others.")
@@ -131,7 +117,7 @@ class ModelChanges(Registered):
 class LoadBody(Settings):
     """How to load."""
 
-    model_config = ConfigDict(json_schema_extra=_drop_defaults, openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
     stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
@@ -149,7 +135,7 @@ class EmptyBody(Strict):
 class EstimateQuery(BaseModel):
     """Settings to estimate with, over the registered ones."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_drop_defaults)
+    model_config = ConfigDict(extra="forbid")
 
     device: str | None = optional("As in a load.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional("As in a load.")

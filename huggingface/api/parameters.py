@@ -46,13 +46,6 @@ def _maybe(description: str, **constraints: Any) -> Any:
     return Field(default=None, description=description, **constraints)
 
 
-def _drop_null_defaults(schema: dict[str, Any]) -> None:
-    """A parameter that is not given has no value at all, so its schema must not claim that `null` is one."""
-    for field in schema.get("properties", {}).values():
-        if field.get("default", ...) is None:
-            del field["default"]
-
-
 def _refuse(field: str, reason: str) -> PydanticCustomError:
     """An error of a rule over several fields; `request_error` reads which of them it names."""
     return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
@@ -61,9 +54,7 @@ def _refuse(field: str, reason: str) -> PydanticCustomError:
 class Parameters(BaseModel):
     """Root of all parameter models: strict types, no unknown names, no NaN or infinity."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=_drop_null_defaults
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CommonGeneration(Parameters):

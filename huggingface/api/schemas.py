@@ -30,7 +30,7 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=())
 
-    success: Literal[True] = True
+    success: Literal[True]
 
 
 def streaming(events: str) -> ConfigDict:
@@ -42,7 +42,7 @@ def streaming(events: str) -> ConfigDict:
 class ErrorAnswer(BaseModel):
     """Every failure, whatever its status."""
 
-    success: Literal[False] = False
+    success: Literal[False]
     error: str = Field(description="What went wrong and what to do about it.")
 
 
@@ -55,7 +55,7 @@ MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422,
 
 
 def optional(description: str, **constraints: Any) -> Any:
-    """A field that need not be given; its default stands for that, is never read, and is refused from a caller."""
+    """A field that need not be given; its default stands for that, and is refused from a caller."""
     return Field(default=None, description=description, **constraints)
 
 

@@ -125,7 +125,7 @@ class ResponseAnswer(_Answer):
     usage: dict[str, Any] | None
 
 
-class Embedding(_Answer):
+class EmbeddedText(_Answer):
     """A vector."""
 
     object: Literal["embedding"]
@@ -144,7 +144,7 @@ class EmbeddingsAnswer(_Answer):
     """The vectors, in the order of the texts."""
 
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[EmbeddedText]
     model: str
     usage: ReadTokens
     pooling: Literal["sentence-transformers", "mean"] = Field(
