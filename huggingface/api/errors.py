@@ -1,4 +1,5 @@
-"""The one table from error to status, and the one shape of an error's body: `{"success": false, "error": "…"}`.
+"""The one table from error to status, and the shapes of an error's body: `{"success": false, "error": "…"}`, but for
+the paths that speak a protocol with a shape of its own.
 
 The handlers sit on the app, because a blueprint's never see the 404 or 405 of an unknown route.
 A failure that nobody foresaw is a 500 that says nothing private; the log has the traceback under the same reference.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -88,13 +90,25 @@ _CODES: dict[type[errors.LocalLLMError], str] = {
     errors.ContextExceeded: "context_length_exceeded",
 }
 
-# Whatever lies behind such a path speaks OpenAI's protocol.
-_OPENAI = re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)")
+
+def ollama_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:  # noqa: ARG001
+    """The body of a failure on Ollama's routes. A model that is not there is told in Ollama's own words."""
+    if isinstance(error, errors.ModelNotFound):
+        message = message[:1].lower() + message[1:]
+    return {"error": message}
+
+
+# The protocols that have a shape of their own for failures, by the paths that speak them.
+_SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError | None], dict[str, Any]]], ...] = (
+    (re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)"), openai_body),
+    (re.compile(r"/api/(?!huggingface(/|\Z))"), ollama_body),
+)
 
 
 def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
     """The body of a failure of the present request."""
-    return openai_body(message, status, error) if _OPENAI.match(request.path) else body(message)
+    shape = next((shape for paths, shape in _SHAPES if paths.match(request.path)), None)
+    return body(message) if shape is None else shape(message, status, error)
 
 
 def init_errors(app: Flask) -> None:
