@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
@@ -21,6 +20,7 @@ from .errors import body as failure
 from .errors import log
 from .models import called, get_model, remove_model
 from .services import services
+from .sse import SSE
 
 blueprint = APIBlueprint(
     "downloads",
@@ -121,9 +121,7 @@ def _stream(job: Job, message: str) -> Response:
     if not places.acquire(blocking=False):
         raise ServerFull
     message = message if job.over else f"Model '{job.model_id}' is downloaded"
-    response = Response(_events(job, message), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+    response = SSE.response(_events(job, message))
     response.call_on_close(places.release)
     return response
 
@@ -133,17 +131,13 @@ def _events(job: Job, message: str) -> Iterator[bytes]:
     while not job.over:
         seen, _ = job.progress.wait(version, _KEEP_ALIVE)
         if seen == version:
-            yield b": keep-alive\n\n"
+            yield SSE.silence
         else:
             version = seen
-            yield _event(_shape(job))
+            yield from SSE.encoded([_shape(job)])
             job.wait(_BETWEEN)
     if job.error is not None:
         log(job.error, "a download")
-        yield _event(failure(str(job.error)))
+        yield from SSE.encoded([failure(str(job.error))])
     else:
-        yield _event(_answer(job, message))
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+        yield from SSE.encoded([_answer(job, message)])

@@ -1,7 +1,7 @@
-"""A load as server-sent events: how far it is, and last the answer, or what went wrong.
+"""A load, or a download, as a stream of events: how far it is, and last the answer, or what went wrong.
 
-Each event is one line `data: {JSON}`; silence is filled with comments. A client that leaves gives its wait up, and the
-load with it where nobody else waits.
+What the events say is the framing's business, how they are written the encoding's; silence is filled. A client that
+leaves gives its wait up, and the work with it where no other request waits for it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
-import orjson
 from flask import Response
 
 from ..errors import LocalLLMError
 from ..progress import Progress
 from .errors import body, log
+from .sse import SSE, Encoding, Events
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,41 @@ _HOLD = 0.5
 Work = Callable[[Callable[[], bool], Callable[[Progress], None]], dict[str, Any]]
 
 
-def load_events(work: Work, closed: Callable[[], None]) -> Response:
+class WorkFraming(Protocol):
+    """The events that tell of such work."""
+
+    def progress(self, moment: dict[str, Any]) -> Events:
+        """How far it is: `progress.Moment` as the API shows it."""
+
+    def result(self, result: dict[str, Any]) -> Events:
+        """What ends it well."""
+
+    def error(self, message: str) -> Events:
+        """What ends a stream that failed."""
+
+
+class DocumentedProgress:
+    """The events of `/load`: `{"progress"}`, and last the documented answer or error."""
+
+    def progress(self, moment: dict[str, Any]) -> Events:
+        """A moment as it is."""
+        yield {"progress": moment}
+
+    def result(self, result: dict[str, Any]) -> Events:
+        """The answer as it is."""
+        yield result
+
+    def error(self, message: str) -> Events:
+        """An error's documented body."""
+        yield body(message)
+
+
+_DOCUMENTED = DocumentedProgress()
+
+
+def load_events(
+    work: Work, closed: Callable[[], None], framing: WorkFraming = _DOCUMENTED, encoding: Encoding = SSE
+) -> Response:
     """The response that tells how far `work` is, and ends with what it returns.
 
     `work` gets a function that tells whether the client has gone, and one to call with the progress that it waits for.
@@ -59,9 +93,7 @@ def load_events(work: Work, closed: Callable[[], None]) -> Response:
     if done.done() and (error := done.exception()) is not None:
         closed()
         raise error
-    response = Response(_framed(chain(first, events), done), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+    response = encoding.response(_framed(chain(first, events), done, framing, encoding))
     response.call_on_close(gone.set)
     response.call_on_close(closed)
     return response
@@ -88,24 +120,26 @@ def _progress(done: Future[dict[str, Any]], watched: list[Progress]) -> Iterator
         yield None
 
 
-def _framed(events: Iterator[dict[str, Any] | None], done: Future[dict[str, Any]]) -> Iterator[bytes]:
+def _framed(
+    events: Iterator[dict[str, Any] | None], done: Future[dict[str, Any]], framing: WorkFraming, encoding: Encoding
+) -> Iterator[bytes]:
     told, silent = None, time.monotonic()
     for event in events:
         if event is not None and event != told:
             told, silent = event, time.monotonic()
-            yield _event({"progress": event})
+            yield from encoding.encoded(framing.progress(event))
         elif time.monotonic() - silent >= _KEEP_ALIVE:
             silent = time.monotonic()
-            yield b": keep-alive\n\n"
+            yield encoding.silence
     error = done.exception()
     if error is None:
-        yield _event(done.result())
+        yield from encoding.encoded(framing.result(done.result()))
     elif isinstance(error, LocalLLMError):
         log(error, "a load")
-        yield _event(body(str(error)))
+        yield from encoding.encoded(framing.error(str(error)))
     else:
         logger.error("a load failed", exc_info=error)
-        yield _event(body("Internal server error; the server's log has the details"))
+        yield from encoding.encoded(framing.error("Internal server error; the server's log has the details"))
 
 
 def _ended(done: Future[dict[str, Any]], seconds: float) -> None:
@@ -114,7 +148,3 @@ def _ended(done: Future[dict[str, Any]], seconds: float) -> None:
         done.exception(seconds)
     except TimeoutError:
         return
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"

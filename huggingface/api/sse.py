@@ -1,13 +1,14 @@
-"""A ticket as a stream of server-sent events.
+"""A ticket as a stream of events: server-sent ones, or lines of JSON.
 
-Each event is one line `data: {JSON}`; silence is filled with comments, which also find out dead connections. The
-response begins when there is something to tell, so that whatever goes wrong before has a status of its own. What the
-events say, is the framing's business.
+Silence is filled with what says nothing, which also finds out dead connections. The response begins when there is
+something to tell, so that whatever goes wrong before has a status of its own. What the events say is the framing's
+business, how they are written the encoding's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
@@ -24,10 +25,35 @@ from .inflight import InFlight
 _HOLD = 1.0
 _KEEP_ALIVE = 2.0
 
-_COMMENT = b": keep-alive\n\n"
-
 # JSON values, or bytes where an event is no JSON.
 Events = Iterable[dict[str, Any] | bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How events are written. `silence` is what may stand between two of them and says nothing."""
+
+    mimetype: str
+    before: bytes
+    after: bytes
+    silence: bytes
+
+    def encoded(self, events: Events) -> Iterator[bytes]:
+        """Each event as bytes."""
+        for event in events:
+            yield self.before + (event if isinstance(event, bytes) else orjson.dumps(event)) + self.after
+
+    def response(self, stream: Iterable[bytes]) -> Response:
+        """The response that sends a stream as it comes."""
+        response = Response(stream, mimetype=self.mimetype)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+        return response
+
+
+SSE = Encoding("text/event-stream", b"data: ", b"\n\n", b": keep-alive\n\n")
+# A line that holds nothing is no JSON, and clients fail of it; space before a line's value is part of that line.
+NDJSON = Encoding("application/x-ndjson", b"", b"\n", b" ")
 
 
 class Framing(Protocol):
@@ -37,7 +63,7 @@ class Framing(Protocol):
         """What a piece of text becomes."""
 
     def position(self, request_id: str, position: int) -> Events:
-        """What tells of a place in the queue; a comment is sent where that is nothing."""
+        """What tells of a place in the queue; silence is sent where that is nothing."""
 
     def end(self) -> Events:
         """What comes when all is told."""
@@ -74,7 +100,7 @@ class DocumentedFraming:
         yield body(str(error))
 
 
-def event_stream(flight: InFlight, ticket: Ticket, framing: Framing) -> Response:
+def event_stream(flight: InFlight, ticket: Ticket, framing: Framing, encoding: Encoding = SSE) -> Response:
     """The response that streams `ticket`, framed by `framing`.
 
     The ticket is cancelled when the response is sent or its client has gone.
@@ -82,9 +108,7 @@ def event_stream(flight: InFlight, ticket: Ticket, framing: Framing) -> Response
     Raises: what ended the request before its first token.
     """
     first = _first(flight)
-    response = Response(_events(flight, first, framing), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+    response = encoding.response(_events(flight, first, framing, encoding))
     response.call_on_close(ticket.cancel)
     return response
 
@@ -94,35 +118,30 @@ def _first(flight: InFlight) -> Chunk | None:
     return next(flight.chunks()) if flight.wait(_HOLD) else None
 
 
-def _events(flight: InFlight, first: Chunk | None, framing: Framing) -> Iterator[bytes]:
+def _events(flight: InFlight, first: Chunk | None, framing: Framing, encoding: Encoding) -> Iterator[bytes]:
     try:
         if first is None:
-            yield from _silence(flight, framing)
+            yield from _silence(flight, framing, encoding)
         else:
-            yield from _encoded(framing.chunk(first))
+            yield from encoding.encoded(framing.chunk(first))
         for chunk in flight.chunks():
-            yield from _encoded(framing.chunk(chunk))
-        yield from _encoded(framing.end())
+            yield from encoding.encoded(framing.chunk(chunk))
+        yield from encoding.encoded(framing.end())
     except LocalLLMError as error:
         flight.failure = error
         log(error, "a stream")
-        yield from _encoded(framing.error(error))
+        yield from encoding.encoded(framing.error(error))
 
 
-def _silence(flight: InFlight, framing: Framing) -> Iterator[bytes]:
-    """Its place in the queue whenever that changes, and comments, until there is a chunk or an end."""
+def _silence(flight: InFlight, framing: Framing, encoding: Encoding) -> Iterator[bytes]:
+    """Its place in the queue whenever that changes, and what says nothing, until there is a chunk or an end."""
     told: int | None = None
     while True:
         position = flight.position
         events: list[bytes] = []
         if position is not None and position != told:
             told = position
-            events = list(_encoded(framing.position(flight.request_id, position)))
-        yield from events or [_COMMENT]
+            events = list(encoding.encoded(framing.position(flight.request_id, position)))
+        yield from events or [encoding.silence]
         if flight.wait(_KEEP_ALIVE):
             return
-
-
-def _encoded(events: Events) -> Iterator[bytes]:
-    for event in events:
-        yield b"data: " + (event if isinstance(event, bytes) else orjson.dumps(event)) + b"\n\n"
