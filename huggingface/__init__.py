@@ -21,6 +21,7 @@ from .api.errors import init_errors
 from .api.fields import UnknownParameters, init_ignored
 from .api.guard import init_guard
 from .api.inflight import Requests
+from .api.ollama import routes as ollama
 from .api.openai import routes as openai
 from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
@@ -85,7 +86,7 @@ def init_app(
     init_errors(app)
     init_ignored(app, unknown_parameters)
     init_request_ids(app)
-    for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, openai):
+    for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, openai, ollama):
         app.register_api(routes.blueprint)
     app.register_api(openai.hub_chat)
     app.register_api(system.root)

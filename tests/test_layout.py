@@ -123,6 +123,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
             f"huggingface/api/openai/{name}.py"
             for name in ("bodies", "schemas", "text_schemas", "response_schemas", "answers")
         ),
+        *(f"huggingface/api/ollama/{name}.py" for name in ("options", "schemas", "answers")),
     ),
     "pydantic_settings": ("config.py",),
     "torch": TORCH,

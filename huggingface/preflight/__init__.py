@@ -18,6 +18,7 @@ from ..adapter_files import WEIGHTS
 from ..errors import HubUnreachable, LoadError, LocalLLMError
 from ..records import LoadOptions, ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
+from .card import Card, read_card
 from .folder import model_folders
 from .look import Look, blank, gguf_names, look_at_adapter
 from .names import Names
@@ -161,6 +162,10 @@ class Preflight:
                 entry["adapter"] = details["adapter"]
             found.append(entry)
         return sorted(found, key=lambda entry: str(entry["model_id"]))
+
+    def card(self, record: ModelRecord) -> Card:
+        """What the files of a registered model say of it, as far as they are on this machine."""
+        return read_card(record, self._options)
 
     # Where it is ------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from .source import Place
 logger = logging.getLogger(__name__)
 
 _MOST_HEADER = 16 << 20  # bytes of one header that comes from the Hub
-_MOST_LOCAL_HEADER = 256 << 20
+MOST_LOCAL_HEADER = 256 << 20
 _AT_ONCE = 8
 _MANY = 8  # files from which on the Hub's own count of the parameters is taken, rather than each one's header
 
@@ -80,8 +80,8 @@ class Look:
         details["config_type"] = kind or None
         details["quantized"], _bits = traits.quantization_of(config)
         details["embedding"] = "modules.json" in place.names
-        tokenizer = _tokenizer_config(place)
-        templates = traits.templates_of(tokenizer, _template_files(place))
+        tokenizer = tokenizer_config(place)
+        templates = traits.templates_of(tokenizer, template_files(place))
         details["chat_template"] = bool(templates)
         details["tools"] = traits.mentions_tools(templates)
         details["context_length"] = traits.context_of(names, config)
@@ -198,7 +198,7 @@ class Look:
         damaged = FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
         if place.listed and name not in place.names:
             raise FilesMissing(f"Model '{model_id}': there is no {name} among its files")
-        most = _MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
+        most = MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
         try:
             header = gguf_header(lambda start, length: place.read(name, start, length), most=most)
         except HeaderDamaged as error:
@@ -308,7 +308,7 @@ def _object(place: Place, name: str) -> dict[str, Any]:
     return value
 
 
-def _tokenizer_config(place: Place) -> dict[str, Any]:
+def tokenizer_config(place: Place) -> dict[str, Any]:
     """The tokenizer's config, and the special tokens that older ones keep beside it."""
     config = _object(place, "tokenizer_config.json")
     try:
@@ -318,7 +318,7 @@ def _tokenizer_config(place: Place) -> dict[str, Any]:
     return {**{name: value for name, value in special.items() if name == "mask_token"}, **config}
 
 
-def _template_files(place: Place) -> list[str]:
+def template_files(place: Place) -> list[str]:
     """The chat templates that are files of their own."""
     found = []
     for path in (place.folder / "chat_template.jinja", *place.folder.glob("additional_chat_templates/*.jinja")):
@@ -353,7 +353,7 @@ def _tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
     """What all the heads list together; nothing where one cannot be had."""
 
     def head(name: str) -> dict[str, Tensor] | None:
-        most = _MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
+        most = MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
         return safetensors_header(lambda start, length: place.read(name, start, length), most=most)
 
     if not names or not all(name.endswith(".safetensors") for name in names):

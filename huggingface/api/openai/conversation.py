@@ -189,12 +189,7 @@ class Conversation:
         )
 
     def _has(self, variable: str) -> bool:
-        try:
-            parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(self._template)
-            return variable in find_undeclared_variables(parsed)
-        except TemplateSyntaxError:  # transformers has a tag of its own, which marks what an assistant says
-            pass
-        return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", self._template) is not None
+        return has_variable(self._template, variable)
 
     def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages as the template knows them."""
@@ -217,6 +212,16 @@ class Conversation:
             else:
                 result.insert(0, {"role": "system", "content": told})
         return result
+
+
+def has_variable(template: str, variable: str) -> bool:
+    """Whether a chat template asks for a variable of that name."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
+        return variable in find_undeclared_variables(parsed)
+    except TemplateSyntaxError:  # transformers has a tag of its own, which marks what an assistant says
+        pass
+    return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", template) is not None
 
 
 def _without_tools(message: dict[str, Any]) -> dict[str, Any]:

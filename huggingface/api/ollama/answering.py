@@ -1,0 +1,258 @@
+"""An answer in Ollama's words, whole or as lines of JSON: what a model writes, and where the time went.
+
+Shared by chats and completions, which differ in what is put to the model and how a piece of text is told. Serves any
+request thread. What models write, `huggingface.chat` knows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from flask import Response
+
+from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Reasoning
+from ...errors import InvalidRequest, LocalLLMError
+from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
+from ..effective import openai_parameters
+from ..errors import ollama_body, status_of
+from ..fields import note_ignored
+from ..generating import named
+from ..lending import lent
+from ..openai.serving import chat_logprobs, within
+from ..services import services
+from ..sse import NDJSON, Events, event_stream
+from .options import NAMES, Wanted
+from .schemas import OllamaAnswering
+
+_NANOSECONDS = 10**9
+
+
+class Source(Protocol):
+    """What is put to the model, and how its answer is read: a `Conversation`, or a raw prompt."""
+
+    def requests(
+        self,
+        parameters: Mapping[str, Any],
+        count: int,
+        *,
+        streams: bool,
+        logprobs: int | None,
+        adapter: str | None = None,
+    ) -> list[GenerationRequest]:
+        """The generations that answer it."""
+
+    def parser(self, prompt_end: str) -> AnswerParser:
+        """What reads an answer to the prompt that ends so."""
+
+
+@dataclass
+class Said:
+    """A piece of an answer; `calls` are whole ones."""
+
+    content: str = ""
+    thinking: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.thinking or self.calls)
+
+
+# Tells a piece of an answer, as the fields of a line or of the whole.
+Shape = Callable[[Said], dict[str, Any]]
+
+
+def form_of(wanted: str | dict[str, Any] | None) -> Constraint | None:
+    """What a `format` asks of the text."""
+    if isinstance(wanted, dict):
+        return Constraint("json_schema", wanted)
+    return Constraint("json_object") if wanted else None
+
+
+def answer(
+    record: ModelRecord,
+    body: OllamaAnswering,
+    task: str,
+    source_of: Callable[[Any], Source],
+    shape: Shape,
+) -> dict[str, Any] | Response:
+    """Answer what `source_of` makes of the model and the body.
+
+    Raises: what loading and generating raise.
+    """
+    begun = time.monotonic()
+    registry = services().registry
+    wanted = Wanted.of(body.options)
+    if body.truncate is not None:
+        note_ignored("truncate")
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, task, body.timeout, body.streams, body.keep_alive))
+        loaded = time.monotonic()
+        with named({**NAMES, "json_schema": "format", "grammar": "format"}):
+            source = source_of(model)
+            parameters = wanted.over(openai_parameters(record, model.own_parameters, wanted.asked))
+            [request] = source.requests(
+                parameters, 1, streams=body.streams, logprobs=body.alternatives, adapter=body.adapter
+            )
+            ticket = flight.attach(model.generate(request, flight.gone))
+        try:
+            wanted.check_prompt(ticket.prompt_tokens)
+        except InvalidRequest:
+            ticket.cancel()
+            raise
+        lines = _Lines(
+            body.model,
+            shape,
+            source.parser(ticket.prompt_end),
+            Times(begun, loaded),
+            lambda: registry.record_use(record.model_id),
+        )
+        if not body.streams:
+            return lines.whole(list(flight.chunks()))
+        response = event_stream(flight, ticket, lines, NDJSON)
+        response.call_on_close(stack.pop_all().close)
+        return response
+
+
+def idle(record: ModelRecord, body: OllamaAnswering, task: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a request that asks nothing: bring the model into memory, or take it out where it is to stay for no time.
+
+    Raises: what loading and unloading raise.
+    """
+    Wanted.of(body.options)
+    if body.keep_alive == 0:
+        services().manager.unload(record.model_id)
+        reason = "unload"
+    else:
+        with lent(record, task, body.timeout, keep_alive=body.keep_alive):
+            reason = "load"
+    return {"model": body.model, "created_at": now(), **said, "done": True, "done_reason": reason}
+
+
+def now() -> str:
+    """The present as RFC 3339 has it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When a request began, and when it had its model: readings of `time.monotonic`."""
+
+    begun: float
+    loaded: float
+
+    def to_dict(self) -> dict[str, int]:
+        """How long all took until now, and getting the model, in nanoseconds."""
+        return {
+            "total_duration": round((time.monotonic() - self.begun) * _NANOSECONDS),
+            "load_duration": round((self.loaded - self.begun) * _NANOSECONDS),
+        }
+
+
+class _Lines:
+    """The lines of a stream, which is a framing of `sse`; or all of them as one."""
+
+    def __init__(self, name: str, shape: Shape, parser: AnswerParser, times: Times, done: Callable[[], None]) -> None:
+        self._name = name
+        self._shape = shape
+        self._reader = _Reader(parser)
+        self._times = times
+        self._done = done
+        self._last: Chunk | None = None
+
+    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """The answer, when all is made."""
+        self._last = chunks[-1]
+        text = self._last.whole or ""
+        said = self._reader.read(text, last=True)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        self._done()
+        return self._line(said, within(text, tokens), self._ending())
+
+    def chunk(self, chunk: Chunk) -> Events:
+        """A line for what a piece of text tells, if it tells something."""
+        if chunk.finish_reason is not None:
+            self._last = chunk
+        said = self._reader.read(chunk.text, last=chunk.finish_reason is not None)
+        tokens = [token for token in chunk.tokens if not token.special]
+        if said or tokens:
+            yield self._line(said, tokens, {"done": False})
+
+    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
+        """Ollama has no word for it."""
+        return ()
+
+    def end(self) -> Events:
+        """The counts and times."""
+        self._done()
+        yield self._line(Said(), (), self._ending())
+
+    def error(self, error: LocalLLMError) -> Events:
+        """What ended it."""
+        yield ollama_body(str(error), status_of(error), error)
+
+    def _line(self, said: Said, tokens: Sequence[Token], rest: Mapping[str, Any]) -> dict[str, Any]:
+        logprobs = {"logprobs": chat_logprobs(tokens)["content"]} if tokens else {}
+        return {"model": self._name, "created_at": now(), **self._shape(said), **rest, **logprobs}
+
+    def _ending(self) -> dict[str, Any]:
+        last = self._last
+        assert last is not None  # noqa: S101 - an answer that ends well has a last chunk
+        usage, timings = last.usage, last.timings
+        ending: dict[str, Any] = {"done": True, "done_reason": last.finish_reason, **self._times.to_dict()}
+        if usage is not None and timings is not None:
+            reading, all_of_it = timings.first_token - timings.queue, timings.total - timings.first_token
+            ending["prompt_eval_count"] = usage.prompt_tokens
+            ending["prompt_eval_duration"] = round(max(0.0, reading) * _NANOSECONDS)
+            ending["eval_count"] = usage.completion_tokens
+            ending["eval_duration"] = round(max(0.0, all_of_it) * _NANOSECONDS)
+        return ending
+
+
+class _Reader:
+    """What a model writes, as pieces with whole calls: Ollama tells a call when its arguments are complete."""
+
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
+        self._call: CallStart | None = None
+        self._arguments = ""
+
+    def read(self, text: str, *, last: bool) -> Said:
+        """What a piece of text tells, the `last` one with all that was held back."""
+        said = Said()
+        for part in [*self._parser.feed(text), *(self._parser.finish() if last else ())]:
+            match part:
+                case CallArguments():
+                    self._arguments += part.text
+                case CallStart():
+                    self._complete(said)
+                    self._call = part
+                case Content():
+                    self._complete(said)
+                    said.content += part.text
+                case Reasoning():
+                    said.thinking += part.text
+        if last:
+            self._complete(said)
+        return said
+
+    def _complete(self, said: Said) -> None:
+        """Tell the call that is under way. One whose arguments are no JSON object, or are cut off, is told as text."""
+        call, text = self._call, self._arguments
+        if call is None:
+            return
+        self._call, self._arguments = None, ""
+        try:
+            arguments = json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            said.content += f"{call.name} {text}"
+            return
+        function = {"index": call.index, "name": call.name, "arguments": arguments}
+        said.calls.append({"id": call.id, "function": function})

@@ -1,0 +1,231 @@
+"""Ollama's `options`: what each of them does here. ONE table, which the body's schema and its translation are made of.
+
+An option is a parameter of this server's under another name, or cannot change an answer (it is taken, and named in the
+response header), or is taken as long as it asks for what is so anyway. Source: `api/types.go` and "Parameters" of
+`docs/modelfile` of Ollama. Pure but for the header's names. Must not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, create_model
+
+from ...errors import InvalidRequest
+from ..fields import note_ignored
+from ..openai.bodies import Part, Stop, Stops
+
+# What an option asks of the parameters: their values, None for one that is to have none, whatever is registered.
+Asked = Mapping[str, Any]
+
+_SEEDS = 2**63 - 256  # as many as the other routes take
+
+
+def _whole(value: Any) -> Any:
+    """A whole number, which JavaScript and Go may write as 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _few(value: Any) -> Any:
+    """Texts to stop at: one, or several; empty ones ask for nothing."""
+    if isinstance(value, list):
+        return [text for text in value if text != ""]
+    return [] if value == "" else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), lt=2**63)]
+Texts = Annotated[Stop | Stops, BeforeValidator(_few)]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its type, what it says to users, and one of three things.
+
+    `asks` gives the parameters of a value. `so_anyway` are the values that ask for what is so without it; others are
+    refused, for this `reason`. With neither, no value makes a difference to an answer.
+    """
+
+    kind: Any
+    text: str
+    parameter: str | None = None  # how refusals of the engine name what `asks` gives
+    asks: Callable[[Any], Asked] | None = None
+    so_anyway: Collection[Any] = ()
+    reason: str = ""
+
+
+def _same(name: str) -> Callable[[Any], Asked]:
+    return lambda value: {name: value}
+
+
+def _most_tokens(value: int) -> Asked:
+    return {"max_new_tokens": value} if value > 0 else {"max_new_tokens": None, "max_length": None}
+
+
+def _share(value: float) -> Asked:
+    return {"top_p": min(value, 1.0)} if value > 0 else {"top_k": 1}
+
+
+def _typical(value: float) -> Asked:
+    return {"typical_p": value} if 0 < value < 1 else {"typical_p": None}
+
+
+def _stops(value: str | list[str]) -> Asked:
+    return {"stop_strings": value} if value else {}
+
+
+def _seed(value: int) -> Asked:
+    return {"seed": value % _SEEDS if value >= 0 else None}
+
+
+_IDLE = "It makes no difference to an answer."
+_SAMPLING = "its sampling is another one"
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        # What they ask for is done.
+        "num_predict": Option(Whole, "Most tokens to make; below 1: until the end.", "max_new_tokens", _most_tokens),
+        "temperature": Option(float, "0 takes the likeliest token.", "temperature", _same("temperature")),
+        "top_k": Option(
+            Whole,
+            "Draw among so many; below 1 is no limit.",
+            "top_k",
+            lambda value: {"top_k": min(max(value, 0), 2**31 - 1)},
+        ),
+        "top_p": Option(float, "Draw among the likeliest that add up to this share.", "top_p", _share),
+        "min_p": Option(float, "Draw among tokens at least this share of the likeliest.", "min_p", _same("min_p")),
+        "typical_p": Option(float, "Draw among the most typical tokens; 1 is off.", "typical_p", _typical),
+        "seed": Option(Whole, "Starts the random draws; below 0 is a random one.", "seed", _seed),
+        "stop": Option(Texts, "Text, or several, at which the answer ends.", "stop_strings", _stops),
+        "repeat_penalty": Option(
+            float,
+            "Above 1 makes tokens of prompt and answer less likely.",
+            "repetition_penalty",
+            _same("repetition_penalty"),
+        ),
+        "presence_penalty": Option(
+            float, "Taken from tokens made so far.", "presence_penalty", _same("presence_penalty")
+        ),
+        "frequency_penalty": Option(float, "The same for each time.", "frequency_penalty", _same("frequency_penalty")),
+        # See `Wanted`.
+        "repeat_last_n": Option(Whole, "-1: all tokens are penalized, as is so anyway; 0: none. No other window."),
+        "num_ctx": Option(Whole, "A prompt of more tokens is refused; the context itself is the model's."),
+        # What they ask for is so anyway, or is not to be had.
+        "penalize_newline": Option(
+            bool, "Only true.", so_anyway=(True,), reason="newlines are penalized as all tokens"
+        ),
+        "mirostat": Option(Whole, "Only 0.", so_anyway=(0,), reason=_SAMPLING),
+        "tfs_z": Option(float, "Only 1.", so_anyway=(1.0,), reason=_SAMPLING),
+        "vocab_only": Option(bool, "Only false.", so_anyway=(False,), reason="a model is loaded with its weights"),
+        "embedding_only": Option(bool, "Only false.", so_anyway=(False,), reason="the route says what is computed"),
+        # How another server computes: no difference to an answer.
+        "mirostat_tau": Option(float, _IDLE),
+        "mirostat_eta": Option(float, _IDLE),
+        "num_keep": Option(Whole, _IDLE),
+        "num_batch": Option(Whole, _IDLE),
+        "num_gpu": Option(Whole, _IDLE),
+        "main_gpu": Option(Whole, _IDLE),
+        "num_thread": Option(Whole, _IDLE),
+        "numa": Option(bool, _IDLE),
+        "low_vram": Option(bool, _IDLE),
+        "f16_kv": Option(bool, _IDLE),
+        "logits_all": Option(bool, _IDLE),
+        "use_mmap": Option(bool, _IDLE),
+        "use_mlock": Option(bool, _IDLE),
+        "draft_num_predict": Option(Whole, _IDLE),
+        "use_imagegen_runner": Option(bool, _IDLE),
+    }
+)
+
+# What the engine's refusals are to call the fields.
+NAMES: Mapping[str, str] = MappingProxyType(
+    {option.parameter: f"options.{name}" for name, option in OPTIONS.items() if option.parameter is not None}
+)
+
+
+class Options(Part):
+    """How to generate. What is left out is the registered model's parameter, or its own."""
+
+    place = "options"
+
+
+# The table as the class's fields, for those who check bodies; of their types the checker of types knows nothing.
+_FIELDS: dict[str, Any] = {
+    name: (option.kind | None, Field(None, description=option.text)) for name, option in OPTIONS.items()
+}
+OptionsBody: type[Options] = create_model("OptionsBody", __base__=Options, __module__=__name__, **_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What options come to. `asked` are parameters, `cleared` the names of those that are to have no value."""
+
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    cleared: frozenset[str] = frozenset()
+    num_ctx: int | None = None
+    repeat_last_n: int | None = None
+
+    @classmethod
+    def of(cls, given: Options | None) -> Wanted:
+        """Read options; those that make no difference are named in the response's header.
+
+        Raises:
+            InvalidRequest: one asks for what is not to be had here.
+        """
+        values = given.model_dump(exclude_none=True) if given is not None else {}
+        asked: dict[str, Any] = {}
+        for name, value in values.items():
+            option = OPTIONS[name]
+            if option.asks is not None:
+                asked |= option.asks(value)
+            elif option.so_anyway and value not in option.so_anyway:
+                raise refused(name, f"must be {_shown(option.so_anyway)}: {option.reason}")
+            elif name not in ("num_ctx", "repeat_last_n"):
+                note_ignored(f"options.{name}")
+        cleared = frozenset(name for name, value in asked.items() if value is None)
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return cls(asked, cleared, values.get("num_ctx"), values.get("repeat_last_n"))
+
+    def over(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters in effect, once those that were asked for are among them.
+
+        Raises:
+            InvalidRequest: only some of the tokens are to be penalized.
+        """
+        kept = {name: value for name, value in parameters.items() if name not in self.cleared}
+        window = self.repeat_last_n
+        if window is None:
+            return kept
+        if window == 0:
+            return {name: value for name, value in kept.items() if name not in _PENALTIES} | {"repetition_penalty": 1.0}
+        if window > 0 and any(kept.get(name, none) != none for name, none in _PENALTIES.items()):
+            raise refused("repeat_last_n", "must be -1 or 0 where there is a penalty, which is on all tokens here")
+        note_ignored("options.repeat_last_n")
+        return kept
+
+    def check_prompt(self, tokens: int) -> None:
+        """See that a prompt fits into the context that is asked for.
+
+        Raises:
+            InvalidRequest: it does not; nothing is cut here.
+        """
+        if self.num_ctx is None:
+            return
+        if tokens > self.num_ctx:
+            raise refused("num_ctx", f"the prompt has {tokens} tokens, and is not cut to {self.num_ctx}")
+        note_ignored("options.num_ctx")
+
+
+# The penalties that a window is for, each with the value that is none.
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def refused(name: str, reason: str) -> InvalidRequest:
+    """The error for an option that cannot be honoured."""
+    return InvalidRequest(f"Invalid value for field 'options.{name}': {reason}", f"options.{name}")
+
+
+def _shown(values: Collection[Any]) -> str:
+    return " or ".join(str(value).lower() if isinstance(value, bool) else f"{value:g}" for value in values)

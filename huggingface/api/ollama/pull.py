@@ -1,0 +1,155 @@
+"""`POST /api/pull`: this server's download of a model, told in Ollama's words; then the model is registered.
+
+A client that leaves gives its wait up, and the download with it where no other request waits for it; what has arrived
+stays. Serves any request thread, and the thread of `load_events`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
+
+from flask import Response, request
+
+from ...errors import InvalidRequest, ModelExists, ModelNotFound, ModelUnsupported
+from ...progress import Progress
+from ...records import ModelRecord, check_model_id
+from ..errors import ollama_body
+from ..fields import note_ignored
+from ..load_events import load_events
+from ..services import Services, admitted, services
+from ..sse import NDJSON, Events
+from .models import digest
+from .names import Name, files_of, fits, parse
+from .schemas import OllamaPullBody
+
+# What Ollama takes of a repository of GGUF files where its name has no tag.
+_DEFAULT = "Q4_K_M"
+
+
+def pull(body: OllamaPullBody) -> dict[str, Any] | Response:
+    """Download a model, and register it.
+
+    Raises: what downloading raises; InvalidRequest where the name's tag is none that can be had.
+    """
+    if body.insecure is not None:
+        note_ignored("insecure")
+    name, present = _wanted(body.called), services()
+
+    def bring(gone: Callable[[], bool], watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+        return _bring(present, name, gone, watch)
+
+    if body.stream is False:
+        with admitted():
+            bring(request.environ.get("waitress.client_disconnected", lambda: False))
+        return {"status": "success"}
+    with ExitStack() as stack:
+        stack.enter_context(admitted())
+        return load_events(bring, stack.pop_all().close, _Lines(name), NDJSON)
+
+
+def _wanted(called: str) -> Name:
+    """The name, if a model can have it.
+
+    Raises:
+        InvalidModelId: it is no id.
+    """
+    name = parse(called)
+    check_model_id(name.model_id)
+    return name
+
+
+def _bring(
+    present: Services, name: Name, gone: Callable[[], bool], watch: Callable[[Progress], None]
+) -> dict[str, Any]:
+    """What the work is. On a thread of its own, perhaps: nothing here knows the request."""
+    progress = Progress()
+    watch(progress)
+    try:
+        record = present.registry.get(name.model_id)
+        if name.tag is not None and not fits(record, name.tag):
+            registered = record.gguf_file or record.revision or "no tag"
+            raise InvalidRequest(
+                f"Invalid value for field 'model': '{record.model_id}' is registered with {registered}, so it cannot "
+                f"be had with '{name.tag}' too; remove it first",
+                "model",
+            )
+        new = False
+    except ModelNotFound:
+        record, new = _found(present, name), True
+    present.manager.downloads.folder(record, progress, gone)
+    if new:
+        record = _described(present, record)
+        with suppress(ModelExists):  # another pull was first
+            present.registry.add(record)
+    return {"status": "success"}
+
+
+def _found(present: Services, name: Name) -> ModelRecord:
+    """A record for a model that is not registered, with its file where it is one of a repository of GGUF files.
+
+    Raises:
+        InvalidRequest: the tag names none of its files. ModelUnsupported: nothing here can run it.
+    """
+    record = ModelRecord(name.model_id, name.model_id.rpartition("/")[2], "")
+    details = present.preflight.look(record)
+    ggufs: list[str] = details.get("gguf_files") or []
+    if name.tag is not None or (ggufs and details["model_type"] is None):
+        files = files_of(name.tag or _DEFAULT, ggufs)
+        if len(files) != 1:
+            there = f"its GGUF files are {', '.join(ggufs[:20])}" if ggufs else "it has no GGUF files"
+            problem = "a tag is needed" if name.tag is None else f"tag '{name.tag}' names no file"
+            raise InvalidRequest(f"Invalid value for field 'model': {problem} of '{name.model_id}': {there}", "model")
+        return replace(record, gguf_file=files[0])
+    if details["reachable"] and details["model_type"] is None:
+        raise ModelUnsupported(details["problem"] or f"Model '{name.model_id}' does none of this server's tasks")
+    return record
+
+
+def _described(present: Services, record: ModelRecord) -> ModelRecord:
+    """The record of a model that is downloaded, with its type.
+
+    Raises:
+        ModelUnsupported: its files do not tell what it is for.
+    """
+    details: Mapping[str, Any] = present.preflight.look(record)
+    if details["model_type"] is None:
+        problem = details["problem"] or "its files do not tell what it is for"
+        raise ModelUnsupported(f"Model '{record.model_id}' is downloaded, but was not registered: {problem}")
+    return replace(record, model_type=details["model_type"], details=details)
+
+
+class _Lines:
+    """The lines of a pull: the framing of its events."""
+
+    def __init__(self, name: Name) -> None:
+        self._digest = digest(ModelRecord(name.model_id, "", "", revision=name.tag))
+        self._begun = False
+
+    def progress(self, moment: dict[str, Any]) -> Events:
+        """How many bytes have arrived, of all files together."""
+        yield from self._begin()
+        if moment["phase"] == "download" and moment["bytes_total"]:
+            yield {
+                "status": f"pulling {self._digest[:12]}",
+                "digest": f"sha256:{self._digest}",
+                "total": moment["bytes_total"],
+                "completed": moment["bytes_done"],
+            }
+
+    def result(self, result: dict[str, Any]) -> Events:
+        """That it is there, and registered."""
+        yield from self._begin()
+        yield {"status": "writing manifest"}
+        yield result
+
+    def error(self, message: str) -> Events:
+        """What ended it."""
+        yield ollama_body(message, 500)
+
+    def _begin(self) -> Events:
+        if not self._begun:
+            self._begun = True
+            yield {"status": "pulling manifest"}

@@ -1,0 +1,231 @@
+"""Ollama's bodies as pydantic models. Nothing here works on a model.
+
+A field that is empty (`""`, `[]`) asks for nothing, as with Ollama, whose clients send them so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from ..durations import seconds_of
+from ..openai.bodies import MODEL, Count, Part, Replayed, Text, Timeout, refuse
+from ..openai.schemas import Tool as FunctionTool
+from .options import OptionsBody
+
+
+def _seconds(value: Any) -> Any:
+    """A duration as seconds; what can be none is left to the field's type."""
+    if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value) and value is not True):
+        return seconds_of(value)
+    return value
+
+
+KeepAlive = Annotated[
+    float, BeforeValidator(_seconds), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+]
+Inputs = Annotated[list[Text], Field(max_length=2048)]
+
+_FORMAT = "`json`, or a JSON schema that the answer has to satisfy."
+
+# Fields of Ollama's that have to be empty here, and why.
+_UNSERVED = {
+    "images": "models here read text",
+    "suffix": "text is continued at its end only",
+    "template": "a model has its own chat template, and 'raw' takes a prompt without it",
+    "context": "send the conversation to /api/chat",
+}
+
+
+def _unserved(value: Any, info: ValidationInfo) -> Any:
+    if value:
+        raise ValueError(f"must be left out or empty: {_UNSERVED[info.field_name or '']}")
+    return value
+
+
+def _format(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("", "json"):
+        raise ValueError("must be 'json' or a JSON schema")
+    return value
+
+
+class OllamaCalled(Replayed):
+    """A call's function."""
+
+    name: Text
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    index: int | None = None
+
+
+class OllamaCall(Replayed):
+    """A call that an assistant made."""
+
+    id: Text | None = None
+    type: Text | None = None
+    function: OllamaCalled
+
+
+class OllamaMessage(Replayed):
+    """A message of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: Text | None = None
+    thinking: Text | None = None
+    images: list[Any] | None = Field(None, description="Not served.")
+    tool_calls: list[OllamaCall] | None = None
+    tool_name: Text | None = Field(None, description="Which function's result this is.")
+    tool_call_id: Text | None = None
+    name: Text | None = None
+
+    _no_images = field_validator("images")(_unserved)
+
+
+class OllamaTool(FunctionTool):
+    """A tool."""
+
+    type: Literal["function"] = "function"
+
+
+class OllamaAsked(Part):
+    """What all bodies that use a model have."""
+
+    model: str = Field(min_length=1, description=MODEL)
+    options: OptionsBody | None = None
+    keep_alive: KeepAlive | None = Field(
+        None, description="Time in memory after this use: seconds, or `5m`; 0 is none, -1 for ever."
+    )
+    # Ours.
+    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
+
+
+class OllamaAnswering(OllamaAsked):
+    """What chats and completions have besides."""
+
+    stream: bool | None = Field(None, description="Send the answer as it is made, as lines of JSON. The default.")
+    format: Annotated[Text | dict[str, Any], AfterValidator(_format)] | None = Field(None, description=_FORMAT)
+    think: bool | Literal["low", "medium", "high"] | None = Field(
+        None, description="Whether the model is to think before, and how much, as far as its chat template knows."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    truncate: bool | None = Field(None, description="It makes no difference: a prompt that is too long is refused.")
+    shift: Literal[False] | None = Field(None, description="Only false: at the end of the context an answer ends.")
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is wanted as it is made."""
+        return self.stream is not False
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives of each token are wanted; None where no tokens are."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise refuse("top_logprobs", "needs logprobs to be true")
+        return self
+
+
+class OllamaChatBody(OllamaAnswering):
+    """A chat to answer; without messages, the model is loaded, or unloaded where `keep_alive` is 0."""
+
+    messages: list[OllamaMessage] | None = None
+    tools: list[OllamaTool] | None = Field(None, description="Functions that the model may call.")
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise refuse("tools", "holds two functions of one name")
+        if names and self.format:
+            raise refuse("format", "cannot be had from an answer that may call a tool")
+        return self
+
+
+class OllamaGenerateBody(OllamaAnswering):
+    """A prompt to answer; without one, the model is loaded, or unloaded where `keep_alive` is 0."""
+
+    prompt: Text | None = None
+    system: Text | None = Field(None, description="What the assistant is to be like.")
+    raw: bool | None = Field(None, description="Take the prompt as it is, without the chat template.")
+    suffix: Text | None = Field(None, description="Not served.")
+    template: Text | None = Field(None, description="Not served.")
+    context: list[Any] | None = Field(None, description="Not served.")
+    images: list[Any] | None = Field(None, description="Not served.")
+
+    _not_served = field_validator(*_UNSERVED)(_unserved)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.raw and self.system:
+            raise refuse("system", "has no place in a raw prompt")
+        return self
+
+
+class OllamaEmbedBody(OllamaAsked):
+    """Texts to make vectors of."""
+
+    input: Text | Inputs = Field(description="A text, or several.")
+    truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads. The default.")
+    dimensions: Count | None = Field(None, description="The first so many of each vector's numbers.")
+
+
+class OllamaEmbeddingsBody(OllamaAsked):
+    """A text to make a vector of: the older route."""
+
+    prompt: Text | None = None
+
+
+class OllamaNamed(Part):
+    """A model by its name."""
+
+    model: Text | None = Field(None, description="What the model is called.")
+    name: Text | None = Field(None, description="The same; the older name of the field.")
+
+    @property
+    def called(self) -> str:
+        """What the model is called."""
+        return self.model or self.name or ""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        if not self.called:
+            raise refuse("model", "is required")
+        return self
+
+
+class OllamaShowBody(OllamaNamed):
+    """Which model to show."""
+
+    verbose: bool | None = Field(None, description="Tell all that its files say.")
+
+
+class OllamaPullBody(OllamaNamed):
+    """Which model to download."""
+
+    stream: bool | None = Field(None, description="Tell how far it is, as lines of JSON. The default.")
+    insecure: bool | None = Field(None, description="It makes no difference: the server's setting names the Hub.")
+
+
+class OllamaDeleteBody(OllamaNamed):
+    """Which model to remove."""
+
+
+class BlobPath(BaseModel):
+    """A file by its digest."""
+
+    digest: str

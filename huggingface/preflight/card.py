@@ -1,0 +1,66 @@
+"""What the small files of a model that is on this machine say of it: chat template, config, license.
+
+Nothing is asked of the Hub, and no weights are read. Any thread may call this; imports neither torch nor transformers.
+Must not know the registry or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import LoadError
+from ..headers import HeaderDamaged, gguf_header
+from ..records import LoadOptions, ModelRecord
+from .look import MOST_LOCAL_HEADER, template_files, tokenizer_config
+from .source import cached_place, folder_place
+from .traits import templates_of
+
+_MOST_LICENSE = 256 << 10  # bytes
+_LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model says of itself. `keys` are those of a GGUF file, `config` is that of any other model."""
+
+    templates: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    license: str = ""
+
+
+def read_card(record: ModelRecord, options: LoadOptions) -> Card:
+    """What a registered model's files say; an empty card where they are not here, or are damaged."""
+    try:
+        folder = files.local_folder(options.models_dir, record.model_id)
+        place = (
+            cached_place(record.model_id, record.revision) if folder is None else folder_place(record.model_id, folder)
+        )
+        if place is None:
+            return Card()
+        if record.gguf_file is not None:
+            if record.gguf_file not in place.names:
+                return Card()
+            name = record.gguf_file
+            header = gguf_header(lambda start, length: place.read(name, start, length), most=MOST_LOCAL_HEADER)
+            template = header.values.get("tokenizer.chat_template")
+            texts = (template,) if isinstance(template, str) else ()
+            return Card(texts, keys=header.values, license=_license(place.folder))
+        config = files.read_config(record.model_id, place.folder)
+        templates = templates_of(tokenizer_config(place), template_files(place))
+        return Card(tuple(templates), config, license=_license(place.folder))
+    except (LoadError, HeaderDamaged, OSError):
+        return Card()
+
+
+def _license(folder: Path) -> str:
+    """The text of the license that lies in the folder, if one does."""
+    for name in _LICENSES:
+        path = folder / name
+        if path.is_file():
+            return path.read_bytes()[:_MOST_LICENSE].decode("utf-8", "replace")
+    return ""
