@@ -404,7 +404,7 @@ class LoadedModel:
     @property
     def own_parameters(self) -> Mapping[str, Any]:
         """What its generation config says of drawing tokens; lengths and ends apply anyhow."""
-        config = self._open().solo.model.generation_config
+        config = getattr(self._open().solo.model, "generation_config", None)  # which only what generates has
         return {name: value for name in _DRAWING if (value := getattr(config, name, None)) is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:

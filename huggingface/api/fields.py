@@ -9,7 +9,8 @@ them. Serves any request thread. Must not know models or what any field means.
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, get_args
 
 from flask import Flask, Response, current_app, g, has_request_context
 from pydantic import BaseModel, model_validator
@@ -64,13 +65,21 @@ def note_ignored(*names: str) -> None:
 
 
 def fields_named(title: str) -> frozenset[str]:
-    """The names that the body of this class takes: pydantic's errors tell the class by its name."""
+    """The names that the body of this class takes, those of an object within it as `options.seed`: pydantic's errors
+    tell the class by its name."""
     kinds: list[type[Fields]] = [Fields]
     for kind in kinds:
         if kind.__name__ == title:
-            return kind.known_names()
+            return kind.known_names() | frozenset(_inner_names(kind))
         kinds.extend(kind.__subclasses__())
     return frozenset()
+
+
+def _inner_names(kind: type[Fields]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Fields):
+                yield from (f"{field.alias or name}.{each}" for each in inner.known_names())
 
 
 def init_ignored(app: Flask, unknown: UnknownParameters) -> None:

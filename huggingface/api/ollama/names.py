@@ -58,5 +58,5 @@ def fits(record: ModelRecord, tag: str) -> bool:
 
 def files_of(quantization: str, names: Iterable[str]) -> list[str]:
     """Those of the GGUF files' names that end in the name of a quantization (`…-Q4_K_M.gguf`)."""
-    ending = re.compile(rf"(.*[-._/])?{re.escape(quantization)}\.gguf", re.IGNORECASE)
+    ending = re.compile(rf"(.*[-./])?{re.escape(quantization)}\.gguf", re.IGNORECASE)
     return [name for name in names if ending.fullmatch(name)]
