@@ -1,4 +1,7 @@
-"""The clients for Node on a live server: `openai`, and huggingface.js for every task. `make test` installs them."""
+"""The clients for Node on a live server: `openai`, `ollama`, and huggingface.js for every task.
+
+`make test` installs them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 import requests
+import written_models
 from conftest import Server
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
@@ -88,6 +92,30 @@ def test_openai_for_node(server: Server, tiny: Callable[[str], str]) -> None:
     vector = client.embeddings.create(model=embedder, input="the cat").data[0].embedding
     assert told["embedding"] == pytest.approx(vector, abs=1e-6)
     assert told["error"] == {"status": 404, "code": "model_not_found", "kind": "NotFoundError"}
+
+
+def test_ollama_for_node(server: Server, models_dir: Path, tiny: Callable[[str], str]) -> None:
+    model, embedder = tiny("llama"), tiny("bert-embed")
+    written = written_models.build(models_dir, "tiny/written", written_models.ANSWERS, written_models.TEMPLATE)
+    for name, kind in ((model, "text-generation"), (embedder, "feature-extraction"), (written, "conversational")):
+        server.add(name, kind)
+    told = node("ollama.mjs", server.url, model, written, embedder)
+    assert {model, written, embedder} <= set(told["listed"])
+    assert told["capabilities"] == ["completion"]
+    body = {"model": model, "messages": [{"role": "user", "content": "where is the cat?"}], "stream": False}
+    body["options"] = {"temperature": 0, "num_predict": 12}
+    wanted = requests.post(f"{server.url}/api/chat", json=body, timeout=60).json()["message"]["content"]
+    assert told["said"] == told["streamed"] == told["generated"] == wanted
+    assert told["done"] == "length"
+    assert json.loads(told["formed"]) == {"a": 1}
+    assert [(call["name"], call["arguments"]) for call in told["calls"]] == [("weather", {"city": "Oslo"}), ("now", {})]
+    assert (told["answered"], told["thought"]) == ("Oslo is cold.", "It is early.")
+    assert (told["vectors"], told["vector"]) == (2, 32)
+    assert {model, written, embedder} <= set(told["running"])
+    assert told["unloaded"] == "unload"
+    assert told["unknown"] == {"status": 404, "error": "model 'nope' not found"}
+    assert told["refused"]["status"] == told["copied"]["status"] == 400
+    assert "options.mirostat" in told["refused"]["error"]
 
 
 def test_huggingface_js_makes_text(server: Server, tiny: Callable[[str], str]) -> None:

@@ -40,8 +40,8 @@ def request_error(
                     return MissingField(field)
                 beside = sorted(name for name in suggested if name.count(".") == field.count("."))
                 nearest = get_close_matches(field, beside, 1, 0.75)
-                there = known if len(problem["loc"]) == 1 else ()
-                return UnknownField(field, there, nearest[0] if nearest else None)
+                listed = known if len(problem["loc"]) == 1 else ()
+                return UnknownField(field, listed, nearest[0] if nearest else None)
     # A value that fits no branch of a union has a complaint from each: keep those that went deepest into the value.
     first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     depth = max(len(_path(problem)) for problem in first)
