@@ -307,6 +307,16 @@ def test_what_a_model_thinks_is_told_apart(client: ollama.Client, written: str) 
     assert client.chat(written, HI, think=False).message.content == "Good morning."
 
 
+def test_a_model_that_always_thinks_is_not_refused(server: Server, models_dir: Path) -> None:
+    """What its chat template has no variable for cannot be chosen: it is taken, and named."""
+    template = written_models.TEMPLATE.replace("enable_thinking", "true")
+    server.add(written_models.build(models_dir, "tiny/thinks", written_models.ANSWERS, template), "conversational")
+    for think in (True, False):
+        answer = post(server, "chat", model="tiny/thinks", messages=HI, think=think, stream=False)
+        assert answer.json()["message"]["thinking"] == "It is early."
+        assert answer.headers[IGNORED] == "think"
+
+
 def test_a_model_that_cannot_think_is_not_asked_to(server: Server, model: str) -> None:
     for route, ask in (("chat", {"messages": HI}), ("generate", {"prompt": "x"})):
         for think in (True, "low"):
@@ -355,6 +365,34 @@ def test_tools_are_called_and_their_results_answered(client: ollama.Client, writ
         result = {"weather": weather, "now": now}[call.function.name](**call.function.arguments)
         messages.append({"role": "tool", "content": result, "tool_name": call.function.name})
     assert client.chat(written, messages, tools=[weather, now]).message.content == "Oslo is cold."
+
+
+def test_a_choice_of_tools_is_honoured(server: Server, model: str, written: str) -> None:
+    """Some clients of Ollama send OpenAI's field."""
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"enum": [1]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    functions = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("f", "g")]
+    body: dict[str, Any] = {"model": model, "messages": HI, "tools": functions}
+    body["options"] = {"num_predict": 60, "temperature": 0}
+    for choice, wanted in (
+        ("required", {"f", "g"}),
+        ({"type": "function", "name": "g"}, {"g"}),
+        ({"type": "function", "function": {"name": "f"}}, {"f"}),
+    ):
+        [call, *_] = whole(server, "chat", **body, tool_choice=choice)["message"]["tool_calls"]
+        assert call["function"]["name"] in wanted
+        assert call["function"]["arguments"] == {"a": 1}
+    answer = post(server, "chat", **{**body, "model": written}, tool_choice="auto", stream=False)
+    assert "tool_calls" in answer.json()["message"]
+    assert "tool_choice" in answer.headers[IGNORED]
+    none = whole(server, "chat", **{**body, "model": written}, tool_choice="none")
+    assert none["message"] == {"role": "assistant", "content": "Good morning."}
+    refused(post(server, "chat", **body, tool_choice={"type": "function", "name": "h"}), 400, "tool_choice")
+    refused(post(server, "chat", model=model, messages=HI, tool_choice="required"), 400, "tool_choice")
 
 
 def test_a_call_that_is_cut_off_is_told_as_text(server: Server, written: str) -> None:
@@ -432,6 +470,21 @@ def test_options_change_the_answer_as_they_say(server: Server, model: str) -> No
     assert text(repeat_penalty=5.0) != greedy
     assert text(repeat_penalty=5.0, repeat_last_n=0) == greedy
     assert text(repeat_penalty=5.0, repeat_last_n=-1) == text(repeat_penalty=5.0)
+
+
+def test_an_option_may_stand_beside_the_options(server: Server, model: str) -> None:
+    """Where some clients of Ollama put them; a null there, or nothing, changes nothing."""
+    body = {"model": model, "messages": HI, "stream": False}
+    wanted = whole(server, "chat", model=model, messages=HI, options={"temperature": 0, "num_predict": 7})
+    for beside in ({"max_output_tokens": 7}, {"num_predict": 7}, {"max_tokens": 7, "top_p": None, "options": None}):
+        answer = post(server, "chat", **body, temperature=0, **beside).json()
+        assert answer["message"] == wanted["message"]
+        assert answer["eval_count"] == 7
+    answer = post(server, "chat", **body, num_predict=3, options={"num_predict": 7, "temperature": 0})
+    assert answer.json()["message"] == wanted["message"]
+    assert answer.headers[IGNORED] == "num_predict"
+    refused(post(server, "chat", **body, temperature="hot"), 400, "options.temperature")
+    refused(post(server, "chat", **body, options=[1], temperature=0), 400, "temperature")
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))

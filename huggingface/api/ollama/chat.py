@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Response
 
+from ..fields import note_ignored
 from ..openai.chat import plain_tool
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle
@@ -24,12 +25,15 @@ def chat(body: OllamaChatBody) -> dict[str, Any] | Response:
     if not body.messages:
         return idle(record, body, "chat", message_of(Said()))
     messages = plain_messages(body.messages)
+    if body.tool_choice == "auto" or (body.tool_choice == "none" and not body.tools):
+        note_ignored("tool_choice")  # it is so anyway
 
     def conversation(model: Any) -> Source:
         traits = model.chat
         wish = Wish(
             form=form_of(body.format),
             tools=[plain_tool(tool) for tool in body.tools or ()],
+            choice=body.choice,
             template=variables(body.think, traits, body.model),
         )
         return Conversation(traits, messages, wish)

@@ -20,9 +20,10 @@ from pydantic import (
 )
 
 from ..durations import seconds_of
+from ..fields import note_ignored
 from ..openai.bodies import MODEL, Count, Part, Replayed, Text, Timeout, refuse
 from ..openai.schemas import Tool as FunctionTool
-from .options import OptionsBody
+from .options import OPTIONS, OptionsBody
 
 
 def _seconds(value: Any) -> Any:
@@ -97,6 +98,25 @@ class OllamaTool(FunctionTool):
     type: Literal["function"] = "function"
 
 
+class OllamaChosen(Part):
+    """A function by its name."""
+
+    name: Text
+
+
+class OllamaChoice(Part):
+    """The function that is to be called."""
+
+    type: Literal["function"] = "function"
+    name: Text | None = None
+    function: OllamaChosen | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or (self.function.name if self.function is not None else "")
+
+
 class OllamaAsked(Part):
     """What all bodies that use a model have."""
 
@@ -110,8 +130,12 @@ class OllamaAsked(Part):
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
 
 
+# What clients call an option that is also known by its own name.
+_ALIASES = {"max_output_tokens": "num_predict", "max_tokens": "num_predict"}
+
+
 class OllamaAnswering(OllamaAsked):
-    """What chats and completions have besides."""
+    """What chats and completions have besides. An option may stand beside `options` too, where some clients put it."""
 
     stream: bool | None = Field(None, description="Send the answer as it is made, as lines of JSON. The default.")
     format: Annotated[Text | dict[str, Any], AfterValidator(_format)] | None = Field(None, description=_FORMAT)
@@ -122,6 +146,21 @@ class OllamaAnswering(OllamaAsked):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     truncate: bool | None = Field(None, description="It makes no difference: a prompt that is too long is refused.")
     shift: Literal[False] | None = Field(None, description="Only false: at the end of the context an answer ends.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, value: Any) -> Any:
+        """Put options that stand beside `options` among these, whose own values count more."""
+        if not isinstance(value, dict) or not isinstance(value.get("options") or {}, dict):
+            return value
+        names = {name: _ALIASES.get(name, name) for name in value}
+        beside = {name for name, option in names.items() if option in OPTIONS and value[name] is not None}
+        if not beside:
+            return value
+        options = {name: item for name, item in (value.get("options") or {}).items() if item is not None}
+        note_ignored(*(name for name in beside if names[name] in options))
+        options = {names[name]: value[name] for name in beside} | options
+        return {name: item for name, item in value.items() if name not in beside} | {"options": options}
 
     @property
     def streams(self) -> bool:
@@ -145,13 +184,23 @@ class OllamaChatBody(OllamaAnswering):
 
     messages: list[OllamaMessage] | None = None
     tools: list[OllamaTool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | OllamaChoice | None = Field(
+        None, description="Not Ollama's: whether the model is to call a function, or which, as OpenAI says it."
+    )
+
+    @property
+    def choice(self) -> str:
+        """Which function is to be called: `none`, `auto`, `required`, or its name."""
+        return self.tool_choice.called if isinstance(self.tool_choice, OllamaChoice) else self.tool_choice or "auto"
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise refuse("tools", "holds two functions of one name")
-        if names and self.format:
+        if self.choice not in ("none", "auto", *(["required"] if names else ()), *names):
+            raise refuse("tool_choice", "is none of the tools")
+        if names and self.format and self.choice != "none":
             raise refuse("format", "cannot be had from an answer that may call a tool")
         return self
 

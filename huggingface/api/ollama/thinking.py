@@ -43,7 +43,5 @@ def variables(think: bool | str | None, traits: ChatTraits, name: str) -> dict[s
         return {_EFFORT: think}
     if switch is not None:
         return {switch: bool(think)}
-    if not think:
-        raise InvalidRequest(f'"{name}" cannot be told not to think: its chat template has no such variable', "think")
-    note_ignored("think")  # it thinks anyway
+    note_ignored("think")  # it thinks anyway: as with Ollama, what the template has no variable for cannot be chosen
     return {}
