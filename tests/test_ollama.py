@@ -23,7 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 from huggingface.api.durations import seconds_of
 from huggingface.api.ollama import names
+from huggingface.api.ollama.chat import plain_messages
 from huggingface.api.ollama.options import OPTIONS, OptionsBody, Wanted
+from huggingface.api.ollama.schemas import OllamaMessage
 from huggingface.api.sse import NDJSON
 from huggingface.records import ModelRecord
 
@@ -367,6 +369,26 @@ def test_tools_are_called_and_their_results_answered(client: ollama.Client, writ
     assert client.chat(written, messages, tools=[weather, now]).message.content == "Oslo is cold."
 
 
+def test_a_result_belongs_to_the_call_that_it_names() -> None:
+    """By its id, else by the function's name, else by its place; calls without ids have some made for them."""
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("f", "g", "f")]
+    results = [{"tool_name": "g"}, {"tool_name": "f"}, {}, {"tool_name": "h"}]
+    written = [
+        {"role": "assistant", "tool_calls": calls},
+        *({"role": "tool", "content": "", **each} for each in results),
+    ]
+    said, *told = plain_messages([OllamaMessage.model_validate(message) for message in written])
+    first, second, third = [call["id"] for call in said["tool_calls"]]
+    assert all(len(made) == 9 and made.isalnum() for made in (first, second, third))
+    assert [message["tool_call_id"] for message in told] == [second, first, third, ""]
+    call = {"id": "x", **calls[0]}
+    written = [
+        {"role": "assistant", "tool_calls": [*calls, call]},
+        {"role": "tool", "content": "", "tool_call_id": "x"},
+    ]
+    assert plain_messages([OllamaMessage.model_validate(message) for message in written])[1]["tool_call_id"] == "x"
+
+
 def test_a_choice_of_tools_is_honoured(server: Server, model: str, written: str) -> None:
     """Some clients of Ollama send OpenAI's field."""
     parameters = {
@@ -576,8 +598,9 @@ def test_what_is_empty_asks_for_nothing(server: Server, model: str) -> None:
     """Ollama's clients send every field."""
     empty = {"suffix": "", "template": "", "context": [], "images": [], "system": "", "format": "", "raw": False}
     more = {"think": None, "keep_alive": None, "logprobs": False, "top_logprobs": 0, "truncate": True, "shift": False}
-    answer = whole(server, "generate", model=model, prompt="x", options=GREEDY, **empty, **more)
-    assert answer["eval_count"] == 12
+    answer = post(server, "generate", model=model, prompt="x", options=GREEDY, stream=False, **empty, **more)
+    assert answer.json()["eval_count"] == 12
+    assert answer.headers[IGNORED] == "truncate"
     messages = [{"role": "user", "content": "x", "images": [], "tool_calls": []}]
     assert whole(server, "chat", model=model, messages=messages, tools=[], format="", options={})["done"]
 
