@@ -15,7 +15,8 @@ from flask_openapi3 import OpenAPI
 
 from .api import cache, docs, inference, models, requests, system
 from .api import downloads as download_routes
-from .api import hub_protocol as hub_protocol  # adds its route to those of the models
+from .api import endpoint as endpoint  # adds its routes to those of the models, as the next one
+from .api import hub_protocol as hub_protocol
 from .api import preflight as preflight_routes
 from .api.errors import init_errors
 from .api.fields import UnknownParameters, init_ignored

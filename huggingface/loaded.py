@@ -181,6 +181,8 @@ class LoadedModel:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.loaded_at = timestamp()
         self.pools = pooling is not None
+        # Texts that go before others, by their names.
+        self.prompts: Mapping[str, str] = pooling.prompts if isinstance(pooling, Pooling) else {}
         self._memory = memory or Unlimited()
         self._options = options
         self._adapters = adapters or Adapters(self.model_id, model, {})

@@ -213,7 +213,9 @@ class GenerationRequest:
     are to be named with it, None for no tokens at all; `prompt_logprobs` asks for those of the prompt too. `constraint`
     is what the text has to be, or a function that tells it from the end of the prompt as the chat template has laid it
     out. `special_tokens` are left in the text, other special tokens are not. `adapter` names one of the model's, None
-    is the model itself.
+    is the model itself. `turn` says what follows the last of the messages: the assistant's `new` turn, what was left
+    out of the last message (`continued`), or `none` of both; None is `continued` behind the assistant's words, else
+    `new`.
     """
 
     parameters: Mapping[str, Any]
@@ -228,6 +230,7 @@ class GenerationRequest:
     constraint: Constraint | Callable[[str], Constraint | None] | None = None
     special_tokens: Sequence[str] = ()
     adapter: str | None = None
+    turn: Literal["new", "continued", "none"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,8 @@ class Chunk:
     """A piece of generated text; the last one of a sequence carries why it ended and the whole text, and the last one
     of a request the counts, the times and what was in effect.
 
-    `index` tells which of several returned sequences the text belongs to. `parameters` are the request's, as far as the
+    `index` tells which of several returned sequences the text belongs to. `so_far` counts up to a piece that is not the
+    last. `parameters` are the request's, as far as the
     model has room for them. `tokens` are those made since the chunk before, `prompt` those of the prompt, in the first
     chunk; both only where the request asks for them.
     """
@@ -276,6 +280,7 @@ class Chunk:
     whole: str | None = None
     tokens: Sequence[Token] = ()
     prompt: Sequence[Token] = ()
+    so_far: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         ),
         *(
             f"huggingface/api/openai/{name}.py"
-            for name in ("bodies", "schemas", "text_schemas", "response_schemas", "answers")
+            for name in (
+                *("bodies", "schemas", "text_schemas", "response_schemas", "answers"),
+                *("hints", "neighbours", "parts", "thinking"),
+            )
         ),
         *(f"huggingface/api/ollama/{name}.py" for name in ("options", "schemas", "answers")),
     ),

@@ -16,35 +16,34 @@ MODELS: dict[str, type[Parameters]] = {"generate": GenerationParameters, **TASK_
 
 # A value of the wrong kind and values out of range for each parameter, wherever it occurs.
 BAD: dict[str, list[Any]] = {
-    "max_new_tokens": ["5", 1.5, 5.0, True, None, 0, -1, 2**31],
-    "max_length": ["5", 1.5, True, None, 0, -1],
-    "min_new_tokens": ["5", 1.5, True, None, -1],
-    "min_length": ["5", 1.5, True, None, -1],
-    "max_time": ["5", True, None, 0, -1.0, math.inf],
-    "stop_strings": [5, None, "", [], [""], ["a", 5], {"a": "b"}, "\ud800"],
-    "stop_sequence": [5, None, "", "\ud800"],
-    "eos_token_id": ["a", None, -1, [], [1, "a"], [-1], 1.5, True],
-    "do_sample": ["true", 1, None],
-    "temperature": ["1", True, None, -1, math.nan, math.inf, -math.inf, 1e-9, 1e9],
-    "top_p": ["1", True, None, 0, 5, -0.1, math.nan],
-    "min_p": ["1", True, None, -0.1, 1.1, math.nan],
-    "top_h": ["1", True, None, 0, 1.1, math.nan],
-    "typical_p": ["1", True, None, 0, 1.1, math.nan],
-    "epsilon_cutoff": ["1", True, None, -0.1, 1, math.nan],
-    "eta_cutoff": ["1", True, None, -0.1, 1, math.nan],
-    "repetition_penalty": ["1", True, None, 0, -1, math.nan, math.inf, 1e-30],
-    "encoder_repetition_penalty": ["1", True, None, 0, -1, math.nan, math.inf, 1e30],
-    "no_repeat_ngram_size": ["1", 1.5, True, None, -1],
-    "encoder_no_repeat_ngram_size": ["1", 1.5, True, None, -1],
-    "bad_words_ids": [5, None, [], [5], [[]], [["a"]], [[-1]]],
-    "suppress_tokens": [5, None, [], ["a"], [-1], [1.5]],
-    "begin_suppress_tokens": [5, None, [], ["a"], [-1]],
-    "forced_bos_token_id": ["a", None, -1, [1], True],
-    "forced_eos_token_id": ["a", None, -1, [], ["a"], True],
-    "decoder_start_token_id": ["a", None, -1, [1], True],
+    "max_new_tokens": ["5", 1.5, True, 0, -1, 2**31],
+    "max_length": ["5", 1.5, True, 0, -1],
+    "min_new_tokens": ["5", 1.5, True, -1],
+    "min_length": ["5", 1.5, True, -1],
+    "max_time": ["5", True, 0, -1.0, math.inf],
+    "stop_strings": [5, "", [], [""], ["a", 5], {"a": "b"}, "\ud800"],
+    "stop_sequence": [5, "", "\ud800"],
+    "eos_token_id": ["a", -1, [], [1, "a"], [-1], 1.5, True],
+    "do_sample": ["true", 1],
+    "temperature": ["1", True, -1, math.nan, math.inf, -math.inf, 1e-9, 1e9],
+    "top_p": ["1", True, 0, 5, -0.1, math.nan],
+    "min_p": ["1", True, -0.1, 1.1, math.nan],
+    "top_h": ["1", True, 0, 1.1, math.nan],
+    "typical_p": ["1", True, 0, 1.1, math.nan],
+    "epsilon_cutoff": ["1", True, -0.1, 1, math.nan],
+    "eta_cutoff": ["1", True, -0.1, 1, math.nan],
+    "repetition_penalty": ["1", True, 0, -1, math.nan, math.inf, 1e-30],
+    "encoder_repetition_penalty": ["1", True, 0, -1, math.nan, math.inf, 1e30],
+    "no_repeat_ngram_size": ["1", 1.5, True, -1],
+    "encoder_no_repeat_ngram_size": ["1", 1.5, True, -1],
+    "bad_words_ids": [5, [], [5], [[]], [["a"]], [[-1]]],
+    "suppress_tokens": [5, [], ["a"], [-1], [1.5]],
+    "begin_suppress_tokens": [5, [], ["a"], [-1]],
+    "forced_bos_token_id": ["a", -1, [1], True],
+    "forced_eos_token_id": ["a", -1, [], ["a"], True],
+    "decoder_start_token_id": ["a", -1, [1], True],
     "sequence_bias": [
         5,
-        None,
         [],
         [5],
         [[5, 1.0]],
@@ -56,7 +55,6 @@ BAD: dict[str, list[Any]] = {
     ],
     "exponential_decay_length_penalty": [
         5,
-        None,
         [],
         [1],
         [1, 2, 3],
@@ -66,45 +64,47 @@ BAD: dict[str, list[Any]] = {
         [1, math.inf],
         [1, 9],
     ],
-    "guidance_scale": ["1", True, None, 0.5, 1000, math.nan],
-    "renormalize_logits": ["true", 1, None],
-    "num_beams": ["1", 1.5, True, None, 0, 10**6],
-    "length_penalty": ["1", True, None, math.nan, math.inf, 1e9],
-    "early_stopping": ["always", 1, None],
-    "num_return_sequences": ["1", 1.5, True, None, 0, 10**6],
-    "presence_penalty": ["1", True, None, -2.1, 2.1],
-    "frequency_penalty": ["1", True, None, -2.1, 2.1],
-    "logit_bias": [{}, [1], None, {"x": 1}, {"-1": 1}, {"01": 1}, {"1": "2"}, {"1": 101}],
-    "seed": ["1", 1.5, True, None, -1, 2**63],
-    "return_full_text": ["true", 1, None],
-    "prefix": [5, None, "\ud800"],
-    "truncation": ["perhaps", 1, None],
-    "handle_long_generation": ["cut", True, None],
-    "add_special_tokens": ["true", 1, None],
-    "skip_special_tokens": ["true", 1, None],
-    "clean_up_tokenization_spaces": ["true", 1, None],
-    "continue_final_message": ["true", 1, None],
-    "src_lang": [5, None, ""],
-    "tgt_lang": [5, None, ""],
-    "doc_stride": ["1", 1.5, True, None, -1],
-    "max_answer_len": ["1", 1.5, True, None, 0],
-    "max_seq_len": ["1", 1.5, True, None, 0],
-    "max_question_len": ["1", 1.5, True, None, 0],
-    "handle_impossible_answer": ["true", 1, None],
-    "align_to_words": ["true", 1, None],
-    "targets": [5, None, "", [], [""], [5], "\ud800"],
-    "tokenizer_kwargs": [5, None, [], "a"],
-    "tokenize_kwargs": [5, None, [], "a"],
-    "function_to_apply": ["default", "SOFTMAX", 5, None],
-    "aggregation_strategy": ["best", 5, None],
-    "ignore_labels": ["O", 5, None, [5], ["\ud800"]],
-    "stride": ["1", 1.5, True, None, -1],
-    "is_split_into_words": ["true", 1, None],
-    "delimiter": [5, None, "\ud800"],
-    "candidate_labels": [5, None, "", " , ", [], [""], [5]],
-    "hypothesis_template": [5, None, "", "no place", "{} and {}", "{x}", "{0.__class__}", "{", "{!r}", "{:>9}"],
-    "multi_label": ["true", 1, None],
-    "sequential": ["true", 1, None],
+    "guidance_scale": ["1", True, 0.5, 1000, math.nan],
+    "renormalize_logits": ["true", 1],
+    "num_beams": ["1", 1.5, True, 0, 10**6],
+    "length_penalty": ["1", True, math.nan, math.inf, 1e9],
+    "early_stopping": ["always", 1],
+    "num_return_sequences": ["1", 1.5, True, 0, 10**6],
+    "presence_penalty": ["1", True, -2.1, 2.1],
+    "frequency_penalty": ["1", True, -2.1, 2.1],
+    "logit_bias": [{}, [1], {"x": 1}, {"-1": 1}, {"01": 1}, {"1": "2"}, {"1": 101}],
+    "stop_token_ids": ["a", 5, [], [1, "a"], [-1], [1.5]],
+    "ignore_eos": ["true", 1],
+    "seed": ["1", 1.5, True, -1, 2**63],
+    "return_full_text": ["true", 1],
+    "prefix": [5, "\ud800"],
+    "truncation": ["perhaps", 1],
+    "handle_long_generation": ["cut", True],
+    "add_special_tokens": ["true", 1],
+    "skip_special_tokens": ["true", 1],
+    "clean_up_tokenization_spaces": ["true", 1],
+    "continue_final_message": ["true", 1],
+    "src_lang": [5, ""],
+    "tgt_lang": [5, ""],
+    "doc_stride": ["1", 1.5, True, -1],
+    "max_answer_len": ["1", 1.5, True, 0],
+    "max_seq_len": ["1", 1.5, True, 0],
+    "max_question_len": ["1", 1.5, True, 0],
+    "handle_impossible_answer": ["true", 1],
+    "align_to_words": ["true", 1],
+    "targets": [5, "", [], [""], [5], "\ud800"],
+    "tokenizer_kwargs": [5, [], "a"],
+    "tokenize_kwargs": [5, [], "a"],
+    "function_to_apply": ["default", "SOFTMAX", 5],
+    "aggregation_strategy": ["best", 5],
+    "ignore_labels": ["O", 5, [5], ["\ud800"]],
+    "stride": ["1", 1.5, True, -1],
+    "is_split_into_words": ["true", 1],
+    "delimiter": [5, "\ud800"],
+    "candidate_labels": [5, "", " , ", [], [""], [5]],
+    "hypothesis_template": [5, "", "no place", "{} and {}", "{x}", "{0.__class__}", "{", "{!r}", "{:>9}"],
+    "multi_label": ["true", 1],
+    "sequential": ["true", 1],
 }
 BAD_TOP_K = {"fill-mask": [0], "text-classification": [0], "question-answering": [0]}
 NEEDED = {"zero-shot-classification": {"candidate_labels": ["a"]}}
@@ -115,7 +115,7 @@ def test_every_bad_value_is_refused_with_the_name_of_its_field(name: str) -> Non
     model = MODELS[name]
     assert model.model_fields
     for field in model.model_fields:
-        wrong = BAD[field] if field != "top_k" else ["1", 1.5, True, -1, 2**31, *BAD_TOP_K.get(name, [None])]
+        wrong = BAD[field] if field != "top_k" else ["1", 1.5, True, -1, 2**31, *BAD_TOP_K.get(name, [])]
         for value in wrong:
             with pytest.raises(InvalidRequest) as refused:
                 validate(model, {**NEEDED.get(name, {}), field: value})
@@ -149,6 +149,24 @@ def test_only_the_parameters_that_were_given_come_back_and_whole_numbers_do_for_
     assert checked == given
     assert type(checked["temperature"]) is float
     assert validate(GenerationParameters, {}) == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_null_is_a_field_left_out_and_3_0_is_a_whole_number(name: str) -> None:
+    model, needed = MODELS[name], NEEDED.get(name, {})
+    nulls = dict.fromkeys([*model.model_fields.keys() - needed.keys() - model.nulls, "stranger"])
+    assert validate(model, {**nulls, **needed}) == needed
+    for field in {"max_new_tokens", "top_k", "max_answer_len", "stride"} & model.model_fields.keys():
+        checked = validate(model, {**needed, field: 3.0})
+        assert (checked[field], type(checked[field])) == (3, int)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"), [("max_new_token", "max_new_tokens"), ("top_kk", "top_k"), ("seeds", "seed")]
+)
+def test_the_nearest_known_name_is_suggested(sent: str, meant: str) -> None:
+    with pytest.raises(UnknownField, match=rf"^Unknown field: parameters\.{sent}\. Did you mean {meant}\?$"):
+        validate(GenerationParameters, {sent: 1}, prefix="parameters.")
 
 
 def test_null_labels_of_text_classification_mean_all_of_them() -> None:

@@ -1,38 +1,47 @@
-"""Lengths of time as clients write them: seconds, or text in Go's form (`5m`, `1h30m`, `-1`).
+"""Durations as clients write them: seconds, or text such as `5m` or `1h30m`, as Go's `time.ParseDuration` reads it.
 
-Pure functions. Must not know which field holds one.
+Pure functions for any thread. What is longer than thirty years, and what is negative, is for ever: -1.
+Source: https://pkg.go.dev/time#ParseDuration, which Ollama reads `keep_alive` with.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
-from .schemas import MOST_SECONDS
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
+_DURATION = re.compile(rf"[+-]?({_PART})+")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,20})?")
 
 FOR_EVER = -1.0
+_LONGEST = 1e9
 
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
-_WHOLE = re.compile(rf"([-+]?)((?:{_PART.pattern})+)")
-_NUMBER = re.compile(r"[-+]?([0-9]{1,20}(\.[0-9]{0,20})?)")
+
+def seconds(value: Any) -> Any:
+    """The seconds that a text says; any other value as it is.
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if _NUMBER.fullmatch(text):
+        total = abs(float(text))
+    elif len(text) <= 100 and _DURATION.fullmatch(text):
+        total = math.fsum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
+    else:
+        raise ValueError("must be seconds, or a duration such as '5m', '1h30m' or '-1'")
+    return FOR_EVER if total > _LONGEST or (text.startswith("-") and total > 0) else total
 
 
 def seconds_of(value: float | str) -> float:
-    """How many seconds `value` stands for; below 0, or beyond what counts as an end, is for ever (-1).
+    """How many seconds `value` stands for, below 0 and beyond thirty years -1.
 
     Raises:
         ValueError: text that is no duration.
     """
-    seconds = value if isinstance(value, int | float) else _parsed(value.strip())
-    return FOR_EVER if seconds < 0 or seconds > MOST_SECONDS else float(seconds)
-
-
-def _parsed(text: str) -> float:
-    if _NUMBER.fullmatch(text):
-        return float(text)
-    found = _WHOLE.fullmatch(text) if len(text) <= 100 else None
-    if found is None:
-        raise ValueError("must be a number of seconds, or text as '5m', '1h30m' or '-1'")
-    total = math.fsum(float(count) * _SECONDS[unit] for count, unit in _PART.findall(found[2]))
-    return -total if found[1] == "-" else total
+    found = float(seconds(value))
+    return FOR_EVER if found < 0 or found > _LONGEST else found

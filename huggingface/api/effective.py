@@ -51,7 +51,7 @@ def _agreed(known: type[Parameters], effective: dict[str, Any], asked: Mapping[s
     while True:
         try:
             checked = validate(known, effective)
-            return {name: checked[name] for name in effective}  # in the documented order
+            return {name: checked[name] for name in effective if name in checked}  # in the documented order
         except InvalidRequest as error:
             if error.field in asked or error.field not in effective:
                 raise
@@ -77,10 +77,13 @@ def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict
 OPENAI_DEFAULTS: Mapping[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
-def openai_parameters(record: ModelRecord, own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def openai_parameters(
+    record: ModelRecord, own: Mapping[str, Any], asked: Mapping[str, Any], *, unlimited: bool = False
+) -> dict[str, Any]:
     """The effective parameters of OpenAI's routes; `own` are those of the model's generation config.
 
-    The request's count most, then the registered ones, then the model's own, then OpenAI's.
+    The request's count most, then the registered ones, then the model's own, then OpenAI's. Where it is `unlimited`,
+    no limit of the length is among them.
 
     Raises:
         InvalidRequest: what was asked does not go together; names the field.
@@ -88,7 +91,10 @@ def openai_parameters(record: ModelRecord, own: Mapping[str, Any], asked: Mappin
     asked = dict(asked)
     if "do_sample" not in asked and {"temperature", "top_p"} & asked.keys():
         asked["do_sample"] = True  # with OpenAI, everything is sampled
-    return _effective_text(asked, OPENAI_DEFAULTS, own, _registered_for_text(record))
+    effective = _effective_text(asked, OPENAI_DEFAULTS, own, _registered_for_text(record))
+    if unlimited:
+        return {name: value for name, value in effective.items() if name not in ("max_new_tokens", "max_length")}
+    return effective
 
 
 # What the published schema says of a text generation, and TGI does: as many tokens, or as there is room for. It has no
@@ -136,11 +142,14 @@ def task_parameters(
     if name in GENERATION_TASKS or (own is not None and name == own.task):
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
+    asked = TASK_PARAMETERS[name].given(asked)
     return _agreed(TASK_PARAMETERS[name], merge(defaults, registered, asked), asked)
 
 
-def check_registered(model_type: str, parameters: Mapping[str, Any]) -> None:
-    """See that a model of this type can have these default parameters: its task's own, and those of a generation.
+def check_registered(model_type: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The default parameters as they are kept, if a model of this type can have them: its task's, and a generation's.
+
+    Unknown ones are refused however the server is set: what is kept would be believed for as long as it is there.
 
     Raises:
         InvalidRequest: naming the field that is unknown or wrong, as `parameters.<name>`.
@@ -148,7 +157,9 @@ def check_registered(model_type: str, parameters: Mapping[str, Any]) -> None:
     own = TASK_PARAMETERS[MODEL_TYPES[model_type].task]
     # What a task requires of each request need not be a default of the model.
     required = {name: "label" for name, field in own.model_fields.items() if field.is_required()}
+    parameters = own.given(parameters)
     mine = {name: value for name, value in parameters.items() if name in own.model_fields}
-    validate(own, required | mine, "parameters.")
+    validate(own, required | mine, "parameters.", lasts=True)
     rest = {name: value for name, value in parameters.items() if name not in own.model_fields}
-    validate(GenerationParameters, rest, "parameters.")
+    validate(GenerationParameters, rest, "parameters.", lasts=True)
+    return parameters

@@ -1,19 +1,22 @@
 """What is taken of a body that means nothing here: nulls, and fields that cannot change the answer.
 
-Every body and every part of one is a `Fields`. A null is a field left out. A field that is taken and makes no
-difference is named in the response header `X-Local-LLM-Ignored`, and once in the log. Unknown fields are refused,
-except within what a program replays (messages, their parts, tools, past calls), and where the server is set to take
-them. Serves any request thread. Must not know models or what any field means.
+Every body and every part of one is a `Fields`. A null is a field left out, and 3.0 is a whole number. A field that is
+taken and makes no difference is named in the response header `X-Local-LLM-Ignored`, and once in the log. Unknown
+fields are refused, except within what a program replays (messages, their parts, tools, past calls), and where the
+server is set to take them. Serves any request thread. Must not know models or what any field means.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from flask import Flask, Response, current_app, g, has_request_context
-from pydantic import BaseModel, model_validator
+from pydantic import AliasChoices, BaseModel, ValidationInfo, model_validator
+
+from ..errors import UnknownField
+from .refusals import nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +33,64 @@ class Fields(BaseModel):
     """Some of a body."""
 
     nulls: ClassVar[frozenset[str]] = frozenset()  # the fields in which null is a value
+    empties: ClassVar[frozenset[str]] = frozenset()  # the fields that are left out where they are empty
+    lasts: ClassVar[bool] = False  # whether it is kept or changes the server: unknown fields are refused in any case
     drops: ClassVar[bool] = False  # whether unknown fields are dropped, as in what a program replays
     place: ClassVar[str] = ""  # what the header calls this part of a body
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_means_nothing(cls, value: Any) -> Any:
+    def _without_what_means_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict):
             return value
         known = cls.known_names()
-        ignores = cls.drops or _ignores_unknown()
+        takes_any = cls.model_config.get("extra") == "allow"  # what further fields mean is looked at later
+        context = info.context or {}
+        ignores = cls.drops or not (cls.lasts or context.get("lasts") or not _ignores_unknown())
+        before = context.get("prefix", "") or (f"{cls.place}." if cls.place else "")
         kept = {}
         for name, item in value.items():
             if name in known:
-                if item is not None or name in cls.nulls:
-                    kept[name] = item
+                if (item is not None or name in cls.nulls) and not (name in cls.empties and item in ("", [], {})):
+                    kept[name] = _whole(item)
+            elif takes_any:
+                kept[name] = item
             elif item is not None:
                 if ignores:
-                    note_ignored(f"{cls.place}.{name}" if cls.place else name)
+                    note_ignored(f"{before}{name}")
                 else:
                     kept[name] = item  # which is refused, by its name
         return kept
 
     @classmethod
+    def given(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values without nulls that are none."""
+        return {name: value for name, value in values.items() if value is not None or name in cls.nulls}
+
+    @classmethod
     def known_names(cls) -> frozenset[str]:
         """The names under which a body may give its fields."""
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+        names: set[str] = set()
+        for name, field in cls.model_fields.items():
+            choices = field.validation_alias
+            if isinstance(choices, AliasChoices):
+                names |= {choice for choice in choices.choices if isinstance(choice, str)}
+            else:
+                names.add(field.alias or name)
+        return frozenset(names)
+
+
+def refuse_unknown(field: str, known: Iterable[str]) -> None:
+    """Refuse a field that is none of those known, or name it in the header where the server is set to take it.
+
+    Raises:
+        UnknownField: with the nearest name of those known.
+    """
+    if _ignores_unknown():
+        note_ignored(field)
+        return
+    names = list(known)
+    raise UnknownField(field, names, nearest_name(field.rpartition(".")[2], names))
 
 
 def note_ignored(*names: str) -> None:
@@ -107,6 +142,11 @@ def _log(logged: set[str], ignored: dict[str, None]) -> None:
 def _printable(name: str) -> str:
     """A name as a header can carry it."""
     return "".join(char if char.isascii() and char.isprintable() and char != "," else "?" for char in name[:80])
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as such, however it is written: JSON has no other kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def _ignores_unknown() -> bool:

@@ -11,36 +11,35 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flask import Response, jsonify
-from flask_openapi3 import Tag
 
 from ..errors import InvalidRequest, UnknownField
 from ..records import ModelRecord
 from ..tasks import MODEL_TYPES, canonical_task
 from . import models, schemas
 from .effective import task_parameters
+from .fields import refuse_unknown
 from .generating import named
-from .hub_schemas import PUBLISHED, ComparedTexts, HubAnswer, HubBody, HubText2Text, SomeTexts, TaskQuery
+from .hub_schemas import PUBLISHED, TAG, ComparedTexts, HubAnswer, HubBody, HubText2Text, SomeTexts, TaskQuery
 from .hub_text import generate_text
 from .lending import lent
 from .parameters import Parameters, validate
 from .services import services
 
-_TAG = Tag(name="Hugging Face", description="The protocol of Hugging Face's own inference clients.")
-
 _SIMILARITY = "sentence-similarity"
 _FEATURES = "feature-extraction"
+_ZERO_SHOT = "zero-shot-classification"
 
 
 # On the models' own blueprint: of two that share an address, the API's document would show one.
 @models.blueprint.post(
     "/models/<path:model_id>",
-    tags=[_TAG],
+    tags=[TAG],
     responses={200: HubAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
 )
 def infer(path: schemas.ModelPath, query: TaskQuery, body: HubBody) -> Response:
     """Run a model's task, in the protocol of Hugging Face's clients."""
     record = services().registry.get(path.model_id)
-    task = _task(record, query, body.inputs)
+    task = _task(record, query, body)
     name = task if task == _SIMILARITY else canonical_task(task)
     given, fields = _given(name, body)
     if name == "text-generation":
@@ -52,16 +51,18 @@ def infer(path: schemas.ModelPath, query: TaskQuery, body: HubBody) -> Response:
     return jsonify(_run(record, task, name, body.inputs, given, fields))
 
 
-def _task(record: ModelRecord, query: TaskQuery, inputs: Any) -> str:
-    """What is to be done. Both of a sentence-embedding model's tasks are its own: their inputs tell them apart."""
+def _task(record: ModelRecord, query: TaskQuery, body: HubBody) -> str:
+    """What is to be done. Where a model's own tasks are two, what is asked tells them apart."""
     if query.task is not None:
         return query.task
     own = MODEL_TYPES.get(record.model_type)
     task = own.task if own is not None else canonical_task(record.model_type)
     if task == "text2text-generation":
         return "text-generation"  # the clients have one method for both
-    if task == _FEATURES and isinstance(inputs, dict) and "source_sentence" in inputs:
+    if task == _FEATURES and isinstance(body.inputs, dict) and "source_sentence" in body.inputs:
         return _SIMILARITY
+    if task == "text-classification" and (body.parameters or {}).get("candidate_labels") is not None:
+        return _ZERO_SHOT
     return task
 
 
@@ -73,8 +74,9 @@ def _given(name: str, body: HubBody) -> tuple[dict[str, Any], dict[str, str]]:
     """
     schema, beside, parameters = PUBLISHED[name], dict(body.model_extra or {}), body.parameters or {}
     if name not in (_FEATURES, _SIMILARITY):
-        for field in beside:
-            raise UnknownField(field, HubBody.model_fields)
+        for field in [field for field, value in beside.items() if value is not None]:
+            refuse_unknown(field, HubBody.model_fields)
+        beside = {}
     for field in beside.keys() & parameters.keys():
         raise InvalidRequest(f"Field given twice: {field}", field)
     given = _checked(schema, beside, "") | _checked(schema, parameters, "parameters.")
@@ -83,9 +85,6 @@ def _given(name: str, body: HubBody) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _checked(schema: type[Parameters], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    for field in values:
-        if field not in schema.model_fields:
-            raise UnknownField(prefix + field, schema.model_fields)
     if not values and not prefix:
         return {}  # what the schema requires is not looked for here
     return validate(schema, {field: value for field, value in values.items() if value is not None}, prefix)
@@ -118,14 +117,21 @@ def _text2text(given: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dic
     making: dict[str, Any] = asked.pop("generate_parameters", None) or {}
     inner = {field: f"parameters.generate_parameters.{field}" for field in making}
     for field in making:
-        if field in HubText2Text.model_fields:
+        if field in _BESIDE:
             raise UnknownField(inner[field])
     if (truncation := asked.pop("truncation", None)) is not None:
         if truncation == "only_second":
             reason = "there is no second text"
             raise InvalidRequest(f"Invalid value for field 'parameters.truncation': {reason}", "parameters.truncation")
-        asked["truncation"] = truncation != "do_not_truncate"
-    return making | asked, {**fields, **inner}
+        asked["truncation"] = truncation not in (False, "do_not_truncate")
+    for field, value in asked.items():
+        if making.get(field) not in (None, value):
+            raise InvalidRequest(f"Field given twice: {field}", f"parameters.{field}")
+    return making | asked, {**inner, **fields}
+
+
+# What is no parameter of a generation.
+_BESIDE = frozenset({"generate_parameters", "truncation", "clean_up_tokenization_spaces", "src_lang", "tgt_lang"})
 
 
 def _question(value: Any) -> Any:
@@ -158,6 +164,8 @@ def _zero_shot(result: Any, several: bool) -> Any:
         pairs = zip(each["labels"], each["scores"], strict=True)
         return [{"label": label, "score": score} for label, score in pairs]
 
+    if several and len(result) == 1:  # the published form is that of one text, which huggingface.js checks for
+        return labels(result[0])
     return [labels(each) for each in result] if several else labels(result)
 
 
@@ -171,7 +179,7 @@ def _cells(result: Any, several: bool) -> Any:
 # A pipeline's result, and whether several inputs were given, to the published form.
 _SHAPES: Mapping[str, Callable[[Any, bool], Any]] = {
     "text-classification": _labels,
-    "zero-shot-classification": _zero_shot,
+    _ZERO_SHOT: _zero_shot,
     "table-question-answering": _cells,
 }
 

@@ -10,10 +10,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+from flask_openapi3 import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
-from .parameters import TASK_PARAMETERS, AnyText, Parameters, Stop, TableQuestionAnsweringParameters, Text
-from .schemas import streaming
+from .fields import Fields
+from .parameters import (
+    TASK_PARAMETERS,
+    AnyText,
+    Parameters,
+    Stop,
+    TableQuestionAnsweringParameters,
+    Text,
+    TranslationParameters,
+)
+from .schemas import Answer, streaming
+
+TAG = Tag(name="Hugging Face", description="The protocol of Hugging Face's own inference clients.")
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -50,14 +62,13 @@ class HubTextGeneration(Parameters):
     watermark: Literal[False] | None = Field(None, description="Texts cannot be marked here.")
 
 
-class HubText2Text(Parameters):
-    """`summarization` and `translation`."""
+class HubText2Text(TranslationParameters):
+    """`summarization` and `translation`. Parameters of the generation stand here, or apart from the others."""
 
-    clean_up_tokenization_spaces: bool | None = None
     generate_parameters: dict[str, Any] | None = Field(None, description="Parameters of the generation.")
-    src_lang: Text | None = None
-    tgt_lang: Text | None = None
-    truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = None
+    truncation: bool | Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = Field(  # type: ignore[assignment]
+        None, description="Whether a text is cut that is longer than the tokenizer's limit."
+    )
 
 
 class HubSimilarity(Parameters):
@@ -137,7 +148,7 @@ class HubOptions(Parameters):
     use_cache: bool | None = None
 
 
-class HubBody(BaseModel):
+class HubBody(Fields):
     """Inputs for a model's task."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
@@ -154,3 +165,31 @@ class HubAnswer(BaseModel):
     """What the task gives, in the form that Hugging Face publishes: of each task another."""
 
     model_config = {**streaming("TGI's event for each token; of text generation only."), "extra": "allow"}
+
+
+class EndpointHealth(Answer):
+    """The model can be asked."""
+
+    status: Literal["ok"]
+
+
+class EndpointInfo(Answer):
+    """What a model is and what it takes, in TGI's words. What is not known without loading it is null."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    model_sha: str | None = Field(description="The commit of its repository.")
+    model_dtype: str | None = Field(description="Of the weights in memory.")
+    model_device_type: str
+    model_pipeline_tag: str | None = Field(description="Its own task.")
+    max_concurrent_requests: int = Field(description="That run or wait; one more is refused.")
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_length: int | None = Field(description="The same as max_input_tokens, under its older name.")
+    max_input_tokens: int | None
+    max_total_tokens: int | None = Field(description="Prompt and new tokens together.")
+    router: str
+    version: str
+    sha: None
+    docker_label: None

@@ -51,6 +51,10 @@ def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
         raise MissingField("prompt") if not source else InvalidRequest("Give prompt or messages, not both", "messages")
     streams, timeout, keep_alive = (fields.pop(name, None) for name in ("stream", "timeout", "keep_alive"))
     adapter = fields.pop("adapter", None)
+    if stops := fields.pop("stop", None):
+        if fields.get("stop_strings", stops) != stops:
+            raise InvalidRequest("Invalid value for field 'stop': says something else than stop_strings", "stop")
+        fields["stop_strings"] = stops
     forms: dict[str, Any] = {name: fields.pop(name) for name in _FORMS if name in fields}
     if len(forms) > 1:
         raise InvalidRequest(f"Give only one of {', '.join(forms)}", next(iter(forms)))

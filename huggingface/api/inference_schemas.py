@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..tasks import TASKS
 from .effective import GENERATE_DEFAULTS
+from .fields import Fields
 from .model_schemas import ModelInfo
-from .parameters import TASK_PARAMETERS, GenerationParameters
-from .schemas import MODEL_ID_TEXT, MOST_SECONDS, Answer, Strict, optional, streaming
+from .parameters import TASK_PARAMETERS, GenerationParameters, Stop, Stops
+from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streaming
+
+
+def _without_empty(stops: Any) -> Any:
+    """Stops of which the empty ones are left out."""
+    return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
 def _example(**fields: Any) -> ConfigDict:
@@ -21,7 +27,10 @@ def _example(**fields: Any) -> ConfigDict:
 
 
 class Message(Strict):
-    """One turn of a chat."""
+    """One turn of a chat. Programs send back what they got, so that further fields are dropped."""
+
+    drops = True
+    place = "messages"
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -33,6 +42,8 @@ class GenerateBody(GenerationParameters):
     What is left out comes from the model's registered parameters, then from the defaults named here.
     """
 
+    empties = frozenset({"stop"})
+
     model_config = _example(prompt="What is the capital of France?", max_new_tokens=30)
 
     model_id: str = Field(description=MODEL_ID_TEXT)
@@ -40,10 +51,11 @@ class GenerateBody(GenerationParameters):
     messages: list[Message] = optional("A chat, oldest turn first.", min_length=1)
     stream: bool = optional("Send the text as it is made, as server-sent events.")
     timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
-    keep_alive: float = optional(
-        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
-    )
+    keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
     adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
+    stop: Annotated[Stop | Stops | Annotated[list[Stop], Field(max_length=0)], BeforeValidator(_without_empty)] = (
+        optional("The same as `stop_strings`.")
+    )
     json_schema: dict[str, Any] = optional("The text is to be JSON of this schema. At most one of these five.")
     json_object: Literal[True] = optional("The text is to be a JSON object.")
     regex: str = optional("The text is to match this regular expression, whole.", min_length=1)
@@ -101,23 +113,21 @@ class GenerateAnswer(Answer):
     timings: Timings
 
 
-class PipelineBody(BaseModel):
+class PipelineBody(Fields):
     """A task for a model. Every further field is a parameter of the task; one that it does not have is refused."""
 
-    model_config = {
+    model_config = ConfigDict(
         **_example(task="text-generation", inputs="Once upon a time", max_new_tokens=30),
-        "extra": "allow",
-        "strict": True,
-        "protected_namespaces": (),
-    }
+        extra="allow",
+        strict=True,
+        protected_namespaces=(),
+    )
 
     model_id: str = Field(description=MODEL_ID_TEXT)
     task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
     timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
-    keep_alive: float = optional(
-        "Seconds that the model stays in memory after this use; -1 is for ever.", ge=-1, le=MOST_SECONDS
-    )
+    keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
     adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
 
     @classmethod

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
-from .schemas import MODEL_ID_TEXT, MOST_SECONDS, Answer, Strict, optional, streaming
+from .fields import Fields
+from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streaming
 
 
 def _timestamp(value: str) -> str:
@@ -65,9 +66,7 @@ class Registered(Settings):
         "LoRA adapters by the name that requests choose one by, each an id."
     )
     pinned: bool | None = optional("Never take it out of memory to make room for another.")
-    keep_alive: float | None = optional(
-        "Seconds in memory after the last use; 0 for none, -1 for ever.", ge=-1, le=MOST_SECONDS
-    )
+    keep_alive: KeepAlive | None = optional("Seconds in memory after the last use; 0 for none, -1 for ever.")
 
 
 class TypeQuery(Strict):
@@ -95,10 +94,12 @@ class NewModel(Registered):
 
 
 class ModelChanges(Registered):
-    """What to change of a registered model. A field that is left out stays as it is.
+    """What to change of a registered model. A field that is left out stays as it is; null unsets a setting.
 
     `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
     """
+
+    nulls = frozenset(Registered.model_fields) | {"last_used", "details"}
 
     name: str = optional("Display name.", min_length=1)
     model_type: str = optional("What the model is for.")
@@ -121,9 +122,7 @@ class LoadBody(Settings):
 
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
     stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
-    keep_alive: float | None = optional(
-        "Seconds in memory from now on, if nobody uses it; -1 is for ever.", ge=-1, le=MOST_SECONDS
-    )
+    keep_alive: KeepAlive | None = optional("Seconds in memory from now on, if nobody uses it; -1 is for ever.")
 
 
 class EmptyBody(Strict):
@@ -132,8 +131,10 @@ class EmptyBody(Strict):
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
 
-class EstimateQuery(BaseModel):
+class EstimateQuery(Fields):
     """Settings to estimate with, over the registered ones."""
+
+    lasts = True
 
     model_config = ConfigDict(extra="forbid")
 

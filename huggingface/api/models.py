@@ -52,7 +52,7 @@ def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
     given = body.model_dump(exclude_unset=True)
     if body.model_type is not None:
         _check_type(body.model_type)
-        check_registered(body.model_type, body.parameters)
+        given["parameters"] = check_registered(body.model_type, body.parameters)
     record = records.ModelRecord(**{"model_type": "", **given})
     _check_settings(record)
     details = services().preflight.look(record)
@@ -63,8 +63,8 @@ def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
                 told = details["problem"] or "its files do not tell what it is for"
                 error.args = (f"{error}. It may be left out only where the model's files tell it: {told}",)
             raise error
-        record = replace(record, model_type=details["model_type"])
-        check_registered(record.model_type, body.parameters)
+        model_type = details["model_type"]
+        record = replace(record, model_type=model_type, parameters=check_registered(model_type, body.parameters))
     _check_revision(record, details)
     return _changed(registry.add(replace(record, details=details)), "added")
 
@@ -122,7 +122,9 @@ def update_model(path: schemas.ModelPath, body: model_schemas.ModelChanges) -> d
     model_type = changes.get("model_type", record.model_type)
     if "parameters" in changes or model_type != record.model_type:
         _check_type(model_type)
-        check_registered(model_type, changes.get("parameters", record.parameters))
+        kept = check_registered(model_type, changes.get("parameters", record.parameters))
+        if "parameters" in changes:
+            changes["parameters"] = kept
     wanted = replace(record, **{name: changes[name] for name in changes if name in records.OPTIONAL_FIELDS})
     _check_settings(wanted)
     if wanted.revision is not None and wanted.revision != record.revision:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from .fields import Fields
 from .refusals import request_error
 
 __all__ = [
@@ -42,7 +43,7 @@ Stops = Annotated[list[Stop], Field(min_length=1, max_length=64)]
 
 
 def _maybe(description: str, **constraints: Any) -> Any:
-    """A parameter that need not be given; `None` stands for that here, and is refused from a caller."""
+    """A parameter that need not be given; `None` stands for that here, as null does from a caller."""
     return Field(default=None, description=description, **constraints)
 
 
@@ -51,7 +52,7 @@ def _refuse(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
 
 
-class Parameters(BaseModel):
+class Parameters(Fields):
     """Root of all parameter models: strict types, no unknown names, no NaN or infinity."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -177,6 +178,8 @@ class GenerationParameters(CommonGeneration):
     frequency_penalty: float = _maybe("The same, for each time that the token was made.", ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] = _maybe('Added to the logits of tokens: `{"token id": bias}`.', min_length=1)
     seed: int = _maybe("Starts the random draws, so that an answer can be had again.", ge=0, lt=2**63)
+    stop_token_ids: TokenIds = _maybe("Tokens at which generation stops besides the end-of-text tokens.")
+    ignore_eos: bool = _maybe("Go on behind the end of the text, to the greatest length or another stop.")
 
 
 class TextGenerationParameters(CommonGeneration):
@@ -258,6 +261,8 @@ class FillMaskParameters(Parameters):
 
 class TextClassificationParameters(Parameters):
     """`text-classification`: which label a text, or a pair of texts, has."""
+
+    nulls = frozenset({"top_k"})
 
     top_k: Count | None = _maybe("How many labels to give; null gives all.")
     function_to_apply: Literal["sigmoid", "softmax", "none"] = _maybe("How logits become scores.")
@@ -360,16 +365,20 @@ TASK_PARAMETERS: Mapping[str, type[Parameters]] = MappingProxyType(
 )
 
 
-def validate(model_cls: type[BaseModel], values: Mapping[str, Any], prefix: AnyText = "") -> dict[str, Any]:
+def validate(
+    model_cls: type[BaseModel], values: Mapping[str, Any], prefix: AnyText = "", *, lasts: bool = False
+) -> dict[str, Any]:
     """Check `values` against `model_cls` and return those that were given, as plain JSON values.
 
-    `prefix` goes before a field's name in messages (`parameters.` gives `parameters.top_p`).
+    `prefix` goes before a field's name in messages (`parameters.` gives `parameters.top_p`). Values that are kept
+    (`lasts`) hold no unknown name even where the server takes such of requests.
 
     Raises:
         MissingField, UnknownField, InvalidRequest: for the first thing wrong, in that order; each names the field.
     """
     try:
-        model = model_cls.model_validate(dict(values))
+        model = model_cls.model_validate(dict(values), context={"prefix": prefix, "lasts": lasts})
     except ValidationError as error:
-        raise request_error(error, prefix, model_cls.model_fields) from None
+        known = model_cls.model_fields
+        raise request_error(error, prefix, known, frozenset(known)) from None
     return model.model_dump(exclude_unset=True)

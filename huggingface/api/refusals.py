@@ -38,10 +38,10 @@ def request_error(
                 field = prefix + _path(problem)
                 if kind == "missing":
                     return MissingField(field)
-                beside = sorted(name for name in suggested if name.count(".") == field.count("."))
-                nearest = get_close_matches(field, beside, 1, 0.75)
+                name = field.removeprefix(prefix)
+                beside = frozenset(each for each in suggested if each.count(".") == name.count("."))
                 listed = known if len(problem["loc"]) == 1 else ()
-                return UnknownField(field, listed, nearest[0] if nearest else None)
+                return UnknownField(field, listed, nearest_name(name, beside))
     # A value that fits no branch of a union has a complaint from each: keep those that went deepest into the value.
     first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     depth = max(len(_path(problem)) for problem in first)
@@ -55,6 +55,14 @@ def request_error(
         return InvalidRequest(f"Invalid request: the body {reason}")
     return InvalidRequest(f"Invalid value for field '{prefix}{path}': {reason}", prefix + path)
 
+
+def nearest_name(field: str, known: Iterable[str]) -> str | None:
+    """Which of the known names was probably meant by one that is none of them."""
+    nearest = get_close_matches(field, sorted(known), 1, _NEAR)
+    return nearest[0] if nearest else None
+
+
+_NEAR = 0.75  # how alike two names have to be, of 1
 
 # What pydantic puts into a location to say which branch of a union it tried; no field of ours is named so.
 _BRANCH = re.compile(r"int|str|float|bool|none|[A-Z].*|.*[\[\]( ].*|constrained-.*|function-.*|literal.*")

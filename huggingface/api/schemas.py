@@ -2,25 +2,35 @@
 
 The rest of it is in the files beside this one whose names end alike. The routes validate with these models and the
 OpenAPI document is made from them, so the two cannot differ. Nothing here works on a model or a file. Unknown fields
-are refused, and values are not converted from other types.
+are refused, and values are not converted from other types; what a null is, `fields` says.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from flask_openapi3 import MediaType, Schema
 from flask_openapi3.models.data_type import DataType
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .durations import seconds
+from .fields import Fields
 
 # Thirty years: what is kept longer, is kept for ever.
 MOST_SECONDS = 10**9
 
 MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 
+# How long a model stays in memory after a use; text is a duration as Go and Ollama write it: `5m`, `1h30m`, `-1s`.
+KeepAlive = Annotated[
+    float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MOST_SECONDS)
+]
 
-class Strict(BaseModel):
-    """A body or query that takes what it names and nothing else."""
+
+class Strict(Fields):
+    """A body or query that takes what it names and nothing else, however the server is set."""
+
+    lasts = True
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 

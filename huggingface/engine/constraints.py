@@ -17,6 +17,7 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 from transformers import LogitsProcessor
 
 from ..errors import InvalidRequest
@@ -172,7 +173,10 @@ def _grammar(constraint: Constraint) -> str:
         raise _refuse(kind, "nested too deeply") from error
     except (ValueError, TypeError) as error:
         raise _refuse(kind, str(error)) from error
-    return str(LLMatcher.grammar_from_lark(value))
+    try:
+        return str(LLMatcher.grammar_from_lark(any_to_lark(value)))
+    except (ValueError, RecursionError, IndexError, KeyError) as error:  # of what is taken for GBNF
+        raise _refuse(kind, str(error)) from error
 
 
 def _choices(texts: list[str]) -> str:

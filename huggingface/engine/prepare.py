@@ -29,7 +29,7 @@ _SAMPLING_ONLY = frozenset(
 )
 
 # Parameters that `generate` does not have; processors of our own honour them.
-_OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias"})
+_OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos"})
 
 # Tokens where nothing sets a limit: neither the request nor the model.
 _UNLIMITED = 4096
@@ -237,7 +237,7 @@ class Preparer:
             InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
         """
         if request.messages is not None:
-            ids = self._encode_messages(request.messages, request.template)
+            ids = self._encode_messages(request.messages, request.template, request.turn)
         elif request.tokens is not None:
             ids = list(request.tokens)
             size = self._model.config.get_text_config().vocab_size
@@ -260,7 +260,7 @@ class Preparer:
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _encode_messages(self, messages: Any, template: Mapping[str, Any]) -> list[int]:
+    def _encode_messages(self, messages: Any, template: Mapping[str, Any], turn: str | None) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         if self._tokenizer.chat_template is None:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
@@ -269,13 +269,14 @@ class Preparer:
             text = end.join(turns) + (end if self._reads_answer else "")
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
             return ids
-        # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
-        continued = messages[-1]["role"] == "assistant"
+        if turn is None:
+            # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
+            turn = "continued" if messages[-1]["role"] == "assistant" else "new"
         try:
             ids = self._tokenizer.apply_chat_template(
                 list(messages),
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
+                add_generation_prompt=turn == "new",
+                continue_final_message=turn == "continued",
                 return_dict=False,
                 **template,
             )
@@ -334,6 +335,8 @@ class Preparer:
             arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
         if self._stops(parameters):
             arguments["tokenizer"] = self._tokenizer
+        if parameters.get("ignore_eos") or "stop_token_ids" in parameters:
+            arguments["eos_token_id"] = self._own_ends(parameters)
         if self._model.generation_config.pad_token_id is None:
             pad = self._tokenizer.pad_token_id
             ends = self._ends(parameters)
@@ -357,11 +360,28 @@ class Preparer:
         return processors
 
     def _ends(self, parameters: Mapping[str, Any]) -> frozenset[int]:
-        """The token ids that end a text: the request's, else the model's."""
+        """The token ids that end a text: the request's, else the model's, and those that the request adds."""
+        further = frozenset(parameters.get("stop_token_ids", ()))
         ends = parameters.get("eos_token_id", self._model.generation_config.eos_token_id)
-        if ends is None:
-            return frozenset()
-        return frozenset(ends) if isinstance(ends, list) else frozenset({ends})
+        if ends is None or parameters.get("ignore_eos"):
+            return further
+        return further | (frozenset(ends) if isinstance(ends, list) else {ends})
+
+    def _own_ends(self, parameters: Mapping[str, Any]) -> list[int]:
+        """The ends as `generate` takes them, where they are not the model's own.
+
+        Raises:
+            InvalidRequest: one of them is no token of the model's, or what needs an end has none.
+        """
+        vocabulary = self._model.config.get_text_config().vocab_size
+        for token in parameters.get("stop_token_ids", ()):
+            if token >= vocabulary:
+                raise refuse("stop_token_ids", f"token {token} is not in the model's vocabulary of {vocabulary}")
+        if ends := self._ends(parameters):
+            return sorted(ends)
+        if "exponential_decay_length_penalty" in parameters:
+            raise refuse("ignore_eos", "cannot be used with exponential_decay_length_penalty, which favours the end")
+        return [vocabulary]  # of none at all, `generate` makes the model's own; there is no such token
 
     def _stops(self, parameters: Mapping[str, Any]) -> list[str]:
         """The strings that end a text: the request's, else the model's."""

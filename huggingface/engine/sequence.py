@@ -106,7 +106,8 @@ class Sequence:
         if self.finished:
             self._finish(now, shown)
         elif self.streams and (shown or self.logprobs is not None):
-            self.ticket.put(Chunk(shown, **self._tokens()))
+            so_far = Usage(self.prompt_tokens, self.made, self.reused)
+            self.ticket.put(Chunk(shown, so_far=so_far, **self._tokens()))
 
     def _finish(self, now: float, shown: str) -> None:
         rest, whole = self.text.finish()

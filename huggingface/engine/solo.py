@@ -105,7 +105,7 @@ class Solo:
             nonlocal first
             first = first or time.monotonic()
             if text is not None and (shown := text.add(int(input_ids[0, -1]))):
-                emit(Chunk(shown))
+                emit(Chunk(shown, so_far=Usage(prompt_tokens, len(self._new_tokens(input_ids[0], prompt_tokens)))))
 
         criteria = StoppingCriteriaList([_EachToken(cancelled, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
@@ -146,7 +146,7 @@ class Solo:
         seed = prepared.parameters.get("seed")
         return nullcontext() if seed is None else SeededDraws(seed, self.model.device)
 
-    def _new_tokens(self, row: list[int], prompt_tokens: int) -> list[int]:
+    def _new_tokens(self, row: Any, prompt_tokens: int) -> Any:
         """The ids of a returned row that were made, without the prompt or the one token that started it."""
         return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
 

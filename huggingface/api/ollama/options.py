@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, Field, create_model
 
 from ...errors import InvalidRequest
 from ..fields import note_ignored
-from ..openai.bodies import Part, Stop, Stops
+from ..openai.bodies import Stop, Stops
+from ..openai.parts import Part
 
 # What an option asks of the parameters: their values, None for one that is to have none, whatever is registered.
 Asked = Mapping[str, Any]

@@ -21,7 +21,8 @@ from pydantic import (
 
 from ..durations import seconds_of
 from ..fields import note_ignored
-from ..openai.bodies import MODEL, Count, Part, Replayed, Text, Timeout, refuse
+from ..openai.bodies import MODEL, Count, Timeout
+from ..openai.parts import Part, Replayed, Text, refuse
 from ..openai.schemas import Tool as FunctionTool
 from .options import OPTIONS, OptionsBody
 

@@ -40,6 +40,12 @@ class OpenAIModel(_Answer):
     object: Literal["model"]
     created: int = Field(description="When it was registered, in seconds since 1970.")
     owned_by: str
+    type: Literal["llm", "embeddings", "other"] = Field(description="What it is for, as LM Studio has it.")
+    max_model_len: int | None = Field(description="The most tokens of one sequence; null where it is not known.")
+    context_length: int | None = Field(description="The same.")
+    max_context_length: int | None = Field(description="The same.")
+    capabilities: dict[str, bool] = Field(description="What it can do, as Mistral has it.")
+    meta: dict[str, int | None] = Field(description="What its files tell, as llama.cpp has it.")
 
 
 class OpenAIModels(_Answer):
@@ -55,6 +61,12 @@ class TokenCounts(_Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: dict[str, int] | None = Field(
+        None, description="`cached_tokens`: those of the prompt that were computed already."
+    )
+    completion_tokens_details: dict[str, int] | None = Field(
+        None, description="`reasoning_tokens`: those of the reasoning, where the model thinks aloud."
+    )
 
 
 class ChatMessage(_Answer):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..fields import Fields
+from ..fields import note_ignored
 from ..parameters import GenerationParameters
+from ..schemas import KeepAlive
+from .hints import Hinted, Hints, hint
+from .neighbours import Neighbours
+from .parts import Text
 
 MODEL = "Id of a registered model."
 
@@ -33,90 +35,53 @@ _NOT_OURS = frozenset(
     }
 )
 
-Text = Annotated[str, Field(min_length=0)]
+
+def _without_empty(stops: Any) -> Any:
+    """Stops of which the empty ones, that never stop anything, are left out."""
+    return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Stops = Annotated[list[Stop], Field(max_length=64)]
+Stops = Annotated[list[Stop], Field(max_length=64), BeforeValidator(_without_empty)]
 Timeout = Annotated[float, Field(gt=0, le=86400)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-def refuse(field: str, reason: str) -> PydanticCustomError:
-    """An error of a rule over several fields."""
-    return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
-
+# Of a tool: longer than OpenAI's, and with the colons that others have.
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 # Seeds there are here, with some left for further answers.
 _SEEDS = 2**63 - 256
 
 
-def of_an_object(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """See that the schema of a function's arguments is one of an object.
+def _checked_limit(value: int) -> int:
+    """A limit of tokens.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it allows none.
     """
-    if parameters is not None and parameters.get("type", "object") != "object":
-        raise ValueError("must be the schema of an object")
-    return parameters
+    if value == 0:
+        raise ValueError("must be at least 1, or -1 for no limit")
+    return value
 
 
-class Part(Fields):
-    """Some of a body."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+# Most new tokens; LM Studio's and llama.cpp's clients have -1 for none.
+Limit = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_checked_limit)]
 
 
-class Replayed(Part):
-    """What a program sends back as it got it, from here or elsewhere: unknown fields are dropped."""
-
-    drops = True
-    place = "messages"
-
-
-def one_of(field: str, kinds: Mapping[str, type[BaseModel]], reason: str, default: str | None = None) -> Any:
-    """One of several models, told apart by a field; one that is none of them is refused by that field's name.
-
-    `default` is the kind of those that lack the field.
-    """
-
-    def kind_of(value: Any) -> Any:
-        return value.get(field, default) if isinstance(value, dict) else getattr(value, field, default)
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, dict | BaseModel):
-            raise PydanticCustomError("rule", "{reason}", {"reason": "must be an object"})
-        if isinstance(value, dict) and kind_of(value) not in list(kinds):
-            raise refuse(field, reason)
-        return value
-
-    members: Any = None
-    for kind, model in kinds.items():
-        member: Any = Annotated[model, Tag(f"[{kind}]")]  # the brackets keep it out of what a complaint calls the field
-        members = member if members is None else members | member
-    if len(kinds) == 1:
-        return Annotated[next(iter(kinds.values())), BeforeValidator(check)]
-    return Annotated[members, Discriminator(lambda value: f"[{kind_of(value)}]"), BeforeValidator(check)]
-
-
-class Asked(Part):
+class Asked(Neighbours, Hints):
     """What all bodies that make text have."""
 
     model: str = Field(description=MODEL)
     temperature: float | None = Field(None, ge=0, le=10, description="0 takes the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token.")
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
-    user: Text | None = Field(None, description="Who asks; it makes no difference.")
     timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(
-        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
-    )
+    keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
     # Ours: transformers' own, under its names.
     do_sample: bool | None = Field(None, description="False takes the likeliest token.")
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0, and -1 as vLLM has it, is no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
     top_h: float | None = Field(None, gt=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
@@ -136,28 +101,45 @@ class Asked(Part):
 
     def drawing(self) -> dict[str, Any]:
         """How tokens are to be drawn, in OpenAI's fields."""
-        given = {"temperature": self.temperature, "top_p": self.top_p}
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
+        if self.top_p == 0:  # no share but the likeliest token's
+            given["top_p"], given["top_k"] = None, 1
         return {name: value for name, value in given.items() if value is not None}
 
     def own(self) -> dict[str, Any]:
-        """The fields that are this server's own parameters, as they were given."""
+        """The fields that are this server's own parameters, as they were given here or under a neighbour's name."""
         names = set(GenerationParameters.model_fields) - _NOT_OURS
-        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        if self.top_k == -1:
+            given["top_k"] = 0
+        if self.ignore_eos is False:
+            del given["ignore_eos"]
+        return given | self.renamed()[0]
 
 
-class StreamOptions(Part):
+class StreamOptions(Hinted):
     """How to stream."""
 
+    place = "stream_options"
+
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(None, description="Tell the counts with every piece.")
+    include_obfuscation: bool | None = hint("Nothing is obfuscated here.")
+
+    @property
+    def tells_always(self) -> bool:
+        """Whether every piece tells the counts; as with vLLM, only where the end does."""
+        return bool(self.include_usage and self.continuous_usage_stats)
 
 
 class Penalized(Asked):
     """What chats and completions have besides."""
 
     n: int | None = Field(None, ge=1, le=128, description="How many answers.")
+    empties = frozenset({"stop"})
+
     stop: Stop | Stops | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, description="Of any size; those that are the same modulo 2^63 - 256 are one.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] | None = None
@@ -166,7 +148,7 @@ class Penalized(Asked):
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options", "is for streams only")
+            note_ignored("stream_options")
         return self
 
     def penalties(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from flask import Response
 
@@ -14,12 +15,14 @@ from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part
 from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
+from ..fields import note_ignored
 from ..generating import begin, named
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import schemas
-from .conversation import Conversation, Wish, call_arguments
+from .conversation import Conversation, Wish
+from .history import readable
 from .serving import DONE, NAMES, Counted, chat_logprobs, failure, new_id, now, within
 
 
@@ -34,41 +37,50 @@ def answer_chat(
     count = body.n or 1
     with ExitStack() as stack:
         flight, model = stack.enter_context(lent(record, "chat", body.timeout, bool(body.stream), body.keep_alive))
+        form, form_field = body.form() or (form_of(body.response_format), "response_format")
         wish = Wish(
-            form=form_of(body.response_format),
+            form=form,
             tools=[plain_tool(tool) for tool in body.tools or ()],
             choice=_choice(body.tool_choice),
             parallel=body.parallel_tool_calls is not False,
-            effort=body.reasoning_effort,
+            thought=body.thought(),
             template=body.chat_template_kwargs,
         )
         asked = body.own() | body.penalties() | body.drawing()
-        most = body.max_completion_tokens or body.max_tokens
-        if most is not None:
+        most, limit_field = body.limited()
+        if most is not None and most >= 0:
             asked["max_new_tokens"] = most
-        names = {**NAMES, **wish.names("response_format")}
-        if body.max_completion_tokens:
-            names["max_new_tokens"] = "max_completion_tokens"
+        names = {**NAMES, **body.renamed()[1], **wish.names(form_field), "max_new_tokens": limit_field}
+        if form is not None:
+            names.setdefault(form.kind, form_field)
         conversation = Conversation(model.chat, plain_messages(body.messages), wish)
+        note_ignored(*conversation.ignored)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         with named(names):
-            parameters = openai_parameters(record, model.own_parameters, asked)
+            unlimited = most is not None and most < 0
+            parameters = openai_parameters(record, model.own_parameters, asked, unlimited=unlimited)
             requests = conversation.requests(
                 parameters, count, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter
             )
+            if (turn := _turn(body)) is not None:
+                requests = [replace(request, turn=turn) for request in requests]
             ticket = begin(model, flight, requests)
         about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
+        counted = Counted(count)
         if not body.stream:
-            answer = _whole(list(flight.chunks()), conversation, ticket.prompt_end, about, body, count)
+            answer = _whole(
+                list(flight.chunks()), conversation, ticket.prompt_end, about, body, counted, model.count_tokens
+            )
             registry.record_use(record.model_id)
             return answer
         framing = _Framing(
             lambda: conversation.parser(ticket.prompt_end),
             about,
             body,
-            count,
+            counted,
             conversation,
             lambda: registry.record_use(record.model_id),
+            model.count_tokens,
         )
         response = event_stream(flight, ticket, framing)
         response.call_on_close(stack.pop_all().close)
@@ -86,10 +98,10 @@ def form_of(wanted: Any) -> Constraint | None:
     """
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.type == "regex":
-        return Constraint("regex", wanted.value)
+    if wanted.type in ("regex", "grammar"):
+        return Constraint(wanted.type, wanted.value)
     if wanted.type in ("json_object", "json"):
-        schema = getattr(wanted, "value", None)
+        schema = wanted.value
         return Constraint("json_object") if schema is None else Constraint("json_schema", schema)
     return Constraint("json_schema", wanted.json_schema.json_schema)
 
@@ -103,39 +115,43 @@ def plain_tool(tool: schemas.Tool) -> dict[str, Any]:
 
 
 def plain_messages(messages: Sequence[schemas.Message]) -> list[dict[str, Any]]:
-    """Messages with text as their content, and calls with objects as their arguments, as templates want them.
-
-    Raises:
-        InvalidRequest: a call's arguments are not a JSON object.
-    """
+    """Messages with text as their content, and calls with objects as their arguments, as templates want them."""
     result = []
-    for number, message in enumerate(messages):
-        plain = message.model_dump(exclude_none=True, exclude={"audio", "function_call", "annotations", "refusal"})
+    for message in messages:
+        plain = message.model_dump(exclude_none=True, exclude={"function_call", "annotations", "refusal", "parsed"})
         plain["content"] = _text(message.content) or (getattr(message, "refusal", None) or "")
-        if "tool_calls" in plain:
-            plain["tool_calls"] = [
-                {
-                    "id": call["id"],
-                    "type": "function",
-                    "function": {
-                        "name": call["function"]["name"],
-                        "arguments": call_arguments(
-                            call["function"]["arguments"], f"messages.{number}.tool_calls.{place}.function.arguments"
-                        ),
-                    },
-                }
-                for place, call in enumerate(plain["tool_calls"])
-            ]
-            if not plain["tool_calls"]:
-                del plain["tool_calls"]
+        if isinstance(message, schemas.FunctionMessage):
+            plain["role"] = "tool"
+        if isinstance(message, schemas.AssistantMessage):
+            if message.function_call is not None and not message.tool_calls:
+                plain["tool_calls"] = [{"function": message.function_call.model_dump()}]
+            thought = _thought(message.content)
+            if thought and not message.reasoning_content:
+                plain["reasoning_content"] = thought
         result.append(plain)
-    return result
+    return readable(result)
 
 
 def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "\n".join(part.text if part.type == "text" else part.refusal for part in content)
-    return content or ""
+    if not isinstance(content, list):
+        return content or ""
+    parts = [part for part in content if not isinstance(part, schemas.ThinkingPart | schemas.HiddenThinkingPart)]
+    return "\n".join(part.refusal if isinstance(part, schemas.RefusalPart) else part.text for part in parts)
+
+
+def _thought(content: Any) -> str:
+    """What the parts of a message say that the assistant thought."""
+    parts = content if isinstance(content, list) else []
+    return "\n".join(part.text for part in parts if isinstance(part, schemas.ThinkingPart))
+
+
+def _turn(body: schemas.ChatBody) -> Literal["new", "continued", "none"] | None:
+    """What follows the messages, where the body says so."""
+    if body.continue_final_message:
+        return "continued"
+    if body.add_generation_prompt is None:
+        return "new" if body.continue_final_message is False else None
+    return "new" if body.add_generation_prompt else "none"
 
 
 def _choice(choice: Any) -> str:
@@ -153,18 +169,19 @@ def _whole(
     prompt_end: str,
     about: Mapping[str, Any],
     body: schemas.ChatBody,
-    count: int,
+    counted: Counted,
+    count_tokens: Callable[[str], int],
 ) -> dict[str, Any]:
     by_index: dict[int, list[Chunk]] = defaultdict(list)
-    counted = Counted(count)
     for chunk in chunks:
         by_index[chunk.index].append(chunk)
         counted.add(chunk)
-    choices = []
+    choices, thought = [], []
     for index, its in sorted(by_index.items()):
         text = its[-1].whole or ""
         parser = conversation.parser(prompt_end)
         message = message_of([*parser.feed(text), *parser.finish()], conversation)
+        thought.append(message.get("reasoning_content", ""))
         calls = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
         tokens = [token for chunk in its for token in chunk.tokens]
         choices.append(
@@ -175,6 +192,7 @@ def _whole(
                 "finish_reason": reason_of(its[-1], calls),
             }
         )
+    counted.reasoning_tokens = sum(map(count_tokens, thought))
     return {**about, "object": "chat.completion", "choices": choices, "usage": counted.to_dict()}
 
 
@@ -222,9 +240,10 @@ class _Framing:
         parser: Callable[[], AnswerParser],
         about: Mapping[str, Any],
         body: schemas.ChatBody,
-        count: int,
+        counted: Counted,
         conversation: Conversation,
         done: Callable[[], None],
+        count_tokens: Callable[[str], int],
     ) -> None:
         self._parser = parser
         self._parsers: dict[int, AnswerParser] = {}
@@ -232,7 +251,10 @@ class _Framing:
         self._about = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._counted = Counted(count)
+        self._always = bool(body.stream_options and body.stream_options.tells_always)
+        self._counted = counted
+        self._thought: dict[int, str] = defaultdict(str)
+        self._count_tokens = count_tokens
         self._conversation = conversation
         self._done = done
 
@@ -261,6 +283,7 @@ class _Framing:
             case Content():
                 return None if self._conversation.must_call else {"content": part.text}
             case Reasoning():
+                self._thought[index] += part.text
                 return {"reasoning_content": part.text}
             case _ if self._conversation.single_call and part.index > 0:
                 return None
@@ -277,7 +300,9 @@ class _Framing:
     ) -> dict[str, Any]:
         logprobs = chat_logprobs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._about, "choices": [choice], **({"usage": None} if self._usage else {})}
+        if not self._usage:
+            return {**self._about, "choices": [choice]}
+        return {**self._about, "choices": [choice], "usage": self._counted.so_far() if self._always else None}
 
     def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
         """OpenAI has no word for it."""
@@ -287,6 +312,7 @@ class _Framing:
         """The counts, where they were asked for, and the end."""
         self._done()
         if self._usage:
+            self._counted.reasoning_tokens = sum(map(self._count_tokens, self._thought.values()))
             yield {**self._about, "choices": [], "usage": self._counted.to_dict()}
         yield DONE
 

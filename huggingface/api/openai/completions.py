@@ -11,12 +11,13 @@ from typing import Any
 from flask import Response
 
 from ...errors import InvalidRequest, LocalLLMError
-from ...records import Chunk, GenerationRequest, ModelRecord, Token
+from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
 from ..effective import openai_parameters
 from ..generating import begin, likelihood, named, seeded
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
+from .chat import form_of
 from .serving import DONE, NAMES, Counted, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody
 
@@ -48,7 +49,7 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
             for prompt in prompts
             for number in range(made)
         ]
-        with named(NAMES):
+        with named(_names(body)):
             ticket = begin(model, flight, requests)
         shape = _Shape(body, model_name or record.model_id, [_echoed(body, model, prompt) for prompt in prompts], made)
         if not body.stream:
@@ -63,20 +64,45 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
 
 def _parameters(record: ModelRecord, model: Any, body: CompletionBody) -> dict[str, Any]:
     asked = body.own() | body.penalties() | body.drawing()
-    if body.max_tokens is not None:
-        asked["max_new_tokens"] = max(body.max_tokens, 1)  # of nothing but the prompt: one more, that is not shown
-    with named(NAMES):
-        parameters = openai_parameters(record, model.own_parameters, asked)
-    if not {"max_new_tokens", "max_length"} & parameters.keys():
+    most, _ = body.limited()
+    if most is not None and most >= 0:
+        asked["max_new_tokens"] = max(most, 1)  # of nothing but the prompt: one more, that is not shown
+    with named(_names(body)):
+        parameters = openai_parameters(record, model.own_parameters, asked, unlimited=_unlimited(body))
+    if not _unlimited(body) and not {"max_new_tokens", "max_length"} & parameters.keys():
         parameters["max_new_tokens"] = _DEFAULT_TOKENS
     return parameters
+
+
+def _names(body: CompletionBody) -> dict[str, str]:
+    """What the body calls what the engine calls otherwise."""
+    names = {**NAMES, **body.renamed()[1], "max_new_tokens": body.limited()[1]}
+    if (formed := _form(body)) is not None:
+        names[formed[0].kind] = formed[1]
+    return names
+
+
+def _unlimited(body: CompletionBody) -> bool:
+    most, _ = body.limited()
+    return most is not None and most < 0
+
+
+def _form(body: CompletionBody) -> tuple[Constraint, str] | None:
+    """What the texts are to be, and the field that says so."""
+    if (formed := body.form()) is not None:
+        return formed
+    form = form_of(body.response_format)
+    return None if form is None else (form, "response_format")
 
 
 def _request(
     body: CompletionBody, prompt: str | list[int], parameters: Mapping[str, Any], *, ranked: bool
 ) -> GenerationRequest:
+    formed = _form(body)
     return GenerationRequest(
         parameters,
+        fills=_unlimited(body),
+        constraint=None if formed is None else formed[0],
         prompt=prompt if isinstance(prompt, str) else None,
         tokens=None if isinstance(prompt, str) else prompt,
         streams=bool(body.stream),
@@ -103,9 +129,9 @@ class _Shape:
         self._made = made
         self._echoes = echoes
         self._about = {"id": new_id("cmpl-"), "object": "text_completion", "created": now(), "model": model_id}
-        self._shows_text = body.max_tokens != 0
+        self._shows_text = body.limited()[0] != 0
         self.stream_options = body.stream_options
-        self.counted = Counted(made)
+        self.counted = Counted(made, None)
 
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         """A body, or an event."""
@@ -128,7 +154,13 @@ class _Shape:
 
     def usage(self) -> dict[str, Any]:
         """The counts; where nothing but the prompt is wanted, no token counts as made."""
-        usage = self.counted.to_dict()
+        return self._shown(self.counted.to_dict())
+
+    def usage_so_far(self) -> dict[str, Any]:
+        """The counts up to here."""
+        return self._shown(self.counted.so_far())
+
+    def _shown(self, usage: dict[str, Any]) -> dict[str, Any]:
         if self._shows_text:
             return usage
         return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
@@ -155,6 +187,7 @@ class _Framing:
         self._done = done
         self._offsets: dict[int, int] = {}
         self._usage = bool(shape.stream_options and shape.stream_options.include_usage)
+        self._always = bool(shape.stream_options and shape.stream_options.tells_always)
 
     def chunk(self, chunk: Chunk) -> Events:
         """A piece of one of the texts."""
@@ -166,7 +199,7 @@ class _Framing:
         choice = shape.choice(chunk, index, chunk.finish_reason, first=first, offset=self._offsets.get(index))
         begin = self._offsets.get(index, 0 if chunk.prompt or not first else len(choice["text"]) - len(chunk.text))
         self._offsets[index] = begin + sum(len(token.text) for token in [*chunk.prompt, *chunk.tokens])
-        event = shape.answer([choice], None)
+        event = shape.answer([choice], shape.usage_so_far() if self._always else None)
         if not self._usage:
             del event["usage"]
         yield event

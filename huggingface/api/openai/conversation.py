@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
@@ -27,6 +27,7 @@ from ...chat.parser import AnswerParser
 from ...errors import InvalidRequest
 from ...records import ChatTraits, Constraint, GenerationRequest
 from ..generating import seeded
+from .thinking import Thought
 
 # Variables of a chat template that have fields of their own, or that only this server sets.
 _RESERVED = frozenset(
@@ -48,7 +49,7 @@ class Wish:
     tools: Sequence[Mapping[str, Any]] = ()
     choice: str = "auto"
     parallel: bool = True
-    effort: str | None = None
+    thought: Thought = field(default_factory=Thought)
     template: Mapping[str, Any] | None = None
 
     @property
@@ -80,6 +81,7 @@ class Conversation:
         self._format: ToolFormat | None = None
         if self._tools:
             self._format = find_tool_format(traits.template, traits.added_tokens)
+        self.ignored: list[str] = []  # fields that make no difference to this model
         self.variables = self._variables()
         self.messages = self._laid_out(messages)
 
@@ -165,28 +167,18 @@ class Conversation:
 
     def _variables(self) -> dict[str, Any]:
         """What the template is given besides the messages."""
-        given = dict(self._wish.template or {})
-        for name in given:
+        given, self.ignored = self._wish.thought.settle(
+            self._wish.template or {}, self._has, self._reasoning is not None
+        )
+        for name in given.keys() & (self._wish.template or {}).keys():
             if name in _RESERVED or not self._has(name):
                 reason = "the chat template of this model has no such variable"
                 raise InvalidRequest(
                     f"Invalid value for field 'chat_template_kwargs.{name}': {reason}", f"chat_template_kwargs.{name}"
                 )
-        if self._wish.effort is not None:
-            given |= self._effort(self._wish.effort)
         if self._tools and takes_tools(self._template):
             given["tools"] = self._tools
         return given
-
-    def _effort(self, effort: str) -> dict[str, Any]:
-        if self._has("reasoning_effort"):
-            return {"reasoning_effort": effort}
-        if self._has("enable_thinking"):
-            return {"enable_thinking": effort not in ("none", "minimal")}
-        raise InvalidRequest(
-            "Invalid value for field 'reasoning_effort': the chat template of this model knows no such thing",
-            "reasoning_effort",
-        )
 
     def _has(self, variable: str) -> bool:
         return has_variable(self._template, variable)
@@ -232,18 +224,3 @@ def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
         written = json.dumps([call["function"] for call in calls], ensure_ascii=False)
         return {"role": "assistant", "content": "\n".join(filter(None, [message.get("content"), written]))}
     return message
-
-
-def call_arguments(text: str, field: str) -> dict[str, Any]:
-    """The arguments of a call as a client sends them back.
-
-    Raises:
-        InvalidRequest: they are not a JSON object; names the `field`.
-    """
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"Invalid value for field '{field}': must be a JSON object, as text", field)
-    return value

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...errors import InvalidRequest
 from ...records import ModelRecord
+from ..fields import note_ignored
 from ..lending import lent
 from ..services import services
 from .serving import new_id
@@ -25,6 +27,8 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
     given = {"truncate": body.truncate, "prompt_name": body.prompt_name, "dimensions": body.dimensions}
     parameters = {name: value for name, value in given.items() if value is not None}
     with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+        if body.input_type is not None:
+            parameters |= _prompt_of(body.input_type, model.prompts)
         result = model.run("sentence-embeddings", body.input, parameters, flight.gone, body.adapter)
         pooling = "sentence-transformers" if model.pools else "mean"
     services().registry.record_use(record.model_id)
@@ -39,6 +43,21 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
         "usage": {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]},
         "pooling": pooling,
     }
+
+
+def _prompt_of(input_type: str, prompts: Mapping[str, str]) -> dict[str, Any]:
+    """The parameter for what a text is said to be.
+
+    Raises:
+        InvalidRequest: the model tells kinds of texts apart, and has no such kind.
+    """
+    if input_type in prompts:
+        return {"prompt_name": input_type}
+    if any(prompts.values()):
+        names = ", ".join(sorted(prompts))
+        raise InvalidRequest(f"Invalid value for field 'input_type': must be one of {names}", "input_type")
+    note_ignored("input_type")
+    return {}
 
 
 def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:

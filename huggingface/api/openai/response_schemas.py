@@ -5,11 +5,16 @@ Source: https://platform.openai.com/docs/api-reference/responses/create.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .bodies import Asked, Count, Part, Replayed, StreamOptions, Text, ToolName, of_an_object, one_of, refuse
+from ..fields import note_ignored
+from .bodies import Asked, Limit, StreamOptions, ToolName
+from .hints import Hinted, ResponseHints, hint
+from .parts import Elsewhere, Part, Replayed, Text, of_an_object, one_of, refuse
+from .thinking import Thinks
 
 
 class InputText(Replayed):
@@ -59,15 +64,12 @@ class CallItem(Replayed):
     place = "input"
 
     type: Literal["function_call"]
-    call_id: Text
-    name: ToolName
-    arguments: Text
+    call_id: Text = ""
+    name: Text
+    arguments: Text | dict[str, Any] = ""
     id: Text | None = None
     status: Text | None = None
     parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
-    caller: None = None
-    namespace: None = None
-    async_: None = Field(None, alias="async")
 
 
 class ResultItem(Replayed):
@@ -76,9 +78,8 @@ class ResultItem(Replayed):
     place = "input"
 
     type: Literal["function_call_output"]
-    call_id: Text
-    output: ItemContent
-    caller: None = None
+    call_id: Text = ""
+    output: ItemContent = ""
     id: Text | None = None
     status: Text | None = None
 
@@ -92,17 +93,20 @@ class ReasoningItem(Replayed):
     id: Text | None = None
     summary: list[Any] | None = None
     content: list[Any] | None = None
-    encrypted_content: None = None
     status: Text | None = None
 
+
+# What OpenAI's own tools, and other tools than functions, leave in a conversation.
+_OF_OTHER_TOOLS = re.compile(r"\w*_(call|output|request|response|list_tools|snapshot|trigger|summary)|compaction")
 
 _ITEMS = {"message": MessageItem, "function_call": CallItem, "function_call_output": ResultItem}
 _ALL_ITEMS = {**_ITEMS, "reasoning": ReasoningItem}
 
 if TYPE_CHECKING:
-    Item = MessageItem | CallItem | ResultItem | ReasoningItem
+    Item = MessageItem | CallItem | ResultItem | ReasoningItem | Elsewhere
 else:
-    Item = one_of("type", _ALL_ITEMS, f"must be one of {', '.join(_ALL_ITEMS)}", default="message")
+    _ITEM_KINDS = f"must be one of {', '.join(_ALL_ITEMS)}"
+    Item = one_of("type", _ALL_ITEMS, _ITEM_KINDS, default="message", others=_OF_OTHER_TOOLS)
 
 
 class FunctionTool(Replayed):
@@ -155,58 +159,56 @@ _FORMATS = {"text": PlainText, "json_object": AnyObject, "json_schema": OfSchema
 
 if TYPE_CHECKING:
     Format = PlainText | AnyObject | OfSchema
-    Tool = FunctionTool
+    Tool = FunctionTool | Elsewhere
 else:
     Format = one_of("type", _FORMATS, f"must be one of {', '.join(_FORMATS)}")
-    Tool = one_of("type", {"function": FunctionTool}, "must be 'function': other tools are OpenAI's own")
+    Tool = one_of("type", {"function": FunctionTool}, "must be text: a kind of tool", others=re.compile(r".+"))
 
 
-class TextOptions(Part):
+class TextOptions(Hinted):
     """What the text is to be."""
 
+    place = "text"
+
     format: Format | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = hint()
 
 
-class ReasoningOptions(Part):
-    """How much to think."""
+# What else an answer can tell: only the first is there.
+_TOLD = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+]
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: None = None
-    generate_summary: None = None
 
-
-class ResponseBody(Asked):
+class ResponseBody(Asked, Thinks, ResponseHints):
     """Something to answer."""
 
     input: Text | list[Item] = Field(description="A text, or the items of a conversation.")
     instructions: Text | None = Field(None, description="What the assistant is to be like.")
-    max_output_tokens: Count | None = None
+    max_output_tokens: Limit | None = None
     text: TextOptions | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(None, description="Others than functions are left out.")
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: ReasoningOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[_TOLD] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    # Nothing is kept between requests: only the value that says so is taken.
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    # Nothing is kept between requests.
     previous_response_id: None = None
     conversation: None = None
-    truncation: Literal["disabled"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
-    max_tool_calls: None = None
     prompt: None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        names = [tool.name for tool in self.tools or ()]
+        names = [tool.name for tool in self.functions()]
         if len(set(names)) < len(names):
             raise refuse("tools", "holds two functions of one name")
         if isinstance(self.tool_choice, NamedFunctionTool) and self.tool_choice.name not in names:
@@ -219,3 +221,36 @@ class ResponseBody(Asked):
         if formatted and names and self.tool_choice != "none":
             raise refuse("text", "cannot have a format where tools may be called")
         return self
+
+    @model_validator(mode="after")
+    def _ignored(self) -> Self:
+        for tool in self.tools or ():
+            if isinstance(tool, Elsewhere):
+                tool.note("tools")
+        for item in self.input if isinstance(self.input, list) else ():
+            if isinstance(item, Elsewhere):
+                item.note("input")
+        note_ignored(*(f"include.{told}" for told in self.include or () if told != "message.output_text.logprobs"))
+        if not self.functions():
+            note_ignored(*(name for name in ("tool_choice", "parallel_tool_calls") if getattr(self, name) is not None))
+        if self.stream_options is not None and not self.stream:
+            note_ignored("stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        for name in self.form_fields():
+            if self.text is not None and self.text.format is not None and self.text.format.type != "text":
+                raise refuse(name, "cannot be given together with text.format")
+            if self.functions() and self.tool_choice != "none":
+                raise refuse(name, "cannot be had from an answer that may call a tool; text.format can")
+        self.limited()
+        return self
+
+    def functions(self) -> list[FunctionTool]:
+        """The tools that the model can be offered."""
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
+
+    def limited(self) -> tuple[int | None, str]:
+        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        return self.limit(("max_output_tokens",))

@@ -15,16 +15,18 @@ from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
+from ..fields import note_ignored
 from ..generating import begin, named
 from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from . import response_schemas as schemas
-from .conversation import Conversation, Wish, call_arguments
+from .conversation import Conversation, Wish
+from .history import readable
 from .serving import chat_logprobs, failure, new_id, now, within
 
 # What the engine, and chats, name otherwise.
-_NAMES = {"max_new_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort", "messages": "input"}
+_NAMES = {"messages": "input"}
 
 
 def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] | Response:
@@ -36,13 +38,21 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
     with ExitStack() as stack:
         flight, model = stack.enter_context(lent(record, "responses", body.timeout, bool(body.stream), body.keep_alive))
         asked = body.own() | body.drawing()
-        if body.max_output_tokens is not None:
-            asked["max_new_tokens"] = body.max_output_tokens
-        wish = _wish(body)
-        logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
-        with named({**_NAMES, **wish.names("text.format")}):
-            parameters = openai_parameters(record, model.own_parameters, asked)
+        most, limit_field = body.limited()
+        if most is not None and most >= 0:
+            asked["max_new_tokens"] = most
+        form, form_field = body.form() or (_form(body.text), "text.format")
+        wish = _wish(body, form)
+        told = "message.output_text.logprobs" in (body.include or ())
+        logprobs = (body.top_logprobs or 0) if told or body.top_logprobs else None
+        names = {**_NAMES, **body.renamed()[1], **wish.names(form_field), "max_new_tokens": limit_field}
+        if form is not None:
+            names.setdefault(form.kind, form_field)
+        with named(names):
+            unlimited = most is not None and most < 0
+            parameters = openai_parameters(record, model.own_parameters, asked, unlimited=unlimited)
             conversation = Conversation(model.chat, _messages(body), wish)
+            note_ignored(*conversation.ignored)
             requests = conversation.requests(
                 parameters, 1, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter
             )
@@ -69,14 +79,14 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
 # From OpenAI's words --------------------------------------------------------------------------------------------------
 
 
-def _wish(body: schemas.ResponseBody) -> Wish:
+def _wish(body: schemas.ResponseBody, form: Constraint | None) -> Wish:
     choice = body.tool_choice
     return Wish(
-        form=_form(body.text),
-        tools=[_tool(tool) for tool in body.tools or ()],
+        form=form,
+        tools=[_tool(tool) for tool in body.functions()],
         choice=choice.name if isinstance(choice, schemas.NamedFunctionTool) else choice or "auto",
         parallel=body.parallel_tool_calls is not False,
-        effort=body.reasoning.effort if body.reasoning is not None else None,
+        thought=body.thought(),
         template=body.chat_template_kwargs,
     )
 
@@ -105,12 +115,12 @@ def _messages(body: schemas.ResponseBody) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": body.instructions})
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
-    for number, item in enumerate(body.input):
+    for item in body.input:
         match item:
             case schemas.MessageItem():
                 messages.append({"role": item.role, "content": _text(item.content)})
             case schemas.CallItem():
-                function = {"name": item.name, "arguments": call_arguments(item.arguments, f"input.{number}.arguments")}
+                function = {"name": item.name, "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 if messages and messages[-1]["role"] == "assistant":
                     messages[-1].setdefault("tool_calls", []).append(call)
@@ -120,7 +130,7 @@ def _messages(body: schemas.ResponseBody) -> list[dict[str, Any]]:
                 messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
     if not messages:
         raise InvalidRequest("Invalid value for field 'input': holds no message", "input")
-    return messages
+    return readable(messages)
 
 
 def _text(content: Any) -> str:
@@ -151,7 +161,7 @@ def _about(model_id: str, body: schemas.ResponseBody, parameters: Mapping[str, A
         "top_p": parameters["top_p"],
         "text": {"format": _shown_format(body.text)},
         "tool_choice": chosen.model_dump() if isinstance(chosen, schemas.NamedFunctionTool) else chosen or "auto",
-        "tools": [{"strict": None, **tool.model_dump(exclude_unset=True)} for tool in body.tools or ()],
+        "tools": [{"strict": None, **tool.model_dump(exclude_unset=True)} for tool in body.functions()],
         "truncation": "disabled",
         "background": False,
         "service_tier": "default",

@@ -12,6 +12,8 @@ from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
 from ...records import ModelRecord
+from ...tasks import MODEL_TYPES
+from ..endpoint import context_of
 from ..schemas import ModelPath
 from ..services import services
 from . import schemas, text_schemas
@@ -107,8 +109,36 @@ def hub_completions(path: ModelPath, body: text_schemas.HubCompletionBody) -> di
 
 
 def _model(record: ModelRecord) -> dict[str, Any]:
+    """A model as OpenAI shows it, and its neighbours: of what is noted in the registry, as there may be thousands."""
     created = datetime.fromisoformat(record.added_date).replace(tzinfo=UTC)
-    return {"id": record.model_id, "object": "model", "created": int(created.timestamp()), "owned_by": _owner(record)}
+    details, context = record.details or {}, context_of(record)
+    own = MODEL_TYPES.get(record.model_type)
+    tasks = {*(details.get("tasks") or ()), *([own.task] if own is not None else ())}
+    writes = bool(tasks & {"text-generation", "text2text-generation"})
+    embeds = record.model_type == "feature-extraction" or (bool(details.get("embedding")) and not writes)
+    return {
+        "id": record.model_id,
+        "object": "model",
+        "created": int(created.timestamp()),
+        "owned_by": _owner(record),
+        "type": "embeddings" if embeds else "llm" if writes else "other",
+        "max_model_len": context,
+        "context_length": context,
+        "max_context_length": context,
+        "capabilities": {
+            "completion_chat": writes,
+            "completion_fim": False,
+            "function_calling": writes and bool(details.get("tools")),
+            "embeddings": "feature-extraction" in tasks,
+            "vision": False,
+            "fine_tuning": False,
+        },
+        "meta": {
+            "n_ctx_train": details.get("context_length"),
+            "n_params": details.get("parameters"),
+            "size": details.get("weights_bytes"),
+        },
+    }
 
 
 def _owner(record: ModelRecord) -> str:

@@ -5,17 +5,21 @@ Nothing here works on a model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, Field, field_validator, model_validator
 
-from .bodies import Count, Part, Penalized, Replayed, Text, ToolName, of_an_object, one_of, refuse
+from ..fields import note_ignored
+from .bodies import Limit, Penalized, ToolName
+from .hints import ChatHints
+from .parts import Part, Replayed, Text, of_an_object, one_of, refuse
+from .thinking import Thinks
 
 
 class TextPart(Replayed):
     """A part of a message."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: Text
 
 
@@ -26,19 +30,32 @@ class RefusalPart(Replayed):
     refusal: Text
 
 
+class ThinkingPart(Replayed):
+    """What an assistant thought; others write it among the parts of what it said."""
+
+    type: Literal["thinking", "reasoning"]
+    text: Text = Field("", validation_alias=AliasChoices("thinking", "text"))
+
+
+class HiddenThinkingPart(Replayed):
+    """The same where only its provider can read it, which is dropped."""
+
+    type: Literal["redacted_thinking"]
+
+
 class CalledFunction(Replayed):
     """A call's function."""
 
-    name: ToolName
-    arguments: Text = Field(description="A JSON object, as text.")
+    name: Text
+    arguments: Text | dict[str, Any] = Field("", description="A JSON object, as text; what is none is shown as text.")
     parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
 
 
 class ToolCall(Replayed):
     """A call that an assistant made."""
 
-    id: Text
-    type: Literal["function"]
+    id: Text = ""
+    type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None  # some clients send back what they got from a stream
 
@@ -46,10 +63,12 @@ class ToolCall(Replayed):
 _TEXT_ONLY = "must be 'text': this server reads text"
 if TYPE_CHECKING:
     Content = str | list[TextPart]
-    SaidContent = str | list[TextPart | RefusalPart]
+    SaidContent = str | list[TextPart | RefusalPart | ThinkingPart | HiddenThinkingPart]
 else:
-    Content = Text | list[one_of("type", {"text": TextPart}, _TEXT_ONLY)]
-    SaidContent = Text | list[one_of("type", {"text": TextPart, "refusal": RefusalPart}, _TEXT_ONLY)]
+    _TEXTS = dict.fromkeys(("text", "input_text", "output_text"), TextPart)
+    _SAID = {**_TEXTS, "refusal": RefusalPart, "thinking": ThinkingPart, "reasoning": ThinkingPart}
+    Content = Text | list[one_of("type", _TEXTS, _TEXT_ONLY)]
+    SaidContent = Text | list[one_of("type", {**_SAID, "redacted_thinking": HiddenThinkingPart}, _TEXT_ONLY)]
 
 
 class SystemMessage(Replayed):
@@ -77,26 +96,27 @@ class AssistantMessage(Replayed):
     refusal: Text | None = None
     tool_calls: list[ToolCall] | None = None
     name: Text | None = None
-    audio: None = None
-    function_call: None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
+    function_call: CalledFunction | None = Field(None, description="A call, as OpenAI had it first.")
+    annotations: list[Any] | None = None
     parsed: Any = None  # what OpenAI's own client adds, and sends back
     reasoning: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.content is None and self.refusal is None and not self.tool_calls:
-            raise refuse("content", "is required where there are no tool_calls")
-        return self
 
 
 class ToolMessage(Replayed):
     """What a tool gave."""
 
     role: Literal["tool"]
-    content: Content
-    tool_call_id: Text
+    content: Content = ""
+    tool_call_id: Text = ""
     name: Text | None = None
+
+
+class FunctionMessage(Replayed):
+    """What a function gave, as OpenAI had it first."""
+
+    role: Literal["function"]
+    name: Text
+    content: Content = ""
 
 
 _ROLES: dict[str, type[BaseModel]] = {
@@ -105,9 +125,10 @@ _ROLES: dict[str, type[BaseModel]] = {
     "user": UserMessage,
     "assistant": AssistantMessage,
     "tool": ToolMessage,
+    "function": FunctionMessage,
 }
 if TYPE_CHECKING:
-    Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+    Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
 else:
     Message = one_of("role", _ROLES, f"must be one of {', '.join(_ROLES)}")
 
@@ -159,7 +180,7 @@ class NamedTool(Part):
 class NamedSchema(Part):
     """A JSON schema."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Text | None = None
     description: Text | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
@@ -172,9 +193,10 @@ class TextFormat(Part):
 
 
 class ObjectFormat(Part):
-    """Any JSON object."""
+    """A JSON object, or JSON of a schema: llama.cpp has it as `schema`, TGI as `value`."""
 
-    type: Literal["json_object"]
+    type: Literal["json_object", "json"]
+    value: dict[str, Any] | None = Field(None, validation_alias=AliasChoices("value", "schema"))
 
 
 class SchemaFormat(Part):
@@ -184,91 +206,89 @@ class SchemaFormat(Part):
     json_schema: NamedSchema
 
 
+class RegexFormat(Part):
+    """Text of a regular expression: TGI has it as `value`, others as `pattern` or `regex`."""
+
+    type: Literal["regex"]
+    value: Text = Field(min_length=1, validation_alias=AliasChoices("value", "pattern", "regex"))
+
+
+class GrammarFormat(Part):
+    """Text of a grammar: GBNF, or Lark as llguidance has it."""
+
+    type: Literal["grammar"]
+    value: Text = Field(min_length=1, validation_alias=AliasChoices("grammar", "value"))
+
+
 if TYPE_CHECKING:
-    ResponseFormat = TextFormat | ObjectFormat | SchemaFormat
+    ResponseFormat = TextFormat | ObjectFormat | SchemaFormat | RegexFormat | GrammarFormat
 else:
-    ResponseFormat = one_of(
-        "type",
-        {"text": TextFormat, "json_object": ObjectFormat, "json_schema": SchemaFormat},
-        "must be one of text, json_object, json_schema",
-    )
+    _FORMATS = {"text": TextFormat, "json_object": ObjectFormat, "json": ObjectFormat, "json_schema": SchemaFormat}
+    _FORMATS |= {"regex": RegexFormat, "grammar": GrammarFormat}
+    ResponseFormat = one_of("type", _FORMATS, f"must be one of {', '.join(_FORMATS)}")
 
 
-class ChatBody(Penalized):
+class ChatBody(Penalized, Thinks, ChatHints):
     """A chat to answer."""
 
+    empties = Penalized.empties | {"functions"}
+
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[AnyTool] | None = Field(None, max_length=128)
+    tools: list[AnyTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
-    # They make no difference here, and so are taken with the one value that says so, or as mere names.
-    metadata: dict[str, Any] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
-    verbosity: Literal["medium"] | None = None
+    add_generation_prompt: bool | None = Field(None, description="Whether the assistant's turn is begun.")
+    continue_final_message: bool | None = Field(None, description="Whether the last message is continued.")
     # They mean nothing here, and null is the same as nothing.
     audio: None = None
     function_call: None = None
     functions: None = None
-    prediction: None = None
-    prompt_cache_retention: None = None
     web_search_options: None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise refuse("top_logprobs", "needs logprobs to be true")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise refuse("max_tokens", "says something else than max_completion_tokens")
+            if self.top_logprobs:
+                raise refuse("top_logprobs", "needs logprobs to be true")
+            note_ignored("top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refuse("continue_final_message", "cannot be given together with add_generation_prompt")
+        self.limited()
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise refuse("tools", "holds two functions of one name")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise refuse("tool_choice", f"names '{self.tool_choice.function.name}', which is not among the tools")
-        if self.tool_choice not in (None, "none") and not names:
+        if self.tool_choice not in (None, "none", "auto") and not names:
             raise refuse("tool_choice", "needs tools")
-        if self.parallel_tool_calls is not None and not names:
-            raise refuse("parallel_tool_calls", "needs tools")
+        if not names:
+            note_ignored(*(name for name in ("tool_choice", "parallel_tool_calls") if getattr(self, name) is not None))
         formatted = self.response_format is not None and self.response_format.type != "text"
         if formatted and names and self.tool_choice != "none":
             raise refuse("response_format", "cannot be had from an answer that may call a tool")
         return self
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        for name in self.form_fields():
+            if self.response_format is not None and self.response_format.type != "text":
+                raise refuse(name, "cannot be given together with response_format")
+            if self.tools and self.tool_choice != "none":
+                raise refuse(name, "cannot be had from an answer that may call a tool; response_format can")
+        return self
 
-class HubObjectFormat(Part):
-    """A JSON object, perhaps of a schema, as TGI's clients ask for it."""
-
-    type: Literal["json_object", "json"]
-    value: dict[str, Any] | None = None
-
-
-class HubRegexFormat(Part):
-    """Text of a regular expression, as TGI's clients ask for it."""
-
-    type: Literal["regex"]
-    value: Text
-
-
-if TYPE_CHECKING:
-    HubFormat = TextFormat | HubObjectFormat | HubRegexFormat | SchemaFormat
-else:
-    _HUB_FORMATS = {"text": TextFormat, "json_schema": SchemaFormat, "regex": HubRegexFormat}
-    _HUB_FORMATS |= {"json_object": HubObjectFormat, "json": HubObjectFormat}
-    HubFormat = one_of("type", _HUB_FORMATS, f"must be one of {', '.join(_HUB_FORMATS)}")
+    def limited(self) -> tuple[int | None, str]:
+        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        return self.limit(("max_completion_tokens", "max_tokens"))
 
 
 class HubChatBody(ChatBody):
     """A chat to answer, by a model that the address names."""
 
     model: str | None = Field(None, description="What the client calls the model.")  # type: ignore[assignment]
-    response_format: HubFormat | None = None  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import LocalLLMError
-from ...records import Chunk, Token
+from ...records import Chunk, Token, Usage
 from ..errors import openai_body, status_of
 
 DONE = b"[DONE]"
@@ -33,27 +33,43 @@ class Counted:
     """Tokens read and made, over the answers to one request. Each prompt counts once, however many answers it gets."""
 
     answers: int  # to each prompt
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    _seen: set[int] = field(default_factory=set)
+    reasoning_tokens: int | None = 0  # None where nothing is ever thought
+    _latest: dict[int, Usage] = field(default_factory=dict)  # of each generation
 
     def add(self, chunk: Chunk) -> None:
-        """Count what the last chunk of a generation tells."""
-        if chunk.usage is None:
-            return
-        self.completion_tokens += chunk.usage.completion_tokens
-        prompt = chunk.index // self.answers
-        if prompt not in self._seen:
-            self._seen.add(prompt)
-            self.prompt_tokens += chunk.usage.prompt_tokens
+        """Count what a chunk of a generation tells."""
+        if (usage := chunk.usage or chunk.so_far) is not None:
+            self._latest[chunk.index] = usage
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens read."""
+        return sum(usage.prompt_tokens for usage in self._of_each_prompt().values())
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens made."""
+        return sum(usage.completion_tokens for usage in self._latest.values())
+
+    def so_far(self) -> dict[str, int]:
+        """The counts up to here, as vLLM tells them with every piece."""
+        read, made = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's `usage` of chats and completions."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
+        cached = sum(usage.cached_tokens for usage in self._of_each_prompt().values())
+        told: dict[str, Any] = {**self.so_far(), "prompt_tokens_details": {"cached_tokens": cached}}
+        if self.reasoning_tokens is not None:
+            told["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return told
+
+    def _of_each_prompt(self) -> dict[int, Usage]:
+        """The count of the first answer to each: the others find the prompt in the cache because of it."""
+        first: dict[int, Usage] = {}
+        for index in sorted(self._latest):
+            first.setdefault(index // self.answers, self._latest[index])
+        return first
 
 
 def within(text: str, tokens: Iterable[Token]) -> list[Token]:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .bodies import MODEL, Count, Part, Penalized, Text, Timeout, refuse
+from ..schemas import KeepAlive
+from .bodies import MODEL, Count, Penalized, Timeout
+from .hints import Asker
+from .parts import Replayed, Text, TokenId, TokenIds, refuse
+from .schemas import ResponseFormat
 
 # Completions ----------------------------------------------------------------------------------------------------------
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MOST_PROMPTS = 2048
 
 
@@ -34,14 +36,19 @@ def _texts_or_tokens(value: Any, what: str) -> Any:
 class CompletionBody(Penalized):
     """Text to continue."""
 
+    empties = Penalized.empties | {"suffix"}
+
     prompt: Text | list[Text] | list[TokenId] | list[TokenIds] = Field(
         description="A text, several, or the same as token ids."
     )
-    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="16 where nothing else sets a limit.")
+    max_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="16 where nothing else sets a limit; -1 is no limit."
+    )
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to name for each token.")
     best_of: int | None = Field(None, ge=1, le=128, description="Make so many, and answer with the likeliest `n`.")
     suffix: None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -55,9 +62,17 @@ class CompletionBody(Penalized):
                 raise refuse("best_of", "must be at least n")
             if self.stream and self.best_of > (self.n or 1):
                 raise refuse("best_of", "cannot be streamed")
-        if self.max_tokens == 0 and not self.echo:
-            raise refuse("max_tokens", "must be at least 1, unless echo asks for the prompt")
+        most, name = self.limited()
+        if most == 0 and not self.echo:
+            raise refuse(name, "must be at least 1, unless echo asks for the prompt")
+        if self.response_format is not None and self.response_format.type != "text":
+            for field in self.form_fields():
+                raise refuse(field, "cannot be given together with response_format")
         return self
+
+    def limited(self) -> tuple[int | None, str]:
+        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        return self.limit(("max_tokens",))
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""
@@ -85,7 +100,19 @@ class HubCompletionBody(CompletionBody):
 Filled = Annotated[str, Field(min_length=1)]
 
 
-class EmbeddingBody(Part):
+# What embedding services call whether a text that is too long is cut, and at which end.
+_CUTS = {"END": True, "NONE": False, "RIGHT": True}
+
+
+def _cut(value: Any) -> Any:
+    """Whether a text is cut at its end; another end is refused as no such value."""
+    return _CUTS.get(value.upper(), value) if isinstance(value, str) else value
+
+
+Cut = Annotated[bool, BeforeValidator(_cut, json_schema_input_type=bool | Literal["END", "NONE"])]
+
+
+class EmbeddingBody(Asker):
     """Texts to make vectors of."""
 
     model: str = Field(description=MODEL)
@@ -94,13 +121,13 @@ class EmbeddingBody(Part):
     )
     dimensions: Count | None = Field(None, description="The first so many of each vector's numbers.")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: little-endian float32.")
-    user: Text | None = Field(None, description="Who asks; it makes no difference.")
-    truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads.")
+    truncate: Cut | None = Field(None, description="Cut a text that is longer than the model reads.")
     prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
-    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(
-        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
+    input_type: Text | None = Field(
+        None, description="The same, as others call it: it makes no difference to a model without prompts."
     )
+    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
 
     @field_validator("input", mode="before")
@@ -108,14 +135,22 @@ class EmbeddingBody(Part):
     def _of_one_kind(cls, value: Any) -> Any:
         return _texts_or_tokens(value, "texts")
 
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if self.prompt_name is not None and self.input_type not in (None, self.prompt_name):
+            raise refuse("input_type", "says something else than prompt_name")
+        return self
 
-class Document(Part):
+
+class Document(Replayed):
     """A document."""
+
+    place = "documents"
 
     text: Text
 
 
-class RerankBody(Part):
+class RerankBody(Asker):
     """Documents to sort by how well they answer a query."""
 
     model: str = Field(description=MODEL)
@@ -123,9 +158,7 @@ class RerankBody(Part):
     documents: list[Text | Document] = Field(min_length=1, max_length=MOST_PROMPTS)
     top_n: Count | None = Field(None, description="Only the best so many.")
     return_documents: bool | None = Field(None, description="Give the documents back, too.")
-    truncate: bool | None = Field(None, description="Cut documents that are longer than the model reads.")
+    truncate: Cut | None = Field(None, description="Cut documents that are longer than the model reads.")
     timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
-    keep_alive: float | None = Field(
-        None, ge=-1, le=10**9, description="Seconds in memory after this use; -1 is for ever."
-    )
+    keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")

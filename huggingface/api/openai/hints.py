@@ -1,0 +1,94 @@
+"""The fields of OpenAI's bodies, and of its neighbours', that cannot change an answer here: the tables of them.
+
+They are hints to a provider (who asks, which tier, what to cache), or ask with their one value for what is so anyway.
+Each is taken and named in the header. Nothing here works on a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..fields import note_ignored
+from .parts import Part, Text
+
+_MARK = "x-ignored"  # in the API's document
+
+
+def hint(description: str = "It makes no difference.", **constraints: Any) -> Any:
+    """A field that is taken, and makes no difference."""
+    return Field(None, description=description, json_schema_extra={_MARK: True}, **constraints)
+
+
+def so_anyway() -> Any:
+    """A field whose only value asks for what is so anyway."""
+    return hint("It is so anyway.")
+
+
+class Hinted(Part):
+    """Some of a body with fields that make no difference."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        before = f"{self.place}." if self.place else ""
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if name in self.model_fields_set and isinstance(extra, dict) and _MARK in extra:
+                note_ignored(before + name)
+        return self
+
+
+class Asker(Hinted):
+    """What every body has."""
+
+    user: Text | None = hint("Who asks; it makes no difference.")
+
+
+class Hints(Asker):
+    """What bodies have that make text."""
+
+    # Who asks, and how providers treat it.
+    safety_identifier: Text | None = hint()
+    request_id: Text | None = hint()
+    metadata: dict[str, Any] | None = hint()
+    client_metadata: dict[str, Any] | None = hint()
+    service_tier: Text | None = hint()
+    priority: int | None = hint()
+    verbosity: Literal["low", "medium", "high"] | None = hint()
+    # What to keep for later: nothing is kept but what was computed of a prompt.
+    store: bool | None = hint()
+    prompt_cache_key: Text | None = hint()
+    prompt_cache_retention: Text | None = hint()
+    prompt_cache_options: dict[str, Any] | None = hint()
+    cache_prompt: bool | None = hint()
+    cache_salt: Text | None = hint()
+    # How the neighbours compute and report.
+    prediction: dict[str, Any] | None = hint("A guess that could save time; it is not used.")
+    timings_per_token: bool | None = hint()
+    return_progress: bool | None = hint()
+    guided_decoding_backend: Text | None = hint()
+    skip_special_tokens: Literal[True] | None = so_anyway()
+    spaces_between_special_tokens: Literal[True] | None = so_anyway()
+    include_stop_str_in_output: Literal[False] | None = so_anyway()
+    return_token_ids: Literal[False] | None = so_anyway()
+    return_tokens_as_token_ids: Literal[False] | None = so_anyway()
+    use_beam_search: Literal[False] | None = so_anyway()
+    include_reasoning: Literal[True] | None = so_anyway()
+    separate_reasoning: Literal[True] | None = so_anyway()
+
+
+class ChatHints(Hints):
+    """What chats have besides."""
+
+    echo: Literal[False] | None = so_anyway()
+    modalities: list[Literal["text"]] | None = so_anyway()
+
+
+class ResponseHints(Hints):
+    """What responses have besides. What does not fit the context is refused, whatever is said of truncation."""
+
+    metadata: dict[str, Any] | None = Field(None, description="It is told back.")
+    truncation: Literal["auto", "disabled"] | None = hint()
+    background: Literal[False] | None = so_anyway()
+    max_tool_calls: int | None = hint("Of OpenAI's own tools, of which there are none here.", ge=0)

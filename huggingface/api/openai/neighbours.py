@@ -1,0 +1,149 @@
+"""What vLLM, llama.cpp, Ollama and LM Studio say otherwise than OpenAI, in this server's words.
+
+One table for each kind: parameters under another name, and forms of the text. Mixed into the bodies that make text;
+nothing here works on a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ...records import Constraint
+from .hints import Hinted, hint
+from .parts import Part, TokenIds, refuse
+
+# A neighbour's name, and this server's for the same.
+SAME: Mapping[str, str] = MappingProxyType({"min_tokens": "min_new_tokens", "repeat_penalty": "repetition_penalty"})
+
+# A limit of the new tokens by another name: of llama.cpp, and of Ollama. Both have -1 for none.
+LIMITS = ("n_predict", "num_predict")
+
+Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+# A form of the text by the field that says so.
+FORMS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "guided_json": "json_schema",
+        "guided_regex": "regex",
+        "guided_choice": "choice",
+        "guided_grammar": "grammar",
+        "json_schema": "json_schema",
+        "grammar": "grammar",
+    }
+)
+
+Some = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Some], Field(min_length=1)]
+
+
+def schema_of(value: Any, field: str) -> Any:
+    """A JSON schema that may be given as its text.
+
+    Raises:
+        PydanticCustomError: the text is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise refuse(field, "must be a JSON schema") from None
+
+
+class StructuredOutputs(Hinted):
+    """vLLM's way to say what the text is to be: one of these."""
+
+    place = "structured_outputs"
+
+    json_: dict[str, Any] | Some | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: Some | None = None
+    choice: Choices | None = None
+    grammar: Some | None = None
+    disable_fallback: bool | None = hint()
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self._given()) != 1:
+            raise refuse("", "must have one of json, json_object, regex, choice, grammar")
+        return self
+
+    def _given(self) -> dict[Kind, Any]:
+        kinds: dict[Kind, Any] = {"json_schema": self.json_, "json_object": self.json_object, "regex": self.regex}
+        kinds |= {"choice": self.choice, "grammar": self.grammar}
+        return {kind: value for kind, value in kinds.items() if value is not None}
+
+    def form(self) -> Constraint:
+        """The constraint that it stands for."""
+        [(kind, value)] = self._given().items()
+        if kind == "json_schema":
+            value = schema_of(value, "json")
+        return Constraint(kind, None if kind == "json_object" else value)
+
+
+class Neighbours(Part):
+    """What is said otherwise elsewhere."""
+
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="The same as min_new_tokens.")
+    repeat_penalty: float | None = Field(None, gt=0, description="The same as repetition_penalty.")
+    n_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
+    num_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
+    stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the text besides the model's own.")
+    ignore_eos: bool | None = Field(None, description="Go on behind the end of the text.")
+    guided_json: dict[str, Any] | Some | None = Field(None, description="JSON schema of the text.")
+    guided_regex: Some | None = Field(None, description="The text is to match it, whole.")
+    guided_choice: Choices | None = Field(None, description="The text is to be one of these.")
+    guided_grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
+    json_schema: dict[str, Any] | None = Field(None, description="JSON schema of the text.")
+    grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="What the text is to be, as vLLM has it.")
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        for name, own in SAME.items():
+            given, value = getattr(self, name), getattr(self, own, None)
+            if given is not None and value not in (None, given):
+                raise refuse(name, f"says something else than {own}")
+        fields = self.form_fields()
+        if len(fields) > 1:
+            raise refuse(fields[1], f"cannot be given together with {fields[0]}")
+        schema_of(self.guided_json, "guided_json")
+        return self
+
+    def form_fields(self) -> list[str]:
+        """The fields given that say what the text is to be."""
+        return [name for name in (*FORMS, "structured_outputs") if getattr(self, name) is not None]
+
+    def form(self) -> tuple[Constraint, str] | None:
+        """What the text is to be, and the field that says so."""
+        for name in self.form_fields():
+            value = getattr(self, name)
+            if isinstance(value, StructuredOutputs):
+                return value.form(), name
+            return Constraint(FORMS[name], schema_of(value, name) if FORMS[name] == "json_schema" else value), name
+        return None
+
+    def renamed(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Parameters given under a neighbour's name, and these names by this server's."""
+        given = {name: value for name in SAME if (value := getattr(self, name)) is not None}
+        return {SAME[name]: value for name, value in given.items()}, {SAME[name]: name for name in given}
+
+    def limit(self, names: tuple[str, ...]) -> tuple[int | None, str]:
+        """The most new tokens that `names`, or a neighbour's, say, and the field that does; below 0 it is no limit.
+
+        Raises:
+            PydanticCustomError: two of them say different things.
+        """
+        given = {name: value for name in (*names, *LIMITS) if (value := getattr(self, name, None)) is not None}
+        if not given:
+            return None, names[0]
+        first, most = next(iter(given.items()))
+        for name, value in given.items():
+            if value != most and max(value, most) >= 0:
+                raise refuse(name, f"says something else than {first}")
+        return most, first

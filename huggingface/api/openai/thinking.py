@@ -1,0 +1,136 @@
+"""How much a model is to think: the fields that say so, and what its chat template can make of them.
+
+OpenAI says `reasoning_effort`, OpenRouter `reasoning`, Qwen's templates `enable_thinking`, others `think` and
+`thinking`. What a model has no such thing for makes no difference, unless it is asked not to think and always does:
+that is refused. Nothing here works on a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ...errors import InvalidRequest
+from .hints import Hinted, hint, so_anyway
+from .parts import Part, Text, refuse
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+_SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates that are true or false
+_AMOUNT = "reasoning_effort"  # the variable of others
+_NEVER = ("none", "minimal")
+
+
+class ReasoningOptions(Hinted):
+    """How much to think, as `/v1/responses` and OpenRouter have it."""
+
+    place = "reasoning"
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: Literal[False] | None = so_anyway()
+    summary: Text | None = hint("There are no summaries here.")
+    generate_summary: Text | None = hint("There are no summaries here.")
+    context: Text | None = hint("The input says what came before.")
+
+
+class ThinkingOptions(Part):
+    """Whether to think, as Anthropic and DeepSeek have it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What is wanted: an `effort`, or thinking switched on or off; `names` are the fields that said so."""
+
+    effort: str | None = None
+    switch: bool | None = None
+    names: Mapping[str, str] | None = None
+
+    def settle(
+        self, template: Mapping[str, Any], has: Callable[[str], bool], thinks: bool
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The template's variables for it beside those of `template`, and the fields that make no difference.
+
+        `has` tells whether the model's chat template has a variable, `thinks` whether the model thinks aloud.
+
+        Raises:
+            InvalidRequest: the model is not to think, and its template has no way to say so.
+        """
+        given, ignored = dict(template), []
+        wanted = {name: template[name] for name in (*_SWITCHES, _AMOUNT) if name in template and not has(name)}
+        for name, value in wanted.items():
+            _check(f"chat_template_kwargs.{name}", value in (False, *_NEVER), thinks)
+            del given[name]
+            ignored.append(f"chat_template_kwargs.{name}")
+        switch = next((name for name in _SWITCHES if has(name)), None)
+        names = self.names or {}
+        if self.effort is not None:
+            if has(_AMOUNT):
+                given[_AMOUNT] = self.effort
+            elif switch is not None:
+                given[switch] = self.effort not in _NEVER
+            else:
+                ignored.append(names.get("effort", "reasoning_effort"))
+                _check(ignored[-1], self.effort in _NEVER, thinks)
+        if self.switch is not None:
+            if switch is not None:
+                given[switch] = self.switch
+            else:
+                ignored.append(names.get("switch", "enable_thinking"))
+                _check(ignored[-1], not self.switch, thinks or has(_AMOUNT))
+        return given, ignored
+
+
+def _check(field: str, unwanted: bool, thinks: bool) -> None:
+    if unwanted and thinks:
+        reason = "this model always thinks: its chat template knows no such thing"
+        raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
+
+
+class Thinks(Part):
+    """The fields that say how much to think."""
+
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningOptions | None = Field(None, description="The same, as OpenRouter has it.")
+    enable_thinking: bool | None = Field(None, description="Whether to think, where the model's template can say so.")
+    think: bool | Literal["low", "medium", "high"] | None = Field(None, description="Whether to think, or how much.")
+    thinking: ThinkingOptions | None = Field(None, description="Whether to think.")
+
+    @model_validator(mode="after")
+    def _of_one_mind(self) -> Self:
+        for said in (self._efforts, self._switches):
+            given = list(said())
+            for name, value in given[1:]:
+                if value != given[0][1]:
+                    raise refuse(name, f"says something else than {given[0][0]}")
+        return self
+
+    def _efforts(self) -> Iterator[tuple[str, str]]:
+        if self.reasoning_effort is not None:
+            yield "reasoning_effort", self.reasoning_effort
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            yield "reasoning.effort", self.reasoning.effort
+        if isinstance(self.think, str):
+            yield "think", self.think
+
+    def _switches(self) -> Iterator[tuple[str, bool]]:
+        if self.enable_thinking is not None:
+            yield "enable_thinking", self.enable_thinking
+        if isinstance(self.think, bool):
+            yield "think", self.think
+        if self.thinking is not None:
+            yield "thinking.type", self.thinking.type != "disabled"
+        if self.reasoning is not None and self.reasoning.enabled is not None:
+            yield "reasoning.enabled", self.reasoning.enabled
+
+    def thought(self) -> Thought:
+        """All of them as one."""
+        effort, switch = next(self._efforts(), None), next(self._switches(), None)
+        names = {"effort": effort[0]} if effort else {}
+        names |= {"switch": switch[0]} if switch else {}
+        return Thought(effort and effort[1], switch and switch[1], names)
