@@ -158,7 +158,6 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_its_name(api: Server,
     [
         ("prompt", {"prompt": None}),
         ("prompt", {"prompt": 5}),
-        ("messages", {"messages": None}),
         ("messages", {"messages": []}),
         ("messages", {"messages": [{"role": "user"}]}),
         ("messages", {"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}),

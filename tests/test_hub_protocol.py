@@ -515,7 +515,6 @@ NAMED: list[tuple[dict[str, Any], str]] = [
     ({"parameters": []}, "parameters"),
     ({"parameters": "a"}, "parameters"),
     ({"parameters": {"nonsense": 1}}, "parameters.nonsense"),
-    ({"parameters": {"nonsense": None}}, "parameters.nonsense"),
     ({"nonsense": 1}, "nonsense"),
     ({"options": {"nonsense": 1}}, "options.nonsense"),
     ({"options": {"wait_for_model": False}}, "options.wait_for_model"),

@@ -140,7 +140,8 @@ def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI, model: str
     assert "".join(event.choices[0].delta.content or "" for event in events[:-1]) == say(client, model)
     assert [event.choices[0].finish_reason for event in events[:-1]].count(None) == len(events) - 2
     assert events[-1].choices == []
-    assert events[-1].usage == client.chat.completions.create(**options).usage
+    told, whole = events[-1].usage, client.chat.completions.create(**options).usage
+    assert (told.prompt_tokens, told.completion_tokens) == (whole.prompt_tokens, whole.completion_tokens)
     assert {event.id for event in events} == {events[0].id}
     raw = requests.post(f"{server.url}/v1/chat/completions", json={**options, "stream": True}, timeout=60)
     assert raw.headers["Content-Type"].startswith("text/event-stream")
@@ -377,7 +378,6 @@ def test_refusals_of_forms_name_the_field_that_was_sent(server: Server, model: s
         ("chat/completions", {"messages": HI, "response_format": form}, "response_format"),
         ("chat/completions", {"messages": HI, "tools": [tool], "tool_choice": "required"}, "tools"),
         ("responses", {"input": "a", "text": {"format": flat}}, "text.format"),
-        ("responses", {"input": "a", "reasoning": {"effort": "low"}}, "reasoning.effort"),
         (
             "chat/completions",
             {"messages": HI, "response_format": {**form, "json_schema": {"name": "a", "schema": many}}},
@@ -548,7 +548,8 @@ def test_a_stream_counts_as_the_whole_answer_does(client: openai.OpenAI, model: 
         options = {"model": model, "prompt": "the cat", "echo": True, "max_tokens": most, "temperature": 0}
         whole = client.completions.create(**options)
         *_, last = client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
-        assert last.usage == whole.usage
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert [getattr(last.usage, name) for name in counts] == [getattr(whole.usage, name) for name in counts]
         assert whole.usage.completion_tokens == most
 
 
@@ -647,19 +648,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages.0.content.0.type",
     ),
-    (
-        "chat/completions",
-        {
-            "messages": [
-                {
-                    "role": "assistant",
-                    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "["}}],
-                },
-                *HI,
-            ]
-        },
-        "messages.0.tool_calls.0.function.arguments",
-    ),
     ("chat/completions", {**CHAT, "temperature": "hot"}, "temperature"),
     ("chat/completions", {**CHAT, "max_tokens": 0}, "max_tokens"),
     ("chat/completions", {**CHAT, "n": 0}, "n"),
@@ -668,24 +656,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {**CHAT, "tools": [WEATHER], "tool_choice": {"function": {"name": "f"}}}, "tool_choice"),
     ("chat/completions", {**CHAT, "tools": [{**NOW, "type": "web_search"}]}, "tools.0.type"),
     ("chat/completions", {**CHAT, "tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
-    ("chat/completions", {**CHAT, "parallel_tool_calls": True}, "parallel_tool_calls"),
     ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, "response_format.type"),
-    ("chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
-    ("chat/completions", {**CHAT, "reasoning_effort": "low"}, "reasoning_effort"),
     ("chat/completions", {**CHAT, "chat_template_kwargs": {"nonsense": 1}}, "chat_template_kwargs.nonsense"),
     ("chat/completions", {**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ("chat/completions", {**CHAT, "logit_bias": {"99999999": 1}}, "logit_bias"),
     *(
         ("chat/completions", {**CHAT, name: value}, name)
         for name, value in {
-            "functions": [],
+            "functions": [NOW["function"]],
             "function_call": "auto",
             "audio": {},
-            "prediction": {},
-            "store": True,
-            "service_tier": "flex",
             "web_search_options": {},
-            "verbosity": "low",
             "num_beams": 2,
             "max_new_tokens": 3,
             "nonsense": 1,
@@ -702,25 +683,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
     ("completions", {"prompt": "a", "logprobs": True}, "logprobs"),
     ("completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
-    ("completions", {"prompt": "a", "stop": [""]}, "stop.0"),
+    ("completions", {"prompt": "a", "stop": [3]}, "stop.0"),
     ("completions", {"prompt": "a", "nonsense": 1}, "nonsense"),
     ("responses", {}, "input"),
     ("responses", {"input": []}, "input"),
     ("responses", {"input": 3}, "input"),
     ("responses", {"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
-    ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ("responses", {"input": "a", "tools": [{"type": 3}]}, "tools.0.type"),
     ("responses", {"input": "a", "text": {"format": {"type": "xml"}}}, "text.format.type"),
     ("responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
     *(
         ("responses", {"input": "a", name: value}, name)
         for name, value in {
-            "store": True,
             "background": True,
             "previous_response_id": "resp_1",
             "conversation": "conv_1",
-            "truncation": "auto",
             "prompt": {"id": "a"},
-            "max_tool_calls": 3,
             "n": 2,
             "nonsense": 1,
         }.items()

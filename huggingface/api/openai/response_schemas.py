@@ -187,7 +187,7 @@ _TOLD = Literal[
 ]
 
 
-class ResponseBody(Asked, Thinks, ResponseHints):
+class ResponseBody(ResponseHints, Asked, Thinks):
     """Something to answer."""
 
     input: Text | list[Item] = Field(description="A text, or the items of a conversation.")

@@ -61,7 +61,8 @@ class Counted:
         cached = sum(usage.cached_tokens for usage in self._of_each_prompt().values())
         told: dict[str, Any] = {**self.so_far(), "prompt_tokens_details": {"cached_tokens": cached}}
         if self.reasoning_tokens is not None:
-            told["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+            thought = min(self.reasoning_tokens, self.completion_tokens)  # counted by its text, which may be cut
+            told["completion_tokens_details"] = {"reasoning_tokens": thought}
         return told
 
     def _of_each_prompt(self) -> dict[int, Usage]:
