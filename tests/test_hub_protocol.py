@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,79 @@ def test_zero_shot_classification(add: Callable[..., str], server: Server) -> No
     assert [element.score for element in found] == pytest.approx(wanted["scores"])
     many = client.zero_shot_classification("the cat", labels, multi_label=True, hypothesis_template="a {}.")
     assert [element.score for element in many] != [element.score for element in found]
+
+
+def test_parameters_of_a_generation_stand_at_the_top_as_well(add: Callable[..., str]) -> None:
+    """As `/pipeline` has them, and huggingface.js's own README sends them."""
+    options: dict[str, Any] = {"max_new_tokens": 9, "num_beams": 1}
+    for name, model_type, query in (
+        ("bart", "summarization", ""),
+        ("t5", "translation", "?task=translation_en_to_fr"),
+        ("t5", "translation", "?task=text2text-generation"),
+    ):
+        address = add(name, model_type) + query
+
+        def ask(parameters: dict[str, Any], address: str = address) -> requests.Response:
+            return requests.post(address, json={"inputs": CONTEXT, "parameters": parameters}, timeout=60)
+
+        apart = ask({"generate_parameters": options})
+        assert ask(options).json() == apart.json()
+        assert ask({**options, "generate_parameters": {"num_beams": 1}}).json() == apart.json()
+        assert ask({**options, "max_new_tokens": 3}).json() != apart.json()
+        assert ask({"max_length": 8, "min_length": 8, "num_beams": 1, "truncation": True}).status_code == 200
+        twice = ask({**options, "generate_parameters": {"num_beams": 2}})
+        assert (twice.status_code, "twice: num_beams" in twice.json()["error"]) == (400, True)
+        wrong = ask({"max_length": "5"})
+        assert "'parameters.max_length'" in wrong.json()["error"]
+
+
+def test_zero_shot_classification_is_chosen_by_its_labels(add: Callable[..., str]) -> None:
+    address, labels = add("bert-nli", "text-classification"), {"candidate_labels": ["cat", "dog"]}
+    named = requests.post(f"{address}?task=zero-shot-classification", json={"inputs": "a", "parameters": labels})
+    chosen = requests.post(address, json={"inputs": "a", "parameters": labels}, timeout=60)
+    assert chosen.status_code == 200, chosen.text
+    assert chosen.json() == named.json()
+    assert requests.post(address, json={"inputs": ["a"], "parameters": labels}, timeout=60).json() == chosen.json()
+    several = requests.post(address, json={"inputs": ["a", "a"], "parameters": labels}, timeout=60).json()
+    assert several == [chosen.json()] * 2
+    plain = requests.post(address, json={"inputs": "a", "parameters": {"candidate_labels": None}}, timeout=60)
+    assert len(plain.json()[0]) == 3
+
+
+def test_an_address_tells_its_health_and_what_is_there(
+    add: Callable[..., str], server: Server, models_dir: Path, tiny: Callable[[str], str]
+) -> None:
+    """Without loading the model; one whose own name ends so is not hidden by it."""
+    address = add("gpt2", "text-generation")
+    path = address.removeprefix(server.api)
+    server.call("DELETE", "/cache")
+    client = InferenceClient(model=address, provider="hf-inference", token="hf_none")
+    assert client.health_check() is True
+    told = client.get_endpoint_info()
+    assert server.call("GET", "/cache").json()["total_cached"] == 0
+    assert (told["model_id"], told["model_pipeline_tag"], told["max_total_tokens"]) == (
+        "tiny/gpt2",
+        "text-generation",
+        256,
+    )
+    assert (told["model_dtype"], told["model_device_type"], told["router"]) == (None, "cpu", "local-llm")
+    client.text_generation("a", max_new_tokens=1)
+    assert client.get_endpoint_info()["model_dtype"] == "torch.float32"
+    server.call("PUT", path, json={"status": "disabled"})
+    assert client.health_check() is False
+    server.call("PUT", path, json={"status": "available"})
+    nothing = InferenceClient(model=f"{server.api}/models/no/such", provider="hf-inference", token="hf_none")
+    assert nothing.health_check() is False
+    with pytest.raises(HfHubHTTPError, match="404"):
+        nothing.get_endpoint_info()
+    for name in ("health", "info"):
+        model_id = f"tiny/{name}"
+        if not (models_dir / model_id).exists():
+            shutil.copytree(models_dir / tiny("gpt2"), models_dir / model_id)
+        server.add(model_id, "text-generation")
+        assert server.call("GET", f"/models/{model_id}").json()["model"]["model_id"] == model_id
+        assert server.call("GET", f"/models/{model_id}/health").json() == {"success": True, "status": "ok"}
+        assert server.call("GET", f"/models/{model_id}/info").json()["model_id"] == model_id
 
 
 def test_table_question_answering(add: Callable[..., str], server: Server) -> None:

@@ -23,6 +23,7 @@ CONTEXT = "the cat sat on the mat and the dog ran to the house"
 # Method of huggingface.js, model, its type, `?task=`, arguments.
 TASKS: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("summarization", "bart", "summarization", "", {"inputs": CONTEXT}),
+    ("summarization", "bart", "summarization", "", {"inputs": CONTEXT, "parameters": {"max_length": 100}}),
     ("translation", "t5", "translation", "translation_en_to_fr", {"inputs": CONTEXT}),
     (
         "questionAnswering",
@@ -40,6 +41,13 @@ TASKS: list[tuple[str, str, str, str, dict[str, Any]]] = [
         "text-classification",
         "zero-shot-classification",
         {"inputs": "the cat", "parameters": {"candidate_labels": ["cat", "dog"]}},
+    ),
+    (
+        "zeroShotClassification",
+        "bert-nli",
+        "text-classification",
+        "",
+        {"inputs": ["the cat"], "parameters": {"candidate_labels": ["cat", "dog"]}},
     ),
     (
         "tableQuestionAnswering",
