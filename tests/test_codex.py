@@ -6,6 +6,7 @@ The bodies are those of Codex 0.171 (`codex exec`, `wire_api = "responses"`), wi
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def model(server: Server, tiny: Callable[[str], str]) -> str:
-    """A tiny model."""
-    model_id = tiny("llama")
-    server.add(model_id, "text-generation")
-    return model_id
+def model(server: Server, models_dir: Path, tiny: Callable[[str], str]) -> str:
+    """A tiny model with room for what Codex tells it."""
+    folder = models_dir / "tiny/roomy"
+    if not folder.exists():
+        shutil.copytree(models_dir / tiny("llama"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    server.add("tiny/roomy", "text-generation")
+    return "tiny/roomy"
 
 
 def message(role: str, *texts: str) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def test_a_turn_without_tools_that_the_model_can_be_offered(server: Server, mode
     assert ignored == IGNORED | {"tool_choice", "parallel_tool_calls"}
     named = body(model, INPUT, tools=TOOLS, tool_choice={"type": "web_search"})
     refused = requests.post(f"{server.url}/v1/responses", json=named, timeout=60)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice.type")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice.name")
     stored = body(model, [{"type": "item_reference", "id": "msg_1"}])
     refused = requests.post(f"{server.url}/v1/responses", json=stored, timeout=60)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input.0.type")

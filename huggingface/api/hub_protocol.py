@@ -85,6 +85,8 @@ def _given(name: str, body: HubBody) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _checked(schema: type[Parameters], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    for field in [field for field, value in values.items() if value is not None and field not in schema.model_fields]:
+        refuse_unknown(prefix + field, schema.model_fields)
     if not values and not prefix:
         return {}  # what the schema requires is not looked for here
     return validate(schema, {field: value for field, value in values.items() if value is not None}, prefix)
