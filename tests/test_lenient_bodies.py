@@ -257,7 +257,7 @@ def test_drawing_by_other_names(route: str, server: Server, model: str) -> None:
 
 def test_seeds_of_any_size(server: Server, model: str) -> None:
     for route in ("chat", "completions"):
-        for seed in (2**63, 2**64 - 1, -5, 10**40):
+        for seed in (2**63, 2**64 - 1, -5, 10**40, 1e30):
             one = text_of(ask(server, model, route, temperature=3.0, seed=seed))
             assert one == text_of(ask(server, model, route, temperature=3.0, seed=seed))
 
@@ -307,9 +307,12 @@ def test_forms_that_are_none_or_two_are_refused_by_the_name_sent(route: str, ser
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         ({"structured_outputs": {"json": CAT, "nonsense": 1}}, "structured_outputs.nonsense"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"stop": {}} if route != "responses" else {"structured_outputs": []}, ...),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
     ):
         answer = ask(server, model, route, **fields)
+        named = next(iter(fields)) if named is ... else named
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), (fields, answer.text)
 
 

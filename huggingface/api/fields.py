@@ -51,7 +51,7 @@ class Fields(BaseModel):
         kept = {}
         for name, item in value.items():
             if name in known:
-                if (item is not None or name in cls.nulls) and not (name in cls.empties and item in ("", [], {})):
+                if (item is not None or name in cls.nulls) and not (name in cls.empties and item in ("", [])):
                     kept[name] = _whole(item)
             elif takes_any:
                 kept[name] = item
@@ -146,7 +146,7 @@ def _printable(name: str) -> str:
 
 def _whole(value: Any) -> Any:
     """A whole number as such, however it is written: JSON has no other kind of number."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _ignores_unknown() -> bool:

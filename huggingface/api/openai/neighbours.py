@@ -71,6 +71,7 @@ class StructuredOutputs(Hinted):
     def _one(self) -> Self:
         if len(self._given()) != 1:
             raise refuse("", "must have one of json, json_object, regex, choice, grammar")
+        self.form()
         return self
 
     def _given(self) -> dict[Kind, Any]:
