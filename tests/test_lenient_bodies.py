@@ -316,6 +316,17 @@ def test_forms_that_are_none_or_two_are_refused_by_the_name_sent(route: str, ser
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), (fields, answer.text)
 
 
+def test_a_form_other_than_json_is_refused_of_a_model_that_thinks_first(
+    server: Server, templated: Callable[[str, str], str]
+) -> None:
+    """It would not be held to the form, but to JSON."""
+    thinks = templated("thinks-first", PLAIN + "<think>\n{# </think> #}")
+    for fields in ({"guided_regex": "[0-9]{3}"}, {"response_format": {"type": "regex", "pattern": "a"}}):
+        answer = ask(server, thinks, "chat", **fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(fields))), answer.text
+    assert ask(server, thinks, "chat", guided_json=CAT, max_tokens=60).status_code == 200
+
+
 def test_counts_come_with_every_piece_where_a_benchmark_asks(server: Server, model: str) -> None:
     """The bodies of guidellm, and of `vllm bench serve`."""
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
