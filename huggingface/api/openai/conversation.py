@@ -155,13 +155,13 @@ class Conversation:
             return calls
         if wish.form is None or reasoning is None:
             return wish.form
-        form = wish.form
-        schema = form.value if form.kind == "json_schema" else None
+        wanted = wish.form
+        schema = wanted.value if wanted.kind == "json_schema" else None
 
         def after_reasoning(end: str) -> Constraint | None:
             if not self._inside(end):
-                return form
-            if form.kind not in ("json_schema", "json_object"):
+                return wanted
+            if wanted.kind not in ("json_schema", "json_object"):
                 raise ValueError("this model thinks first, and only JSON can be asked of what follows")
             grammar = answer_grammar(schema, inside_reasoning=True, reasoning=reasoning, added_tokens=self._added)
             return Constraint("grammar", grammar)
