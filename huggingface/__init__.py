@@ -18,6 +18,7 @@ from .api import downloads as download_routes
 from .api import endpoint as endpoint  # adds its routes to those of the models, as the next one
 from .api import hub_protocol as hub_protocol
 from .api import preflight as preflight_routes
+from .api.anthropic import routes as anthropic
 from .api.errors import init_errors
 from .api.fields import UnknownParameters, init_ignored
 from .api.guard import init_guard
@@ -87,7 +88,8 @@ def init_app(
     init_errors(app)
     init_ignored(app, unknown_parameters)
     init_request_ids(app)
-    for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, openai, ollama):
+    protocols = (openai, anthropic, ollama)
+    for routes in (system, preflight_routes, models, download_routes, inference, requests, cache, *protocols):
         app.register_api(routes.blueprint)
     app.register_api(openai.hub_chat)
     app.register_api(system.root)

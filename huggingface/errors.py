@@ -26,7 +26,11 @@ class InvalidRequest(LocalLLMError):
 
 
 class ContextExceeded(InvalidRequest):
-    """The prompt is longer than the model's context."""
+    """The prompt is longer than the model's context; `tokens` and `room` are both in tokens."""
+
+    def __init__(self, message: str, field: str, tokens: int = 0, room: int = 0) -> None:
+        super().__init__(message, field)
+        self.tokens, self.room = tokens, room
 
 
 class MissingField(InvalidRequest):
@@ -75,10 +79,10 @@ class DependencyMissing(LocalLLMError):
 
 
 class ModelNotFound(LocalLLMError):
-    """No model of that id is registered."""
+    """No model of that id is registered; `hint` says what could be done about it."""
 
-    def __init__(self, model_id: str) -> None:
-        super().__init__(f"Model '{model_id}' not found")
+    def __init__(self, model_id: str, hint: str = "") -> None:
+        super().__init__(f"Model '{model_id}' not found{hint}")
 
 
 class ModelExists(LocalLLMError):

@@ -421,6 +421,17 @@ class LoadedModel:
         """The tokens of a text, with the special ones that the model's tokenizer adds."""
         return list(self._open().tokenizer(text, return_attention_mask=False)["input_ids"])
 
+    def count_prompt(self, request: GenerationRequest) -> int:
+        """How many tokens the prompt of a generation is, special ones included; its context may hold fewer.
+
+        Raises:
+            UnsupportedTask: the model has no head that generates text.
+            InvalidRequest: its chat template refuses the messages.
+        """
+        parts = self._open()
+        self._check_generates(parts)
+        return parts.preparer.count(request)
+
     @property
     def chat(self) -> ChatTraits:
         """How it lays chats out."""
@@ -448,8 +459,7 @@ class LoadedModel:
             QueueFull, OutOfMemory, EngineFailed, Cancelled: it was not taken into the queue.
         """
         parts = self._open(gone)
-        if self.head not in ("causal-lm", "seq2seq-lm"):
-            raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
+        self._check_generates(parts)
         submitted = time.monotonic()
         prepared = parts.preparer.prepare(request)
         ticket = Ticket(prepared.prompt_tokens, parts.engine.wake, prepared.end)
@@ -468,6 +478,10 @@ class LoadedModel:
 
             parts.engine.submit_job(ticket, generate, gone)
         return ticket
+
+    def _check_generates(self, parts: _Parts) -> None:
+        if self.head not in ("causal-lm", "seq2seq-lm"):
+            raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
 
     def run(
         self,

@@ -268,7 +268,7 @@ class Chunk:
     `index` tells which of several returned sequences the text belongs to. `so_far` counts up to a piece that is not the
     last. `parameters` are the request's, as far as the
     model has room for them. `tokens` are those made since the chunk before, `prompt` those of the prompt, in the first
-    chunk; both only where the request asks for them.
+    chunk; both only where the request asks for them. `stop` is the stop string that ended the sequence, if one did.
     """
 
     text: str
@@ -281,6 +281,7 @@ class Chunk:
     tokens: Sequence[Token] = ()
     prompt: Sequence[Token] = ()
     so_far: Usage | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """The one table from error to status, and the shapes of an error's body: `{"success": false, "error": "…"}`, but for
 the paths that speak a protocol with a shape of its own.
 
+Under addresses of other protocols it has their shape.
+
 The handlers sit on the app, because a blueprint's never see the 404 or 405 of an unknown route.
 A failure that nobody foresaw is a 500 that says nothing private; the log has the traceback under the same reference.
 """
@@ -13,7 +15,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, g, jsonify, request
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
@@ -98,6 +100,39 @@ def ollama_body(message: str, status: int, error: errors.LocalLLMError | None = 
     return {"error": message}
 
 
+def anthropic_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+    """The body of a failure of Anthropic's routes. Source: "Errors", Anthropic API reference.
+
+    A prompt that is too long is refused in Anthropic's own words: Claude Code reads them and shortens what it sends.
+    """
+    kind = _KINDS.get(status, "invalid_request_error" if status < 499 else "api_error")
+    if isinstance(error, errors.QueueFull | errors.ServerFull | errors.MemoryHeld):
+        kind = "overloaded_error"
+    if isinstance(error, errors.ContextExceeded):
+        message = f"prompt is too long: {error.tokens} tokens > {error.room} maximum. {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": g.get("request_id")}
+
+
+_KINDS: dict[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+# Whatever lies behind such a path speaks Anthropic's protocol; the models are listed in it where a client says so.
+_ANTHROPIC = re.compile(r"/v1/messages(/|\Z)")
+_ANTHROPIC_TOO = re.compile(r"/v1/models(/|\Z)")
+
+
+def speaks_anthropic() -> bool:
+    """Whether the present request is in Anthropic's protocol."""
+    shared = _ANTHROPIC_TOO.match(request.path) and "anthropic-version" in request.headers
+    return bool(shared or _ANTHROPIC.match(request.path))
+
+
 # The protocols that have a shape of their own for failures, by the paths that speak them.
 _SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError | None], dict[str, Any]]], ...] = (
     (re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)"), openai_body),
@@ -107,6 +142,8 @@ _SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError |
 
 def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
     """The body of a failure of the present request."""
+    if speaks_anthropic():  # by a header, too
+        return anthropic_body(message, status, error)
     shape = next((shape for paths, shape in _SHAPES if paths.match(request.path)), None)
     return body(message) if shape is None else shape(message, status, error)
 

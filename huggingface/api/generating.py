@@ -58,5 +58,6 @@ def named(names: Mapping[str, str]) -> Iterator[None]:
             raise
         renamed = type(error).__new__(type(error))
         message = re.sub(rf"\b{error.field}\b", lambda _: name, str(error))
+        renamed.__dict__.update(error.__dict__)
         InvalidRequest.__init__(renamed, message, name)
         raise renamed from error

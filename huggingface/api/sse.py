@@ -1,14 +1,14 @@
 """A ticket as a stream of events: server-sent ones, or lines of JSON.
 
-Silence is filled with what says nothing, which also finds out dead connections. The response begins when there is
-something to tell, so that whatever goes wrong before has a status of its own. What the events say is the framing's
-business, how they are written the encoding's.
+Silence is filled with what says nothing or with the protocol's own pings, which also find out dead connections. The
+response begins when there is something to tell, so that whatever goes wrong before has a status of its own. What the
+events say is the framing's business, how they are written the encoding's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import orjson
@@ -27,21 +27,27 @@ _KEEP_ALIVE = 2.0
 
 # JSON values, or bytes where an event is no JSON.
 Events = Iterable[dict[str, Any] | bytes]
+_Encode = Callable[[Events], Iterator[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How events are written. `silence` is what may stand between two of them and says nothing."""
+    """How events are written. `silence` is what may stand between two of them and says nothing; where events are
+    `named`, the `type` of each stands in a line of its own too.
+    """
 
     mimetype: str
     before: bytes
     after: bytes
     silence: bytes
+    named: bool = False
 
     def encoded(self, events: Events) -> Iterator[bytes]:
         """Each event as bytes."""
         for event in events:
-            yield self.before + (event if isinstance(event, bytes) else orjson.dumps(event)) + self.after
+            data = event if isinstance(event, bytes) else orjson.dumps(event)
+            name = f"event: {event['type']}\n".encode() if self.named and isinstance(event, dict) else b""
+            yield name + self.before + data + self.after
 
     def response(self, stream: Iterable[bytes]) -> Response:
         """The response that sends a stream as it comes."""
@@ -52,6 +58,7 @@ class Encoding:
 
 
 SSE = Encoding("text/event-stream", b"data: ", b"\n\n", b": keep-alive\n\n")
+NAMED_SSE = replace(SSE, named=True)
 # A line that holds nothing is no JSON, and clients fail of it; space before a line's value is part of that line.
 NDJSON = Encoding("application/x-ndjson", b"", b"\n", b" ")
 
@@ -100,15 +107,22 @@ class DocumentedFraming:
         yield body(str(error))
 
 
-def event_stream(flight: InFlight, ticket: Ticket, framing: Framing, encoding: Encoding = SSE) -> Response:
+def event_stream(
+    flight: InFlight,
+    ticket: Ticket,
+    framing: Framing,
+    encoding: Encoding = SSE,
+    ping: Callable[[], Events] = lambda: (),
+) -> Response:
     """The response that streams `ticket`, framed by `framing`.
 
-    The ticket is cancelled when the response is sent or its client has gone.
+    `ping` gives the events that fill a silence; where there are none, the encoding's own is sent. The ticket is
+    cancelled when the response is sent or its client has gone.
 
     Raises: what ended the request before its first token.
     """
     first = _first(flight)
-    response = encoding.response(_events(flight, first, framing, encoding))
+    response = encoding.response(_events(flight, first, framing, encoding, ping))
     response.call_on_close(ticket.cancel)
     return response
 
@@ -118,10 +132,12 @@ def _first(flight: InFlight) -> Chunk | None:
     return next(flight.chunks()) if flight.wait(_HOLD) else None
 
 
-def _events(flight: InFlight, first: Chunk | None, framing: Framing, encoding: Encoding) -> Iterator[bytes]:
+def _events(
+    flight: InFlight, first: Chunk | None, framing: Framing, encoding: Encoding, ping: Callable[[], Events]
+) -> Iterator[bytes]:
     try:
         if first is None:
-            yield from _silence(flight, framing, encoding)
+            yield from _silence(flight, framing, encoding, ping)
         else:
             yield from encoding.encoded(framing.chunk(first))
         for chunk in flight.chunks():
@@ -133,8 +149,8 @@ def _events(flight: InFlight, first: Chunk | None, framing: Framing, encoding: E
         yield from encoding.encoded(framing.error(error))
 
 
-def _silence(flight: InFlight, framing: Framing, encoding: Encoding) -> Iterator[bytes]:
-    """Its place in the queue whenever that changes, and what says nothing, until there is a chunk or an end."""
+def _silence(flight: InFlight, framing: Framing, encoding: Encoding, ping: Callable[[], Events]) -> Iterator[bytes]:
+    """Its place in the queue whenever that changes, and pings, or what says nothing, until a chunk or the end comes."""
     told: int | None = None
     while True:
         position = flight.position
@@ -142,6 +158,6 @@ def _silence(flight: InFlight, framing: Framing, encoding: Encoding) -> Iterator
         if position is not None and position != told:
             told = position
             events = list(encoding.encoded(framing.position(flight.request_id, position)))
-        yield from events or [encoding.silence]
+        yield from events or list(encoding.encoded(ping())) or [encoding.silence]
         if flight.wait(_KEEP_ALIVE):
             return

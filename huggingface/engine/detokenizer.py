@@ -49,7 +49,7 @@ class TextStream:
         self._stops = tuple(stops)
         self._held = ""  # made, and not shown, because it may be the beginning of a stop string
         self._shown: list[str] = []
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that has come
         if stops:
             longest = max(map(len, stops))
             self._raw = _Window(lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)))
@@ -66,13 +66,18 @@ class TextStream:
             return text
         self._look_for_stops()
         self._held += text
-        if self.stopped:
+        if self.stop is not None:
             return ""
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         if shown:
             self._shown.append(shown)
         return shown
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.stop is not None
 
     def finish(self) -> tuple[str, str]:
         """What is still to be shown, and the whole text: the tokens decoded at once, up to the first stop string."""
@@ -89,7 +94,8 @@ class TextStream:
             return
         text = self._tail + added
         # Only what ends within the newest text: what ended before it would have been found then.
-        self.stopped = any(text.find(stop, max(0, len(self._tail) - len(stop) + 1)) >= 0 for stop in self._stops)
+        places = [(text.find(stop, max(0, len(self._tail) - len(stop) + 1)), stop) for stop in self._stops]
+        self.stop = min(((place, stop) for place, stop in places if place >= 0), default=(0, None))[1]
         longest = max(map(len, self._stops))
         self._tail = text[len(text) - longest + 1 :] if longest > 1 else ""
 

@@ -236,19 +236,11 @@ class Preparer:
         Raises:
             InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
         """
-        if request.messages is not None:
-            ids = self._encode_messages(request.messages, request.template, request.turn)
-        elif request.tokens is not None:
-            ids = list(request.tokens)
-            size = self._model.config.get_text_config().vocab_size
-            if not all(0 <= token < size for token in ids):
-                raise refuse("prompt", f"holds a token that is not among the model's {size}")
-        else:
-            ids = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
+        ids = self._ids(request)
         field = "prompt" if request.messages is None else "messages"
         if self._context is not None and len(ids) > self._context:
             reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
-            raise ContextExceeded(f"Invalid value for field '{field}': {reason}", field)
+            raise ContextExceeded(f"Invalid value for field '{field}': {reason}", field, len(ids), self._context)
         if not ids:
             if self._model.generation_config.bos_token_id is None:
                 raise InvalidRequest(
@@ -259,6 +251,28 @@ class Preparer:
         self.check_vocabulary(max(ids), field)
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def count(self, request: GenerationRequest) -> int:
+        """How many tokens the request's prompt is, whether or not the model has room for them.
+
+        Raises:
+            InvalidRequest: its chat template refuses the messages.
+            GenerationFailed: its tokenizer cannot be used.
+        """
+        with typed(self._model_id):
+            return len(self._ids(request))
+
+    def _ids(self, request: GenerationRequest) -> list[int]:
+        """Token ids of the request's prompt."""
+        if request.messages is not None:
+            return self._encode_messages(request.messages, request.template, request.turn)
+        if request.tokens is not None:
+            size = self._model.config.get_text_config().vocab_size
+            if not all(0 <= token < size for token in request.tokens):
+                raise refuse("prompt", f"holds a token that is not among the model's {size}")
+            return list(request.tokens)
+        ids: list[int] = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
+        return ids
 
     def _encode_messages(self, messages: Any, template: Mapping[str, Any], turn: str | None) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""

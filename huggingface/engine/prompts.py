@@ -44,6 +44,7 @@ class _Tokens:
     def __init__(self, prompt: Many[int], stopped: Callable[[Many[int]], bool] | None) -> None:
         self.all = list(prompt)
         self.stopped = False
+        self.stop = None  # which one, the task does not tell
         self._stopped = stopped
 
     def add(self, token: int) -> str:

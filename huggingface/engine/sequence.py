@@ -31,6 +31,10 @@ class Text(Protocol):
     def stopped(self) -> bool:
         """Whether a stop string has come."""
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has come, where the text tells it."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -114,7 +118,9 @@ class Sequence:
         usage = Usage(self.prompt_tokens, self.made, self.reused)
         timings = Timings.of(self.submitted, self.admitted, self.first, now, self.made)
         text = shown + rest if self.streams else whole
-        self.ticket.put(Chunk(text, 0, self.finished, usage, self.parameters, timings, whole, **self._tokens()))
+        self.ticket.put(
+            Chunk(text, 0, self.finished, usage, self.parameters, timings, whole, stop=self.text.stop, **self._tokens())
+        )
         self.ticket.finish()
 
     def _tokens(self) -> dict[str, Any]:

@@ -120,16 +120,17 @@ class Solo:
             prompt = self._prompt_tokens(prepared)
         ids = [self._new_tokens(row, prompt_tokens) for row in output.sequences.tolist()]
         rows = [self._finish(new, prepared) for new in ids]
-        made = sum(count for _, _, count in rows)
+        made = sum(count for _, _, count, _ in rows)
         tokens: list[list[Token]] = [[] for _ in rows]
         if prepared.logprobs is not None:
             logits = torch.stack(output.logits, dim=1)  # (rows, new tokens, vocabulary)
-            for index, (_, _, count) in enumerate(rows):
+            for index, (_, _, count, _) in enumerate(rows):
                 tokens[index] = self._texts.tokens(ids[index][:count], logits[index, :count], prepared.logprobs)
         timings = Timings.of(submitted, started, first or started, time.monotonic(), made)
-        for index, (whole, reason, _) in enumerate(rows):
+        for index, (whole, reason, _, stop) in enumerate(rows):
             rest = text.finish()[0] if text is not None else whole
-            chunk = Chunk(rest, index, reason, whole=whole, tokens=tokens[index], prompt=prompt if not index else ())
+            before = prompt if not index else ()
+            chunk = Chunk(rest, index, reason, whole=whole, tokens=tokens[index], prompt=before, stop=stop)
             if index == len(rows) - 1:
                 chunk = replace(chunk, usage=Usage(prompt_tokens, made), parameters=parameters, timings=timings)
             emit(chunk)
@@ -150,16 +151,17 @@ class Solo:
         """The ids of a returned row that were made, without the prompt or the one token that started it."""
         return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
 
-    def _finish(self, ids: list[int], prepared: Prepared) -> tuple[str, FinishReason, int]:
-        """Text, why it ended, and how many tokens were made (the end token included, padding after it not)."""
+    def _finish(self, ids: list[int], prepared: Prepared) -> tuple[str, FinishReason, int, str | None]:
+        """Text, why it ended, how many tokens were made (the end token included, padding after it not), and the stop
+        string that ended it."""
         text = decoder(self._tokenizer, prepared.special_tokens)(ids)
         count = next((index + 1 for index, token in enumerate(ids) if token in prepared.ends), None)
-        found = [text.index(stop) for stop in prepared.stops if stop in text]
+        found = [(text.index(stop), stop) for stop in prepared.stops if stop in text]
         if found:
-            text = text[: min(found)]
+            text = text[: min(found)[0]]
         whole = prepared.constrained is not None and any(prepared.constrained.complete)
         reason: FinishReason = "stop" if found or count is not None or whole else "length"
-        return text, reason, len(ids) if count is None else count
+        return text, reason, len(ids) if count is None else count, min(found)[1] if found else None
 
     def _one_path(self, prepared: Prepared) -> bool:
         """Whether the text grows token by token: one sequence, and no beams that may still lose."""

@@ -11,7 +11,7 @@ from ..parameters import GenerationParameters
 from ..schemas import KeepAlive
 from .hints import Hinted, Hints, hint
 from .neighbours import Neighbours
-from .parts import Text
+from .parts import Part, Text
 
 MODEL = "Id of a registered model."
 
@@ -69,8 +69,8 @@ def _checked_limit(value: int) -> int:
 Limit = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_checked_limit)]
 
 
-class Asked(Neighbours, Hints):
-    """What all bodies that make text have."""
+class Drawn(Part):
+    """What bodies that make text have in any protocol: the model, how the request is treated, our own parameters."""
 
     model: str = Field(description=MODEL)
     temperature: float | None = Field(None, ge=0, le=10, description="0 takes the likeliest token.")
@@ -107,11 +107,20 @@ class Asked(Neighbours, Hints):
         return {name: value for name, value in given.items() if value is not None}
 
     def own(self) -> dict[str, Any]:
-        """The fields that are this server's own parameters, as they were given here or under a neighbour's name."""
+        """The fields that are this server's own parameters, as they were given."""
         names = set(GenerationParameters.model_fields) - _NOT_OURS
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         if self.top_k == -1:
             given["top_k"] = 0
+        return given
+
+
+class Asked(Drawn, Neighbours, Hints):
+    """What all of OpenAI's bodies have that make text."""
+
+    def own(self) -> dict[str, Any]:
+        """The fields that are this server's own parameters, as they were given here or under a neighbour's name."""
+        given = super().own()
         if self.ignore_eos is False:
             del given["ignore_eos"]
         return given | self.renamed()[0]

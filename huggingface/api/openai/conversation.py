@@ -42,7 +42,8 @@ class Wish:
     """What is wanted of an answer, whoever's fields said so.
 
     `form` is the constraint of its text, `tools` are OpenAI's (`{"type": "function", "function": …}`), `choice` is
-    `none`, `auto`, `required` or the name of the tool to call.
+    `none`, `auto`, `required` or the name of the tool to call. `template` are variables that the model's template has
+    to have, `hints` those that it is given only if it has them.
     """
 
     form: Constraint | None = None
@@ -51,6 +52,7 @@ class Wish:
     parallel: bool = True
     thought: Thought = field(default_factory=Thought)
     template: Mapping[str, Any] | None = None
+    hints: Mapping[str, Any] | None = None
 
     @property
     def must_call(self) -> bool:
@@ -127,6 +129,11 @@ class Conversation:
         return self._wish.must_call
 
     @property
+    def thinks(self) -> bool:
+        """Whether the model writes down what it thinks."""
+        return self._reasoning is not None
+
+    @property
     def single_call(self) -> bool:
         """Whether no more than one call is wanted."""
         return not self._wish.parallel
@@ -179,6 +186,8 @@ class Conversation:
                 raise InvalidRequest(
                     f"Invalid value for field 'chat_template_kwargs.{name}': {reason}", f"chat_template_kwargs.{name}"
                 )
+        hints = self._wish.hints or {}
+        given |= {name: value for name, value in hints.items() if name not in given and self._has(name)}
         if self._tools and takes_tools(self._template):
             given["tools"] = self._tools
         return given

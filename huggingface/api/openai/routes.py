@@ -13,7 +13,9 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from ...records import ModelRecord
 from ...tasks import MODEL_TYPES
+from ..anthropic import models as anthropic_models
 from ..endpoint import context_of
+from ..errors import speaks_anthropic
 from ..schemas import ModelPath
 from ..services import services
 from . import schemas, text_schemas
@@ -54,14 +56,17 @@ hub_chat = APIBlueprint(
 
 @blueprint.get("/models", responses={200: OpenAIModels})
 def list_models() -> dict[str, Any]:
-    """List the registered models."""
+    """List the registered models; in Anthropic's shape where the header `anthropic-version` is there."""
+    if speaks_anthropic():
+        return anthropic_models.shown_models(services().registry.list())
     return {"object": "list", "data": [_model(record) for record in services().registry.list()]}
 
 
 @blueprint.get("/models/<path:model_id>", responses={200: OpenAIModel})
 def get_model(path: ModelPath) -> dict[str, Any]:
-    """Show one model."""
-    return _model(services().registry.get(path.model_id))
+    """Show one model; in Anthropic's shape where the header `anthropic-version` is there."""
+    record = services().registry.get(path.model_id)
+    return anthropic_models.shown_model(record) if speaks_anthropic() else _model(record)
 
 
 @blueprint.post("/chat/completions", responses={200: ChatAnswer})

@@ -1,0 +1,59 @@
+"""Anthropic's answers as pydantic models: what the API's document says of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from ..schemas import streaming
+
+
+class AnthropicError(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicFailure(BaseModel):
+    """Every failure of Anthropic's routes."""
+
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str | None = Field(description="The request's id, as in the header `request-id`.")
+
+
+def anthropic_failures() -> Any:
+    """What any of the routes may answer besides what it is for."""
+    return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), AnthropicFailure)
+
+
+class UsedTokens(BaseModel):
+    """Tokens, counted by the model's own tokenizer."""
+
+    input_tokens: int = Field(description="Those of the prompt that were not in the cache.")
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageAnswer(BaseModel):
+    """What the assistant says. As a stream: Anthropic's named events, from `message_start` to `message_stop`."""
+
+    model_config = streaming("Anthropic's named events, from `message_start` to `message_stop`.")
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]] = Field(description="Blocks: `thinking`, `text` and `tool_use`.")
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: UsedTokens
+
+
+class CountAnswer(BaseModel):
+    """A conversation's tokens."""
+
+    input_tokens: int

@@ -1,0 +1,239 @@
+"""`POST /v1/messages`: a conversation is continued, whole or as it is written; and its tokens are counted.
+
+Source: "Messages" and "Streaming messages", Anthropic API reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from flask import Response
+from pydantic_core import from_json
+
+from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...errors import LocalLLMError
+from ...records import Chunk, ModelRecord
+from ..effective import openai_parameters
+from ..errors import anthropic_body, status_of
+from ..generating import begin, named
+from ..lending import lent
+from ..openai.chat import reason_of
+from ..openai.conversation import Conversation
+from ..openai.serving import new_id
+from ..services import services
+from ..sse import NAMED_SSE, Events, event_stream
+from . import schemas
+from .turns import chat_messages, hides_thinking, wish_of
+
+# What the engine names otherwise.
+_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop_sequences"}
+
+# OpenAI's reasons for an end, in Anthropic's words.
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | Response:
+    """Continue a conversation.
+
+    Raises: what loading and generating raise.
+    """
+    registry = services().registry
+    streams = bool(body.stream)
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, "messages", body.timeout, streams, body.keep_alive))
+        asked = body.own() | body.drawing() | {"max_new_tokens": body.max_tokens}
+        if body.stop_sequences:
+            asked["stop_strings"] = body.stop_sequences
+        wish = wish_of(body)
+        with named({**_NAMES, **wish.names("output_config.format")}):
+            conversation = Conversation(model.chat, chat_messages(body), wish)
+            hidden = hides_thinking(body, conversation)
+            parameters = openai_parameters(record, model.own_parameters, asked)
+            requests = conversation.requests(parameters, 1, streams=streams, logprobs=None, adapter=body.adapter)
+            ticket = begin(model, flight, requests)
+        writer = _Writer(
+            record.model_id,
+            lambda: conversation.parser(ticket.prompt_end),
+            conversation,
+            ticket.prompt_tokens,
+            body,
+            hidden,
+        )
+        if not streams:
+            for chunk in flight.chunks():
+                writer.chunk(chunk)
+            registry.record_use(record.model_id)
+            return writer.message()
+        framing = _Framing(writer, lambda: registry.record_use(record.model_id))
+        response = event_stream(flight, ticket, framing, NAMED_SSE, framing.ping)
+        response.call_on_close(stack.pop_all().close)
+        return response
+
+
+def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
+    """How many tokens a conversation is for the model, as its template lays it out.
+
+    Raises: what loading raises.
+    """
+    with lent(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (_, model):
+        conversation = Conversation(model.chat, chat_messages(body), wish_of(body))
+        hides_thinking(body, conversation)
+        [request] = conversation.requests({}, 1, streams=False, logprobs=None, adapter=body.adapter)
+        return {"input_tokens": model.count_prompt(request)}
+
+
+class _Writer:
+    """Makes the blocks of an answer, and the events that tell of them, as they are written."""
+
+    def __init__(
+        self,
+        model_id: str,
+        parser: Callable[[], AnswerParser],
+        conversation: Conversation,
+        prompt_tokens: int,
+        body: schemas.MessagesBody,
+        hidden: bool,
+    ) -> None:
+        """`hidden` tells whether what the model thinks is left out."""
+        self._about = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model_id}
+        self._make_parser = parser
+        self._parser: AnswerParser | None = None
+        self._conversation = conversation
+        self._prompt_tokens = prompt_tokens
+        self._stops = body.stop_sequences or ()
+        self._hidden = hidden
+        self._omitted = getattr(body.thinking, "display", None) == "omitted"
+        self._blocks: list[dict[str, Any]] = []
+        self._open = False  # whether the last block is being written
+        self._arguments: list[str] = []  # of the calls
+        self._last: Chunk | None = None
+
+    def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """The events of a piece of the answer."""
+        if self._parser is None:
+            self._parser = self._make_parser()
+        events = [event for part in self._parser.feed(chunk.text) for event in self._part(part)]
+        if chunk.finish_reason is not None:
+            self._last = chunk
+            events += [event for part in self._parser.finish() for event in self._part(part)]
+            events += self._close()
+        return events
+
+    def message(self) -> dict[str, Any]:
+        """The answer, as far as it is written."""
+        calls = iter(self._arguments)
+        blocks = [{**block, "input": _object(next(calls))} if "input" in block else block for block in self._blocks]
+        return {**self._about, "content": blocks, **self.ending(), "usage": self.usage()}
+
+    def ending(self) -> dict[str, Any]:
+        """Why it ended."""
+        last = self._last
+        if last is None:
+            return {"stop_reason": None, "stop_sequence": None}
+        if last.stop is not None and last.stop in self._stops:
+            return {"stop_reason": "stop_sequence", "stop_sequence": last.stop}
+        return {"stop_reason": _REASONS[reason_of(last, self._arguments) or "stop"], "stop_sequence": None}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens read and made. Those that were in the cache are not among the input's, as Anthropic counts."""
+        used = self._last.usage if self._last is not None else None
+        cached = used.cached_tokens if used is not None else 0
+        return {
+            "input_tokens": (used.prompt_tokens if used is not None else self._prompt_tokens) - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": used.completion_tokens if used is not None else 0,
+        }
+
+    def _part(self, part: Part) -> list[dict[str, Any]]:
+        match part:
+            case Content() if self._conversation.must_call:
+                return []
+            case Content():
+                return self._write("text", "text", part.text)
+            case Reasoning() if self._hidden:
+                return []
+            case Reasoning():
+                return self._write("thinking", "thinking", "" if self._omitted else part.text)
+            case _ if self._conversation.single_call and part.index > 0:
+                return []
+            case CallStart():
+                self._arguments.append("")
+                return self._begin({"type": "tool_use", "id": new_id("toolu_"), "name": part.name, "input": {}})
+            case CallArguments():
+                self._arguments[-1] += part.text
+                return [self._delta({"type": "input_json_delta", "partial_json": part.text})]
+        return []
+
+    def _write(self, kind: str, field: str, text: str) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if not self._open or self._blocks[-1]["type"] != kind:
+            events = self._begin({"type": kind, field: "", **({"signature": ""} if kind == "thinking" else {})})
+        self._blocks[-1][field] += text
+        return [*events, self._delta({"type": f"{kind}_delta", field: text})] if text else events
+
+    def _begin(self, block: dict[str, Any]) -> list[dict[str, Any]]:
+        events = self._close()
+        self._blocks.append(block)
+        self._open = True
+        return [*events, {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": {**block}}]
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+
+    def _close(self) -> list[dict[str, Any]]:
+        """End the block that is being written."""
+        if not self._open:
+            return []
+        self._open = False
+        stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
+        signed = self._blocks[-1]["type"] == "thinking"
+        return [self._delta({"type": "signature_delta", "signature": ""}), stop] if signed else [stop]
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """A call's arguments, as far as they are written where the tokens ran out."""
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class _Framing:
+    """The events of an answer."""
+
+    def __init__(self, writer: _Writer, done: Callable[[], None]) -> None:
+        self._writer = writer
+        self._done = done
+        self._begun = False
+
+    def chunk(self, chunk: Chunk) -> Events:
+        """What a piece of the answer becomes."""
+        return [*self._begin(), *self._writer.chunk(chunk)]
+
+    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
+        """That it waits."""
+        return self.ping()
+
+    def ping(self) -> Events:
+        """That it is still at work."""
+        return [*self._begin(), {"type": "ping"}]
+
+    def end(self) -> Events:
+        """Why it ended, and the counts."""
+        self._done()
+        yield {"type": "message_delta", "delta": self._writer.ending(), "usage": self._writer.usage()}
+        yield {"type": "message_stop"}
+
+    def error(self, error: LocalLLMError) -> Events:
+        """What ended it."""
+        yield anthropic_body(str(error), status_of(error), error)
+
+    def _begin(self) -> list[dict[str, Any]]:
+        if self._begun:
+            return []
+        self._begun = True
+        return [{"type": "message_start", "message": self._writer.message()}]

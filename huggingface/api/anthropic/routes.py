@@ -1,0 +1,62 @@
+"""The routes under `/v1/messages`. Every view is parse, call, shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Response, g
+from flask_openapi3 import APIBlueprint, Tag
+
+from ...errors import ModelNotFound
+from ...records import ModelRecord
+from ..services import services
+from . import schemas
+from .answers import CountAnswer, MessageAnswer, anthropic_failures
+from .messages import answer, count
+
+_MOST_NAMES = 10  # in a message
+
+blueprint = APIBlueprint(
+    "anthropic",
+    __name__,
+    url_prefix="/v1/messages",
+    abp_tags=[Tag(name="Anthropic", description="Anthropic's API, for the clients that speak it.")],
+    abp_responses=anthropic_failures(),
+)
+
+
+@blueprint.post("", responses={200: MessageAnswer})
+def create_message(body: schemas.MessagesBody) -> dict[str, Any] | Response:
+    """Continue a conversation."""
+    return answer(_record(body.model), body)
+
+
+@blueprint.post("/count_tokens", responses={200: CountAnswer})
+def count_tokens(body: schemas.CountBody) -> dict[str, Any]:
+    """Count a conversation's tokens."""
+    return count(_record(body.model), body)
+
+
+@blueprint.after_request
+def name_request(response: Response) -> Response:
+    """Tell the request's id under the name that Anthropic's clients read it by."""
+    if (own := g.get("request_id")) is not None:
+        response.headers["request-id"] = own
+    return response
+
+
+def _record(model_id: str) -> ModelRecord:
+    """A registered model; programs of Anthropic's ask for one of Anthropic's, where they are not told of another.
+
+    Raises:
+        ModelNotFound: naming the models that are registered.
+    """
+    registry = services().registry
+    try:
+        return registry.get(model_id)
+    except ModelNotFound as error:
+        names = [record.model_id for record in registry.list()]
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        shown = ", ".join(names[:_MOST_NAMES]) or "none"
+        hint = f". Registered here: {shown}{more}. Claude Code takes one from ANTHROPIC_MODEL"
+        raise ModelNotFound(model_id, hint) from error

@@ -1,0 +1,177 @@
+"""A conversation in Anthropic's words becomes one of chat messages, and its wishes become a `Wish`.
+
+Pure functions on validated bodies. Must not know models; what is put to one, `openai.conversation` knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import InvalidRequest
+from ...records import Constraint
+from ..fields import note_ignored
+from ..openai.conversation import Conversation, Wish
+from . import schemas
+
+# Claude Code's first system block: what its maker counts, in other words with each version; nothing for a model.
+_BILLING = "x-anthropic-billing-header:"
+
+# What templates that know `reasoning_effort` have words for.
+_EFFORTS = {"xhigh": "high", "max": "high"}
+
+# The names that templates have for whether the model is to think.
+_SWITCHES = ("enable_thinking", "thinking")
+
+
+def chat_messages(body: schemas.MessagesBody) -> list[dict[str, Any]]:
+    """The conversation as messages of a chat, those of one role that follow each other as one.
+
+    Raises:
+        InvalidRequest: there is nothing in it but instructions.
+    """
+    turns = _Turns()
+    turns.instruct(body.system)
+    for message in body.messages:
+        match message:
+            case schemas.SystemMessage():
+                turns.instruct(message.content)
+            case schemas.UserMessage():
+                turns.add_user(message.content)
+            case schemas.AssistantMessage():
+                turns.add_assistant(message.content)
+    if not turns.said:
+        raise InvalidRequest("Invalid value for field 'messages': holds no message with text", "messages")
+    system = [{"role": "system", "content": "\n".join(turns.system)}] if turns.system else []
+    return [*system, *turns.said]
+
+
+class _Turns:
+    """The messages of a chat, as they are gathered."""
+
+    def __init__(self) -> None:
+        self.system: list[str] = []
+        self.said: list[dict[str, Any]] = []
+        self._ids: dict[str, str] = {}
+
+    def instruct(self, content: schemas.PlainText | None) -> None:
+        """Take instructions. Few templates have a place for them within a conversation: there, the user says them."""
+        texts = [block.text for block in _blocks(content or "")]
+        kept = [text for text in texts if text and not text.startswith(_BILLING)]
+        if any(text.startswith(_BILLING) for text in texts):
+            note_ignored("system.x-anthropic-billing-header")
+        if not kept:
+            return
+        text = "\n".join(kept)
+        if self.said:
+            self._say("user", f"<system-reminder>\n{text}\n</system-reminder>")
+        else:
+            self.system.append(text)
+
+    def add_user(self, content: schemas.UserContent) -> None:
+        """Take what the user says, and what tools gave."""
+        for block in _blocks(content):
+            if isinstance(block, schemas.ToolResultBlock):
+                text = _text(block.content)
+                text = f"Error: {text}" if block.is_error else text
+                self.said.append({"role": "tool", "content": text, "tool_call_id": self._id(block.tool_use_id)})
+            else:
+                self._say("user", block.text)
+
+    def add_assistant(self, content: schemas.SaidContent) -> None:
+        """Take what the assistant said, and the calls that it made."""
+        for block in _blocks(content):
+            match block:
+                case schemas.TextBlock():
+                    self._say("assistant", block.text)
+                case schemas.ToolUseBlock():
+                    function = {"name": block.name, "arguments": _arguments(block.input)}
+                    call = {"id": self._id(block.id), "type": "function", "function": function}
+                    self._turn("assistant").setdefault("tool_calls", []).append(call)
+                case schemas.LeftOutBlock():
+                    note_ignored(f"messages.{block.type}")
+
+    def _say(self, role: str, text: str) -> None:
+        if not text:
+            return
+        turn = self._turn(role)
+        turn["content"] = f"{turn['content']}\n{text}" if turn["content"] else text
+
+    def _turn(self, role: str) -> dict[str, Any]:
+        if not self.said or self.said[-1]["role"] != role:
+            self.said.append({"role": role, "content": ""})
+        return self.said[-1]
+
+    def _id(self, id_: str) -> str:
+        """A call's id as the templates get it: Mistral's refuse any but those of nine letters and digits."""
+        return self._ids.setdefault(id_, f"{len(self._ids):09d}")
+
+
+def _blocks(content: Any) -> Sequence[Any]:
+    return [schemas.TextBlock(type="text", text=content)] if isinstance(content, str) else content
+
+
+def _text(content: schemas.PlainText | None) -> str:
+    return "\n".join(block.text for block in _blocks(content or ""))
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """A call's arguments; what is no object, is shown to the model as it is: history cannot be mended by its sender."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {"input": value}
+    if isinstance(value, dict):
+        return value
+    return {} if value is None else {"input": value}
+
+
+# Wishes ---------------------------------------------------------------------------------------------------------------
+
+
+def wish_of(body: schemas.MessagesBody) -> Wish:
+    """What is wanted of the answer."""
+    form, choice = body.form, body.tool_choice
+    kinds = {"auto": "auto", "any": "required", "none": "none"}
+    named = choice.name if isinstance(choice, schemas.ToolChoice) else kinds[choice.type] if choice else "auto"
+    hints: dict[str, Any] = {}
+    if isinstance(body.thinking, schemas.Enabled | schemas.Disabled):
+        hints |= dict.fromkeys(_SWITCHES, body.thinking.type == "enabled")
+    if (effort := _effort(body)) is not None:
+        hints["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    return Wish(
+        form=None if form is None else Constraint("json_schema", form.json_schema),
+        tools=[_tool(tool) for tool in body.tools or ()],
+        choice=named,
+        parallel=not (choice is not None and choice.disable_parallel_tool_use),
+        hints=hints,
+    )
+
+
+def _tool(tool: schemas.Tool) -> dict[str, Any]:
+    function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+    return {"type": "function", "function": function}
+
+
+def _effort(body: schemas.MessagesBody) -> str | None:
+    return body.output_config.effort if body.output_config is not None else None
+
+
+def hides_thinking(body: schemas.MessagesBody, conversation: Conversation) -> bool:
+    """Whether what the model thinks is left out of the answer, because it cannot be kept from thinking.
+
+    Names what of the request's wishes about thinking this model has no way to honour.
+    """
+    thinking = body.thinking
+    switched = any(name in conversation.variables for name in _SWITCHES)
+    if isinstance(thinking, schemas.Enabled) and thinking.budget_tokens is not None:
+        note_ignored("thinking.budget_tokens")
+    if thinking is not None and not switched and (isinstance(thinking, schemas.Disabled) or not conversation.thinks):
+        note_ignored("thinking")
+    if _effort(body) is not None and "reasoning_effort" not in conversation.variables:
+        note_ignored("output_config.effort")
+    if body.output_config is not None and body.output_config.task_budget is not None:
+        note_ignored("output_config.task_budget")
+    return isinstance(thinking, schemas.Disabled)
