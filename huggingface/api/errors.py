@@ -100,7 +100,9 @@ def ollama_body(message: str, status: int, error: errors.LocalLLMError | None = 
     return {"error": message}
 
 
-def anthropic_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+def anthropic_body(
+    message: str, status: int, error: errors.LocalLLMError | None, request_id: str | None
+) -> dict[str, Any]:
     """The body of a failure of Anthropic's routes. Source: "Errors", Anthropic API reference.
 
     A prompt that is too long is refused in Anthropic's own words: Claude Code reads them and shortens what it sends.
@@ -110,7 +112,7 @@ def anthropic_body(message: str, status: int, error: errors.LocalLLMError | None
         kind = "overloaded_error"
     if isinstance(error, errors.ContextExceeded):
         message = f"prompt is too long: {error.tokens} tokens > {error.room} maximum. {message}"
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": g.get("request_id")}
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 _KINDS: dict[int, str] = {
@@ -143,7 +145,7 @@ _SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError |
 def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
     """The body of a failure of the present request."""
     if speaks_anthropic():  # by a header, too
-        return anthropic_body(message, status, error)
+        return anthropic_body(message, status, error, g.get("request_id"))
     shape = next((shape for paths, shape in _SHAPES if paths.match(request.path)), None)
     return body(message) if shape is None else shape(message, status, error)
 

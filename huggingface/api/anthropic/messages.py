@@ -66,7 +66,7 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
                 writer.chunk(chunk)
             registry.record_use(record.model_id)
             return writer.message()
-        framing = _Framing(writer, lambda: registry.record_use(record.model_id))
+        framing = _Framing(writer, flight.request_id, lambda: registry.record_use(record.model_id))
         response = event_stream(flight, ticket, framing, NAMED_SSE, framing.ping)
         response.call_on_close(stack.pop_all().close)
         return response
@@ -205,8 +205,9 @@ def _object(arguments: str) -> dict[str, Any]:
 class _Framing:
     """The events of an answer."""
 
-    def __init__(self, writer: _Writer, done: Callable[[], None]) -> None:
+    def __init__(self, writer: _Writer, request_id: str, done: Callable[[], None]) -> None:
         self._writer = writer
+        self._request_id = request_id
         self._done = done
         self._begun = False
 
@@ -230,7 +231,7 @@ class _Framing:
 
     def error(self, error: LocalLLMError) -> Events:
         """What ended it."""
-        yield anthropic_body(str(error), status_of(error), error)
+        yield anthropic_body(str(error), status_of(error), error, self._request_id)
 
     def _begin(self) -> list[dict[str, Any]]:
         if self._begun:
