@@ -112,8 +112,14 @@ def anthropic_body(
         kind = "overloaded_error"
     if isinstance(error, errors.ContextExceeded):
         message = f"prompt is too long: {error.tokens} tokens > {error.room} maximum. {message}"
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    told: dict[str, Any] = {"type": kind, "message": message}
+    if (details := _DETAILS.get(getattr(error, "field", None) or "")) is not None:
+        told["details"] = details
+    return {"type": "error", "error": told, "request_id": request_id}
 
+
+# What Anthropic's client acts on, by the field at fault: it sends the whole conversation where no thread is kept.
+_DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
 
 _KINDS: dict[int, str] = {
     401: "authentication_error",

@@ -14,6 +14,7 @@ class AnthropicError(BaseModel):
 
     type: str
     message: str
+    details: dict[str, Any] | None = Field(None, description="What a client may act on.")
 
 
 class AnthropicFailure(BaseModel):

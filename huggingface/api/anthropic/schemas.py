@@ -262,6 +262,7 @@ class MessagesBody(Drawn):
     output_format: SchemaFormat | None = Field(None, description="The same as output_config.format.")
     mcp_servers: list[Any] | None = None
     user: Text | None = None
+    thread: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Text | None = None
     cache_control: dict[str, Any] | None = None
@@ -276,6 +277,8 @@ class MessagesBody(Drawn):
     def _go_together(self) -> Self:
         if self.mcp_servers:
             raise refuse("mcp_servers", "must be empty: this server connects to no MCP servers")
+        if self.thread is not None:
+            raise refuse("thread", "cannot be kept: this server holds no conversations, send it whole")
         if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
             raise refuse("output_format", "cannot be given together with output_config.format")
         names = [tool.name for tool in self.tools or ()]
