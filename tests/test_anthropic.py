@@ -57,9 +57,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> anthropic.Anthropic:
+def client(server: Server) -> Iterator[anthropic.Anthropic]:
     """Anthropic's client on the live server."""
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,8 @@ def test_a_stop_sequence_ends_the_answer_and_is_named(server: Server, tiny: Call
     server.add(model, "text-generation" if name == "llama" else "text2text-generation")
     long = {"max_tokens": 24, "min_new_tokens": 24}
     whole = post(server, model, **long).json()["content"][0]["text"]
-    stop = next(whole[n : n + 2] for n in range(3, len(whole)) if whole.index(whole[n : n + 2]) == n)
+    pairs = [whole[place : place + 2] for place in range(3, len(whole))]
+    stop = next(pair for place, pair in enumerate(pairs, 3) if pair.isascii() and whole.index(pair) == place)
     for stream in (False, True):
         response = post(server, model, **long, stop_sequences=["never there", stop], stream=stream)
         answer = told(events_of(response)) if stream else response.json()
@@ -608,7 +610,6 @@ def test_a_model_without_a_generation_config_is_refused_on_openais_routes_too(
 
 
 def test_a_full_server_says_when_to_come_again(start_server: Callable[..., Server], tiny: Callable[[str], str]) -> None:
-    """And a stream that waits in the queue has begun, and is filled with pings."""
     model = tiny("llama")
     full = start_server(LOCAL_LLM_MAX_BATCH="1", LOCAL_LLM_MAX_QUEUE="1")
     full.add(model, "text-generation")
@@ -626,12 +627,34 @@ def test_a_full_server_says_when_to_come_again(start_server: Callable[..., Serve
             assert told(events_of(answer))["usage"]["output_tokens"] == 400
 
 
+def test_a_stream_that_waits_has_begun_and_pings(
+    start_server: Callable[..., Server], models_dir: Path, tiny: Callable[[str], str]
+) -> None:
+    narrow = start_server(LOCAL_LLM_MAX_BATCH="1")
+    model = copied(narrow, models_dir, tiny, "anthropic-tooled", SWITCHED)
+    body = {"model": model, "messages": HI, "stream": True}
+    long = {**body, "max_tokens": 15000, "min_new_tokens": 15000}
+    url = f"{narrow.url}/v1/messages"
+    with requests.post(url, json=long, stream=True, timeout=120) as first:
+        running = first.iter_lines()
+        assert next(running) == b"event: message_start"
+        with requests.post(url, json={**body, "max_tokens": 3}, stream=True, timeout=120) as second:
+            lines = second.iter_lines()
+            names = [next(lines).decode() for _ in range(5)][::3]
+            first.close()
+            names += [line.decode() for line in lines if line.startswith(b"event")]
+    assert names[:2] == ["event: message_start", "event: ping"]
+    assert names[-1] == "event: message_stop"
+
+
 def listed(server: Server) -> list[str]:
     """The ids of the requests that run."""
     return [each["request_id"] for each in server.call("GET", "/requests").json()["requests"]]
 
 
-def test_a_stream_that_is_cancelled_ends_with_an_error_event(server: Server, tooled: str) -> None:
+def test_a_stream_that_is_cancelled_ends_with_an_error_event(
+    client: anthropic.Anthropic, server: Server, tooled: str
+) -> None:
     long = {"max_tokens": 15000, "min_new_tokens": 15000}
     body = {"model": tooled, "messages": HI, "stream": True, **long}
     with requests.post(f"{server.url}/v1/messages", json=body, stream=True, timeout=60) as stream:
@@ -643,7 +666,6 @@ def test_a_stream_that_is_cancelled_ends_with_an_error_event(server: Server, too
     assert name == "event: error"
     failure = json.loads(data.removeprefix("data: "))
     assert (failure["type"], failure["error"]["type"], failure["request_id"]) == ("error", "api_error", own)
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     with client.messages.create(model=tooled, messages=HI, stream=True, max_tokens=15000, extra_body=long) as events:
         next(iter(events))
         for each in listed(server):

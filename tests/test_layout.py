@@ -127,6 +127,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"huggingface/api/ollama/{name}.py" for name in ("options", "schemas", "answers")),
+        *(f"huggingface/api/anthropic/{name}.py" for name in ("schemas", "models", "answers")),
     ),
     "pydantic_settings": ("config.py",),
     "torch": TORCH,

@@ -39,7 +39,7 @@ class UsedTokens(BaseModel):
     output_tokens: int
 
 
-class MessageAnswer(BaseModel):
+class AnthropicMessage(BaseModel):
     """What the assistant says. As a stream: Anthropic's named events, from `message_start` to `message_stop`."""
 
     model_config = streaming("Anthropic's named events, from `message_start` to `message_stop`.")

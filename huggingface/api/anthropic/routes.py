@@ -11,7 +11,7 @@ from ...errors import ModelNotFound
 from ...records import ModelRecord
 from ..services import services
 from . import schemas
-from .answers import CountAnswer, MessageAnswer, anthropic_failures
+from .answers import AnthropicMessage, CountAnswer, anthropic_failures
 from .messages import answer, count
 
 _MOST_NAMES = 10  # in a message
@@ -25,7 +25,7 @@ blueprint = APIBlueprint(
 )
 
 
-@blueprint.post("", responses={200: MessageAnswer})
+@blueprint.post("", responses={200: AnthropicMessage})
 def create_message(body: schemas.MessagesBody) -> dict[str, Any] | Response:
     """Continue a conversation."""
     return answer(_record(body.model), body)

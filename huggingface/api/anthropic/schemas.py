@@ -91,21 +91,21 @@ else:
     SaidContent = Text | list[one_of("type", {**_SAID, **dict.fromkeys(_SERVERS, LeftOutBlock)}, _WHAT)]
 
 
-class UserMessage(Replayed):
+class UserTurn(Replayed):
     """What the user says, and what tools gave."""
 
     role: Literal["user"]
     content: UserContent
 
 
-class AssistantMessage(Replayed):
+class AssistantTurn(Replayed):
     """What the assistant said."""
 
     role: Literal["assistant"]
     content: SaidContent
 
 
-class SystemMessage(Replayed):
+class SystemTurn(Replayed):
     """What the assistant is told in the midst of a conversation."""
 
     role: Literal["system"]
@@ -113,15 +113,15 @@ class SystemMessage(Replayed):
 
 
 if TYPE_CHECKING:
-    Message = UserMessage | AssistantMessage | SystemMessage
+    Message = UserTurn | AssistantTurn | SystemTurn
 else:
-    _ROLES = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
+    _ROLES = {"user": UserTurn, "assistant": AssistantTurn, "system": SystemTurn}
     Message = one_of("role", _ROLES, f"must be one of {', '.join(_ROLES)}")
 
 # Tools ----------------------------------------------------------------------------------------------------------------
 
 
-class Tool(Replayed):
+class ClientTool(Replayed):
     """A tool that the client runs."""
 
     place = "tools"
@@ -152,7 +152,7 @@ def _without_anthropics(value: Any) -> Any:
     return kept
 
 
-Tools = Annotated[list[Tool], BeforeValidator(_without_anthropics)]
+Tools = Annotated[list[ClientTool], BeforeValidator(_without_anthropics)]
 
 
 class _Choice(Part):
@@ -223,7 +223,7 @@ else:
     Thinking = one_of("type", _THINKING, f"must be one of {', '.join(_THINKING)}")
 
 
-class SchemaFormat(Part):
+class OutputFormat(Part):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
@@ -235,7 +235,7 @@ class OutputConfig(Part):
     """What the answer is to be like."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: SchemaFormat | None = None
+    format: OutputFormat | None = None
     task_budget: dict[str, Any] | None = None
 
 
@@ -259,7 +259,7 @@ class MessagesBody(Drawn):
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: SchemaFormat | None = Field(None, description="The same as output_config.format.")
+    output_format: OutputFormat | None = Field(None, description="The same as output_config.format.")
     mcp_servers: list[Any] | None = None
     user: Text | None = None
     thread: dict[str, Any] | None = None
@@ -294,7 +294,7 @@ class MessagesBody(Drawn):
         return self
 
     @property
-    def form(self) -> SchemaFormat | None:
+    def form(self) -> OutputFormat | None:
         """What the text has to be."""
         return self.output_format or (self.output_config.format if self.output_config is not None else None)
 

@@ -35,11 +35,11 @@ def chat_messages(body: schemas.MessagesBody) -> list[dict[str, Any]]:
     turns.instruct(body.system)
     for message in body.messages:
         match message:
-            case schemas.SystemMessage():
+            case schemas.SystemTurn():
                 turns.instruct(message.content)
-            case schemas.UserMessage():
+            case schemas.UserTurn():
                 turns.add_user(message.content)
-            case schemas.AssistantMessage():
+            case schemas.AssistantTurn():
                 turns.add_assistant(message.content)
     if not turns.said:
         raise InvalidRequest("Invalid value for field 'messages': holds no message with text", "messages")
@@ -150,7 +150,7 @@ def wish_of(body: schemas.MessagesBody) -> Wish:
     )
 
 
-def _tool(tool: schemas.Tool) -> dict[str, Any]:
+def _tool(tool: schemas.ClientTool) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
     return {"type": "function", "function": function}
 
