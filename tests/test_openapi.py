@@ -171,7 +171,10 @@ def test_what_is_streamed_is_described_as_events_too(document: dict[str, Any]) -
                 assert events["description"]
                 assert "stream" in body_of(document, method, path)["properties"]
                 told[kind].add(path)
-            if not told.keys() & content.keys() and "requestBody" in operation:
+            counts = (
+                path == "/v1/messages/count_tokens"
+            )  # it takes a whole conversation's body, and makes nothing of it
+            if not told.keys() & content.keys() and "requestBody" in operation and not counts:
                 assert "stream" not in body_of(document, method, path)["properties"], path
     assert told["text/event-stream"] >= STREAMS
     assert told["application/x-ndjson"] == LINES

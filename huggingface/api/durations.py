@@ -12,7 +12,7 @@ from typing import Any
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-_DURATION = re.compile(rf"[+-]?({_PART})+")
+_DURATION = re.compile(rf"[+-]?(0|({_PART})+)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,20})?")
 
 FOR_EVER = -1.0
@@ -27,21 +27,18 @@ def seconds(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    text = value.strip()
-    if _NUMBER.fullmatch(text):
-        total = abs(float(text))
-    elif len(text) <= 100 and _DURATION.fullmatch(text):
-        total = math.fsum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    else:
-        raise ValueError("must be seconds, or a duration such as '5m', '1h30m' or '-1'")
-    return FOR_EVER if total > _LONGEST or (text.startswith("-") and total > 0) else total
+    if len(value) > 100 or not _DURATION.fullmatch(value):
+        raise ValueError("must be seconds, or a duration such as '5m' or '1h30m'")
+    total = math.fsum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, value))
+    return FOR_EVER if total > _LONGEST or (value.startswith("-") and total > 0) else total
 
 
 def seconds_of(value: float | str) -> float:
-    """How many seconds `value` stands for, below 0 and beyond thirty years -1.
+    """How many seconds `value` stands for as Ollama takes it: a number as text is one too; for ever is -1.
 
     Raises:
         ValueError: text that is no duration.
     """
-    found = float(seconds(value))
+    text = value.strip() if isinstance(value, str) else ""
+    found = float(text) if _NUMBER.fullmatch(text) else float(seconds(text or value))
     return FOR_EVER if found < 0 or found > _LONGEST else found

@@ -16,11 +16,11 @@ def lines(events: str) -> ConfigDict:
     return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": content}})
 
 
-class _Answer(BaseModel):
+class _OllamaAnswer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
-class OllamaFailure(_Answer):
+class OllamaFailure(_OllamaAnswer):
     """Every failure."""
 
     error: str
@@ -31,14 +31,14 @@ def ollama_failures() -> Any:
     return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), OllamaFailure)
 
 
-class OllamaVersion(_Answer):
+class OllamaVersion(_OllamaAnswer):
     """Which Ollama's API this is."""
 
     version: str = Field(description="The version of Ollama whose API is spoken: clients ask for what they may use.")
     local_llm: str = Field(description="This server's own.")
 
 
-class OllamaDetails(_Answer):
+class OllamaDetails(_OllamaAnswer):
     """What a model is."""
 
     parent_model: str
@@ -49,7 +49,7 @@ class OllamaDetails(_Answer):
     quantization_level: str
 
 
-class OllamaModel(_Answer):
+class OllamaModel(_OllamaAnswer):
     """A registered model."""
 
     name: str
@@ -60,13 +60,13 @@ class OllamaModel(_Answer):
     details: OllamaDetails
 
 
-class OllamaModels(_Answer):
+class OllamaModels(_OllamaAnswer):
     """The registered models."""
 
     models: list[OllamaModel]
 
 
-class OllamaRunning(_Answer):
+class OllamaRunning(_OllamaAnswer):
     """A model in memory."""
 
     name: str
@@ -79,13 +79,13 @@ class OllamaRunning(_Answer):
     context_length: int | None = None
 
 
-class OllamaRunningModels(_Answer):
+class OllamaRunningModels(_OllamaAnswer):
     """The models in memory."""
 
     models: list[OllamaRunning]
 
 
-class OllamaShown(_Answer):
+class OllamaShown(_OllamaAnswer):
     """All that is known of a model."""
 
     modified_at: str
@@ -98,7 +98,7 @@ class OllamaShown(_Answer):
     license: str | None = None
 
 
-class _Timed(_Answer):
+class _Timed(_OllamaAnswer):
     total_duration: int | None = Field(None, description="Nanoseconds, as the other durations.")
     load_duration: int | None = None
     prompt_eval_count: int | None = None
@@ -115,7 +115,7 @@ class _Made(_Timed):
     logprobs: list[dict[str, Any]] | None = None
 
 
-class OllamaMessage(_Answer):
+class OllamaMessage(_OllamaAnswer):
     """What the assistant says."""
 
     role: Literal["assistant"]
@@ -148,13 +148,13 @@ class OllamaEmbeddings(_Timed):
     embeddings: list[list[float]]
 
 
-class OllamaEmbedding(_Answer):
+class OllamaEmbedding(_OllamaAnswer):
     """The vector."""
 
     embedding: list[float]
 
 
-class OllamaStatus(_Answer):
+class OllamaStatus(_OllamaAnswer):
     """It is done."""
 
     status: Literal["success"]

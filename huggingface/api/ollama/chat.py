@@ -12,7 +12,7 @@ from ..openai.chat import plain_tool
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle
 from .names import find
-from .schemas import OllamaChatBody, OllamaMessage
+from .schemas import OllamaChatBody, OllamaTurn
 from .thinking import variables
 
 
@@ -51,7 +51,7 @@ def message_of(said: Said) -> dict[str, Any]:
     return {"message": message}
 
 
-def plain_messages(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[OllamaTurn]) -> list[dict[str, Any]]:
     """The messages as a `Conversation` takes them: with ids of calls, which Ollama's clients need not give.
 
     A result belongs to the call of its `tool_call_id`, else to the first one without a result that has its `tool_name`,
@@ -81,7 +81,7 @@ def plain_messages(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     return result
 
 
-def _answered(message: OllamaMessage, waiting: list[tuple[str, str]]) -> str:
+def _answered(message: OllamaTurn, waiting: list[tuple[str, str]]) -> str:
     """The id of the call that a tool's message answers, which waits no more; empty where there is none."""
     name = message.tool_name or message.name
     found = next((call for call in waiting if message.tool_call_id == call[0]), None)

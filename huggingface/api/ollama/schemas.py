@@ -78,7 +78,7 @@ class OllamaCall(Replayed):
     function: OllamaCalled
 
 
-class OllamaMessage(Replayed):
+class OllamaTurn(Replayed):
     """A message of a chat."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
@@ -183,7 +183,7 @@ class OllamaAnswering(OllamaAsked):
 class OllamaChatBody(OllamaAnswering):
     """A chat to answer; without messages, the model is loaded, or unloaded where `keep_alive` is 0."""
 
-    messages: list[OllamaMessage] | None = None
+    messages: list[OllamaTurn] | None = None
     tools: list[OllamaTool] | None = Field(None, description="Functions that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | OllamaChoice | None = Field(
         None, description="Not Ollama's: whether the model is to call a function, or which, as OpenAI says it."
