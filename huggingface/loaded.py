@@ -438,7 +438,9 @@ class LoadedModel:
         tokenizer = self._open().tokenizer
         added = tokenizer.added_tokens_decoder
         special = frozenset(token.content for token in added.values() if token.special)
-        return ChatTraits(tokenizer.chat_template, {token.content: id_ for id_, token in added.items()}, special)
+        ids = {token.content: id_ for id_, token in added.items()}
+        described = getattr(tokenizer, "response_template", None)
+        return ChatTraits(tokenizer.chat_template, ids, special, described if isinstance(described, Mapping) else None)
 
     @property
     def failed(self) -> bool:

@@ -236,12 +236,14 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True)
 class ChatTraits:
     """How a model lays chats out: its template, or several by name, and the tokens that were added to its vocabulary by
-    their texts; `special_tokens` are those that are left out of texts.
+    their texts; `special_tokens` are those that are left out of texts. `response_template` is the tokenizer's own
+    description of its model's answers, in transformers' words.
     """
 
     template: str | Mapping[str, str] | None
     added_tokens: Mapping[str, int]
     special_tokens: frozenset[str]
+    response_template: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

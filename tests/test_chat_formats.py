@@ -35,8 +35,9 @@ from huggingface.chat.formats import (
     find_tool_format,
     takes_tools,
 )
-from huggingface.chat.grammar import answer_grammar, calls_grammar
+from huggingface.chat.grammar import Frame, answer_grammar, calls_grammar
 from huggingface.chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from huggingface.records import Constraint
 
 THINK = ReasoningTags("<think>", "</think>")
 TOOLS = [
@@ -404,12 +405,11 @@ def accepts(tokenizer: Any, grammar: str, text: str) -> bool:
 
 def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]], ascii_only: bool = True) -> str:
     """Calls as a model writes them."""
-    if form.between:
+    if form is MISTRAL_ARGS:
         whole = [(name, json.dumps(arguments, ensure_ascii=ascii_only)) for name, arguments in calls]
-        return "".join(f"{form.begin}{name}{form.between}{arguments}" for name, arguments in whole)
-    texts = [
-        json.dumps({"name": name, form.arguments: arguments}, ensure_ascii=ascii_only) for name, arguments in calls
-    ]
+        return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in whole)
+    key = "parameters" if form is LLAMA else "arguments"
+    texts = [json.dumps({"name": name, key: arguments}, ensure_ascii=ascii_only) for name, arguments in calls]
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
@@ -426,11 +426,9 @@ def test_a_grammar_allows_calls_that_fit_and_no_others(form: ToolFormat, tokeniz
         return calls_grammar(
             form,
             TOOLS,
+            Frame(THINK, tokenizer.get_added_vocab(), inside),
             required_name=name,
             parallel=parallel,
-            inside_reasoning=inside,
-            reasoning=THINK,
-            added_tokens=tokenizer.get_added_vocab(),
         )
 
     good, nothing = ("get_weather", OSLO), ("now", dict[str, Any]())
@@ -468,11 +466,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls_that_fit(form: ToolFormat, t
     grammar = calls_grammar(
         form,
         TOOLS,
-        required_name=None,
-        parallel=True,
-        inside_reasoning=False,
-        reasoning=None,
-        added_tokens=tokenizer.get_added_vocab(),
+        Frame(None, tokenizer.get_added_vocab()),
     )
     for seed in range(12):
         text = tokenizer.decode(list(walk(tokenizer, grammar, seed)), skip_special_tokens=False)
@@ -487,10 +481,10 @@ def test_whatever_a_grammar_allows_is_read_as_calls_that_fit(form: ToolFormat, t
 def test_an_answer_may_think_before_it_is_json(tokenizer: Any) -> None:
     added = tokenizer.get_added_vocab()
     schema = {"$ref": "#/$defs/A", "$defs": {"A": {"enum": ["x", 1]}}}
-    grammar = answer_grammar(schema, inside_reasoning=True, reasoning=THINK, added_tokens=added)
+    grammar = answer_grammar(Constraint("json_schema", schema), Frame(THINK, added, inside_reasoning=True))
     assert accepts(tokenizer, grammar, 'hm.</think>\n\n"x"')
     assert not accepts(tokenizer, grammar, 'hm.</think>\n\n"y"')
-    anything = answer_grammar(None, inside_reasoning=True, reasoning=THINK, added_tokens={})
+    anything = answer_grammar(Constraint("json_object"), Frame(THINK, {}, inside_reasoning=True))
     assert accepts(tokenizer, anything, 'hm.</think>\n\n{"a": [1]}') is ("</think>" not in added)
 
 
@@ -522,11 +516,8 @@ def test_arguments_are_held_to_the_schema_wherever_it_says_what_they_are(
     grammar = calls_grammar(
         JSON,
         [{"type": "function", "function": function}],
-        required_name=None,
+        Frame(None, {}),
         parallel=False,
-        inside_reasoning=False,
-        reasoning=None,
-        added_tokens={},
     )
     assert accepts(tokenizer, grammar, written(JSON, ("f", good)))
     assert not accepts(tokenizer, grammar, written(JSON, ("f", bad)))
@@ -539,11 +530,7 @@ def test_of_two_functions_one_may_be_called_as_the_other_begins(tokenizer: Any) 
         grammar = calls_grammar(
             form,
             tools,
-            required_name=None,
-            parallel=True,
-            inside_reasoning=False,
-            reasoning=None,
-            added_tokens=tokenizer.get_added_vocab(),
+            Frame(None, tokenizer.get_added_vocab()),
         )
         assert accepts(tokenizer, grammar, written(form, *((name, {}) for name in names)))
 
@@ -559,11 +546,8 @@ def test_schemas_that_refer_to_their_own_definitions(tokenizer: Any, tmp_path: P
     grammar = calls_grammar(
         HERMES,
         tools,
-        required_name=None,
+        Frame(None, tokenizer.get_added_vocab()),
         parallel=False,
-        inside_reasoning=False,
-        reasoning=None,
-        added_tokens=tokenizer.get_added_vocab(),
     )
     assert accepts(tokenizer, grammar, written(HERMES, ("f", {"one": "a"})))
     assert not accepts(tokenizer, grammar, written(HERMES, ("f", {"one": "c"})))

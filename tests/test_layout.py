@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"headers", "files", "progress", "records", "errors"},
     "tasks": {"memory", "records", "errors"},
     "engine": {"memory", "devices", "json_schema", "records", "errors"},
-    "chat": {"json_schema"},
+    "chat": {"json_schema", "records"},
     "json_schema": set(),
     "loader": {
         *("adapter_files", "headers", "files", "devices", "memory", "tasks", "engine", "progress", "records", "errors"),
@@ -142,6 +142,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "requests": ("example_usage.py",),
 }
 LATE: dict[str, tuple[str, ...]] = {
+    "llguidance": ("huggingface/chat/grammar.py",),
     "huggingface_hub": ("huggingface/hub/*.py", "huggingface/preflight/source.py"),
     "safetensors": (
         "huggingface/converted/*.py",
@@ -153,6 +154,7 @@ LATE: dict[str, tuple[str, ...]] = {
     "openvino": ("huggingface/engine/openvino/*.py",),
     "gguf": ("starter.py",),
     "peft": ("huggingface/adapters.py",),
+    "transformers": ("huggingface/chat/regions.py",),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 _SPACE = " \t\r\n"
@@ -28,6 +28,11 @@ class Value:
     def text(self) -> str:
         """What was taken."""
         return "".join(self._taken)
+
+    @property
+    def in_string(self) -> bool:
+        """Whether what comes next is within quotes."""
+        return self._in_string
 
     def take(self, char: str) -> bool:
         """Take the next character; False if it is not the value's."""
@@ -63,14 +68,24 @@ class CallReader:
     `state` is `failed` as soon as it is no such object, `done` after its last character.
     """
 
-    def __init__(self, begin: Callable[[str], bool], arguments: Callable[[str], None]) -> None:
-        """`begin` is called with the function's name before `arguments` gets pieces of the arguments' JSON text.
-
-        `begin` may return False: it is no call.
+    def __init__(
+        self,
+        begin: Callable[[str], bool],
+        arguments: Callable[[str], None],
+        *,
+        name_key: str = "name",
+        only: Sequence[str] = (),
+    ) -> None:
+        """`begin` is called with the function's name, which stands under `name_key`, before `arguments` gets pieces of
+        the arguments' JSON text. It may return False: it is no call. With `only`, nothing but an object of exactly
+        these fields in this order is one.
         """
         self.state: Literal["before", "key", "colon", "value", "done", "failed"] = "before"
         self._begin = begin
         self._arguments = arguments
+        self._name_key = name_key
+        self._only = list(only)
+        self._fields = 0
         self._key = ""
         self._value = Value()
         self._name: str | None = None
@@ -106,6 +121,9 @@ class CallReader:
             if self._value.done:
                 self._key = _string(self._value.text) or ""
                 self.state = "colon"
+                if self._only and self._only[self._fields : self._fields + 1] != [self._key]:
+                    self.state = "failed"
+                self._fields += 1
         elif char == '"':
             self._value.take(char)
         elif char == "}":
@@ -137,7 +155,7 @@ class CallReader:
 
     def _take_whole(self, text: str) -> None:
         """A field is complete."""
-        if self._key == "name" and self._name is None:
+        if self._key == self._name_key and self._name is None:
             self._name = _string(text)
             if not self._name:
                 self.state = "failed"
@@ -152,7 +170,7 @@ class CallReader:
                 self.state = "failed"
 
     def _end(self) -> None:
-        if self._name is None or not self._start():
+        if self._name is None or self._fields < len(self._only) or not self._start():
             self.state = "failed"
             return
         if not self._told:
@@ -184,3 +202,11 @@ def _is_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def longest_beginning(text: str, marker: str) -> int:
+    """The length of the longest end of `text` that `marker` begins with."""
+    for size in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0

@@ -9,14 +9,18 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from .calls import CallReader, Value
+from .arguments import ArgumentsReader, JsonArguments, LaxArguments, PythonCalls, TaggedArguments
+from .calls import CallReader, longest_beginning
 from .formats import ReasoningTags, ToolFormat
 
 _SPACE = " \t\r\n"
 _FENCES = ("```json", "```")
+_NAME = re.compile(r"[\w.:/-]{0,192}")
+_MARK = re.compile(r"```|<[^<>\s]+>")  # of what stands behind a call's arguments
 _LETTERS = string.ascii_letters + string.digits
 
 # Mistral's newer calls up to the arguments, and what may become such.
@@ -58,8 +62,18 @@ class CallArguments:
 Part = Content | Reasoning | CallStart | CallArguments
 
 
+class AnswerReader(Protocol):
+    """What reads one answer, piece by piece."""
+
+    def feed(self, text: str) -> list[Part]:
+        """What a piece of text tells."""
+
+    def finish(self) -> list[Part]:
+        """What is left when nothing follows."""
+
+
 class AnswerParser:
-    """One answer."""
+    """One answer, whose calls and reasoning stand between marks of their own."""
 
     def __init__(
         self,
@@ -68,21 +82,30 @@ class AnswerParser:
         *,
         inside_reasoning: bool = False,
         tools: Collection[str] | None = None,
+        exact: bool = False,
         new_id: Callable[[int], str] | None = None,
     ) -> None:
-        """Without `tools`, the names of those there are, nothing counts as a call. `new_id` makes a call's id of so
-        many characters."""
+        """Without `tools`, the names of those there are, nothing counts as a call; a mapping has the schemas of their
+        arguments, too. `new_id` makes a call's id of so many characters.
+
+        With `exact`, what nothing marks as a call is one only if it is an object of a name and arguments, in this
+        order and with nothing else: where an answer may be JSON of another kind.
+        """
         self._format = tool_format if tools else None
         self._tools = frozenset(tools or ())
+        self._schemas: Mapping[str, Any] = tools if isinstance(tools, Mapping) else {}
+        self._exact = exact
         self._tags = reasoning
-        self._new_id = new_id or _random_id
+        self._new_id = new_id or random_id
         self._parts: list[Part] = []
         self._told: list[str] = []  # arguments that are not yet among the parts
         self._buffer = ""
         self._calls = 0
         self._raw = ""  # of a call that has not begun yet, for the case that it is none
         self._reader: CallReader | None = None
-        self._arguments: Value | None = None  # of a call whose name stands before it
+        self._arguments: ArgumentsReader | None = None  # of a call whose name stands before it
+        self._named = ""  # that call, until its arguments begin
+        self._python: PythonCalls | None = None
         self._listed = False  # calls of a whole answer
         self._begun = False  # whether the present call was told of
         self._calls_here = 0  # since the last marker
@@ -105,7 +128,11 @@ class AnswerParser:
             self._tell(Reasoning(self._buffer.rstrip(_SPACE)))
         elif self._mode == self._in_content:
             self._say(self._buffer)
-        elif self._mode == self._in_call and not self._begun and (self._reader is not None or not self._calls_here):
+        elif (
+            self._mode in (self._in_call, self._in_python)
+            and not self._begun
+            and (self._reader is not None or self._arguments is not None or not self._calls_here)
+        ):
             self._say(self._raw + self._buffer)  # else what is left is the beginning of what closes calls
         self._buffer = self._raw = ""
         return self._take()
@@ -121,12 +148,12 @@ class AnswerParser:
                 return True
             if self._tags.open.startswith(text):
                 return False
-        if self._format is None or self._format.name in ("hermes", "mistral"):
+        if self._format is None or not self._format.bare:
             self._mode = self._in_content
             return True
         if not text:
             return False
-        if text[0] in "{[":
+        if text[0] in ("[" if self._format.python else "{["):
             self._begin_call(self._buffer[: len(self._buffer) - len(text)], text, listed=True)
         elif self._format.name == "json" and any(fence.startswith(text) for fence in _FENCES):
             return False
@@ -159,7 +186,7 @@ class AnswerParser:
             self._buffer = after.lstrip(_SPACE)
             self._mode = self._after_reasoning
             return True
-        keep = _overlap(self._buffer, self._tags.close)
+        keep = longest_beginning(self._buffer, self._tags.close)
         shown = self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)
         self._tell(Reasoning(shown))
         self._thought = self._thought or bool(shown)
@@ -185,7 +212,7 @@ class AnswerParser:
                 self._say(said)
             self._begin_call(before[len(said) :] + begin, after, listed=False)
             return True
-        keep = _overlap(self._buffer, begin)
+        keep = longest_beginning(self._buffer, begin)
         shown = self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)
         self._say(shown)
         self._buffer = self._buffer[len(shown) :]
@@ -197,9 +224,9 @@ class AnswerParser:
         if self._reader is None and self._arguments is None:
             return self._between_calls()
         text = self._buffer
+        cut = "" if self._format.tags or self._format.lax or not self._format.end else "\n" + self._format.end
         for place, char in enumerate(text):
-            if char == "\n" and self._begun and self._format.end:  # in no JSON string
-                cut = "\n" + self._format.end
+            if char == "\n" and self._begun and cut:  # in no JSON string
                 if text.startswith(cut, place):
                     self._buffer = text[place:]
                     self._end_call()
@@ -224,14 +251,39 @@ class AnswerParser:
     def _take_char(self, char: str) -> tuple[bool, bool]:
         """Take the next character of a call: whether the call ends, well or ill, and whether it was the call's."""
         if self._arguments is not None:
-            taken = self._arguments.take(char)
-            if taken:
-                self._told.append(char)
-            return self._arguments.done or self._arguments.broken, taken
+            told = self._arguments.take(char)
+            if told and not self._begun:
+                self._start_call(self._named)
+            if told:
+                self._told.append(told)
+            return self._arguments.done or self._arguments.broken, told is not None or not self._begun
         assert self._reader is not None  # noqa: S101 - one of the two
         self._reader.take(char)
         failed = self._reader.state == "failed"
         return failed or self._reader.state == "done", not (failed and self._begun)
+
+    def _in_python(self) -> bool:
+        """In a list of Python's calls, which are told when it is whole."""
+        assert self._python is not None  # noqa: S101 - the mode is only entered with it
+        for place, char in enumerate(self._buffer):
+            self._python.take(char)
+            if not (self._python.done or self._python.broken):
+                continue
+            self._raw += self._buffer[: place + 1]
+            self._buffer = self._buffer[place + 1 :]
+            calls = self._python.calls() if self._python.done else None
+            if calls is None or (self._listed and any(name not in self._tools for name, _ in calls)):
+                self._give_up()
+                return True
+            for name, arguments in calls:
+                self._start_call(name)
+                self._told.append(arguments)
+                self._end_call()
+            self._mode = self._in_call  # what closes them
+            return True
+        self._raw += self._buffer
+        self._buffer = ""
+        return False
 
     def _between_calls(self) -> bool:
         assert self._format is not None  # noqa: S101 - without one there are no calls
@@ -242,21 +294,35 @@ class AnswerParser:
             self._buffer = ""
             return False
         taken = self._buffer[: len(self._buffer) - len(closing)]
-        for end in filter(None, (self._format.end, "```" if self._format.name == "json" else "")):
-            if self._calls_here and closing.startswith(end):
-                self._buffer = closing[len(end) :]
-                self._leave_calls()
+        for mark in self._closing_marks() if self._calls_here else ():
+            if closing.startswith(mark):
+                self._buffer = closing[len(mark) :]
+                if mark == self._format.end or self._format.name == "json":
+                    self._leave_calls()
                 return True
-            if self._calls_here and end.startswith(closing):
+            if mark.startswith(closing):
                 self._buffer = closing
                 return False
-        if closing[0] == "{":
+        if closing[0] == "{" and (self._format.as_object or self._format.name == "mistral"):
             self._raw += "" if self._calls_here else taken
             self._buffer = closing
-            self._reader = CallReader(self._start_call, self._told.append)
+            found = re.search(r'"(\w+)": \$name.*"(\w+)": \$arguments', self._format.call)
+            exact = self._exact and self._format.bare and found is not None
+            self._reader = CallReader(
+                self._start_call,
+                self._told.append,
+                name_key=found[1] if found else "name",
+                only=found.groups() if found and exact else (),
+            )
             return True
+        if not self._format.as_object and not (self._calls_here and self._format.each):
+            return self._named_call(closing)
         if self._format.name == "mistral" and not self._calls_here:
-            return self._named_call()
+            return self._named_call(closing)
+        return self._no_call(closing)
+
+    def _no_call(self, closing: str) -> bool:
+        """No call begins here."""
         if self._calls_here:
             self._buffer = closing
             self._leave_calls()
@@ -264,17 +330,34 @@ class AnswerParser:
             self._give_up()
         return True
 
-    def _named_call(self) -> bool:
-        """Mistral's newer form: a name, perhaps an id, and the arguments alone."""
-        head = _HEAD.match(self._buffer)
-        if head is None:
-            if _HEAD_PART.fullmatch(self._buffer):
-                return False
-            self._give_up()
-            return True
-        self._buffer = self._buffer[head.end() :]
-        self._start_call(head[1])
-        self._arguments = Value()
+    def _closing_marks(self) -> list[str]:
+        """What may stand behind a call: what ends it, and what ends them all."""
+        assert self._format is not None  # noqa: S101 - without one there are no calls
+        if self._format.name == "json":
+            return ["```"]
+        behind = "" if self._format.as_object else self._format.call.partition("$arguments")[2]
+        return [*filter(None, [self._format.end]), *_MARK.findall(behind)]
+
+    def _named_call(self, closing: str) -> bool:
+        """A name, what stands around it, and the arguments alone."""
+        assert self._format is not None  # noqa: S101 - without one there are no calls
+        form, taken = self._format, self._buffer[: len(self._buffer) - len(closing)]
+        if form.name == "mistral":
+            head = _HEAD.match(closing)
+            name, end = (head[1], head.end()) if head else ("", -1 if _HEAD_PART.fullmatch(closing) else 0)
+        else:
+            name, end = _match_head(form.call.partition("$arguments")[0], closing)
+        if end < 0:  # it may still become one
+            return False
+        if not end:
+            return self._no_call(closing)
+        self._raw += "" if self._calls_here else taken + closing[:end]
+        self._buffer = closing[end:]
+        self._named = name
+        if form.tags is not None:
+            self._arguments = TaggedArguments(form.tags, self._schemas.get(name) or {}, form.end)
+        else:
+            self._arguments = LaxArguments() if form.lax else JsonArguments()
         return True
 
     # Calls -----------------------------------------------------------------------------------------------------------
@@ -283,11 +366,12 @@ class AnswerParser:
         self._raw, self._buffer, self._listed = raw, rest, listed
         self._calls_here = 0
         self._begun = False
-        self._mode = self._in_call
+        self._python = PythonCalls() if self._format is not None and self._format.python else None
+        self._mode = self._in_call if self._python is None else self._in_python
 
     def _start_call(self, name: str) -> bool:
         assert self._format is not None  # noqa: S101 - without one there are no calls
-        if (not self._format.begin or self._listed) and name not in self._tools:  # an answer that is JSON, and no call
+        if self._listed and name not in self._tools:  # an answer that is JSON, and no call
             return False
         self._begun = True
         self._raw = ""
@@ -305,7 +389,7 @@ class AnswerParser:
 
     def _give_up(self) -> None:
         """It is no call: what was held back is text, and the rest is looked at anew."""
-        self._reader = None
+        self._reader = self._arguments = None
         self._say(self._raw)
         self._raw = ""
         self._mode = self._in_content
@@ -337,14 +421,31 @@ class AnswerParser:
         return parts
 
 
-def _overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
-    for size in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:size]):
-            return size
-    return 0
+def _match_head(head: str, text: str) -> tuple[str, int]:
+    """The name in a call's head that `text` begins with, and where the head ends: 0 if it begins with none, and less
+    if it may still become one."""
+    before, _, after = head.partition("$name")
+    numbered = after.startswith(":$index")
+    at = 0
+    for piece in (before, None, after.removeprefix(":$index")):
+        if piece is None:
+            named = _NAME.match(text, at)
+            name, at = (named[0], named.end()) if named else ("", at)
+            if at == len(text):
+                return "", -1
+            if not name:
+                return "", 0
+            continue
+        wanted = piece.strip()
+        if not wanted:
+            continue
+        at += len(text[at:]) - len(text[at:].lstrip(_SPACE))
+        if not text.startswith(wanted, at):
+            return "", -1 if wanted.startswith(text[at:]) else 0
+        at += len(wanted)
+    return (re.sub(r":\d+$", "", name) if numbered else name), at
 
 
-def _random_id(length: int) -> str:
+def random_id(length: int) -> str:
     text = "".join(secrets.choice(_LETTERS) for _ in range(length))
     return text if length == 9 else f"call_{text}"

@@ -12,7 +12,7 @@ from typing import Any
 from flask import Response
 from pydantic_core import from_json
 
-from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...errors import LocalLLMError
 from ...records import Chunk, ModelRecord
 from ..effective import openai_parameters
@@ -90,7 +90,7 @@ class _Writer:
     def __init__(
         self,
         model_id: str,
-        parser: Callable[[], AnswerParser],
+        parser: Callable[[], AnswerReader],
         conversation: Conversation,
         prompt_tokens: int,
         body: schemas.MessagesBody,
@@ -99,7 +99,7 @@ class _Writer:
         """`hidden` tells whether what the model thinks is left out."""
         self._about = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model_id}
         self._make_parser = parser
-        self._parser: AnswerParser | None = None
+        self._parser: AnswerReader | None = None
         self._conversation = conversation
         self._prompt_tokens = prompt_tokens
         self._stops = body.stop_sequences or ()

@@ -288,8 +288,6 @@ class MessagesBody(Drawn):
             raise refuse("tool_choice", f"names '{self.tool_choice.name}', which is not among the tools")
         if isinstance(self.tool_choice, AnyChoice) and not names:
             raise refuse("tool_choice", "needs tools")
-        if self.form is not None and names and not isinstance(self.tool_choice, NoChoice):
-            raise refuse("output_config", "cannot have a format where tools may be called")
         note_ignored(*(name for name in _IGNORED if getattr(self, name) is not None))
         return self
 

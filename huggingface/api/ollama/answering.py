@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from flask import Response
 
-from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Reasoning
+from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Reasoning
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
 from ..effective import openai_parameters
@@ -47,7 +47,7 @@ class Source(Protocol):
     ) -> list[GenerationRequest]:
         """The generations that answer it."""
 
-    def parser(self, prompt_end: str) -> AnswerParser:
+    def parser(self, prompt_end: str) -> AnswerReader:
         """What reads an answer to the prompt that ends so."""
 
 
@@ -157,7 +157,7 @@ class Times:
 class _Lines:
     """The lines of a stream, which is a framing of `sse`; or all of them as one."""
 
-    def __init__(self, name: str, shape: Shape, parser: AnswerParser, times: Times, done: Callable[[], None]) -> None:
+    def __init__(self, name: str, shape: Shape, parser: AnswerReader, times: Times, done: Callable[[], None]) -> None:
         self._name = name
         self._shape = shape
         self._reader = _Reader(parser)
@@ -217,7 +217,7 @@ class _Lines:
 class _Reader:
     """What a model writes, as pieces with whole calls: Ollama tells a call when its arguments are complete."""
 
-    def __init__(self, parser: AnswerParser) -> None:
+    def __init__(self, parser: AnswerReader) -> None:
         self._parser = parser
         self._call: CallStart | None = None
         self._arguments = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Response
 
-from ...chat.parser import AnswerParser
+from ...chat.parser import AnswerParser, AnswerReader
 from ...errors import InvalidRequest
 from ...records import Constraint, GenerationRequest
 from ..openai.conversation import Conversation, Wish
@@ -80,6 +80,6 @@ class _Raw:
         )
         return [request] * count
 
-    def parser(self, prompt_end: str) -> AnswerParser:  # noqa: ARG002 - nothing is read out of it
+    def parser(self, prompt_end: str) -> AnswerReader:  # noqa: ARG002 - nothing is read out of it
         """What takes an answer as text."""
         return AnswerParser(None, None)

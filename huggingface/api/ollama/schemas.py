@@ -201,8 +201,6 @@ class OllamaChatBody(OllamaAnswering):
             raise refuse("tools", "holds two functions of one name")
         if self.choice not in ("none", "auto", *(["required"] if names else ()), *names):
             raise refuse("tool_choice", "is none of the tools")
-        if names and self.format and self.choice != "none":
-            raise refuse("format", "cannot be had from an answer that may call a tool")
         return self
 
 

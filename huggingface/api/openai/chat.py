@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flask import Response
 
-from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
@@ -237,7 +237,7 @@ class _Framing:
 
     def __init__(
         self,
-        parser: Callable[[], AnswerParser],
+        parser: Callable[[], AnswerReader],
         about: Mapping[str, Any],
         body: schemas.ChatBody,
         counted: Counted,
@@ -246,7 +246,7 @@ class _Framing:
         count_tokens: Callable[[str], int],
     ) -> None:
         self._parser = parser
-        self._parsers: dict[int, AnswerParser] = {}
+        self._parsers: dict[int, AnswerReader] = {}
         self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
         self._about = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)

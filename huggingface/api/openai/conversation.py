@@ -14,16 +14,21 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from ...chat.formats import (
+    JSON,
     ReasoningTags,
     ToolFormat,
     begins_inside_reasoning,
     describe_tools,
     find_reasoning,
     find_tool_format,
+    harmony_tokens,
+    speaks_harmony,
     takes_tools,
 )
-from ...chat.grammar import answer_grammar, calls_grammar
-from ...chat.parser import AnswerParser
+from ...chat.grammar import Frame, answer_grammar, calls_grammar
+from ...chat.harmony import HarmonyReader
+from ...chat.parser import AnswerParser, AnswerReader
+from ...chat.regions import RegionReader
 from ...errors import InvalidRequest
 from ...records import ChatTraits, Constraint, GenerationRequest
 from ..generating import seeded
@@ -74,16 +79,23 @@ class Conversation:
             InvalidRequest: the model's template has no place for what is wished.
         """
         self._wish = wish
+        self._form = None if wish.must_call else wish.form
         self._tools = list(wish.tools) if wish.choice != "none" else []
         templates = traits.template if isinstance(traits.template, Mapping) else {"default": traits.template or ""}
         name = "tool_use" if self._tools and "tool_use" in templates else "default"
         self._template = str(templates.get(name, ""))
         self._added, self._special = traits.added_tokens, traits.special_tokens
-        self._reasoning: ReasoningTags | None = find_reasoning(traits.template, traits.added_tokens)
+        self._harmony = speaks_harmony(traits.template)
+        self._reasoning: ReasoningTags | None = None
+        if not self._harmony:
+            self._reasoning = find_reasoning(traits.template, traits.added_tokens)
         self._format: ToolFormat | None = None
         if self._tools:
             self._format = find_tool_format(traits.template, traits.added_tokens)
         self.ignored: list[str] = []  # fields that make no difference to this model
+        self._regions: Mapping[str, Any] | None = None
+        if not self._harmony and self._form is None and self._format in (None, JSON) and self._reads_regions(traits):
+            self._regions = traits.response_template
         self.variables = self._variables()
         self.messages = self._laid_out(messages)
 
@@ -99,6 +111,9 @@ class Conversation:
         """The generations that answer it `count` times."""
         kept = set(self._format.special_tokens if self._format else ())
         kept |= set(self._reasoning.special_tokens if self._reasoning else ())
+        kept |= set(harmony_tokens() if self._harmony else ())
+        if self._regions is not None:  # its marks are patterns: any token may be a part of one
+            kept |= self._special
         return [
             GenerationRequest(
                 seeded(parameters, number),
@@ -114,13 +129,19 @@ class Conversation:
             for number in range(count)
         ]
 
-    def parser(self, prompt_end: str) -> AnswerParser:
+    def parser(self, prompt_end: str) -> AnswerReader:
         """What reads an answer to the prompt that ends so."""
+        tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self._tools}
+        if self._harmony:
+            return HarmonyReader(tools, prompt_end=prompt_end)
+        if self._regions is not None:
+            return RegionReader(self._regions, prompt_end, self._tools)
         return AnswerParser(
             self._format,
             self._reasoning,
             inside_reasoning=self._inside(prompt_end),
-            tools=[tool["function"]["name"] for tool in self._tools] or None,
+            tools=tools or None,
+            exact=self._form is not None,
         )
 
     @property
@@ -141,39 +162,36 @@ class Conversation:
     def _inside(self, prompt_end: str) -> bool:
         return self._reasoning is not None and begins_inside_reasoning(prompt_end, self._reasoning)
 
+    def _reads_regions(self, traits: ChatTraits) -> bool:
+        """Whether the tokenizer's own description of answers is what reads them: calls of a form that is not known
+        here, which nothing holds the model to."""
+        return traits.response_template is not None and not self._wish.must_call and takes_tools(self._template)
+
     def _constraint(self) -> Constraint | Callable[[str], Constraint | None] | None:
-        wish, reasoning = self._wish, self._reasoning
-        if self.must_call:
-            assert self._format is not None  # noqa: S101 - there are tools
-            form, named = self._format, None if wish.choice == "required" else wish.choice
+        wish, form = self._wish, self._form
+        if not self.must_call and form is None:
+            return None
+        if not self._tools and self._reasoning is None and not self._harmony:
+            return form
 
-            def calls(end: str) -> Constraint:
-                grammar = calls_grammar(
-                    form,
-                    self._tools,
-                    required_name=named,
-                    parallel=wish.parallel,
-                    inside_reasoning=self._inside(end),
-                    reasoning=reasoning,
-                    added_tokens=self._added,
-                )
-                return Constraint("grammar", grammar)
-
-            return calls
-        if wish.form is None or reasoning is None:
-            return wish.form
-        wanted = wish.form
-        schema = wanted.value if wanted.kind == "json_schema" else None
-
-        def after_reasoning(end: str) -> Constraint | None:
-            if not self._inside(end):
-                return wanted
-            if wanted.kind not in ("json_schema", "json_object"):
-                raise ValueError("this model thinks first, and only JSON can be asked of what follows")
-            grammar = answer_grammar(schema, inside_reasoning=True, reasoning=reasoning, added_tokens=self._added)
+        def constraint(end: str) -> Constraint | None:
+            inside = self._inside(end)
+            harmony = self._harmony and not end.endswith("<|message|>")
+            frame = Frame(self._reasoning, self._added, inside, harmony)
+            if self._format is None:
+                assert form is not None  # noqa: S101 - nothing else holds an answer that calls nothing
+                return Constraint("grammar", answer_grammar(form, frame)) if inside or harmony else form
+            grammar = calls_grammar(
+                self._format,
+                self._tools,
+                frame,
+                required_name=wish.choice if wish.choice not in ("auto", "required") else None,
+                parallel=wish.parallel,
+                text=form,
+            )
             return Constraint("grammar", grammar)
 
-        return after_reasoning
+        return constraint
 
     def _variables(self) -> dict[str, Any]:
         """What the template is given besides the messages."""
@@ -188,9 +206,14 @@ class Conversation:
                 )
         hints = self._wish.hints or {}
         given |= {name: value for name, value in hints.items() if name not in given and self._has(name)}
-        if self._tools and takes_tools(self._template):
+        if self._tools and takes_tools(self._template) and not self._tools_in_system:
             given["tools"] = self._tools
         return given
+
+    @property
+    def _tools_in_system(self) -> bool:
+        """Whether the template finds the tools in the system message: Phi-4-mini's."""
+        return re.search(r"message(\.tools\b|\[['\"]tools['\"]\])", self._template) is not None
 
     def _has(self, variable: str) -> bool:
         return has_variable(self._template, variable)
@@ -199,22 +222,28 @@ class Conversation:
         """The messages as the template knows them."""
         result: list[dict[str, Any]] = []
         names: dict[str, str] = {}  # of the called functions, by the calls' ids
-        takes = takes_tools(self._template)
+        takes = takes_tools(self._template) and not self._tools_in_system
+        thinks = "thinking" in self._template and "reasoning_content" not in self._template
         for message in messages:
             laid = dict(message)
             if laid["role"] == "developer" and "developer" not in self._template:
                 laid["role"] = "system"
+            if thinks and "reasoning_content" in laid:
+                laid["thinking"] = laid["reasoning_content"]
             for call in laid.get("tool_calls", ()):
                 names[call["id"]] = call["function"]["name"]
             if laid["role"] == "tool":
                 laid["name"] = names.get(laid["tool_call_id"], "")
             result.append(laid if takes else _without_tools(laid))
         if self._tools and not takes:
-            told = describe_tools(self._tools, self._wish.choice)
-            if result and result[0]["role"] == "system":
-                result[0] = {**result[0], "content": f"{result[0]['content']}\n\n{told}"}
+            told = describe_tools(self._tools, self._wish.choice, answers=self._form is not None)
+            system = result.pop(0) if result and result[0]["role"] == "system" else {"role": "system", "content": ""}
+            if self._tools_in_system:
+                functions = [tool["function"] for tool in self._tools]
+                system["tools"] = json.dumps(functions, ensure_ascii=False)
             else:
-                result.insert(0, {"role": "system", "content": told})
+                system["content"] = "\n\n".join(filter(None, [system["content"], told]))
+            result.insert(0, system)
         return result
 
 

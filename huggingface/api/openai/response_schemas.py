@@ -217,9 +217,6 @@ class ResponseBody(ResponseHints, Asked, Thinks):
             raise refuse("tool_choice", "needs tools")
         if not isinstance(self.input, str) and not self.input:
             raise refuse("input", "must not be empty")
-        formatted = self.text is not None and self.text.format is not None and self.text.format.type != "text"
-        if formatted and names and self.tool_choice != "none":
-            raise refuse("text", "cannot have a format where tools may be called")
         return self
 
     @model_validator(mode="after")
@@ -242,8 +239,6 @@ class ResponseBody(ResponseHints, Asked, Thinks):
         for name in self.form_fields():
             if self.text is not None and self.text.format is not None and self.text.format.type != "text":
                 raise refuse(name, "cannot be given together with text.format")
-            if self.functions() and self.tool_choice != "none":
-                raise refuse(name, "cannot be had from an answer that may call a tool; text.format can")
         self.limited()
         return self
 

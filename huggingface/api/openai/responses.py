@@ -11,7 +11,7 @@ from typing import Any
 
 from flask import Response
 
-from ...chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
@@ -181,7 +181,7 @@ class _Writer:
     def __init__(
         self,
         about: Mapping[str, Any],
-        parser: Callable[[], AnswerParser],
+        parser: Callable[[], AnswerReader],
         conversation: Conversation,
         count: Callable[[str], int],
         logprobs: bool,
@@ -190,7 +190,7 @@ class _Writer:
         self._about = about
         self._count = count
         self._make_parser = parser
-        self._parser: AnswerParser | None = None
+        self._parser: AnswerReader | None = None
         self._conversation = conversation
         self._logprobs = logprobs
         self._tokens: list[Token] = []

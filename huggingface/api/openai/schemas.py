@@ -269,9 +269,6 @@ class ChatBody(Penalized, Thinks, ChatHints):
             raise refuse("tool_choice", "needs tools")
         if not names:
             note_ignored(*(name for name in ("tool_choice", "parallel_tool_calls") if getattr(self, name) is not None))
-        formatted = self.response_format is not None and self.response_format.type != "text"
-        if formatted and names and self.tool_choice != "none":
-            raise refuse("response_format", "cannot be had from an answer that may call a tool")
         return self
 
     @model_validator(mode="after")
@@ -279,8 +276,6 @@ class ChatBody(Penalized, Thinks, ChatHints):
         for name in self.form_fields():
             if self.response_format is not None and self.response_format.type != "text":
                 raise refuse(name, "cannot be given together with response_format")
-            if self.tools and self.tool_choice != "none":
-                raise refuse(name, "cannot be had from an answer that may call a tool; response_format can")
         return self
 
     def limited(self) -> tuple[int | None, str]:

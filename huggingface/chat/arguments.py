@@ -1,0 +1,327 @@
+"""Reads a call's arguments as they are written, in each of the ways that models write them, and tells them as JSON.
+
+Character by character; a reader is one call's. What is told is never taken back.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .argument_types import TEXT, meant, resolved, types_of
+from .calls import Value, longest_beginning
+from .formats import Tags
+
+_SPACE = " \t\r\n"
+_CLOSING = {"[": "]", "(": ")", "{": "}"}
+_CALLED = re.compile(r"[\w.]+")
+
+
+class ArgumentsReader(Protocol):
+    """The arguments of one call: `done` after their last character, `broken` by what can be no part of them."""
+
+    done: bool
+    broken: bool
+
+    def take(self, char: str) -> str | None:
+        """Take the next character and tell what JSON text it makes; None if it is not the arguments'."""
+
+
+class JsonArguments:
+    """A JSON object."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.broken = False
+        self._value = Value()
+
+    def take(self, char: str) -> str | None:
+        """Itself."""
+        if not self._value.first and char in _SPACE:
+            return ""
+        self.broken = not self._value.first and char != "{"
+        taken = not self.broken and self._value.take(char)
+        self.done, self.broken = self._value.done, self.broken or self._value.broken
+        return char if taken else None
+
+
+class TaggedArguments:
+    """Arguments one by one, each between tags; a text is told as it is written, everything else when it is whole.
+
+    Space between the tags means nothing, and once the arguments have begun, neither does anything else there.
+    """
+
+    def __init__(self, tags: Tags, parameters: Mapping[str, Any], stop: str = "") -> None:
+        """`parameters` is the schema of the arguments. `stop` ends them as well as their own end does."""
+        self.done = False
+        self.broken = False
+        self._tags = tags
+        self._ends = tuple(filter(None, (tags.end, stop)))
+        self._root = parameters
+        whole = resolved(parameters, parameters)
+        said = whole.get("properties") if isinstance(whole, Mapping) else None
+        self._schemas: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
+        head, _, tail = tags.middle.partition("><")
+        self._after_key, self._before_value = (head + ">", "<" + tail) if tail else (tags.middle, "")
+        self._take = self._between
+        self._held = ""
+        self._begun = False
+        self._first = True  # of the arguments
+        self._types: frozenset[str] | None = None
+        self._value: list[str] = []  # of one that is no text
+        self._scanned = Value()  # the same, as far as it is JSON
+
+    def take(self, char: str) -> str | None:
+        """What the arguments are so far."""
+        self._held += char
+        return self._take()
+
+    def _between(self) -> str | None:
+        text = self._held = self._held.lstrip(_SPACE)
+        if text == self._tags.open:
+            self._held, self._take = "", self._key
+            return self._begin()
+        if text in self._ends:
+            self.done = True
+            return self._begin() + "}"
+        marks = (self._tags.open, *self._ends)
+        if any(mark.startswith(text) for mark in marks):
+            return ""
+        if not self._begun:
+            self.broken = True
+            return None
+        self._held = next((text[at:] for at in range(len(text)) if any(m.startswith(text[at:]) for m in marks)), "")
+        return ""
+
+    def _begin(self) -> str:
+        begun, self._begun = self._begun, True
+        return "" if begun else "{"
+
+    def _key(self) -> str:
+        if not self._held.endswith(self._after_key):
+            return ""
+        name = self._held.removesuffix(self._after_key).strip()
+        self._held, self._take = "", self._middle if self._before_value else self._value_start
+        self._types = types_of(self._schemas.get(name, {}), self._root)
+        comma, self._first = "" if self._first else ", ", False
+        quote = '"' if self._types == TEXT else ""
+        return f"{comma}{json.dumps(name, ensure_ascii=False)}: {quote}"
+
+    def _middle(self) -> str:
+        if self._held.lstrip(_SPACE) == self._before_value:
+            self._held, self._take = "", self._value_start
+        return ""
+
+    def _value_start(self) -> str:
+        self._value, self._scanned = [], Value()
+        self._take = self._text if self._types == TEXT else self._other
+        if self._tags.padded and self._held == "\n":
+            self._held = ""
+        return self._take()
+
+    def _text(self) -> str:
+        close = self._tags.close
+        if self._held.endswith(close):
+            told, self._held, self._take = self._unpadded(self._held.removesuffix(close)), "", self._between
+            return f'{_escaped(told)}"'
+        keep = longest_beginning(self._held, close)
+        if self._tags.padded:
+            keep = max(keep, longest_beginning(self._held, f"\n{close}"))
+        told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return _escaped(told)
+
+    def _other(self) -> str:
+        char, close = self._held[-1:], self._tags.close
+        self._value.append(char)
+        self._held = self._held[-len(close) :]
+        scanned = self._scanned
+        if char and not scanned.done and not scanned.broken and (scanned.first or char not in _SPACE):
+            scanned.take(char)
+        quoted = scanned.in_string and not scanned.broken and scanned.first in '{["'
+        if self._held != close or quoted:  # a tag within a JSON text is none
+            return ""
+        text = self._unpadded("".join(self._value).removesuffix(close))
+        self._held, self._take = "", self._between
+        return json.dumps(meant(text, self._types), ensure_ascii=False)
+
+    def _unpadded(self, text: str) -> str:
+        return text.removesuffix("\n") if self._tags.padded else text
+
+
+class LaxArguments:
+    """An object as Gemma 4 writes it: keys without quotes, texts between marks of its own; JSON is one, too."""
+
+    _QUOTE = '<|"|>'
+
+    def __init__(self) -> None:
+        self.done = False
+        self.broken = False
+        self._open: list[str] = []
+        self._held = ""  # a key, a word, or what may become a mark
+        self._within = ""  # the mark that ends the present text
+        self._escaped = False
+        self._wants_key = False
+
+    def take(self, char: str) -> str | None:
+        """The same as JSON."""
+        if self._within == '"':
+            return self._in_json_text(char)
+        if self._within:
+            return self._in_text(char)
+        if not self._open and char != "{":
+            self.broken = char not in _SPACE
+            return None if self.broken else ""
+        self._held += char
+        if self._held.lstrip(_SPACE) in (self._QUOTE, '"'):
+            self._within, self._held = self._held.lstrip(_SPACE), ""
+            return '"'
+        if char == ":" and self._wants_key:
+            key, self._held, self._wants_key = self._held[:-1].strip(), "", False
+            return f"{json.dumps(key, ensure_ascii=False)}: " if key else ": "
+        if char in "{[":
+            return self._opened(char)
+        if char not in ",}]":
+            return ""
+        told, self._held = self._word(self._held[:-1].strip()), ""
+        if char == ",":
+            self._wants_key = self._open[-1] == "}"
+            return f"{told}, "
+        if self._open[-1] != char:
+            self.broken = True
+            return None
+        self._open.pop()
+        self.done, self._wants_key = not self._open, False
+        return told + char
+
+    def _opened(self, char: str) -> str | None:
+        if self._held[:-1].strip():
+            self.broken = True
+            return None
+        self._held, self._wants_key = "", char == "{"
+        self._open.append("}" if char == "{" else "]")
+        return char
+
+    def _word(self, text: str) -> str:
+        return json.dumps(meant(text, None), ensure_ascii=False) if text else ""
+
+    def _in_text(self, char: str) -> str:
+        self._held += char
+        if self._held.endswith(self._QUOTE):
+            told, self._held, self._within = self._held.removesuffix(self._QUOTE), "", ""
+            return f'{_escaped(told)}"'
+        keep = longest_beginning(self._held, self._QUOTE)
+        told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return _escaped(told)
+
+    def _in_json_text(self, char: str) -> str:
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == '"':
+            self._within = ""
+        return char
+
+
+class PythonCalls:
+    """A list of calls as Python writes them: `[f(a="x", b=1), g()]`; told when it is whole."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.broken = False
+        self._taken: list[str] = []
+        self._open: list[str] = []
+        self._name = ""  # of a call that begins
+        self._quote = ""
+        self._escaped = False
+
+    def take(self, char: str) -> str | None:
+        """Nothing, until it is done."""
+        self._taken.append(char)
+        if self._quote:
+            if self._escaped:
+                self._escaped = False
+            elif char == "\\":
+                self._escaped = True
+            elif char == self._quote:
+                self._quote = ""
+        elif len(self._open) == 1 and char != "]":
+            self._take_name(char)
+        elif char in "'\"" and self._open:
+            self._quote = char
+        elif char in _CLOSING and (self._open or char == "["):
+            self._open.append(_CLOSING[char])
+        elif char in "])}":
+            self.broken = bool(self._name.strip()) or not self._open or self._open.pop() != char
+            self.done = not self._open and not self.broken
+        elif not self._open:
+            self.broken = char not in _SPACE
+        return ""
+
+    def _take_name(self, char: str) -> None:
+        """Take what stands in the list, outside of the calls' brackets."""
+        if char == "(":
+            self.broken = not _CALLED.fullmatch(self._name.strip())
+            self._open.append(")")
+            self._name = ""
+        elif char == ",":
+            self.broken = bool(self._name.strip())
+        else:
+            self._name += char
+            self.broken = not _CALLED.fullmatch(self._name.strip() or "_")
+
+    def calls(self) -> list[tuple[str, str]] | None:
+        """The names, and the arguments as JSON; None if it is no list of calls."""
+        found = []
+        for text in _split("".join(self._taken).strip()[1:-1]):
+            call = re.fullmatch(r"([\w.]+)\s*\((.*)\)", text, re.DOTALL)
+            if call is None:
+                return None
+            arguments = {}
+            for each in _split(call[2]):
+                name, equals, value = each.partition("=")
+                if not equals or not name.strip().isidentifier():
+                    return None
+                try:
+                    arguments[name.strip()] = _literal(value.strip())
+                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    return None
+            found.append((call[1], json.dumps(arguments, ensure_ascii=False)))
+        return found or None
+
+
+def _split(text: str) -> Sequence[str]:
+    """The parts of a text that commas outside of quotes and brackets part."""
+    parts, start, depth, quote, at = [], 0, 0, "", 0
+    while at < len(text):
+        char = text[at]
+        if quote:
+            at += char == "\\"
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "[({":
+            depth += 1
+        elif char in "])}":
+            depth -= 1
+        elif char == "," and not depth:
+            parts.append(text[start:at].strip())
+            start = at + 1
+        at += 1
+    return [part for part in (*parts, text[start:].strip()) if part]
+
+
+def _literal(text: str) -> Any:
+    """A value in JSON's words or in Python's."""
+    try:
+        return json.loads(text, parse_constant=ast.literal_eval)
+    except ValueError:
+        return json.loads(json.dumps(ast.literal_eval(text), allow_nan=False))
+
+
+def _escaped(text: str) -> str:
+    """A text as it stands within quotes in JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
