@@ -316,15 +316,22 @@ def test_forms_that_are_none_or_two_are_refused_by_the_name_sent(route: str, ser
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), (fields, answer.text)
 
 
-def test_a_form_other_than_json_is_refused_of_a_model_that_thinks_first(
+def test_any_form_may_be_asked_of_a_model_that_thinks_first(
     server: Server, templated: Callable[[str, str], str]
 ) -> None:
-    """It would not be held to the form, but to JSON."""
+    """GBNF too, which becomes a part of the grammar of thought and text."""
     thinks = templated("thinks-first", PLAIN + "<think>\n{# </think> #}")
-    for fields in ({"guided_regex": "[0-9]{3}"}, {"response_format": {"type": "regex", "pattern": "a"}}):
-        answer = ask(server, thinks, "chat", **fields)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(fields))), answer.text
-    assert ask(server, thinks, "chat", guided_json=CAT, max_tokens=60).status_code == 200
+    for fields in (
+        {"guided_regex": "[0-9]{3}"},
+        {"response_format": {"type": "regex", "pattern": "a"}},
+        {"guided_grammar": 'root ::= "yes" | "no"'},
+        {"guided_json": CAT},
+    ):
+        answer = ask(server, thinks, "chat", **fields, max_tokens=20)
+        assert answer.status_code == 200, (fields, answer.text)
+        assert answer.json()["choices"][0]["message"]["reasoning_content"], fields
+    wrong = ask(server, thinks, "chat", guided_grammar="root ::= missing")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "guided_grammar"), wrong.text
 
 
 def test_counts_come_with_every_piece_where_a_benchmark_asks(server: Server, model: str) -> None:

@@ -25,7 +25,7 @@ from huggingface.api.durations import seconds_of
 from huggingface.api.ollama import names
 from huggingface.api.ollama.chat import plain_messages
 from huggingface.api.ollama.options import OPTIONS, OptionsBody, Wanted
-from huggingface.api.ollama.schemas import OllamaMessage
+from huggingface.api.ollama.schemas import OllamaTurn
 from huggingface.api.sse import NDJSON
 from huggingface.records import ModelRecord
 
@@ -377,7 +377,7 @@ def test_a_result_belongs_to_the_call_that_it_names() -> None:
         {"role": "assistant", "tool_calls": calls},
         *({"role": "tool", "content": "", **each} for each in results),
     ]
-    said, *told = plain_messages([OllamaMessage.model_validate(message) for message in written])
+    said, *told = plain_messages([OllamaTurn.model_validate(message) for message in written])
     first, second, third = [call["id"] for call in said["tool_calls"]]
     assert all(len(made) == 9 and made.isalnum() for made in (first, second, third))
     assert [message["tool_call_id"] for message in told] == [second, first, third, ""]
@@ -386,7 +386,7 @@ def test_a_result_belongs_to_the_call_that_it_names() -> None:
         {"role": "assistant", "tool_calls": [*calls, call]},
         {"role": "tool", "content": "", "tool_call_id": "x"},
     ]
-    assert plain_messages([OllamaMessage.model_validate(message) for message in written])[1]["tool_call_id"] == "x"
+    assert plain_messages([OllamaTurn.model_validate(message) for message in written])[1]["tool_call_id"] == "x"
 
 
 def test_a_choice_of_tools_is_honoured(server: Server, model: str, written: str) -> None:

@@ -53,7 +53,7 @@ def arguments_of(parameters: Mapping[str, Any]) -> tuple[Sequence[Argument], Any
 def rooted(schema: Any, root: Mapping[str, Any]) -> Any:
     """A part of `root` on its own, with what its references mean."""
     moved = _moved(schema)
-    if not isinstance(moved, dict) or "#/$defs/root" not in json.dumps(moved):
+    if not isinstance(moved, dict) or "#/$defs/whole" not in json.dumps(moved):
         return moved
     return {**moved, "$defs": {"root": _moved(root)}}
 
@@ -65,7 +65,7 @@ def _moved(schema: Any) -> Any:
         return schema
     result = {name: each if name in _VALUES else _moved(each) for name, each in schema.items()}
     if isinstance(result.get("$ref"), str) and result["$ref"].startswith("#"):
-        result["$ref"] = f"#/$defs/root{result['$ref'][1:]}"
+        result["$ref"] = f"#/$defs/whole{result['$ref'][1:]}"
     return result
 
 
