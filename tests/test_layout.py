@@ -37,9 +37,10 @@ ROOMS: dict[str, set[str]] = {
     "files": {"records", "errors"},
     "hub": {"headers", "files", "progress", "records", "errors"},
     "tasks": {"memory", "records", "errors"},
-    "engine": {"memory", "devices", "json_schema", "records", "errors"},
-    "chat": {"json_schema", "records"},
+    "engine": {"memory", "devices", "json_schema", "gbnf", "records", "errors"},
+    "chat": {"gbnf", "json_schema", "records"},
     "json_schema": set(),
+    "gbnf": set(),
     "loader": {
         *("adapter_files", "headers", "files", "devices", "memory", "tasks", "engine", "progress", "records", "errors"),
     },
@@ -142,7 +143,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "requests": ("example_usage.py",),
 }
 LATE: dict[str, tuple[str, ...]] = {
-    "llguidance": ("huggingface/chat/grammar.py",),
+    "llguidance": ("huggingface/gbnf.py",),
     "huggingface_hub": ("huggingface/hub/*.py", "huggingface/preflight/source.py"),
     "safetensors": (
         "huggingface/converted/*.py",

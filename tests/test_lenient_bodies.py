@@ -330,8 +330,10 @@ def test_any_form_may_be_asked_of_a_model_that_thinks_first(
         answer = ask(server, thinks, "chat", **fields, max_tokens=20)
         assert answer.status_code == 200, (fields, answer.text)
         assert answer.json()["choices"][0]["message"]["reasoning_content"], fields
-    wrong = ask(server, thinks, "chat", guided_grammar="root ::= missing")
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "guided_grammar"), wrong.text
+    for grammar in ("root ::= missing", 'a ::= "b"', "root ::= (", "root ::= ["):
+        for model in (thinks, templated("thinks-not", PLAIN)):
+            wrong = ask(server, model, "chat", guided_grammar=grammar)
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "guided_grammar"), wrong.text
 
 
 def test_counts_come_with_every_piece_where_a_benchmark_asks(server: Server, model: str) -> None:

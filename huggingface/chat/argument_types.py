@@ -55,7 +55,7 @@ def rooted(schema: Any, root: Mapping[str, Any]) -> Any:
     moved = _moved(schema)
     if not isinstance(moved, dict) or "#/$defs/whole" not in json.dumps(moved):
         return moved
-    return {**moved, "$defs": {"root": _moved(root)}}
+    return {**moved, "$defs": {"whole": _moved(root)}}
 
 
 def _moved(schema: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..gbnf import as_lark
 from ..json_schema import TIDY, closed
 from ..records import Constraint
 from .argument_types import Argument, arguments_of, is_text, resolved, rooted
@@ -95,9 +96,7 @@ def _text_rules(text: Constraint) -> list[str]:
             return ["text: TEXT", f"TEXT: {_regex(text.value)}"]
         case "choice":
             return ["text: " + " | ".join(_quoted(each) for each in text.value)]
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    return [f"text: %lark {{\n{any_to_lark(text.value)}\n}}"]  # what has no `start:` is GBNF, llama.cpp's
+    return [f"text: %lark {{\n{as_lark(text.value)}\n}}"]
 
 
 def _start(answer: str, frame: Frame) -> list[str]:

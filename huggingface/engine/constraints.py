@@ -17,10 +17,10 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from transformers import LogitsProcessor
 
 from ..errors import InvalidRequest
+from ..gbnf import as_lark
 from ..json_schema import TIDY, closed
 from ..records import Constraint
 
@@ -174,8 +174,8 @@ def _grammar(constraint: Constraint) -> str:
     except (ValueError, TypeError) as error:
         raise _refuse(kind, str(error)) from error
     try:
-        return str(LLMatcher.grammar_from_lark(any_to_lark(value)))  # what has no `start:` is GBNF, llama.cpp's
-    except (GbnfToLarkError, ValueError, RecursionError, IndexError, KeyError) as error:  # of what is taken for GBNF
+        return str(LLMatcher.grammar_from_lark(as_lark(value)))
+    except ValueError as error:
         raise _refuse(kind, str(error)) from error
 
 
