@@ -319,6 +319,44 @@ def test_a_model_that_always_thinks_is_not_refused(server: Server, models_dir: P
         assert answer.headers[IGNORED] == "think"
 
 
+def test_arguments_of_a_past_call_may_be_the_text_of_an_object(server: Server, model: str) -> None:
+    """OpenAI's clients replay them so."""
+
+    def read(arguments: Any) -> int:
+        call = {"function": {"name": "now", "arguments": arguments}}
+        said = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_name": "now", "content": "x"}]
+        count = whole(server, "chat", model=model, messages=said, options=GREEDY)["prompt_eval_count"]
+        assert isinstance(count, int)
+        return count
+
+    assert read('{"city": "Oslo"}') == read({"city": "Oslo"})
+    assert read("{}") == read({})
+    call = {"function": {"name": "now", "arguments": "[1]"}}
+    refused(post(server, "chat", model=model, messages=[{"role": "assistant", "tool_calls": [call]}]), 400, "arguments")
+
+
+def test_whether_to_think_is_named_where_no_template_says_it(server: Server, written: str) -> None:
+    """A raw prompt has no place for it: it makes no difference, and is named."""
+    for think in (True, False):
+        answer = post(server, "generate", model=written, prompt="hi", raw=True, think=think, stream=False)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers[IGNORED] == "think"
+
+
+def test_numbers_of_any_size_are_told_in_streams_too(server: Server, models_dir: Path) -> None:
+    """What a model writes as an argument may be an integer of more than 64 bits."""
+    number = 10**30
+    call = f'<tool_call>\n{{"name": "now", "arguments": {{"number": {number}}}}}\n</tool_call>'
+    template = written_models.TEMPLATE
+    server.add(written_models.build(models_dir, "tiny/counts", {"[call]": [call]}, template), "conversational")
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    answer = post(server, "chat", model="tiny/counts", messages=HI, tools=tools)
+    assert answer.status_code == 200, answer.text
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    [called] = [call for line in lines for call in line["message"].get("tool_calls", [])]
+    assert called["function"]["arguments"] == {"number": number}
+
+
 def test_a_model_that_cannot_think_is_not_asked_to(server: Server, model: str) -> None:
     for route, ask in (("chat", {"messages": HI}), ("generate", {"prompt": "x"})):
         for think in (True, "low"):

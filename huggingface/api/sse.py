@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import orjson
 from flask import Response
 
 from ..engine.ticket import Ticket
@@ -19,6 +18,7 @@ from ..errors import LocalLLMError
 from ..records import Chunk
 from .errors import body, log
 from .inflight import InFlight
+from .wire import encoded
 
 # Seconds. A request that has nothing to tell for so long, because it waits or is being read, begins its response
 # anyhow; and so often something is sent in silence.
@@ -45,7 +45,7 @@ class Encoding:
     def encoded(self, events: Events) -> Iterator[bytes]:
         """Each event as bytes."""
         for event in events:
-            data = event if isinstance(event, bytes) else orjson.dumps(event)
+            data = event if isinstance(event, bytes) else encoded(event)
             name = f"event: {event['type']}\n".encode() if self.named and isinstance(event, dict) else b""
             yield name + self.before + data + self.after
 

@@ -11,6 +11,7 @@ from flask import Response
 from ...chat.parser import AnswerParser, AnswerReader
 from ...errors import InvalidRequest
 from ...records import Constraint, GenerationRequest
+from ..fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle
 from .names import find
@@ -35,6 +36,8 @@ def generate(body: OllamaGenerateBody) -> dict[str, Any] | Response:
         told = variables(body.think, traits, body.model)
         form = form_of(body.format)
         if body.raw or traits.template is None:
+            if body.think is not None:
+                note_ignored("think")  # nothing but the chat template could tell the model
             if body.system:
                 raise InvalidRequest(
                     f"Invalid value for field 'system': model '{record.model_id}' has no chat template, and so no "

@@ -18,6 +18,7 @@ from ...progress import Progress
 from ...records import ModelRecord, check_model_id
 from ..errors import ollama_body
 from ..fields import note_ignored
+from ..generating import named
 from ..load_events import load_events
 from ..services import Services, admitted, services
 from ..sse import NDJSON, Events
@@ -57,7 +58,8 @@ def _wanted(called: str) -> Name:
         InvalidModelId: it is no id.
     """
     name = parse(called)
-    check_model_id(name.model_id)
+    with named({"model_id": "model"}):
+        check_model_id(name.model_id)
     return name
 
 

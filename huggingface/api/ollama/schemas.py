@@ -22,6 +22,7 @@ from pydantic import (
 from ..durations import seconds_of
 from ..fields import note_ignored
 from ..openai.bodies import MODEL, Count, Timeout
+from ..openai.history import call_arguments
 from ..openai.parts import Part, Replayed, Text, refuse
 from ..openai.schemas import Tool as FunctionTool
 from .options import OPTIONS, OptionsBody
@@ -62,11 +63,17 @@ def _format(value: Any) -> Any:
     return value
 
 
+def _arguments(value: Any) -> Any:
+    """A call's arguments, which OpenAI's clients write as the text of an object."""
+    read = call_arguments(value) if isinstance(value, str) else None
+    return value if read is None else read
+
+
 class OllamaCalled(Replayed):
     """A call's function."""
 
     name: Text
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(default_factory=dict)
     index: int | None = None
 
 
