@@ -414,6 +414,23 @@ def test_a_model_that_always_thinks_is_not_told_in_vain_not_to(server: Server, t
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), answer.text
     assert ignored(ask(server, thinker, "chat", reasoning_effort="high")) == {"reasoning_effort"}
     assert ignored(ask(server, thinker, "chat", enable_thinking=True)) == {"enable_thinking"}
+def test_what_is_said_twice_of_thinking_has_to_agree(server: Server, templated: Callable[[str, str], str]) -> None:
+    able = templated("switched", PLAIN + "{% if enable_thinking %}yes{% endif %}{# </think> #}")
+    for fields, named in (
+        ({"reasoning_effort": "none", "enable_thinking": True}, "reasoning_effort"),
+        ({"reasoning_effort": "high", "think": False}, "reasoning_effort"),
+        ({"reasoning": {"effort": "low", "enabled": False}}, "reasoning.effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": True}, "enable_thinking"),
+        ({"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}, "reasoning_effort"),
+    ):
+        answer = ask(server, able, "chat", **fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), answer.text
+    agreed = ask(server, able, "chat", reasoning_effort="high", enable_thinking=True)
+    assert ignored(agreed) == {"reasoning_effort"}
+    twice = ask(server, able, "chat", chat_template_kwargs={"enable_thinking": False}, enable_thinking=False)
+    assert twice.status_code == 200
+
+
 
 
 KEPT: list[tuple[Any, float | None]] = [

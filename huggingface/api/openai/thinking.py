@@ -59,7 +59,8 @@ class Thought:
         `has` tells whether the model's chat template has a variable, `thinks` whether the model thinks aloud.
 
         Raises:
-            InvalidRequest: the model is not to think, and its template has no way to say so.
+            InvalidRequest: the model is not to think, and its template has no way to say so; or `template` says
+                something else than the fields.
         """
         given, ignored = dict(template), []
         wanted = {name: template[name] for name in (*_SWITCHES, _AMOUNT) if name in template and not has(name)}
@@ -70,20 +71,29 @@ class Thought:
         switch = next((name for name in _SWITCHES if has(name)), None)
         names = self.names or {}
         if self.effort is not None:
+            field = names.get("effort", "reasoning_effort")
             if has(_AMOUNT):
-                given[_AMOUNT] = self.effort
-            elif switch is not None:
-                given[switch] = self.effort not in _NEVER
+                _set(given, _AMOUNT, self.effort, field)
+            elif switch is not None and self.switch is None:
+                _set(given, switch, self.effort not in _NEVER, field)
             else:
-                ignored.append(names.get("effort", "reasoning_effort"))
-                _check(ignored[-1], self.effort in _NEVER, thinks)
+                ignored.append(field)
+                _check(field, self.effort in _NEVER, thinks and switch is None)
         if self.switch is not None:
             if switch is not None:
-                given[switch] = self.switch
+                _set(given, switch, self.switch, names.get("switch", "enable_thinking"))
             else:
                 ignored.append(names.get("switch", "enable_thinking"))
                 _check(ignored[-1], not self.switch, thinks or has(_AMOUNT))
         return given, ignored
+
+
+def _set(template: dict[str, Any], name: str, value: Any, field: str) -> None:
+    """Give the template a variable that `field` asks for, unless it is given another value already."""
+    if template.setdefault(name, value) != value:
+        raise InvalidRequest(
+            f"Invalid value for field '{field}': says something else than chat_template_kwargs.{name}", field
+        )
 
 
 def _check(field: str, unwanted: bool, thinks: bool) -> None:
@@ -108,6 +118,11 @@ class Thinks(Part):
             for name, value in given[1:]:
                 if value != given[0][1]:
                     raise refuse(name, f"says something else than {given[0][0]}")
+        effort, switch = next(self._efforts(), None), next(self._switches(), None)
+        if effort is not None and switch is not None:
+            contrary = effort[1] == "none" if switch[1] else effort[1] not in _NEVER
+            if contrary:
+                raise refuse(effort[0], f"says something else than {switch[0]}")
         return self
 
     def _efforts(self) -> Iterator[tuple[str, str]]:
