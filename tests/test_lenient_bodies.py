@@ -750,6 +750,20 @@ def test_openais_client_replays_what_it_got_with_the_notes_of_others(server: Ser
     raw = client.chat.completions.with_raw_response.create(
         model=model,
         messages=[*HI, replayed, *HI],
+def test_what_is_nested_too_deeply_for_a_template_is_refused(
+    server: Server, templated: Callable[[str, str], str]
+) -> None:
+    named = templated("shows-tools", "{{ tools | tojson }}" + PLAIN)
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "x": deep}}}
+    answer = requests.post(
+        f"{server.url}/v1/chat/completions", json={"model": named, "messages": HI, "tools": [tool]}, timeout=120
+    )
+    assert answer.status_code == 400, answer.text
+
+
         max_tokens=5,
         user="me",
     )

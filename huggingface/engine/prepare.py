@@ -294,7 +294,7 @@ class Preparer:
                 return_dict=False,
                 **template,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(
                 f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {error}",
                 "messages",
