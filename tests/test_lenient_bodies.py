@@ -17,6 +17,9 @@ import pytest
 import requests
 from conftest import Server
 from embedding_models import build_embedding
+from flask import Flask
+
+from huggingface.api.fields import init_ignored, note_ignored
 
 HEADER = "X-Local-LLM-Ignored"
 HI = [{"role": "user", "content": "where is the cat?"}]
@@ -550,6 +553,22 @@ def test_what_is_kept_holds_no_unknown_name_however_the_server_is_set(
         {**new, "nonsense": 1},
         {**new, "parameters": {"nonsense": 1}},
         {**new, "parameters": {"tokenizer_kwargs": {"nonsense": 1}}},
+def test_a_request_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    app = Flask(__name__)
+    init_ignored(app, "refuse")
+
+    @app.get("/")
+    def view() -> str:
+        note_ignored(*(f"name{number}" for number in range(100_000)))
+        return ""
+
+    with caplog.at_level("INFO", logger="huggingface.api.fields"):
+        answer = app.test_client().get("/")
+    [line] = caplog.messages
+    assert len(line) < 1000
+    assert len(answer.headers[HEADER]) < 1000
+
+
     ):
         refused = lenient.call("POST", "/models", json=body)
         assert (refused.status_code, "nonsense" in refused.text) == (400, True)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 HEADER = "X-Local-LLM-Ignored"
 _SETTING = "UNKNOWN_PARAMETERS"  # in the app's config
 _LOGGED = "local-llm-ignored"  # among the app's extensions: the names that the log has
-_MOST_NAMES = 32  # in a header
+_MOST_NAMES = 32  # of one request
 _MOST_LOGGED = 1000
 
 UnknownParameters = Literal["refuse", "ignore"]
@@ -123,16 +123,16 @@ def init_ignored(app: Flask, unknown: UnknownParameters) -> None:
     app.extensions[_LOGGED] = set()
 
     def tell(response: Response) -> Response:
-        ignored: dict[str, None] = g.get("ignored", {})
+        ignored = list(g.get("ignored", ()))[:_MOST_NAMES]
         if ignored:
-            response.headers[HEADER] = ", ".join(map(_printable, list(ignored)[:_MOST_NAMES]))
+            response.headers[HEADER] = ", ".join(map(_printable, ignored))
             _log(app.extensions[_LOGGED], ignored)
         return response
 
     app.after_request(tell)
 
 
-def _log(logged: set[str], ignored: dict[str, None]) -> None:
+def _log(logged: set[str], ignored: list[str]) -> None:
     new = [_printable(name) for name in ignored if name not in logged]
     if new and len(logged) < _MOST_LOGGED:
         logged.update(ignored)
