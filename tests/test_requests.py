@@ -208,10 +208,14 @@ def test_a_foreign_host_name_is_refused(client: Any, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000", "192.168.1.7", "a.localhost"]
+    "host",
+    [
+        *("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000", "192.168.1.7", "a.localhost"),
+        *("host.docker.internal:5000", "host.containers.internal:5000"),
+    ],
 )
 def test_local_names_and_addresses_are_served(client: Any, host: str) -> None:
-    """Numeric addresses and localhost are this machine."""
+    """Numeric addresses, localhost, and what containers call it are this machine."""
     assert client.get("/", headers={"Host": host}).status_code == 200
 
 

@@ -42,6 +42,8 @@ _HEADERS = (
 )
 _TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _MOST_HEADERS = 64
+# What containers call the machine that they run on. Public DNS has no names below `internal`, so no page can take one.
+_CONTAINERS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 _MAX_AGE = "3600"  # seconds; Chromium takes two hours at most
 _MOST_LOGGED = 100
 
@@ -102,10 +104,11 @@ class Guard:
 def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str]) -> None:
     """Refuse (403) requests to `app` under foreign names or from foreign pages, and let browsers know the others.
 
-    Numeric addresses, `localhost` and this machine's own name are always allowed, `allowed_hosts` are names to add;
+    Numeric addresses, `localhost`, this machine's own name and what containers call it are always allowed,
+    `allowed_hosts` are names to add;
     `origins` are patterns of origins to add to those of this machine.
     """
-    names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in allowed_hosts)}
+    names = {"localhost", *_CONTAINERS, socket.gethostname().lower(), *(name.lower() for name in allowed_hosts)}
     guard = app.extensions[EXTENSION] = Guard(frozenset(names), allowed_origins([*LOCAL_ORIGINS, *origins]))
     logged: set[str] = set()
 
