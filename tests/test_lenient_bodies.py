@@ -515,6 +515,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name_unless_the_server
         ),
         (
             "/api/huggingface/pipeline",
+        ("/v1/responses", {"model": model, **LEAST["responses"], "max_tokens": 3}, "max_tokens", "max_output_tokens"),
             {"model_id": classifier, "task": "text-classification", "inputs": "a", "topk": 1},
             "topk",
             "top_k",

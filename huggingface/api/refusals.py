@@ -39,9 +39,11 @@ def request_error(
                 if kind == "missing":
                     return MissingField(field)
                 name = field.removeprefix(prefix)
-                beside = frozenset(each for each in suggested if each.count(".") == name.count("."))
+                place, dot, last = name.rpartition(".")
+                beside = [each.removeprefix(place + dot) for each in suggested if each.rpartition(".")[0] == place]
+                nearest = nearest_name(last, beside)
                 listed = known if len(problem["loc"]) == 1 else ()
-                return UnknownField(field, listed, nearest_name(name, beside))
+                return UnknownField(field, listed, nearest and place + dot + nearest)
     # A value that fits no branch of a union has a complaint from each: keep those that went deepest into the value.
     first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     depth = max(len(_path(problem)) for problem in first)
@@ -58,7 +60,12 @@ def request_error(
 
 def nearest_name(field: str, known: Iterable[str]) -> str | None:
     """Which of the known names was probably meant by one that is none of them."""
-    nearest = get_close_matches(field, sorted(known), 1, _NEAR)
+    names, words = sorted(known), set(field.split("_"))
+    if len(words) > 1:  # `max_tokens` is rather `max_output_tokens` than `min_tokens`
+        longer = [name for name in names if words < set(name.split("_"))]
+        if longer:
+            return min(longer, key=len)
+    nearest = get_close_matches(field, names, 1, _NEAR)
     return nearest[0] if nearest else None
 
 
