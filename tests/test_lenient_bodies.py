@@ -147,8 +147,10 @@ IGNORED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"chat_template_kwargs": {"enable_thinking": False}},
         "chat_template_kwargs.enable_thinking",
     ),
-    (("responses",), {"truncation": "auto"}, "truncation"),
-    (("responses",), {"truncation": "disabled"}, "truncation"),
+    (ALL, {"truncation": "auto"}, "truncation"),
+    (ALL, {"truncation": "disabled"}, "truncation"),
+    (("chat",), {"function_call": "auto"}, "function_call"),
+    (("chat",), {"function_call": "none"}, "function_call"),
     (("responses",), {"max_tool_calls": 3}, "max_tool_calls"),
     (("responses",), {"text": {"verbosity": "high"}}, "text.verbosity"),
     (("responses",), {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
@@ -194,6 +196,13 @@ def test_what_is_empty_is_left_out_and_so_is_what_is_null(route: str, server: Se
 
 
 # Said otherwise elsewhere ---------------------------------------------------------------------------------------------
+
+
+def test_objects_that_are_empty_may_be_written_as_lists(server: Server, model: str) -> None:
+    """PHP's clients write them so; and a chat has no suffix."""
+    for fields in ({"logit_bias": []}, {"metadata": []}, {"suffix": ""}):
+        assert text_of(ask(server, model, "chat", **fields)) == text_of(ask(server, model, "chat"))
+    assert ask(server, model, "responses", metadata=[]).json()["metadata"] == {}
 
 
 def test_limits_by_other_names(server: Server, model: str) -> None:
@@ -405,18 +414,6 @@ def test_thinking_is_switched_where_the_template_can(server: Server, templated: 
     assert contrary.json()["error"]["param"] == "think"
 
 
-def test_a_model_that_always_thinks_is_not_told_in_vain_not_to(server: Server, thinker: str) -> None:
-    for fields, named in (
-        ({"reasoning_effort": "none"}, "reasoning_effort"),
-        ({"reasoning": {"effort": "none"}}, "reasoning.effort"),
-        ({"enable_thinking": False}, "enable_thinking"),
-        ({"think": False}, "think"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
-    ):
-        answer = ask(server, thinker, "chat", **fields)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), answer.text
-    assert ignored(ask(server, thinker, "chat", reasoning_effort="high")) == {"reasoning_effort"}
-    assert ignored(ask(server, thinker, "chat", enable_thinking=True)) == {"enable_thinking"}
 def test_what_is_said_twice_of_thinking_has_to_agree(server: Server, templated: Callable[[str, str], str]) -> None:
     able = templated("switched", PLAIN + "{% if enable_thinking %}yes{% endif %}{# </think> #}")
     for fields, named in (
@@ -434,6 +431,18 @@ def test_what_is_said_twice_of_thinking_has_to_agree(server: Server, templated: 
     assert twice.status_code == 200
 
 
+def test_a_model_that_always_thinks_is_not_told_in_vain_not_to(server: Server, thinker: str) -> None:
+    for fields, named in (
+        ({"reasoning_effort": "none"}, "reasoning_effort"),
+        ({"reasoning": {"effort": "none"}}, "reasoning.effort"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({"think": False}, "think"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
+    ):
+        answer = ask(server, thinker, "chat", **fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, named), answer.text
+    assert ignored(ask(server, thinker, "chat", reasoning_effort="high")) == {"reasoning_effort"}
+    assert ignored(ask(server, thinker, "chat", enable_thinking=True)) == {"enable_thinking"}
 
 
 KEPT: list[tuple[Any, float | None]] = [
@@ -506,6 +515,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name_unless_the_server
         ("/v1/chat/completions", {"model": model, **LEAST["chat"], "temprature": 1}, "temprature", "temperature"),
         ("/v1/completions", {"model": model, **LEAST["completions"], "max_token": 1}, "max_token", "max_tokens"),
         ("/v1/responses", {"model": model, **LEAST["responses"], "instruction": "a"}, "instruction", "instructions"),
+        ("/v1/responses", {"model": model, **LEAST["responses"], "max_tokens": 3}, "max_tokens", "max_output_tokens"),
         ("/v1/embeddings", {"model": model, "input": "a", "dimension": 3}, "dimension", "dimensions"),
         (
             "/api/huggingface/generate",
@@ -515,7 +525,6 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name_unless_the_server
         ),
         (
             "/api/huggingface/pipeline",
-        ("/v1/responses", {"model": model, **LEAST["responses"], "max_tokens": 3}, "max_tokens", "max_output_tokens"),
             {"model_id": classifier, "task": "text-classification", "inputs": "a", "topk": 1},
             "topk",
             "top_k",
@@ -544,16 +553,6 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name_unless_the_server
         assert ignored(taken) == {named}
 
 
-def test_what_is_kept_holds_no_unknown_name_however_the_server_is_set(
-    start_server: Callable[..., Server], tiny: Callable[[str], str]
-) -> None:
-    """Nor does what acts on the server: a misspelt filter would clear everything."""
-    lenient, model_id = start_server(LOCAL_LLM_UNKNOWN_PARAMETERS="ignore"), tiny("bert-mlm")
-    new = {"model_id": model_id, "name": "a", "model_type": "fill-mask"}
-    for body in (
-        {**new, "nonsense": 1},
-        {**new, "parameters": {"nonsense": 1}},
-        {**new, "parameters": {"tokenizer_kwargs": {"nonsense": 1}}},
 def test_a_request_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     app = Flask(__name__)
     init_ignored(app, "refuse")
@@ -570,6 +569,16 @@ def test_a_request_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None
     assert len(answer.headers[HEADER]) < 1000
 
 
+def test_what_is_kept_holds_no_unknown_name_however_the_server_is_set(
+    start_server: Callable[..., Server], tiny: Callable[[str], str]
+) -> None:
+    """Nor does what acts on the server: a misspelt filter would clear everything."""
+    lenient, model_id = start_server(LOCAL_LLM_UNKNOWN_PARAMETERS="ignore"), tiny("bert-mlm")
+    new = {"model_id": model_id, "name": "a", "model_type": "fill-mask"}
+    for body in (
+        {**new, "nonsense": 1},
+        {**new, "parameters": {"nonsense": 1}},
+        {**new, "parameters": {"tokenizer_kwargs": {"nonsense": 1}}},
     ):
         refused = lenient.call("POST", "/models", json=body)
         assert (refused.status_code, "nonsense" in refused.text) == (400, True)
@@ -741,6 +750,20 @@ def test_broken_calls_are_shown_as_the_text_that_they_are(server: Server, templa
     assert tokens({"role": "assistant", "content": thought}) == tokens(same_thought)
 
 
+def test_what_is_nested_too_deeply_for_a_template_is_refused(
+    server: Server, templated: Callable[[str, str], str]
+) -> None:
+    named = templated("shows-tools", "{{ tools | tojson }}" + PLAIN)
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "x": deep}}}
+    answer = requests.post(
+        f"{server.url}/v1/chat/completions", json={"model": named, "messages": HI, "tools": [tool]}, timeout=120
+    )
+    assert answer.status_code == 400, answer.text
+
+
 def test_tools_may_be_many_and_have_the_names_that_others_give_them(server: Server, model: str) -> None:
     name, long = "mcp:files/read", "x" * 128
     for route in ("chat", "responses"):
@@ -763,6 +786,16 @@ def test_tools_may_be_many_and_have_the_names_that_others_give_them(server: Serv
         assert twice.json()["error"]["param"] == "tools"
 
 
+def test_tools_are_functions_where_nothing_says_it_and_may_be_called_in_mistrals_word(
+    server: Server, model: str
+) -> None:
+    tool = {"function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    for choice in ("required", "any"):
+        answer = ask(server, model, "chat", tools=[tool], tool_choice=choice, max_tokens=200)
+        assert answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "now", answer.text
+    assert ask(server, model, "chat", tool_choice="any").json()["error"]["param"] == "tool_choice"
+
+
 def test_openais_client_replays_what_it_got_with_the_notes_of_others(server: Server, model: str) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     first = client.chat.completions.create(model=model, messages=HI, max_tokens=5)  # type: ignore[arg-type]
@@ -770,20 +803,6 @@ def test_openais_client_replays_what_it_got_with_the_notes_of_others(server: Ser
     raw = client.chat.completions.with_raw_response.create(
         model=model,
         messages=[*HI, replayed, *HI],
-def test_what_is_nested_too_deeply_for_a_template_is_refused(
-    server: Server, templated: Callable[[str, str], str]
-) -> None:
-    named = templated("shows-tools", "{{ tools | tojson }}" + PLAIN)
-    deep: dict[str, Any] = {}
-    for _ in range(900):
-        deep = {"a": deep}
-    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "x": deep}}}
-    answer = requests.post(
-        f"{server.url}/v1/chat/completions", json={"model": named, "messages": HI, "tools": [tool]}, timeout=120
-    )
-    assert answer.status_code == 400, answer.text
-
-
         max_tokens=5,
         user="me",
     )

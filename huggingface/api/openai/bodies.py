@@ -144,9 +144,9 @@ class StreamOptions(Hinted):
 class Penalized(Asked):
     """What chats and completions have besides."""
 
-    n: int | None = Field(None, ge=1, le=128, description="How many answers.")
-    empties = frozenset({"stop"})
+    empties = frozenset({"stop", "logit_bias", "metadata"})
 
+    n: int | None = Field(None, ge=1, le=128, description="How many answers.")
     stop: Stop | Stops | None = None
     seed: int | None = Field(None, description="Of any size; those that are the same modulo 2^63 - 256 are one.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)

@@ -157,7 +157,7 @@ def _turn(body: schemas.ChatBody) -> Literal["new", "continued", "none"] | None:
 def _choice(choice: Any) -> str:
     if isinstance(choice, schemas.NamedTool):
         return choice.function.name
-    return choice or "auto"
+    return "required" if choice == "any" else choice or "auto"
 
 
 # To OpenAI's words ----------------------------------------------------------------------------------------------------

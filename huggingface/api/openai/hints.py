@@ -56,6 +56,7 @@ class Hints(Asker):
     service_tier: Text | None = hint()
     priority: int | None = hint()
     verbosity: Literal["low", "medium", "high"] | None = hint()
+    truncation: Literal["auto", "disabled"] | None = hint("What does not fit the context is refused in any case.")
     # What to keep for later: nothing is kept but what was computed of a prompt.
     store: bool | None = hint()
     prompt_cache_key: Text | None = hint()
@@ -82,13 +83,15 @@ class ChatHints(Hints):
     """What chats have besides."""
 
     echo: Literal[False] | None = so_anyway()
+    function_call: Literal["none", "auto"] | None = so_anyway()
     modalities: list[Literal["text"]] | None = so_anyway()
 
 
 class ResponseHints(Hints):
-    """What responses have besides. What does not fit the context is refused, whatever is said of truncation."""
+    """What responses have besides."""
+
+    empties = frozenset({"metadata"})
 
     metadata: dict[str, Any] | None = Field(None, description="It is told back.")
-    truncation: Literal["auto", "disabled"] | None = hint()
     background: Literal[False] | None = so_anyway()
     max_tool_calls: int | None = hint("Of OpenAI's own tools, of which there are none here.", ge=0)

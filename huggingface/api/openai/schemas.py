@@ -154,14 +154,14 @@ class Tool(Replayed):
 
     place = "tools"
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
 if TYPE_CHECKING:
     AnyTool = Tool
 else:
-    AnyTool = one_of("type", {"function": Tool}, "must be 'function': other tools are OpenAI's own")
+    AnyTool = one_of("type", {"function": Tool}, "must be 'function': other tools are OpenAI's own", "function")
 
 
 class NamedFunction(Part):
@@ -231,7 +231,7 @@ else:
 class ChatBody(Penalized, Thinks, ChatHints):
     """A chat to answer."""
 
-    empties = Penalized.empties | {"functions"}
+    empties = Penalized.empties | {"functions", "suffix"}
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: Limit | None = None
@@ -240,15 +240,17 @@ class ChatBody(Penalized, Thinks, ChatHints):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[AnyTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | NamedTool | None = Field(
+        None, description="`any` is Mistral's word for `required`."
+    )
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
     add_generation_prompt: bool | None = Field(None, description="Whether the assistant's turn is begun.")
     continue_final_message: bool | None = Field(None, description="Whether the last message is continued.")
     # They mean nothing here, and null is the same as nothing.
     audio: None = None
-    function_call: None = None
     functions: None = None
+    suffix: None = None
     web_search_options: None = None
 
     @model_validator(mode="after")
