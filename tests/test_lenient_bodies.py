@@ -126,11 +126,26 @@ IGNORED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
             "skip_special_tokens": True,
             "use_beam_search": False,
             "prediction": {"type": "content", "content": "a"},
+            "reasoning_format": "auto",
+            "n_probs": 0,
+            "mirostat": 0,
+            "mirostat_tau": 5.0,
+            "dynatemp_range": 0.0,
+            "dynatemp_exponent": 1,
+            "xtc_probability": 0,
+            "xtc_threshold": 0.1,
+            "dry_multiplier": 0.0,
+            "dry_base": 1.75,
+            "dry_penalty_last_n": -1,
+            "top_a": 0,
+            "tfs_z": 1.0,
+            "id_slot": -1,
         }.items()
     ),
     (("chat", "completions"), {"metadata": {"a": "b"}}, "metadata"),
     (("chat", "completions", "responses"), {"stream_options": {"include_usage": True}}, "stream_options"),
     (("chat",), {"echo": False}, "echo"),
+    (("chat",), {"best_of": 1}, "best_of"),
     (("chat",), {"modalities": ["text"]}, "modalities"),
     (("chat", "responses"), {"parallel_tool_calls": True}, "parallel_tool_calls"),
     (("chat", "responses"), {"parallel_tool_calls": False, "tools": []}, "parallel_tool_calls"),
@@ -265,6 +280,14 @@ def test_drawing_by_other_names(route: str, server: Server, model: str) -> None:
     refused = ask(server, model, route, repeat_penalty=5.0, repetition_penalty=2.0)
     assert refused.json()["error"]["param"] == "repeat_penalty"
     assert ask(server, model, route, repeat_penalty=0).json()["error"]["param"] == "repeat_penalty"
+
+
+def test_llama_cpps_word_for_typical_p_is_that(server: Server, model: str) -> None:
+    drawn = {"temperature": 2.0, "seed": 7}
+    named = [text_of(ask(server, model, "chat", **drawn, **{name: 0.05})) for name in ("typ_p", "typical_p")]
+    assert named[0] == named[1] != text_of(ask(server, model, "chat", **drawn))
+    assert ask(server, model, "chat", typ_p=0).json()["error"]["param"] == "typ_p"
+    assert ask(server, model, "chat", mirostat=2).json()["error"]["param"] == "mirostat"
 
 
 def test_seeds_of_any_size(server: Server, model: str) -> None:

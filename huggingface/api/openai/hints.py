@@ -75,13 +75,34 @@ class Hints(Asker):
     return_token_ids: Literal[False] | None = so_anyway()
     return_tokens_as_token_ids: Literal[False] | None = so_anyway()
     use_beam_search: Literal[False] | None = so_anyway()
+    reasoning_format: Literal["auto", "deepseek"] | None = so_anyway()
     include_reasoning: Literal[True] | None = so_anyway()
     separate_reasoning: Literal[True] | None = so_anyway()
+    n_probs: Literal[0] | None = so_anyway()
+    # Ways to draw that llama.cpp's clients switch off by their values, and what else these say of them.
+    mirostat: Literal[0] | None = so_anyway()
+    mirostat_mode: Literal[0] | None = so_anyway()
+    dynatemp_range: Literal[0] | None = so_anyway()
+    xtc_probability: Literal[0] | None = so_anyway()
+    dry_multiplier: Literal[0] | None = so_anyway()
+    top_a: Literal[0] | None = so_anyway()
+    tfs_z: Literal[1] | None = so_anyway()
+    mirostat_tau: float | None = hint()
+    mirostat_eta: float | None = hint()
+    dynatemp_exponent: float | None = hint()
+    xtc_threshold: float | None = hint()
+    dry_base: float | None = hint()
+    dry_allowed_length: int | None = hint()
+    dry_penalty_last_n: int | None = hint()
+    dry_sequence_breakers: list[Text] | None = hint()
+    id_slot: int | None = hint()
+    n_keep: int | None = hint()
 
 
 class ChatHints(Hints):
     """What chats have besides."""
 
+    best_of: Literal[1] | None = so_anyway()
     echo: Literal[False] | None = so_anyway()
     function_call: Literal["none", "auto"] | None = so_anyway()
     modalities: list[Literal["text"]] | None = so_anyway()

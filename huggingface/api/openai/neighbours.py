@@ -18,7 +18,9 @@ from .hints import Hinted, hint
 from .parts import Part, TokenIds, refuse
 
 # A neighbour's name, and this server's for the same.
-SAME: Mapping[str, str] = MappingProxyType({"min_tokens": "min_new_tokens", "repeat_penalty": "repetition_penalty"})
+SAME: Mapping[str, str] = MappingProxyType(
+    {"min_tokens": "min_new_tokens", "repeat_penalty": "repetition_penalty", "typ_p": "typical_p"}
+)
 
 # A limit of the new tokens by another name: of llama.cpp, and of Ollama. Both have -1 for none.
 LIMITS = ("n_predict", "num_predict")
@@ -92,6 +94,7 @@ class Neighbours(Part):
 
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="The same as min_new_tokens.")
     repeat_penalty: float | None = Field(None, gt=0, description="The same as repetition_penalty.")
+    typ_p: float | None = Field(None, gt=0, le=1, description="The same as typical_p.")
     n_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
     num_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
     stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the text besides the model's own.")
