@@ -404,3 +404,13 @@ def test_the_shipped_registry_holds_the_starter_model() -> None:
     assert list(content.records) == [starter.MODEL_ID]
     assert content.records[starter.MODEL_ID].model_type == "conversational"
     assert encode(content) == file.read_bytes()
+
+
+def test_the_shipped_record_tells_what_the_starters_files_tell(starter_models_dir: Path) -> None:
+    """So that its context length and abilities are known before anybody has looked."""
+    from huggingface.preflight import Preflight
+    from huggingface.records import LoadOptions
+    from huggingface.registry_content import parse
+
+    record = parse((ROOT / "data" / "models.json").read_bytes(), 0).records[starter.MODEL_ID]
+    assert record.details == Preflight(LoadOptions(starter_models_dir, "cpu")).look(record)

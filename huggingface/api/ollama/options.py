@@ -25,11 +25,6 @@ Asked = Mapping[str, Any]
 _SEEDS = 2**63 - 256  # as many as the other routes take
 
 
-def _whole(value: Any) -> Any:
-    """A whole number, which JavaScript and Go may write as 3.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _few(value: Any) -> Any:
     """Texts to stop at: one, or several; empty ones ask for nothing."""
     if isinstance(value, list):
@@ -37,7 +32,7 @@ def _few(value: Any) -> Any:
     return [] if value == "" else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), lt=2**63)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Texts = Annotated[Stop | Stops, BeforeValidator(_few)]
 
 
@@ -113,7 +108,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         # See `Wanted`.
         "repeat_last_n": Option(Whole, "-1: all tokens are penalized, as is so anyway; 0: none. No other window."),
         "num_ctx": Option(Whole, "A prompt of more tokens is refused; the context itself is the model's."),
-        # What they ask for is so anyway, or is not to be had.
+        # What they ask for is so anyway, or is not available.
         "penalize_newline": Option(
             bool, "Only true.", so_anyway=(True,), reason="newlines are penalized as all tokens"
         ),
@@ -173,7 +168,7 @@ class Wanted:
         """Read options; those that make no difference are named in the response's header.
 
         Raises:
-            InvalidRequest: one asks for what is not to be had here.
+            InvalidRequest: one asks for what is not available here.
         """
         values = given.model_dump(exclude_none=True) if given is not None else {}
         asked: dict[str, Any] = {}
