@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from huggingface import loader
 from huggingface.errors import Cancelled
@@ -91,6 +98,21 @@ def test_a_seed_gives_the_text_of_manual_seed(name: str, extra: dict[str, Any], 
     assert again.get("responses") == answer.get("responses")
     other = generate(name, prompt="The cat sat on the", seed=12, max_new_tokens=16, **extra)
     assert other["response"] != answer["response"]
+
+
+@pytest.mark.parametrize("window", [-1, 0, 1, 5, 12, 400])
+def test_penalties_look_at_the_last_tokens_only(window: int, generate: Any, oracle: Any) -> None:
+    """As llama.cpp has it: what transformers' penalty makes of these tokens, or none at all."""
+
+    def lately(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = ids if window < 0 else ids[:, max(0, ids.shape[1] - window) :] if window else ids[:, :0]
+        return RepetitionPenaltyLogitsProcessor(1.6)(seen, scores)
+
+    plain = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": 1.0}
+    rules = LogitsProcessorList([lately])
+    [wanted] = oracle("llama", "The little harbour", logits_processor=rules, **plain)
+    asked = {**plain, "repetition_penalty": 1.6, "repeat_last_n": window}
+    assert generate("llama", prompt="The little harbour", **asked)["response"] == wanted
 
 
 def test_the_documented_defaults_apply_and_are_echoed(generate: Any) -> None:

@@ -73,6 +73,7 @@ BAD: dict[str, list[Any]] = {
     "presence_penalty": ["1", True, -2.1, 2.1],
     "frequency_penalty": ["1", True, -2.1, 2.1],
     "logit_bias": [{}, [1], {"x": 1}, {"-1": 1}, {"01": 1}, {"1": "2"}, {"1": 101}],
+    "repeat_last_n": ["1", True, -2, 1.5],
     "stop_token_ids": ["a", 5, [], [1, "a"], [-1], [1.5]],
     "ignore_eos": ["true", 1],
     "seed": ["1", 1.5, True, -1, 2**63],

@@ -176,6 +176,11 @@ class GenerationParameters(CommonGeneration):
         "Taken from the logit of every token made so far, prompt not counted.", ge=-2, le=2
     )
     frequency_penalty: float = _maybe("The same, for each time that the token was made.", ge=-2, le=2)
+    repeat_last_n: int = _maybe(
+        "How many of the last tokens these two and `repetition_penalty` look at; -1 is all of them, 0 none.",
+        ge=-1,
+        le=_LARGEST,
+    )
     logit_bias: dict[TokenKey, Bias] = _maybe('Added to the logits of tokens: `{"token id": bias}`.', min_length=1)
     seed: int = _maybe("Starts the random draws, so that an answer can be had again.", ge=0, lt=2**63)
     stop_token_ids: TokenIds = _maybe("Tokens at which generation stops besides the end-of-text tokens.")

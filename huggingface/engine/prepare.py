@@ -21,7 +21,7 @@ from ..errors import ContextExceeded, InvalidRequest
 from ..records import GenerationRequest
 from .constraints import Constrained, Constraints
 from .failures import typed
-from .sampling import Biased, Repeated
+from .sampling import Biased, Repeated, RepeatedLately
 
 # Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
 _SAMPLING_ONLY = frozenset(
@@ -30,6 +30,7 @@ _SAMPLING_ONLY = frozenset(
 
 # Parameters that `generate` does not have; processors of our own honour them.
 _OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos"})
+_OURS |= {"repeat_last_n"}
 
 # Tokens where nothing sets a limit: neither the request nor the model.
 _UNLIMITED = 4096
@@ -347,6 +348,8 @@ class Preparer:
         arguments = self._arguments_for({name: value for name, value in parameters.items() if name not in _OURS})
         if not arguments.get("do_sample"):
             arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
+        if _window(parameters) is not None:
+            arguments["repetition_penalty"] = 1.0  # that of the window is a processor of our own
         if self._stops(parameters):
             arguments["tokenizer"] = self._tokenizer
         if parameters.get("ignore_eos") or "stop_token_ids" in parameters:
@@ -361,9 +364,13 @@ class Preparer:
         """The processors of our own that the parameters ask for."""
         processors = LogitsProcessorList()
         presence, frequency = parameters.get("presence_penalty", 0.0), parameters.get("frequency_penalty", 0.0)
-        if presence or frequency:
+        window = _window(parameters)
+        repetition = parameters.get("repetition_penalty", self._model.generation_config.repetition_penalty) or 1.0
+        if window and repetition != 1.0:
+            processors.append(RepeatedLately(repetition, window))
+        if (presence or frequency) and window != 0:
             before = prompt_tokens if self._reads_answer and prompt_tokens else 1
-            processors.append(Repeated(before, presence, frequency))
+            processors.append(Repeated(before, presence, frequency, window))
         if bias := parameters.get("logit_bias"):
             size = self._model.config.get_text_config().vocab_size
             tokens = {int(token): float(value) for token, value in bias.items()}
@@ -401,6 +408,12 @@ class Preparer:
         """The strings that end a text: the request's, else the model's."""
         stops = parameters.get("stop_strings", self._model.generation_config.stop_strings)
         return [stops] if isinstance(stops, str) else list(stops or ())
+
+
+def _window(parameters: Mapping[str, Any]) -> int | None:
+    """How many of the last tokens penalties look at; None for all of them."""
+    window = parameters.get("repeat_last_n", -1)
+    return None if window < 0 else int(window)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -188,16 +189,34 @@ class Repeated(LogitsProcessor):  # type: ignore[misc]
     The first is taken once, the second for each time. Source: "Frequency and presence penalties", OpenAI API reference.
     """
 
-    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float, window: int | None = None) -> None:
+        """`window` is how many of the last tokens count; None for all."""
         self._prompt_tokens = prompt_tokens
+        self._window = window
         self._presence = presence
         self._frequency = frequency
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`input_ids` (rows, tokens) with the prompt, `scores` (rows, vocabulary)."""
-        made = input_ids[:, self._prompt_tokens :]
+        first = self._prompt_tokens
+        if self._window is not None:
+            first = max(first, input_ids.shape[1] - self._window)
+        made = input_ids[:, first:]
         counts = torch.zeros_like(scores).scatter_add_(1, made, torch.ones_like(made, dtype=scores.dtype))
         return scores - self._presence * (counts > 0) - self._frequency * counts
+
+
+class RepeatedLately(LogitsProcessor):  # type: ignore[misc]
+    """transformers' `repetition_penalty` over the last tokens only, as llama.cpp has it (`repeat_last_n`)."""
+
+    def __init__(self, penalty: float, window: int) -> None:
+        self._penalize = RepetitionPenaltyLogitsProcessor(penalty)
+        self._window = window
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`input_ids` (rows, tokens) with the prompt, `scores` (rows, vocabulary)."""
+        penalized: torch.Tensor = self._penalize(input_ids[:, -self._window :], scores)
+        return penalized
 
 
 class Biased(LogitsProcessor):  # type: ignore[misc]

@@ -160,7 +160,7 @@ class _Choice(Part):
 
 
 class AutoChoice(_Choice):
-    """A call or a text, as the model likes."""
+    """A call or a text, as the model chooses."""
 
     type: Literal["auto"]
 

@@ -57,7 +57,7 @@ def _vectors(
     """The vectors, how many tokens were read, and when the model was there."""
     wanted = Wanted.of(body.options)
     for name in body.options.model_fields_set if body.options is not None else ():
-        if name != "num_ctx" and (OPTIONS[name].asks is not None or name == "repeat_last_n"):
+        if name != "num_ctx" and OPTIONS[name].asks is not None:
             note_ignored(f"options.{name}")  # how tokens are drawn makes no difference to a vector
     with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         loaded = time.monotonic()

@@ -20,7 +20,7 @@ from ..services import services
 from .names import find
 from .thinking import can_think
 
-# When a model goes of which nothing says when: Ollama's clients take a date for granted, and one this far for "never".
+# Sent as `expires_at` for a model without an expiry: Ollama's clients require a date, and take this one for "never".
 _NEVER = "9999-12-31T23:59:59Z"
 
 # What a config calls the numbers that GGUF files have under these names. Source: the attribute maps of transformers'

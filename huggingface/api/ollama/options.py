@@ -105,8 +105,13 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             float, "Taken from tokens made so far.", "presence_penalty", _same("presence_penalty")
         ),
         "frequency_penalty": Option(float, "The same for each time.", "frequency_penalty", _same("frequency_penalty")),
+        "repeat_last_n": Option(
+            Whole,
+            "How many of the last tokens are penalized; -1 all, 0 none.",
+            "repeat_last_n",
+            _same("repeat_last_n"),
+        ),
         # See `Wanted`.
-        "repeat_last_n": Option(Whole, "-1: all tokens are penalized, as is so anyway; 0: none. No other window."),
         "num_ctx": Option(Whole, "A prompt of more tokens is refused; the context itself is the model's."),
         # What they ask for is so anyway, or is not available.
         "penalize_newline": Option(
@@ -161,7 +166,6 @@ class Wanted:
     asked: Mapping[str, Any] = field(default_factory=dict)
     cleared: frozenset[str] = frozenset()
     num_ctx: int | None = None
-    repeat_last_n: int | None = None
 
     @classmethod
     def of(cls, given: Options | None) -> Wanted:
@@ -178,28 +182,15 @@ class Wanted:
                 asked |= option.asks(value)
             elif option.so_anyway and value not in option.so_anyway:
                 raise refused(name, f"must be {_shown(option.so_anyway)}: {option.reason}")
-            elif name not in ("num_ctx", "repeat_last_n"):
+            elif name != "num_ctx":
                 note_ignored(f"options.{name}")
         cleared = frozenset(name for name, value in asked.items() if value is None)
         asked = {name: value for name, value in asked.items() if value is not None}
-        return cls(asked, cleared, values.get("num_ctx"), values.get("repeat_last_n"))
+        return cls(asked, cleared, values.get("num_ctx"))
 
     def over(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters in effect, once those that were asked for are among them.
-
-        Raises:
-            InvalidRequest: only some of the tokens are to be penalized.
-        """
-        kept = {name: value for name, value in parameters.items() if name not in self.cleared}
-        window = self.repeat_last_n
-        if window is None:
-            return kept
-        if window == 0:
-            return {name: value for name, value in kept.items() if name not in _PENALTIES} | {"repetition_penalty": 1.0}
-        if window > 0 and any(kept.get(name, none) != none for name, none in _PENALTIES.items()):
-            raise refused("repeat_last_n", "must be -1 or 0 where there is a penalty, which is on all tokens here")
-        note_ignored("options.repeat_last_n")
-        return kept
+        """The parameters in effect, once those that were asked for are among them."""
+        return {name: value for name, value in parameters.items() if name not in self.cleared}
 
     def check_prompt(self, tokens: int) -> None:
         """See that a prompt fits into the context that is asked for.
@@ -212,10 +203,6 @@ class Wanted:
         if tokens > self.num_ctx:
             raise refused("num_ctx", f"the prompt has {tokens} tokens, and is not cut to {self.num_ctx}")
         note_ignored("options.num_ctx")
-
-
-# The penalties that a window is for, each with the value that is none.
-_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def refused(name: str, reason: str) -> InvalidRequest:

@@ -88,6 +88,7 @@ class Drawn(Part):
     epsilon_cutoff: float | None = Field(None, ge=0, lt=1)
     eta_cutoff: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0)
+    repeat_last_n: int | None = Field(None, ge=-1, le=2**31 - 1, description="Last tokens that penalties look at.")
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=2**31 - 1)
     encoder_repetition_penalty: float | None = Field(None, gt=0)
     encoder_no_repeat_ngram_size: int | None = Field(None, ge=0, le=2**31 - 1)

@@ -39,12 +39,13 @@ _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
     | {"return_dict", "return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask"}
     | {"tokenizer_kwargs", "bos_token", "eos_token", "unk_token", "pad_token", "conversation"}
+    | {"raise_exception", "strftime_now"}
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is wanted of an answer, whoever's fields said so.
+    """What is wanted of an answer, whichever protocol it came from.
 
     `form` is the constraint of its text, `tools` are OpenAI's (`{"type": "function", "function": …}`), `choice` is
     `none`, `auto`, `required` or the name of the tool to call. `template` are variables that the model's template has
