@@ -10,11 +10,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 BENCH := .venv-bench
+CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test format starter bench gpu clean
+.PHONY: help run test format starter bench clients gpu clean
 
 help: ## Show this list
 	@echo "Usage: make COMMAND [PYTHON=python3.12]"
@@ -39,12 +40,16 @@ starter: $(STAMPS)/run $(STAMPS)/starter ## Only bring the starter model into th
 bench: starter $(STAMPS)/dev $(BENCH)/.stamps/serve $(BENCH)/.stamps/llama-cpp ## Measure against other servers (ARGS="--quick")
 	$(PY) -m benchmarks $(ARGS)
 
+# Each program is installed into an environment of its own, the first time; see docs/clients.md.
+clients: $(STAMPS)/dev ## Run other people's programs against a live server (ARGS="--list", or their names)
+	$(PY) -m tests.external $(ARGS)
+
 # With the project's own Python, or where that is not installed with PYTHON and the wheels that benchmarks/gpu/fetch brought.
 gpu: ## Prove the server on a GPU: exactness, memory, speed, in minutes (ARGS="--device cpu")
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 clean: ## Remove the virtual environment and the caches (models and the registry stay)
-	rm -rf $(VENV) $(BENCH) benchmarks/gpu/wheels benchmarks/gpu/.site tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(CLIENTS) benchmarks/gpu/wheels benchmarks/gpu/.site tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:

@@ -41,20 +41,27 @@ ANSWERS = {
 }
 
 
-def build(root: Path, model_id: str, answers: Mapping[str, Sequence[str]], template: str) -> str:
+def build(
+    root: Path, model_id: str, answers: Mapping[str, Sequence[str]], template: str, context: int | None = None
+) -> str:
     """Put the model into a models folder, once. `answers` are the pieces of each answer, by the prompt's last token.
 
     A piece that stands in several answers goes on as in the first; it may be told apart by a space at its end.
+    The model is as wide as its answers need, and reads `context` tokens.
     """
     folder = root / model_id
     if folder.exists():
         return model_id
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = root / tiny_models.build(root, "llama")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source)
+    config.max_position_embeddings = context or config.max_position_embeddings
+    config.hidden_size = max(config.hidden_size, 32 * (sum(map(len, answers.values())) // 32 + 2))
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig.from_pretrained(source)
     chains = [[begin, *pieces] for begin, pieces in answers.items()]
     tokenizer.add_tokens(list(dict.fromkeys(piece for chain in chains for piece in chain)))
     ids = [[*tokenizer.convert_tokens_to_ids(chain), tokenizer.eos_token_id] for chain in chains]
