@@ -13,6 +13,7 @@ from typing import Any
 from _features import AS_JSON, HELLO, MODEL, QUESTION, REPORT, TOLD, URL, V1, feature, main, same
 from autogen_agentchat.agents import AssistantAgent
 from autogen_core.models import UserMessage
+from autogen_core.tools import FunctionTool
 from autogen_ext.models.ollama import OllamaChatCompletionClient
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from pydantic import BaseModel
@@ -55,7 +56,7 @@ def features(name: str, make: Any) -> None:
 
     @feature(f"{name} agent with a tool and an output type")
     async def _() -> None:
-        agent = AssistantAgent("ada", make(), tools=[weather], output_content_type=Report)
+        agent = AssistantAgent("ada", make(), tools=[FunctionTool(weather, "The weather", strict=True)], output_content_type=Report)
         same((await agent.run(task=AS_JSON)).messages[-1].content.model_dump(), REPORT)
 
 
