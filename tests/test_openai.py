@@ -20,6 +20,7 @@ from conftest import STARTER, Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.api.openai.chat import reason_of
+from huggingface.api.system import VERSION
 from huggingface.records import Chunk
 
 HI = [{"role": "user", "content": "where is the cat?"}]
@@ -147,6 +148,19 @@ def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI, model: str
     assert raw.headers["Content-Type"].startswith("text/event-stream")
     assert raw.text.endswith("data: [DONE]\n\n")
     assert "usage" not in raw.text
+
+
+def test_answers_tell_what_made_them(client: openai.OpenAI, model: str) -> None:
+    """TGI's client and Hugging Face's classes of a chat want `system_fingerprint`, whole or in pieces."""
+    options: dict[str, Any] = {"model": model, "max_tokens": 2}
+    chat = client.chat.completions.create(messages=HI, **options)
+    text = client.completions.create(prompt="the cat", **options)
+    assert chat.system_fingerprint == text.system_fingerprint == f"local-llm-{VERSION}"
+    for stream in (
+        client.chat.completions.create(messages=HI, stream=True, **options),
+        client.completions.create(prompt="the cat", stream=True, **options),
+    ):
+        assert {event.system_fingerprint for event in stream} == {f"local-llm-{VERSION}"}
 
 
 CHANGES: list[dict[str, Any]] = [

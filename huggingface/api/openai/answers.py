@@ -97,6 +97,7 @@ class ChatAnswer(_Answer):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str = Field(description="This server and its version.")
     choices: list[ChatChoice]
     usage: TokenCounts
 
@@ -119,6 +120,7 @@ class CompletionAnswer(_Answer):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str = Field(description="This server and its version.")
     choices: list[CompletionChoice]
     usage: TokenCounts
 

@@ -23,7 +23,7 @@ from ..sse import Events, event_stream
 from . import schemas
 from .conversation import Conversation, Wish
 from .history import readable
-from .serving import DONE, NAMES, Counted, chat_logprobs, failure, new_id, now, within
+from .serving import DONE, FINGERPRINT, NAMES, Counted, chat_logprobs, failure, new_id, now, within
 
 
 def answer_chat(
@@ -65,7 +65,8 @@ def answer_chat(
             if (turn := _turn(body)) is not None:
                 requests = [replace(request, turn=turn) for request in requests]
             ticket = begin(model, flight, requests)
-        about = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
+        about: dict[str, Any] = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
+        about["system_fingerprint"] = FINGERPRINT
         counted = Counted(count)
         if not body.stream:
             answer = _whole(

@@ -18,7 +18,7 @@ from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from .chat import form_of
-from .serving import DONE, NAMES, Counted, completion_logprobs, failure, new_id, now, within
+from .serving import DONE, FINGERPRINT, NAMES, Counted, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody
 
 _DEFAULT_TOKENS = 16  # OpenAI's own
@@ -128,7 +128,8 @@ class _Shape:
         self.n = body.n or 1
         self._made = made
         self._echoes = echoes
-        self._about = {"id": new_id("cmpl-"), "object": "text_completion", "created": now(), "model": model_id}
+        self._about: dict[str, Any] = {"id": new_id("cmpl-"), "object": "text_completion", "created": now()}
+        self._about |= {"model": model_id, "system_fingerprint": FINGERPRINT}
         self._shows_text = body.limited()[0] != 0
         self.stream_options = body.stream_options
         self.counted = Counted(made, None)

@@ -11,11 +11,14 @@ from typing import Any
 from ...errors import LocalLLMError
 from ...records import Chunk, Token, Usage
 from ..errors import openai_body, status_of
+from ..system import VERSION
 
 DONE = b"[DONE]"
 
 # What OpenAI names otherwise than the engine.
 NAMES: Mapping[str, str] = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+# What made an answer: some clients (TGI's) read no chat without it.
+FINGERPRINT = f"local-llm-{VERSION}"
 
 
 def new_id(kind: str) -> str:
