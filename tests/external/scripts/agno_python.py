@@ -49,7 +49,7 @@ def features(name: str, make: Any) -> None:
     @feature(f"{name} stream")
     def _() -> None:
         parts = Agent(model=make(), telemetry=False).run("hello", stream=True)
-        same("".join(part.content for part in parts if getattr(part, "event", "") == "RunContent"), HELLO)
+        same("".join(part.content or "" for part in parts if getattr(part, "event", "") == "RunContent"), HELLO)
 
     @feature(f"{name} tools")
     def _() -> None:

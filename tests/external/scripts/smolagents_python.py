@@ -17,7 +17,7 @@ from smolagents.models import ChatMessage
 
 MODELS: dict[str, Any] = {
     "OpenAIServerModel": OpenAIServerModel(MODEL, api_base=V1, api_key="none"),
-    "InferenceClientModel": InferenceClientModel(base_url=ADDRESS, token="hf_none"),
+    "InferenceClientModel": InferenceClientModel(ADDRESS, token="hf_none"),
     "LiteLLMModel": LiteLLMModel(f"openai/{MODEL}", api_base=V1, api_key="none"),
 }
 SAID = [ChatMessage(role="user", content=[{"type": "text", "text": "hello"}])]
