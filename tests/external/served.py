@@ -6,6 +6,7 @@ Everything lies in a temporary folder that goes with it. It knows models and set
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,9 @@ def server() -> Iterator[dict[str, str]]:
         models.mkdir()
         kinds = {name: (tiny_models.build(models, short), kind) for name, (short, kind) in MODELS.items()}
         kinds["AGENT_MODEL"] = (agent_model.build(models), "conversational")
+        # The same model by a name without an organization: some libraries cut a name at its last slash.
+        shutil.copytree(models / agent_model.MODEL_ID, models / "agent")
+        kinds["SHORT_MODEL"] = ("agent", "conversational")
         running = Server(Path(scratch), models)
         try:
             for model_id, kind in kinds.values():
