@@ -50,7 +50,11 @@ def test_scripts_that_share_an_environment_agree_on_versions() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["", "# /// script\n# dependencies = [\n# ///\n", '# /// script\n# [tool.local-llm]\n# nodes = ["a@1.0.0"]\n# ///\n'],
+    [
+        "",
+        "# /// script\n# dependencies = [\n# ///\n",
+        '# /// script\n# [tool.local-llm]\n# nodes = ["a@1.0.0"]\n# ///\n',
+    ],
 )
 def test_a_header_that_says_nothing_sensible_is_refused(tmp_path: Path, header: str) -> None:
     script = tmp_path / "one.py"

@@ -7,6 +7,7 @@ a failure run all the same. Prints a line a feature and a table at the end; the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,12 @@ def run(program: Program, environment: environments.Environment, settings: dict[
         output = Path(home) / "output.log"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                command, cwd=home, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                command,
+                cwd=home,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             problem = _wait(process, program.seconds)
@@ -91,10 +97,8 @@ def _wait(process: subprocess.Popen[bytes], seconds: int) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End what the script has started and left running: its process group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -114,7 +118,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         count = Counter(each["state"] for each in result["features"].values())
         missed = [feature for feature, each in result["features"].items() if each["state"] != "ok"]
-        told = "; ".join(filter(None, [", ".join(missed), result["problem"].splitlines()[0] if result["problem"] else ""]))
+        told = "; ".join(
+            filter(None, [", ".join(missed), result["problem"].splitlines()[0] if result["problem"] else ""])
+        )
         lines.append(f"{name:26} {count['ok']:3} of {sum(count.values()):<3} {result['seconds']:6.1f} s  {told}")
     return "\n".join(lines)
 
@@ -151,7 +157,10 @@ def main() -> int:
                 arguments.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(table(results))
     bad = [name for name, result in results.items() if failed(result)]
-    print(f"{len(results) - len(bad)} of {len(results)} programs as expected" + (f"; not: {', '.join(bad)}" if bad else ""))
+    print(
+        f"{len(results) - len(bad)} of {len(results)} programs as expected"
+        + (f"; not: {', '.join(bad)}" if bad else "")
+    )
     return 1 if bad else 0
 
 

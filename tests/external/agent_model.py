@@ -57,6 +57,7 @@ _SHOW = (
     "{% for call in message.tool_calls or [] %} {{ call.function.name }}{% endfor %}\n{% endfor %}"
 )
 
+
 def _template() -> str:
     """The chat template: it ends in the token that the answer follows from."""
     calls, ends = json.dumps(list(CALLS)), json.dumps(list(ENDS))

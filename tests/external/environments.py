@@ -1,4 +1,4 @@
-"""Environments under `.venv-clients`: a virtual environment, or a folder of Node modules, for the scripts that share one.
+"""Environments under `.venv-clients`: a virtual environment or Node modules, for scripts that share them.
 
 Each is made once and used again while the packages of its scripts are the same; an interrupted one is made again.
 It knows packages and folders, no server and no script's content.
@@ -69,6 +69,5 @@ def environments(programs: Iterable[Program]) -> dict[str, Environment]:
         python.update(program.python)
         node.update(program.node)
     return {
-        name: Environment(name, tuple(sorted(python)), tuple(sorted(node)))
-        for name, (python, node) in packages.items()
+        name: Environment(name, tuple(sorted(python)), tuple(sorted(node))) for name, (python, node) in packages.items()
     }

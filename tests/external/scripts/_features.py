@@ -96,7 +96,11 @@ def within(part: Any, whole: Any) -> None:
 def command(words: Sequence[str], seconds: int = 120, **environment: str) -> str:
     """What a command line prints, both streams; it has to end well."""
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL,
+        words,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, **environment},
     )
     if done.returncode:

@@ -19,7 +19,11 @@ from autogen_ext.models.openai import OpenAIChatCompletionClient
 from pydantic import BaseModel
 
 INFO: Any = {
-    "vision": False, "function_calling": True, "json_output": True, "family": "unknown", "structured_output": True,
+    "vision": False,
+    "function_calling": True,
+    "json_output": True,
+    "family": "unknown",
+    "structured_output": True,
 }
 
 
@@ -56,7 +60,9 @@ def features(name: str, make: Any) -> None:
 
     @feature(f"{name} agent with a tool and an output type")
     async def _() -> None:
-        agent = AssistantAgent("ada", make(), tools=[FunctionTool(weather, "The weather", strict=True)], output_content_type=Report)
+        agent = AssistantAgent(
+            "ada", make(), tools=[FunctionTool(weather, "The weather", strict=True)], output_content_type=Report
+        )
         same((await agent.run(task=AS_JSON)).messages[-1].content.model_dump(), REPORT)
 
 

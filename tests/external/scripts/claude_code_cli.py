@@ -15,8 +15,14 @@ from pathlib import Path
 from _features import MODEL, TOLD, URL, command, feature, main, same, within
 
 os.environ.update(
-    ANTHROPIC_BASE_URL=URL, ANTHROPIC_API_KEY="none", ANTHROPIC_MODEL=MODEL, ANTHROPIC_SMALL_FAST_MODEL=MODEL,
-    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1", DISABLE_TELEMETRY="1", IS_SANDBOX="1",
+    ANTHROPIC_BASE_URL=URL,
+    ANTHROPIC_API_KEY="none",
+    ANTHROPIC_MODEL=MODEL,
+    ANTHROPIC_SMALL_FAST_MODEL=MODEL,
+    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+    DISABLE_AUTOUPDATER="1",
+    DISABLE_TELEMETRY="1",
+    IS_SANDBOX="1",
 )
 (Path.home() / "notes.txt").write_text("Oslo is cold.\n")
 ASK = ["claude", "-p", "Read notes.txt and tell me what it says.", "--model", MODEL, "--allowedTools", "Bash"]

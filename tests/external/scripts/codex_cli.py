@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from _features import HELLO, MODEL, TOLD, V1, command, feature, main, within
+from _features import MODEL, TOLD, V1, command, feature, main, within
 
 home = Path.home() / ".codex"
 home.mkdir()

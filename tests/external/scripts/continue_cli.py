@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _features import HELLO, MODEL, TOLD, V1, command, feature, main, within
+from _features import HELLO, MODEL, TOLD, V1, command, feature, main
 
 (Path.home() / "config.yaml").write_text(
     f"""name: local
@@ -32,7 +32,14 @@ models:
 @feature("print")
 def _() -> None:
     printed = command(
-        ["cn", "-p", "Read notes.txt and tell me what it says.", "--config", str(Path.home() / "config.yaml"), "--auto"],
+        [
+            "cn",
+            "-p",
+            "Read notes.txt and tell me what it says.",
+            "--config",
+            str(Path.home() / "config.yaml"),
+            "--auto",
+        ],
         CONTINUE_TELEMETRY_ENABLED="0",
     )
     assert TOLD in printed or HELLO in printed, printed[-1000:]

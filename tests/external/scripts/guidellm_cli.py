@@ -22,7 +22,12 @@ def _() -> None:
     words = ["guidellm", "run", "--backend", f"kind=openai_http,target={URL},model={MODEL}"]
     words += ["--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3"]
     words += ["--tokenizer", f"kind=huggingface_auto,model={tokenizer}"]
-    words += ["--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=4", "--output", "kind=json,path=benchmarks.json"]
+    words += [
+        "--data",
+        "kind=synthetic_text,prompt_tokens=16,output_tokens=4",
+        "--output",
+        "kind=json,path=benchmarks.json",
+    ]
     command([*words, "--disable-console"], seconds=170, HF_HUB_OFFLINE="1")
     found = json.loads(Path("benchmarks.json").read_text())
     totals = found["benchmarks"][0]["metrics"]["request_totals"]

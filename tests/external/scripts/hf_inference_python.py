@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any
 
-from _features import ADDRESS, AS_JSON, HELLO, QUESTION, REPORT, SCHEMA, TOOL, URL, V1, MODEL, feature, main, same
+from _features import ADDRESS, AS_JSON, HELLO, MODEL, QUESTION, REPORT, SCHEMA, TOOL, URL, V1, feature, main, same
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 
 client = InferenceClient(model=ADDRESS, token="hf_none")
@@ -104,7 +104,9 @@ def _() -> None:
 @feature("async chat and stream")
 async def _() -> None:
     same((await asynchronous.chat_completion(GREETING)).choices[0].message.content, HELLO)
-    parts = [part.choices[0].delta.content or "" async for part in await asynchronous.chat_completion(GREETING, stream=True)]
+    parts = [
+        part.choices[0].delta.content or "" async for part in await asynchronous.chat_completion(GREETING, stream=True)
+    ]
     same("".join(parts), HELLO)
 
 

@@ -1,18 +1,36 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["langchain==1.5.2", "langchain-openai==1.7.4", "langchain-huggingface==1.2.3", "langchain-ollama==1.1.0", "langchain-anthropic==1.7.10"]
+# dependencies = [
+#   "langchain==1.5.2",
+#   "langchain-openai==1.7.4",
+#   "langchain-huggingface==1.2.3",
+#   "langchain-ollama==1.1.0",
+#   "langchain-anthropic==1.7.10",
+# ]
 # [tool.local-llm]
 # environment = "langchain"
 # ///
-"""LangChain with its four packages that reach this server: chats, streams, tools, structured output, agents, vectors."""
+"""LangChain with its four packages that reach this server: chats, streams, structured output, agents, vectors."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from _features import ADDRESS, AS_JSON, EMBEDDING_MODEL, HELLO, MODEL, QUESTION, REPORT, TEXT_MODEL, TOLD, URL, V1
-from _features import feature, main, same
+from _features import (
+    AS_JSON,
+    EMBEDDING_MODEL,
+    HELLO,
+    MODEL,
+    QUESTION,
+    REPORT,
+    TEXT_MODEL,
+    TOLD,
+    URL,
+    V1,
+    feature,
+    main,
+    same,
+)
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_anthropic import ChatAnthropic

@@ -11,9 +11,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from _features import ADDRESS, AS_JSON, EMBEDDING_MODEL, HELLO, MODEL, QUESTION, REPORT, TEXT_MODEL, TOLD, TOOL, URL, V1
-from _features import feature, main, same
 import litellm
+from _features import (
+    ADDRESS,
+    AS_JSON,
+    EMBEDDING_MODEL,
+    HELLO,
+    MODEL,
+    QUESTION,
+    REPORT,
+    TEXT_MODEL,
+    TOLD,
+    TOOL,
+    URL,
+    V1,
+    feature,
+    main,
+    same,
+)
 from pydantic import BaseModel
 
 litellm.telemetry = False
@@ -47,7 +62,9 @@ def features(name: str, options: dict[str, Any]) -> None:
 
     @feature(f"{name} tool loop")
     def _() -> None:
-        said: list[Any] = [{"role": "user", "content": [{"type": "text", "text": QUESTION, "cache_control": {"type": "ephemeral"}}]}]
+        said: list[Any] = [
+            {"role": "user", "content": [{"type": "text", "text": QUESTION, "cache_control": {"type": "ephemeral"}}]}
+        ]
         first = litellm.completion(messages=said, tools=[TOOL], **options).choices[0].message
         [call] = first.tool_calls
         same(json.loads(call.function.arguments), {"city": "Oslo"})
@@ -65,7 +82,9 @@ def features(name: str, options: dict[str, Any]) -> None:
     @feature(f"{name} reasoning_effort", known=thinks)
     def _() -> None:
         options_ = {**options, "drop_params": True}
-        same(litellm.completion(messages=GREETING, reasoning_effort="low", **options_).choices[0].message.content, HELLO)
+        same(
+            litellm.completion(messages=GREETING, reasoning_effort="low", **options_).choices[0].message.content, HELLO
+        )
 
 
 for each, some in PROVIDERS.items():

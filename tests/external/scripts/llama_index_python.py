@@ -8,7 +8,20 @@
 
 from __future__ import annotations
 
-from _features import AS_JSON, EMBEDDING_MODEL, HELLO, MODEL, QUESTION, REPORT, TEXT_MODEL, TOLD, V1, feature, main, same
+from _features import (
+    AS_JSON,
+    EMBEDDING_MODEL,
+    HELLO,
+    MODEL,
+    QUESTION,
+    REPORT,
+    TEXT_MODEL,
+    TOLD,
+    V1,
+    feature,
+    main,
+    same,
+)
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding

@@ -12,7 +12,21 @@ import json
 import os
 from pathlib import Path
 
-from _features import AS_JSON, HELLO, MODEL, QUESTION, REPORT, TEXT_MODEL, TOLD, V1, command, feature, main, same, within
+from _features import (
+    AS_JSON,
+    HELLO,
+    MODEL,
+    QUESTION,
+    REPORT,
+    TEXT_MODEL,
+    TOLD,
+    V1,
+    command,
+    feature,
+    main,
+    same,
+    within,
+)
 
 folder = Path(os.environ["HOME"]) / "llm"
 folder.mkdir()

@@ -12,7 +12,20 @@ import json
 
 import ollama
 from _features import (
-    AS_JSON, EMBEDDING_MODEL, HELLO, MODEL, QUESTION, REPORT, SCHEMA, TEXT_MODEL, TOLD, URL, feature, main, same, within,
+    AS_JSON,
+    EMBEDDING_MODEL,
+    HELLO,
+    MODEL,
+    QUESTION,
+    REPORT,
+    SCHEMA,
+    TEXT_MODEL,
+    TOLD,
+    URL,
+    feature,
+    main,
+    same,
+    within,
 )
 
 client = ollama.Client(host=URL)

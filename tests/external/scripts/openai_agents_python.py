@@ -12,8 +12,15 @@ from typing import Any
 
 from _features import AS_JSON, HELLO, MODEL, QUESTION, TOLD, V1, feature, main, same
 from agents import (
-    Agent, AsyncOpenAI, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, SQLiteSession,
-    function_tool, set_tracing_disabled,
+    Agent,
+    AsyncOpenAI,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    SQLiteSession,
+    function_tool,
+    set_tracing_disabled,
 )
 from pydantic import BaseModel
 
@@ -43,7 +50,10 @@ def weather(city: str) -> str:
 
 def ask(question: str, **options: Any) -> list[Any]:
     """The final output of an agent, over chats and over responses."""
-    return [Runner.run_sync(Agent("Ada", model=model, instructions="Be brief.", **options), question).final_output for model in models()]
+    return [
+        Runner.run_sync(Agent("Ada", model=model, instructions="Be brief.", **options), question).final_output
+        for model in models()
+    ]
 
 
 @feature("plain")

@@ -14,8 +14,22 @@ from typing import Any
 
 import openai
 from _features import (
-    AS_JSON, EMBEDDING_MODEL, HELLO, MODEL, PARAMETERS, QUESTION, REPORT, SCHEMA, TEXT_MODEL, TOLD, TOOL, V1, feature,
-    main, same, within,
+    AS_JSON,
+    EMBEDDING_MODEL,
+    HELLO,
+    MODEL,
+    PARAMETERS,
+    QUESTION,
+    REPORT,
+    SCHEMA,
+    TEXT_MODEL,
+    TOLD,
+    TOOL,
+    V1,
+    feature,
+    main,
+    same,
+    within,
 )
 from pydantic import BaseModel
 
@@ -53,7 +67,8 @@ def _() -> None:
 def _() -> None:
     answer = client.chat.completions.create(model=MODEL, messages=GREETING)
     same((answer.choices[0].message.content, answer.choices[0].finish_reason), (HELLO, "stop"))
-    assert answer.usage and answer.usage.completion_tokens
+    assert answer.usage
+    assert answer.usage.completion_tokens
 
 
 @feature("stream with usage")

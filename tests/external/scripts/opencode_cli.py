@@ -37,7 +37,9 @@ settings = {
 def _() -> None:
     printed = command(
         ["opencode", "run", "Read notes.txt and tell me what it says."],
-        OPENCODE_DISABLE_MODELS_FETCH="1", OPENCODE_DISABLE_AUTOUPDATE="1", OPENCODE_DISABLE_LSP_DOWNLOAD="1",
+        OPENCODE_DISABLE_MODELS_FETCH="1",
+        OPENCODE_DISABLE_AUTOUPDATE="1",
+        OPENCODE_DISABLE_LSP_DOWNLOAD="1",
     )
     within(TOLD, printed)
 

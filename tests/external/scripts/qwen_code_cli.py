@@ -13,7 +13,19 @@ from _features import HELLO, MODEL, TOLD, V1, command, feature, main
 
 @feature("prompt")
 def _() -> None:
-    words = ["qwen", "-p", "hello", "--auth-type", "openai", "--openai-api-key", "none", "--openai-base-url", V1, "-m", MODEL]
+    words = [
+        "qwen",
+        "-p",
+        "hello",
+        "--auth-type",
+        "openai",
+        "--openai-api-key",
+        "none",
+        "--openai-base-url",
+        V1,
+        "-m",
+        MODEL,
+    ]
     printed = command(words, OPENAI_API_KEY="none", OPENAI_BASE_URL=V1, OPENAI_MODEL=MODEL, QWEN_TELEMETRY_ENABLED="0")
     assert HELLO in printed or TOLD in printed, printed[-1000:]
 

@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from semantic_kernel import Kernel
 from semantic_kernel.connectors.ai import FunctionChoiceBehavior
 from semantic_kernel.connectors.ai.open_ai import (
-    OpenAIChatCompletion, OpenAIChatPromptExecutionSettings, OpenAITextEmbedding,
+    OpenAIChatCompletion,
+    OpenAIChatPromptExecutionSettings,
+    OpenAITextEmbedding,
 )
 from semantic_kernel.contents import ChatHistory
 from semantic_kernel.functions import kernel_function

@@ -22,6 +22,7 @@ MODELS: dict[str, Any] = {
 }
 SAID = [ChatMessage(role="user", content=[{"type": "text", "text": "hello"}])]
 
+
 @tool
 def weather(city: str) -> str:
     """The weather in a city.

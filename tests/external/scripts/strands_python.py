@@ -4,7 +4,7 @@
 # [tool.local-llm]
 # environment = "strands"
 # ///
-"""Strands Agents with its models for OpenAI's, Anthropic's and Ollama's APIs: an agent with a tool, structured output."""
+"""Strands Agents with its models for OpenAI's, Anthropic's and Ollama's APIs: tools, structured output."""
 
 from __future__ import annotations
 
