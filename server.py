@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from flask import Flask
@@ -62,7 +63,9 @@ def serve(app: Flask, settings: Settings) -> None:
     host, port = _use_channel(server, app.extensions[GUARD])[0]
     signal.signal(signal.SIGTERM, _stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
-    print(f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n", flush=True)  # noqa: T201
+    greeting = f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n"
+    with suppress(OSError):  # its reader may be gone by now, as that of `| head`
+        print(greeting, flush=True)  # noqa: T201
     server.run()
 
 

@@ -44,6 +44,10 @@ BUILDING = threading.Lock()
 # The default dtype is no such switch here: other models compute while one is built.
 default_dtype.install()
 
+# What draws a bar writes to the standard error under a lock of the process's: where its reader is gone, the write
+# fails, the lock stays locked, and every later load waits for it. Loads tell their progress themselves.
+transformers.utils.logging.disable_progress_bar()
+
 
 def read_tokenizer(plan: Plan) -> Any:
     """The model's tokenizer: of its folder, or of its GGUF file where the folder has none.
@@ -164,7 +168,9 @@ def watched(progress: Progress) -> Iterator[None]:
         return factory(each(), **{**named, "total": len(items)})
 
     before, unpacking = transformers.utils.logging.set_tqdm_hook(watch), modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = lambda *arguments, **named: watch(unpacking, arguments, named)
+    modeling_gguf_pytorch_utils.tqdm = lambda *arguments, **named: watch(
+        unpacking, arguments, {**named, "disable": True}
+    )
     try:
         yield
     finally:

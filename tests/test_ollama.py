@@ -261,6 +261,13 @@ def test_logprobs_are_told_of_each_token(client: ollama.Client, model: str) -> N
         assert token.top_logprobs is not None
         assert len(token.top_logprobs) == 2
         assert token.logprob == pytest.approx(max(each.logprob for each in token.top_logprobs))
+    assert answer.message.content is not None
+    stops = {**GREEDY, "stop": answer.message.content[4:7]}
+    whole_answer = client.chat(model, HI, options=stops, logprobs=True)
+    pieces = [line.logprobs or [] for line in client.chat(model, HI, options=stops, logprobs=True, stream=True)]
+    assert [token.token for tokens in pieces for token in tokens] == [
+        token.token for token in whole_answer.logprobs or []
+    ]
     streamed = [line.logprobs or [] for line in client.chat(model, HI, options=GREEDY, logprobs=True, stream=True)]
     assert [token.token for tokens in streamed for token in tokens] == [token.token for token in answer.logprobs]
 

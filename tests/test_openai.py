@@ -255,6 +255,18 @@ def test_log_probabilities_are_the_models_own(client: openai.OpenAI, model: str,
     assert client.chat.completions.create(**options).choices[0].logprobs is None
 
 
+def test_a_stream_tells_the_tokens_of_its_text_and_none_of_a_stop_string(client: openai.OpenAI, model: str) -> None:
+    options = {"model": model, "messages": HI, "temperature": 0, "max_tokens": 24, "logprobs": True}
+    greedy = client.chat.completions.create(**options).choices[0].message.content
+    for stop in {greedy[at : at + size] for at in (1, 4, 7) for size in (1, 3)}:
+        whole = client.chat.completions.create(stop=[stop], **options).choices[0]
+        events = list(client.chat.completions.create(stop=[stop], stream=True, **options))
+        text = "".join(event.choices[0].delta.content or "" for event in events)
+        told = [token.token for event in events if (found := event.choices[0].logprobs) for token in found.content]
+        assert text == whole.message.content
+        assert told == [token.token for token in whole.logprobs.content], stop
+
+
 def test_parameters_come_from_the_request_then_the_record_then_the_model(
     server: Server, models_dir: Path, tiny: Callable[[str], str], client: openai.OpenAI
 ) -> None:
@@ -677,7 +689,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         ("chat/completions", {**CHAT, name: value}, name)
         for name, value in {
             "functions": [NOW["function"]],
-            "function_call": "auto",
+            "function_call": {"name": "f"},
             "audio": {},
             "web_search_options": {},
             "num_beams": 2,

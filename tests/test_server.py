@@ -151,6 +151,35 @@ def test_sigterm_in_the_middle_of_a_generation_ends_it(start_server: Any, tiny: 
     thread.join(20)
 
 
+def test_a_server_whose_output_is_no_longer_read_loads_models_and_answers(
+    tmp_path: Path, models_dir: Path, tiny: Any
+) -> None:
+    """As of `python app.py 2>&1 | head`: what writes to a closed pipe fails, and is not in the way of anything."""
+    model_id = tiny("llama")
+    settings = {"PORT": "0", "REGISTRY": str(tmp_path / "r.json"), "MODELS_DIR": str(models_dir), "ENGINE": "torch"}
+    environment = {**os.environ, **{f"LOCAL_LLM_{key}": value for key, value in settings.items()}}
+    program = [sys.executable, "-u", str(ROOT / "app.py")]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        address = next(line for line in process.stdout if "Local LLM is at" in line).split()[4]
+        process.stdout.close()
+        try:
+            fields = {"model_id": model_id, "name": "x", "model_type": "text-generation"}
+            assert requests.post(f"{address}/api/huggingface/models", json=fields, timeout=60).status_code == 200
+            body = {"model_id": model_id, "prompt": "The cat", "max_new_tokens": 3}
+            for _ in range(2):
+                answer = requests.post(f"{address}/api/huggingface/generate", json=body, timeout=120)
+                assert answer.status_code == 200, answer.text
+                reload = {"force_reload": True}
+                load = f"{address}/api/huggingface/models/{model_id}/load"
+                assert requests.post(load, json=reload, timeout=120).status_code == 200
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
 def test_a_damaged_registry_is_told_of_at_the_start(start_server: Any, tmp_path: Path) -> None:
     """The server starts on a corrupt file, says under which name it was set aside, and nothing of it is lost."""
     (tmp_path / "models.json").write_text('{"models": [{"model_id": "gp')

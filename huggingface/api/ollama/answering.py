@@ -24,7 +24,7 @@ from ..errors import ollama_body, status_of
 from ..fields import note_ignored
 from ..generating import named
 from ..lending import lent
-from ..openai.serving import chat_logprobs, within
+from ..openai.serving import Told, chat_logprobs, within
 from ..services import services
 from ..sse import NDJSON, Events, event_stream
 from .options import NAMES, Wanted
@@ -164,6 +164,7 @@ class _Lines:
         self._times = times
         self._done = done
         self._last: Chunk | None = None
+        self._told = Told()
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """The answer, when all is made."""
@@ -179,7 +180,7 @@ class _Lines:
         if chunk.finish_reason is not None:
             self._last = chunk
         said = self._reader.read(chunk.text, last=chunk.finish_reason is not None)
-        tokens = [token for token in chunk.tokens if not token.special]
+        tokens = self._told.of(chunk)
         if said or tokens:
             yield self._line(said, tokens, {"done": False})
 

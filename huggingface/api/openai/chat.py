@@ -23,7 +23,7 @@ from ..sse import Events, event_stream
 from . import schemas
 from .conversation import Conversation, Wish
 from .history import readable
-from .serving import DONE, FINGERPRINT, NAMES, Counted, chat_logprobs, failure, new_id, now, within
+from .serving import DONE, FINGERPRINT, NAMES, Counted, Told, chat_logprobs, failure, new_id, now, within
 
 
 def answer_chat(
@@ -247,6 +247,7 @@ class _Framing:
         count_tokens: Callable[[str], int],
     ) -> None:
         self._parser = parser
+        self._told: dict[int, Told] = defaultdict(Told)
         self._parsers: dict[int, AnswerReader] = {}
         self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
         self._about = {**about, "object": "chat.completion.chunk"}
@@ -271,7 +272,7 @@ class _Framing:
         if chunk.finish_reason is not None:
             parts = [*parts, *parser.finish()]
         deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
-        tokens: Sequence[Token] = [token for token in chunk.tokens if not token.special] if self._logprobs else ()
+        tokens: Sequence[Token] = self._told[index].of(chunk) if self._logprobs else ()
         if tokens and not deltas:
             deltas = [{}]
         for place, delta in enumerate(deltas):

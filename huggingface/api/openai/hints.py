@@ -42,33 +42,33 @@ class Hinted(Part):
 class Asker(Hinted):
     """What every body has."""
 
-    user: Text | None = hint("Who asks; it makes no difference.")
+    user: Any = hint("Who asks; it makes no difference.")
 
 
 class Hints(Asker):
     """What bodies have that make text."""
 
     # Who asks, and how providers treat it.
-    safety_identifier: Text | None = hint()
-    request_id: Text | None = hint()
-    metadata: dict[str, Any] | None = hint()
-    client_metadata: dict[str, Any] | None = hint()
-    service_tier: Text | None = hint()
-    priority: int | None = hint()
-    verbosity: Literal["low", "medium", "high"] | None = hint()
-    truncation: Literal["auto", "disabled"] | None = hint("What does not fit the context is refused in any case.")
+    safety_identifier: Any = hint()
+    request_id: Any = hint()
+    metadata: Any = hint()
+    client_metadata: Any = hint()
+    service_tier: Any = hint()
+    priority: Any = hint()
+    verbosity: Any = hint()
+    truncation: Any = hint("What does not fit the context is refused in any case.")
     # What to keep for later: nothing is kept but what was computed of a prompt.
-    store: bool | None = hint()
-    prompt_cache_key: Text | None = hint()
-    prompt_cache_retention: Text | None = hint()
-    prompt_cache_options: dict[str, Any] | None = hint()
-    cache_prompt: bool | None = hint()
-    cache_salt: Text | None = hint()
+    store: Any = hint()
+    prompt_cache_key: Any = hint()
+    prompt_cache_retention: Any = hint()
+    prompt_cache_options: Any = hint()
+    cache_prompt: Any = hint()
+    cache_salt: Any = hint()
     # How the neighbours compute and report.
-    prediction: dict[str, Any] | None = hint("A guess that could save time; it is not used.")
-    timings_per_token: bool | None = hint()
-    return_progress: bool | None = hint()
-    guided_decoding_backend: Text | None = hint()
+    prediction: Any = hint("A guess that could save time; it is not used.")
+    timings_per_token: Any = hint()
+    return_progress: Any = hint()
+    guided_decoding_backend: Any = hint()
     skip_special_tokens: Literal[True] | None = so_anyway()
     spaces_between_special_tokens: Literal[True] | None = so_anyway()
     include_stop_str_in_output: Literal[False] | None = so_anyway()
@@ -92,11 +92,11 @@ class Hints(Asker):
     dynatemp_exponent: float | None = hint()
     xtc_threshold: float | None = hint()
     dry_base: float | None = hint()
-    dry_allowed_length: int | None = hint()
-    dry_penalty_last_n: int | None = hint()
+    dry_allowed_length: Any = hint()
+    dry_penalty_last_n: Any = hint()
     dry_sequence_breakers: list[Text] | None = hint()
-    id_slot: int | None = hint()
-    n_keep: int | None = hint()
+    id_slot: Any = hint()
+    n_keep: Any = hint()
 
 
 class ChatHints(Hints):
@@ -115,4 +115,4 @@ class ResponseHints(Hints):
 
     metadata: dict[str, Any] | None = Field(None, description="It is told back.")
     background: Literal[False] | None = so_anyway()
-    max_tool_calls: int | None = hint("Of OpenAI's own tools, of which there are none here.", ge=0)
+    max_tool_calls: Any = hint("Of OpenAI's own tools, of which there are none here.", ge=0)

@@ -90,6 +90,24 @@ def within(text: str, tokens: Iterable[Token]) -> list[Token]:
     return kept
 
 
+class Told:
+    """The tokens of a stream, each told with the text that holds it, and none that the text does not: see `within`."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Token] = []
+        self._bytes = 0  # of text whose tokens are not told yet
+
+    def of(self, chunk: Chunk) -> list[Token]:
+        """The tokens to tell with a chunk."""
+        self._tokens += [token for token in chunk.tokens if not token.special]
+        self._bytes += len(chunk.text.encode("utf-8", "replace"))
+        told = []
+        while self._tokens and self._bytes > 0:
+            told.append(self._tokens.pop(0))
+            self._bytes -= len(told[-1].raw)
+        return told
+
+
 def chat_logprobs(tokens: Iterable[Token]) -> dict[str, Any]:
     """`logprobs` of a choice of a chat."""
 
