@@ -96,7 +96,7 @@ def run_in_batch(
     most: int,
     context: int | None,
     gone: Callable[[], bool],
-    check_vocabulary: Callable[[int, str], None],
+    check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     adapter: str | None = None,
 ) -> bool:
     """Have the batch make the tokens of all prompts of `call`; False where it cannot, and the call is to be done whole.
