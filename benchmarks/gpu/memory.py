@@ -186,7 +186,7 @@ def _estimate(app: App, model_id: str, meter: Meter, scale: Scale, tell: Tell) -
     numbers = {"callers": len(bodies), "cache_peak": shown["peak_bytes"], "measured_peak": peak}
     apart = peak - shown["peak_bytes"]
     most = _SHARE * peak + (_SLACK if meter.cuda else shown["peak_bytes"])
-    tell.check("what is told of the peak was taken", abs(apart) <= most, **numbers)
+    tell.check("the reported peak is the measured peak", abs(apart) <= most, **numbers)
 
     held = meter.allocated()
     answer = app.done("POST", f"{API}/models/{model_id}/unload", {})

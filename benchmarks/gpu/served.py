@@ -93,7 +93,7 @@ class Served:
         self.done("POST", f"{API}/models", {"model_id": model_id, "name": model_id, "model_type": model_type, **fields})
 
     def load(self, model_id: str, **settings: Any) -> dict[str, Any]:
-        """Load a model, anew where other settings are asked for."""
+        """Load a model; other settings load it again."""
         return self.done("POST", f"{API}/models/{model_id}/load", settings)
 
     def estimate(self, model_id: str, **settings: str) -> dict[str, Any]:

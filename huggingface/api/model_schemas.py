@@ -122,7 +122,7 @@ class LoadBody(Settings):
 
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
     stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
-    keep_alive: KeepAlive | None = optional("Seconds in memory from now on, if nobody uses it; -1 is for ever.")
+    keep_alive: KeepAlive | None = optional("Seconds in memory without use; -1 is for ever.")
 
 
 class EmptyBody(Strict):

@@ -152,7 +152,7 @@ class Options(Part):
     place = "options"
 
 
-# The table as the class's fields, for those who check bodies; of their types the checker of types knows nothing.
+# The table as fields of the class, which pydantic reads; mypy does not know their types.
 _FIELDS: dict[str, Any] = {
     name: (option.kind | None, Field(None, description=option.text)) for name, option in OPTIONS.items()
 }
