@@ -263,7 +263,7 @@ class ModelManager:
             ModelNotFound: no such model is registered.
             ModelBusy: those who use it did not end within the busy timeout; nothing was changed.
         """
-        self._registry.get(model_id)
+        self._registry.check_present(model_id)
         with self._places.alone(model_id, self._busy_deadline) as place:
             content = self._registry.remove(model_id)
             self.downloads.cancel(model_id)

@@ -66,9 +66,10 @@ class ModelRegistry:
     """The registered models, in the file at `path` (the document's `models_data`); a missing file is an empty registry.
 
     Every method that reads or writes raises RegistryError where the file cannot be read, RegistryBusy where another
-    writer keeps it locked, StorageFull where a change has no room; nothing is changed then. A corrupt file is renamed,
-    reported in `warnings` and the log, and the registry goes on empty. Records are shared between callers: their
-    `parameters` are to be copied before they are changed.
+    writer keeps it locked, StorageFull where a change has no room; nothing is changed then. A record with a wrong value
+    stays in the file as it is, is reported in `warnings` and the log, and counts as not registered until it is
+    registered again, removed or corrected. A corrupt file is renamed and reported likewise, and the registry goes on
+    empty. Records are shared between callers: their `parameters` are to be copied before they are changed.
     """
 
     def __init__(self, path: Path, *, lock_timeout: float = 10.0, usage_delay: float = 1.0) -> None:
@@ -91,6 +92,7 @@ class ModelRegistry:
         """What a forked child must not share: pending uses are the parent's to write, its threads are gone, and what it
         knew of the file may be halfway between two versions."""
         self._content: Content | None = None
+        self._unreadable: list[str] = []  # a warning for each unreadable record of `_content`
         self._version: Version | None = None  # of the file, that `_content` was read from or written to
         self._file.after_fork()
         self._mutex = threading.Lock()  # guards every field; held for memory, a read or a rename only
@@ -110,8 +112,14 @@ class ModelRegistry:
         """The record of `model_id`. Raises ModelNotFound."""
         content, uses = self._snapshot()
         if model_id not in content.records:
-            raise ModelNotFound(model_id)
+            raise content.absent(model_id)
         return _used(content.records[model_id], uses.get(model_id))
+
+    def check_present(self, model_id: str) -> None:
+        """Raises ModelNotFound where the file has no record of `model_id`, not even one that cannot be read."""
+        content, _ = self._snapshot()
+        if model_id not in content.records and not content.unreadable(model_id):
+            raise ModelNotFound(model_id)
 
     def model_types(self) -> builtins.list[str]:
         """The types of the registered models, each once, sorted."""
@@ -139,9 +147,11 @@ class ModelRegistry:
 
     @property
     def warnings(self) -> builtins.list[str]:
-        """What a user should know of the file, such as a corrupt one set aside; empty until the file was first read."""
+        """What a user should know of the file: records in it that cannot be read, corrupt files set aside."""
+        with suppress(RegistryError):  # what it is about to a reader of the registry
+            self._snapshot()
         with self._mutex:
-            return [*self._warnings]
+            return [*self._warnings, *self._unreadable]
 
     # Changing ---------------------------------------------------------------------------------------------------------
 
@@ -154,12 +164,12 @@ class ModelRegistry:
         check_model_id(record.model_id)
         added = ModelRecord(**{name: stored_value(name, getattr(record, name)) for name in FIELDS})
 
-        def edit(records: dict[str, ModelRecord]) -> None:
+        def edit(records: dict[str, ModelRecord], _: Content) -> None:
             if added.model_id in records:
                 raise ModelExists(added.model_id)
             records[added.model_id] = added
 
-        self._change(edit)
+        self._change(edit, added.model_id)
         return added
 
     def update(self, model_id: str, changes: Mapping[str, Any]) -> ModelRecord:
@@ -175,10 +185,10 @@ class ModelRegistry:
         wanted = {name: stored_value(name, value) for name, value in changes.items() if name in CHANGEABLE_FIELDS}
         result: ModelRecord
 
-        def edit(records: dict[str, ModelRecord]) -> None:
+        def edit(records: dict[str, ModelRecord], content: Content) -> None:
             nonlocal result
             if model_id not in records:
-                raise ModelNotFound(model_id)
+                raise content.absent(model_id)
             result = records[model_id]
             for name in PROTECTED_FIELDS:
                 if name in changes and changes[name] != getattr(result, name):
@@ -199,7 +209,7 @@ class ModelRegistry:
         wanted = stored_value("details", details)
         result: ModelRecord
 
-        def edit(records: dict[str, ModelRecord]) -> None:
+        def edit(records: dict[str, ModelRecord], _: Content) -> None:
             nonlocal result
             present = records.get(record.model_id)
             if present is None or present.added_date != record.added_date:
@@ -214,11 +224,11 @@ class ModelRegistry:
     def remove(self, model_id: str) -> dict[str, Any]:
         """Remove a model; returns the new content as the document's `models_data`. Raises ModelNotFound."""
 
-        def edit(records: dict[str, ModelRecord]) -> None:
-            if records.pop(model_id, None) is None:
+        def edit(records: dict[str, ModelRecord], content: Content) -> None:
+            if records.pop(model_id, None) is None and not content.unreadable(model_id):
                 raise ModelNotFound(model_id)
 
-        content = self._change(edit)
+        content = self._change(edit, model_id)
         return {
             "models": [record.to_dict() for record in content.records.values()],
             "last_updated": content.last_updated,
@@ -283,6 +293,7 @@ class ModelRegistry:
                     version, data = present
                     self._content = parse(data, version.signature.mtime)
                     self._version = version
+                self._note_unreadable()
             return self._content, {**self._pending}
 
     def _read_or_set_aside(self) -> tuple[Content, dict[str, _Use]]:
@@ -310,27 +321,42 @@ class ModelRegistry:
             self._warnings.append(warning)
         return self._read()
 
+    def _note_unreadable(self) -> None:
+        """Bring the warnings up to the content; the log has each once. The caller holds the mutex."""
+        before = self._unreadable
+        self._unreadable = [
+            f"The registry file '{self._file.name}' holds a record that cannot be read, and keeps it: {problem}. "
+            "Correct it there, register the model again, or delete it."
+            for problem in (self._content.problems() if self._content else ())
+        ]
+        for warning in self._unreadable:
+            if warning not in before:
+                _LOG.error("%s", warning)
+
     def _stays_corrupt(self, reason: Corrupt, error: RegistryError) -> RegistryError:
         return type(error)(f"The registry file '{self._file.name}' is corrupt ({reason}), and it stays. {error}")
 
-    def _change(self, edit: Callable[[dict[str, ModelRecord]], None]) -> Content:
-        """Apply `edit` to the present records and write them, pending uses included, if that makes a difference."""
+    def _change(self, edit: Callable[[dict[str, ModelRecord], Content], None], replaced: str | None = None) -> Content:
+        """Apply `edit` to the present records and write them, pending uses included, if that makes a difference.
+
+        Unreadable records of the id `replaced` go.
+        """
         with self._file.locked():
             content, uses = self._read_or_set_aside()
             records = dict(content.records)
             for model_id, use in uses.items():
                 if model_id in records:
                     records[model_id] = _used(records[model_id], use)
-            edit(records)
+            edit(records, content)
             # By identity: 1 equals True, yet one in the place of the other is a change.
-            if len(records) == len(content.records) and all(
+            same = len(records) == len(content.records) and all(
                 records.get(model_id) is record for model_id, record in content.records.items()
-            ):
+            )
+            if same and not (replaced is not None and content.unreadable(replaced)):
                 with self._mutex:
                     self._settle(uses)  # what is left are uses of models that are gone
                 return content
-            extras = {model_id: extra for model_id, extra in content.record_extras.items() if model_id in records}
-            changed = Content(records, timestamp(), extras, content.file_extras)
+            changed = content.changed(records, timestamp(), replaced)
             try:
                 data = encode(changed)
             except orjson.JSONEncodeError as error:
@@ -338,6 +364,7 @@ class ModelRegistry:
             with self._file.staged(data) as publish, self._mutex:
                 self._version = publish()
                 self._content = changed
+                self._note_unreadable()
                 self._settle(uses)
             return changed
 
@@ -358,7 +385,7 @@ class ModelRegistry:
             if not self._pending:
                 return True
         try:
-            self._change(lambda _records: None)
+            self._change(lambda _records, _content: None)
         except RegistryError as error:
             _LOG.warning("Usage counters could not be written yet, and are kept: %s", error)
             return False

@@ -1,20 +1,22 @@
 """What the registry's file says: its bytes as records and back, and which values a record may hold.
 
-The format is the document's `models_data`. Fields that a newer version wrote are carried along unseen. Pure functions
-on immutable values, for any thread; no file and no lock is touched here.
+The format is the document's `models_data`. Fields that a newer version wrote are carried along unseen, and so is a
+record with a wrong value, byte for byte. Pure functions on immutable values, for any thread; no file and no lock is
+touched here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
-from .errors import InvalidModelId, InvalidRequest
+from .errors import InvalidModelId, InvalidRequest, ModelNotFound
 from .records import ModelRecord, check_model_id
 
 
@@ -77,14 +79,65 @@ class Corrupt(Exception):
     """The file is there and can be read, but it is no registry; the text says why."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unreadable:
+    """A record of the file with something wrong in it: its bytes, its id as far as there is one, and what is wrong."""
+
+    data: bytes
+    model_id: str | None
+    problem: str
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one version of the file says; never changed, so that readers need no lock while they look at it."""
+    """What one version of the file says; never changed, so that readers need no lock while they look at it.
+
+    `order` holds the ids of the records and, between them, the unreadable records in their places; it is empty where
+    every record can be read.
+    """
 
     records: Mapping[str, ModelRecord] = field(default_factory=dict)
     last_updated: str | None = None
     record_extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of newer versions, kept
     file_extras: Mapping[str, Any] = field(default_factory=dict)
+    order: tuple[str | Unreadable, ...] = ()
+
+    def unreadable(self, model_id: str) -> list[Unreadable]:
+        """The records of that id that cannot be read."""
+        return [each for each in self.order if isinstance(each, Unreadable) and each.model_id == model_id]
+
+    def absent(self, model_id: str) -> ModelNotFound:
+        """The error for an id without a record that can be read."""
+        unreadable = self.unreadable(model_id)
+        if not unreadable:
+            return ModelNotFound(model_id)
+        reason = f"its record in the registry file cannot be read ({unreadable[0].problem})"
+        return ModelNotFound(model_id, f": {reason}. Register it again, or delete it")
+
+    def problems(self) -> list[str]:
+        """What is wrong with each record that cannot be read: where it is, its id, and the reason."""
+        return [
+            f"models[{index}]{'' if each.model_id is None else f' ({each.model_id!r})'}: {each.problem}"
+            for index, each in enumerate(self.order)
+            if isinstance(each, Unreadable)
+        ]
+
+    def changed(self, records: Mapping[str, ModelRecord], last_updated: str, replaced: str | None) -> Content:
+        """The content with other records. Unreadable records keep their places; those of the id `replaced` go, and a
+        new record of that id comes in the first one's place.
+        """
+        order: dict[str | Unreadable, None] = {}
+        for entry in self.order:
+            if isinstance(entry, Unreadable) and (replaced is None or entry.model_id != replaced):
+                order[entry] = None
+            elif (model_id := entry if isinstance(entry, str) else replaced) in records:
+                order[str(model_id)] = None
+        if order:
+            order.update(dict.fromkeys(records))
+            records = {entry: records[entry] for entry in order if isinstance(entry, str)}
+        extras = {model_id: extra for model_id, extra in self.record_extras.items() if model_id in records}
+        kept_order = tuple(order) if len(order) > len(records) else ()
+        return Content(records, last_updated, extras, self.file_extras, kept_order)
 
 
 def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, Any]]:
@@ -114,54 +167,155 @@ def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, A
 def parse(data: bytes, mtime: int) -> Content:
     """The content of the file's bytes, last changed at `mtime` (nanoseconds since 1970).
 
+    A record with a wrong value, with an invalid id, or with the id of one before it is an `Unreadable`.
+
     Raises:
-        Corrupt: they are not JSON, or anything in it has the wrong type, or an id is invalid or there twice.
+        Corrupt: they are no object with a list `models`.
     """
-    try:
-        document = orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
-    except orjson.JSONDecodeError as error:
-        raise Corrupt(f"not JSON: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("models"), list):
-        raise Corrupt("not an object with a list 'models'")
-    last_updated = document.get("last_updated")
-    if not isinstance(last_updated, str | None):
-        raise Corrupt("'last_updated' is not a string or null")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     # A record written by hand may lack its date: that of the file serves, the same for whoever reads this version.
     written = datetime.fromtimestamp(mtime / 1e9, UTC).replace(tzinfo=None)
     default_date = written.isoformat(timespec="microseconds")
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        return _parse_pieces(data, default_date, Corrupt(f"not JSON: {error}"))
+    if not isinstance(document, dict) or not isinstance(document.get("models"), list):
+        raise Corrupt("not an object with a list 'models'")
     records: dict[str, ModelRecord] = {}
     extras: dict[str, dict[str, Any]] = {}
-    for index, raw in enumerate(document["models"]):
-        try:
-            record, unknown = _parse_record(raw, default_date)
-            if record.model_id in records:
-                raise Corrupt(f"'{record.model_id}' is there twice")
-        except Corrupt as error:
-            raise Corrupt(f"models[{index}]: {error}") from None
-        records[record.model_id] = record
-        if unknown:
-            extras[record.model_id] = unknown
+    try:
+        for raw in document["models"]:
+            _take(raw, default_date, records, extras)
+        orjson.dumps(document)
+    except (Corrupt, orjson.JSONEncodeError) as error:
+        return _parse_pieces(data, default_date, error)
+    return _content(document, records, extras)
+
+
+def _take(
+    raw: Any, default_date: str, records: dict[str, ModelRecord], extras: dict[str, dict[str, Any]]
+) -> ModelRecord:
+    """Put a record of the file, and the fields that this version does not know, to the others. Raises Corrupt."""
+    record, unknown = _parse_record(raw, default_date)
+    if record.model_id in records:
+        raise Corrupt(f"'{record.model_id}' is there twice")
+    records[record.model_id] = record
+    if unknown:
+        extras[record.model_id] = unknown
+    return record
+
+
+def _content(
+    document: Mapping[str, Any],
+    records: dict[str, ModelRecord],
+    extras: dict[str, dict[str, Any]],
+    order: tuple[str | Unreadable, ...] = (),
+) -> Content:
+    last_updated = document.get("last_updated")
     others = {name: value for name, value in document.items() if name not in ("models", "last_updated", "count")}
-    return Content(records, last_updated, extras, others)
+    return Content(records, last_updated if isinstance(last_updated, str) else None, extras, others, order)
+
+
+def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
+    """As `parse`, one record at a time: what is wrong in one, its JSON too, harms none of the others.
+
+    Raises:
+        Corrupt: with `reason` where not even the pieces can be told.
+    """
+    document: dict[str, Any] = {}
+    items: list[bytes] | None = None
+    try:
+        for member in _pieces(data, b"{}"):
+            name, value = _NAME.fullmatch(member).groups()  # type: ignore[union-attr]
+            if orjson.loads(name) == "models":
+                items = _pieces(value, b"[]")
+            else:
+                document |= orjson.loads(b"{" + member + b"}")
+        orjson.dumps(document)
+    except (ValueError, AttributeError, orjson.JSONEncodeError):
+        items = None
+    if items is None:
+        raise reason if isinstance(reason, Corrupt) else Corrupt(str(reason))
+    records: dict[str, ModelRecord] = {}
+    extras: dict[str, dict[str, Any]] = {}
+    order: list[str | Unreadable] = []
+    for item in items:
+        raw = None
+        try:
+            raw = orjson.loads(item)
+            # As deep in the document as it will stand: the encoder has a limit to depth, and writes no lone surrogates.
+            orjson.dumps({"models": [raw]})
+            order.append(_take(raw, default_date, records, extras).model_id)
+        except orjson.JSONDecodeError as error:
+            order.append(Unreadable(item, _id_of(raw, item), f"not JSON: {error}"))
+        except (Corrupt, orjson.JSONEncodeError) as error:
+            order.append(Unreadable(item, _id_of(raw, item), str(error)))
+    kept = tuple(order) if len(order) > len(records) else ()
+    return _content(document, records, extras, kept)
+
+
+_NAME = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:(.*)', re.DOTALL)
+_PART = re.compile(rb'"(?:[^"\\]|\\.)*"|[][{},]', re.DOTALL)
+_ID = re.compile(rb'"model_id"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+
+
+def _pieces(data: bytes, brackets: bytes) -> list[bytes]:
+    """What stands between the commas of a JSON object or list, told by its brackets alone. Raises ValueError."""
+    data = data.strip()
+    if data[:1] != brackets[:1] or data[-1:] != brackets[1:]:
+        raise ValueError
+    pieces, depth, start = [], 0, 1
+    for part in _PART.finditer(data):
+        mark = part[0]
+        depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+        ends = depth == 0
+        if ends and part.end() != len(data):
+            raise ValueError
+        if ends or (depth == 1 and mark == b","):
+            pieces.append(data[start : part.start()].strip())
+            start = part.end()
+    if depth:
+        raise ValueError
+    return [piece for piece in pieces if piece]
+
+
+def _id_of(raw: Any, item: bytes) -> str | None:
+    """The id that an unreadable record has, as far as it can be told."""
+    if raw is None:
+        found = _ID.search(item)
+        try:
+            raw = {"model_id": found and orjson.loads(found[1])}
+        except orjson.JSONDecodeError:
+            return None
+    model_id = raw.get("model_id") if isinstance(raw, dict) else None
+    return model_id if isinstance(model_id, str) else None
 
 
 def encode(content: Content) -> bytes:
-    """The file's bytes: indented JSON in UTF-8.
+    """The file's bytes: indented JSON in UTF-8, unreadable records as they were.
 
     Raises:
-        orjson.JSONEncodeError: fields carried along are nested too deep to be written.
+        orjson.JSONEncodeError: something in it cannot be written.
     """
-    extras = content.record_extras
     document = {
-        "models": [
-            {**record.to_dict(), **extras[model_id]} if model_id in extras else record.to_dict()
-            for model_id, record in content.records.items()
-        ],
+        "models": [*_entries(content)],
         "last_updated": content.last_updated,
-        "count": len(content.records),
+        "count": len(content.order or content.records),
         **content.file_extras,
     }
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def _entries(content: Content) -> Iterator[Any]:
+    extras = content.record_extras
+    for entry in content.order or content.records:
+        if isinstance(entry, Unreadable):
+            yield orjson.Fragment(entry.data)
+        elif entry in extras:
+            yield {**content.records[entry].to_dict(), **extras[entry]}
+        else:
+            yield content.records[entry].to_dict()
 
 
 def stored_value(name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from huggingface.errors import RegistryError, StorageFull
+from huggingface.errors import ModelNotFound, RegistryError, StorageFull
 from huggingface.records import ModelRecord
 from huggingface.registry import ModelRegistry
 
@@ -165,19 +165,8 @@ CORRUPT = {
     "empty": b"",
     "truncated": document(GPT2)[:-9],
     "not JSON": b"models: []",
-    "not UTF-8": document(GPT2).replace(b"GPT-2", b"GPT-\xff"),
     "no object": b"[]",
     "no list of models": b'{"models": {}}',
-    "a model that is no object": document("gpt2"),
-    "no model_id": document({"name": "x", "model_type": "y"}),
-    "no name": document({"model_id": "x", "model_type": "y"}),
-    "an id that is none": document({**GPT2, "model_id": "../gpt2"}),
-    "an id twice": document(GPT2, GPT2),
-    "a name that is no string": document({**GPT2, "name": 2}),
-    "parameters that are no object": document({**GPT2, "parameters": []}),
-    "a negative count": document({**GPT2, "usage_count": -1}),
-    "a count that is none": document({**GPT2, "usage_count": True}),
-    "a date that is no string": document(GPT2, last_updated=5),
 }
 
 
@@ -198,11 +187,103 @@ def test_a_corrupt_file_is_set_aside_and_never_overwritten(path, tmp_path, regis
     assert aside.read_bytes() == data
 
 
-def test_the_warning_says_what_is_wrong_and_where(path, registry):
-    """The model and the field at fault are named."""
-    path.write_bytes(document(GPT2, {**GPT2, "model_id": "opt", "usage_count": "many"}))
-    registry.list()
-    assert "(models[1]: 'usage_count' is not a whole number, not negative)" in registry.warnings[0]
+def deep(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+# A record of the file, as it stands there, and what is wrong with it.
+UNREADABLE = {
+    "no object": (b'"gpt2"', "is not an object"),
+    "a list": (b"[[]]", "is not an object"),
+    "no model_id": (b'{"name": "x", "model_type": "y"}', "has no 'model_id'"),
+    "no name": (b'{"model_id": "bad", "model_type": "y"}', "has no 'name'"),
+    "an id that is none": (b'{"model_id": "../bad", "name": "x", "model_type": "y"}', "not a Hugging Face model id"),
+    "an id twice": (b'{"model_id": "a/first", "name": "x", "model_type": "y"}', "'a/first' is there twice"),
+    "a name that is no string": (b'{"model_id": "bad", "name": 2, "model_type": "y"}', "'name' is not a string"),
+    "a null": (b'{"model_id": "bad", "name": "x", "model_type": "y", "description": null}', "'description' is not"),
+    "a list of parameters": (b'{"model_id": "bad", "name": "x", "model_type": "y", "parameters": []}', "'parameters'"),
+    "a negative count": (b'{"model_id": "bad", "name": "x", "model_type": "y", "usage_count": -1}', "'usage_count'"),
+    "a count that is none": (b'{"model_id":"bad","name":"x","model_type":"y","usage_count":true}', "'usage_count'"),
+    "an adapter that is none": (b'{"model_id":"bad","name":"x","model_type":"y","adapters":{"a":1}}', "'adapters'"),
+    "a number of another age": (
+        b'{"model_id": "bad", "name": 1, "model_type": "y", "x": 123456789012345678901234567890}',
+        "'name' is not a string",
+    ),
+    "NaN": (b'{"model_id": "bad", "name": "x", "model_type": "y", "parameters": {"a": NaN}}', "expected a JSON"),
+    "half a character": (b'{"model_id": "bad", "name": "\\ud800", "model_type": "y"}', "surrogate"),
+    "another encoding": (b'{"model_id": "bad", "name": "Mod\xe8le", "model_type": "y"}', "UTF-8"),
+    "a forgotten comma": (b'{"model_id": "bad" "name": "x", "model_type": "y"}', "line 1 column"),
+    "a deep nest": (b'{"model_id":"bad","name":"x","model_type":"y","n":' + deep(300) + b"}", "ecursion"),
+    "a deeper nest": (b'{"model_id":"bad","name":"x","model_type":"y","n":' + deep(100_000) + b"}", "depth"),
+}
+
+
+def with_bad_record(bad: bytes) -> bytes:
+    first, last = ({**GPT2, "model_id": model_id} for model_id in ("a/first", "a/last"))
+    records = b",\n    ".join([json.dumps(first).encode(), bad, json.dumps(last).encode()])
+    return b'{"models": [' + records + b'], "schema": [2]}'
+
+
+@pytest.mark.parametrize(("bad", "problem"), UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_one_bad_record_harms_no_other_and_stays_in_its_place(path, tmp_path, registry, caplog, bad, problem):
+    """The other models stay registered, the warning names the record, and every change keeps it byte for byte."""
+    path.write_bytes(with_bad_record(bad))
+    assert [one.model_id for one in registry.list()] == ["a/first", "a/last"]
+    (warning,) = registry.warnings
+    assert "models[1]" in warning
+    assert problem in warning
+    assert caplog.text.count(warning) == 1
+    other = ModelRegistry(path)
+    registry.add(record("new"))
+    other.update("a/last", {"description": "changed"})
+    registry.record_use("a/last")
+    registry.close()
+    between = path.read_bytes().split(bad)
+    assert len(between) == 2
+    assert b"a/first" in between[0]
+    assert b"a/last" in between[1]
+    registry.remove("a/last")
+    assert bad in path.read_bytes()
+    assert b'"schema"' in path.read_bytes()
+    assert [one.model_id for one in other.list()] == [one.model_id for one in registry.list()] == ["a/first", "new"]
+    assert other.warnings == registry.warnings == [warning]
+    assert names(tmp_path) == ["models.json", "models.json.lock"]
+    other.close()
+
+
+def test_registering_a_model_again_repairs_its_record(path, registry):
+    """It takes the bad record's place; until then its id is not found, and the answer says why."""
+    path.write_bytes(with_bad_record(UNREADABLE["a null"][0]))
+    for call in (lambda: registry.get("bad"), lambda: registry.update("bad", {"name": "x"})):
+        with pytest.raises(ModelNotFound, match=r"cannot be read .*'description'.*Register it again, or delete it"):
+            call()
+    registry.add(record("bad"))
+    assert [one["model_id"] for one in json.loads(path.read_bytes())["models"]] == ["a/first", "bad", "a/last"]
+    assert registry.warnings == []
+    assert registry.get("bad").name == "A model"
+
+
+def test_a_bad_record_can_be_deleted(path, registry):
+    """As any other, by its id; a second record of an id goes with the first."""
+    path.write_bytes(with_bad_record(UNREADABLE["a null"][0]))
+    registry.check_present("bad")
+    assert registry.remove("bad")["count"] == 2
+    assert registry.warnings == []
+    with pytest.raises(ModelNotFound):
+        registry.check_present("bad")
+    path.write_bytes(with_bad_record(UNREADABLE["an id twice"][0]))
+    registry.remove("a/first")
+    assert [one.model_id for one in registry.list()] == ["a/last"]
+    assert registry.warnings == []
+
+
+def test_a_record_corrected_by_hand_is_registered_again(path, registry):
+    """The warning goes when the file is read without it."""
+    path.write_bytes(with_bad_record(UNREADABLE["a null"][0]))
+    assert len(registry.warnings) == 1
+    path.write_bytes(path.read_bytes().replace(b"null", b'"words"'))
+    assert registry.warnings == []
+    assert registry.get("bad").description == "words"
 
 
 def test_each_corrupt_file_keeps_its_own_name(path, tmp_path, registry, monkeypatch):
