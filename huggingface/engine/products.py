@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import Cancelled
 from ..memory import release_freed
 
-# (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs)
+# (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs), contiguous: some models take views of them.
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-# Rows at which the ways are tried; each size stands for those up to the next.
+# Rows at which the ways are tried; each size stands for those up to the next. `parity` computes a chunk of each.
 _SIZES = (1, 4, 16, 64)
 _SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with, of a larger one as many outputs: more than caches hold
 _RUNS = 2
@@ -44,8 +44,8 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 def _transposed(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The weights as the left factor: what BLAS libraries do well for a few rows."""
-    product = torch.mm(weight, rows.t()).t()
-    return product if bias is None else product + bias
+    product = torch.mm(weight, rows.t()).t().contiguous()
+    return product if bias is None else product.add_(bias)
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -323,7 +323,8 @@ def _fastest(rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Te
     shortest = plain = _seconds(_linear, rows, weights, bias)
     for way in _OTHER_WAYS:
         try:
-            if not torch.allclose(way(rows, weights[0], bias), wanted, rtol=1e-3, atol=1e-4):
+            product = way(rows, weights[0], bias)
+            if product.stride() != wanted.stride() or not torch.allclose(product, wanted, rtol=1e-3, atol=1e-4):
                 continue
             seconds = _seconds(way, rows, weights, bias)
         except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch, or not for these
