@@ -156,3 +156,25 @@ def sentencepiece_model(path: Path, size: int) -> list[str]:
     path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+
+
+def byte_fallback(folder: Path, template: str | None = None) -> int:
+    """Write a BPE tokenizer of SentencePiece's form (Llama 2, Mistral, Phi-3) with a token for every byte; return how
+    many tokens it has. Each text begins with `<s>` and a space of the tokenizer's own, which decoding takes away."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces, merges = metaspace_pieces(280)
+    marks = ["<unk>", "<s>", "</s>"]
+    vocabulary = list(dict.fromkeys([*marks, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]))
+    ids = {piece: rank for rank, piece in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(marks)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": template}
+    write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
+    return len(vocabulary)

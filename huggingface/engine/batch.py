@@ -103,7 +103,8 @@ class TransformersBatch:
         for index, row_logits in zip(complete, logits, strict=True):
             sequence, made = rows[index].sequence, drawn[index]
             if sequence.logprobs is not None and isinstance(made, int):
-                sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs)
+                opens = sequence.alone and not self._texts.shows(sequence.tokens[sequence.prompt_tokens :])
+                sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs, opens=opens)
         return drawn
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
@@ -112,11 +113,13 @@ class TransformersBatch:
         sequence = row.sequence
         noted = sequence.read_tokens
         if not noted:
-            noted.append(self._texts.token(sequence.tokens[0]))
+            noted.append(self._texts.token(sequence.tokens[0], opens=self._texts.shows(sequence.tokens[:1])))
         following = sequence.tokens[len(noted) : min(row.start + len(row.tokens) + 1, sequence.prompt_tokens)]
         first = len(noted) - 1 - row.start  # whose logits are those of the first of them
         if following:
-            noted += self._texts.tokens(following, logits[first : first + len(following)], sequence.logprobs or 0)
+            opens = not self._texts.shows(sequence.tokens[: len(noted)])
+            logits = logits[first : first + len(following)]
+            noted += self._texts.tokens(following, logits, sequence.logprobs or 0, opens=opens)
 
     def step_aside(self) -> None:
         """Have the model itself ready for use by others than this batch."""
@@ -155,7 +158,7 @@ def sequence_of(
         most=config.max_length,
         ends=frozenset() if ends is None else frozenset(ends.tolist()),
         ticket=ticket,
-        text=TextStream(tokenizer, prepared.stops, tokens, prepared.special_tokens),
+        text=TextStream(tokenizer, prepared.stops, tokens, prepared.special_tokens, prepared.begin),
         sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), seed),
         parameters=prepared.parameters,
         gone=gone,
@@ -163,5 +166,6 @@ def sequence_of(
         max_time=config.max_time,
         logprobs=prepared.logprobs,
         prompt_logprobs=prepared.prompt_logprobs,
+        alone=prepared.begin == "alone",
         adapter=prepared.adapter,
     )

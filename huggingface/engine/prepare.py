@@ -20,6 +20,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from ..errors import ContextExceeded, InvalidRequest
 from ..records import GenerationRequest
 from .constraints import Constrained, Constraints
+from .detokenizer import Begin
 from .failures import typed
 from .sampling import Biased, Repeated, RepeatedLately
 
@@ -56,8 +57,8 @@ class Prepared:
     """A request in the model's terms.
 
     `inputs` and `arguments` are those of `generate`, `processors` are to be added to its own. `settled` is what one row
-    of the batch needs; None where the batch cannot do what is asked. `end` is the text that the prompt ends with. The
-    rest is the request's.
+    of the batch needs; None where the batch cannot do what is asked. `end` is the text that the prompt ends with,
+    `begin` tells where the new text begins: see `detokenizer.TextStream`. The rest is the request's.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -73,6 +74,7 @@ class Prepared:
     special_tokens: Sequence[str]
     logprobs: int | None
     prompt_logprobs: bool
+    begin: Begin
     adapter: str | None = None
 
 
@@ -166,8 +168,16 @@ class Preparer:
             special_tokens=request.special_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            begin=self._begin(request, constrained),
             adapter=request.adapter,
         )
+
+    def _begin(self, request: GenerationRequest, constrained: Constrained | None) -> Begin:
+        """A form says each character of its text. A prompt's continuation stands behind it, an answer for itself."""
+        if constrained is not None:
+            return "exact"
+        continues = request.messages is None or _turn(request) == "continued"
+        return "behind" if continues and self._reads_answer else "alone"
 
     def _constrained(
         self, request: GenerationRequest, parameters: Mapping[str, Any], prompt_tokens: int, end: str
@@ -266,7 +276,7 @@ class Preparer:
     def _ids(self, request: GenerationRequest) -> list[int]:
         """Token ids of the request's prompt."""
         if request.messages is not None:
-            return self._encode_messages(request.messages, request.template, request.turn)
+            return self._encode_messages(request.messages, request.template, _turn(request))
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
@@ -275,7 +285,7 @@ class Preparer:
         ids: list[int] = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
         return ids
 
-    def _encode_messages(self, messages: Any, template: Mapping[str, Any], turn: str | None) -> list[int]:
+    def _encode_messages(self, messages: Any, template: Mapping[str, Any], turn: str) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         if self._tokenizer.chat_template is None:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
@@ -284,9 +294,6 @@ class Preparer:
             text = end.join(turns) + (end if self._reads_answer else "")
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
             return ids
-        if turn is None:
-            # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
-            turn = "continued" if messages[-1]["role"] == "assistant" else "new"
         try:
             ids = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -408,6 +415,14 @@ class Preparer:
         """The strings that end a text: the request's, else the model's."""
         stops = parameters.get("stop_strings", self._model.generation_config.stop_strings)
         return [stops] if isinstance(stops, str) else list(stops or ())
+
+
+def _turn(request: GenerationRequest) -> str:
+    """What follows the last of the messages."""
+    if request.turn is not None or not request.messages:
+        return request.turn or "new"
+    # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
+    return "continued" if request.messages[-1]["role"] == "assistant" else "new"
 
 
 def _window(parameters: Mapping[str, Any]) -> int | None:

@@ -60,6 +60,7 @@ class Sequence:
     slot: Slot | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    alone: bool = False  # whether its text begins without regard to the prompt's
     adapter: str | None = None
     made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
     read_tokens: list[Token] = field(default_factory=list)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from ..errors import Cancelled
 from ..records import Chunk, FinishReason, Timings, Token, Usage
 from .constraints import Constrained
-from .detokenizer import TextStream, decoder
+from .detokenizer import TextStream
 from .failures import typed
 from .prepare import Prepared, blaming
 from .sampling import SeededDraws
@@ -99,7 +99,7 @@ class Solo:
         started, first = time.monotonic(), 0.0
         text = None
         if streams and self._one_path(prepared):
-            text = TextStream(self._tokenizer, prepared.stops, special_tokens=prepared.special_tokens)
+            text = self._text(prepared)
 
         def seen(input_ids: torch.Tensor) -> None:
             nonlocal first
@@ -125,7 +125,9 @@ class Solo:
         if prepared.logprobs is not None:
             logits = torch.stack(output.logits, dim=1)  # (rows, new tokens, vocabulary)
             for index, (_, _, count, _) in enumerate(rows):
-                tokens[index] = self._texts.tokens(ids[index][:count], logits[index, :count], prepared.logprobs)
+                tokens[index] = self._texts.tokens(
+                    ids[index][:count], logits[index, :count], prepared.logprobs, opens=prepared.begin == "alone"
+                )
         timings = Timings.of(submitted, started, first or started, time.monotonic(), made)
         for index, (whole, reason, _, stop) in enumerate(rows):
             rest = text.finish()[0] if text is not None else whole
@@ -141,7 +143,9 @@ class Solo:
             return []
         ids = prepared.inputs["input_ids"][0].tolist()
         logits = self.model(**prepared.inputs).logits[0, :-1]
-        return [self._texts.token(ids[0]), *self._texts.tokens(ids[1:], logits, prepared.logprobs or 0)]
+        opens = not self._texts.shows(ids[:1])
+        following = self._texts.tokens(ids[1:], logits, prepared.logprobs or 0, opens=opens)
+        return [self._texts.token(ids[0], opens=not opens), *following]
 
     def _draws(self, prepared: Prepared) -> AbstractContextManager[Any]:
         seed = prepared.parameters.get("seed")
@@ -154,14 +158,15 @@ class Solo:
     def _finish(self, ids: list[int], prepared: Prepared) -> tuple[str, FinishReason, int, str | None]:
         """Text, why it ended, how many tokens were made (the end token included, padding after it not), and the stop
         string that ended it."""
-        text = decoder(self._tokenizer, prepared.special_tokens)(ids)
+        text, stop = self._text(prepared).whole(ids)
         count = next((index + 1 for index, token in enumerate(ids) if token in prepared.ends), None)
-        found = [(text.index(stop), stop) for stop in prepared.stops if stop in text]
-        if found:
-            text = text[: min(found)[0]]
         whole = prepared.constrained is not None and any(prepared.constrained.complete)
-        reason: FinishReason = "stop" if found or count is not None or whole else "length"
-        return text, reason, len(ids) if count is None else count, min(found)[1] if found else None
+        reason: FinishReason = "stop" if stop or count is not None or whole else "length"
+        return text, reason, len(ids) if count is None else count, stop
+
+    def _text(self, prepared: Prepared) -> TextStream:
+        prompt = prepared.inputs["input_ids"][0].tolist() if self._reads_answer and prepared.inputs else []
+        return TextStream(self._tokenizer, prepared.stops, prompt, prepared.special_tokens, prepared.begin)
 
     def _one_path(self, prepared: Prepared) -> bool:
         """Whether the text grows token by token: one sequence, and no beams that may still lose."""

@@ -5,7 +5,8 @@ Any thread. Must not know sequences, sampling or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from llguidance import LLTokenizer
 
 from ..errors import InvalidRequest
 from ..records import Token
+from .detokenizer import plain_tokens, text_behind
 
 
 class TokenTexts:
@@ -25,23 +27,45 @@ class TokenTexts:
         self._exact = exact
         self._special = frozenset(tokenizer.all_special_ids)
 
-    def token(self, token: int, logprob: float | None = None, top: tuple[Token, ...] = ()) -> Token:
-        """A token by its id."""
-        try:
-            raw = self._exact().decode_bytes([token])
-        except InvalidRequest:
-            raw = str(self._tokenizer.decode([token])).encode()
+    def token(
+        self, token: int, logprob: float | None = None, top: tuple[Token, ...] = (), *, opens: bool = False
+    ) -> Token:
+        """A token by its id; one that `opens` a text lacks the space that a text does not begin with."""
+        raw = self._bytes(token)
+        if opens and raw.endswith(alone := self._decode([token]).encode("utf-8", "replace")):
+            raw = alone
         return Token(token, raw.decode("utf-8", "replace"), raw, logprob, token in self._special, top)
 
-    def tokens(self, ids: list[int], logits: torch.Tensor, alternatives: int) -> list[Token]:
+    def shows(self, ids: Sequence[int]) -> bool:
+        """Whether any of the tokens is not a special one."""
+        return any(token not in self._special for token in ids)
+
+    def tokens(self, ids: list[int], logits: torch.Tensor, alternatives: int, *, opens: bool = False) -> list[Token]:
         """Tokens and their log-probabilities: `ids[n]` stands where the model gave `logits[n]`, (tokens, vocabulary).
 
-        Each has its `alternatives` likeliest tokens as `top`.
+        Each has its `alternatives` likeliest tokens as `top`. The first that shows something may be one that `opens` a
+        text.
         """
         logprobs = logits.float().log_softmax(-1)
         chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
         values, places = logprobs.topk(min(alternatives, logprobs.shape[1]), dim=-1)
-        return [
-            self.token(token, logprob, tuple(self.token(*pair) for pair in zip(*top, strict=True)))
-            for token, logprob, top in zip(ids, chosen, zip(places.tolist(), values.tolist(), strict=True), strict=True)
-        ]
+        tops = zip(places.tolist(), values.tolist(), strict=True)
+        result = []
+        for token, logprob, top in zip(ids, chosen, tops, strict=True):
+            others = tuple(self.token(*pair, opens=opens) for pair in zip(*top, strict=True))
+            result.append(self.token(token, logprob, others, opens=opens))
+            opens = opens and token in self._special
+        return result
+
+    def _bytes(self, token: int) -> bytes:
+        try:
+            return bytes(self._exact().decode_bytes([token]))
+        except InvalidRequest:
+            return text_behind(self._decode, self._plain, [token]).encode("utf-8", "replace")
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens))
+
+    @cached_property
+    def _plain(self) -> list[int]:
+        return plain_tokens(self._tokenizer)
