@@ -56,6 +56,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
         unknown_parameters=settings.unknown_parameters,
+        held_bytes=max(settings.max_held_bytes, settings.max_body_bytes),
     )
     return app
 

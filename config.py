@@ -49,9 +49,32 @@ class Settings(BaseSettings):
     )
     threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
     connection_limit: int = Field(
-        1000, ge=1, description="Connections held open at once; keep it well above `threads`."
+        1000,
+        ge=1,
+        description="Connections held open at once; keep it well above `threads`. One more takes the place of the "
+        "slowest or longest idle one.",
     )
-    max_body_bytes: int = Field(16 * 1024**2, ge=1024, description="Largest request body accepted, in bytes.")
+    receive_timeout: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds that a client may take for the headers of a request, and for its body before "
+        "`receive_rate` applies.",
+    )
+    receive_rate: int = Field(1024, ge=1, description="Bytes per second, on average, with which a body has to arrive.")
+    send_timeout: float = Field(
+        60.0, gt=0, description="Seconds after which a client that takes nothing of its answer is cut off."
+    )
+    idle_timeout: float = Field(
+        120.0, gt=0, description="Seconds that a connection stays open for the next request of its client."
+    )
+    max_body_bytes: int = Field(
+        16 * 1024**2, ge=1024, description="Largest request body accepted, in bytes; unpacked, where it is compressed."
+    )
+    max_held_bytes: int = Field(
+        256 * 1024**2,
+        ge=1024,
+        description="Most bytes of request bodies held at once, all together; one more is a 503.",
+    )
     import_at_start: bool = Field(
         True,
         description="Import torch and transformers in the background right after the start, before any model asks.",

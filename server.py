@@ -1,56 +1,32 @@
-"""The production server around the app: waitress, its limits, its signals, and what it prints at the start.
+"""The production server around the app: its limits, its signals, and what it prints at the start.
 
-Knows sockets and threads; nothing of models. Errors that waitress answers by itself (a malformed request line, a body
-beyond any limit) get the documented JSON body, and the headers for browsers, here: they never reach the app.
+Knows settings and the process; sockets are the business of `connections`. Nothing here knows models.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import logging
 import signal
 import sys
 from contextlib import suppress
 from typing import Any
 
 from flask import Flask
-from waitress.channel import HTTPChannel
-from waitress.server import MultiSocketServer, create_server
-from waitress.task import ErrorTask
-from waitress.utilities import RequestEntityTooLarge
 
 from config import Settings
+from connections import Limits, listen
+from huggingface.api.bodies import EXTENSION as BODIES
 from huggingface.api.guard import EXTENSION as GUARD
-from huggingface.api.guard import Guard
 
-# Beyond the app's own limit, so that the app can answer a body that is too large after its sender has finished sending;
-# a client that is cut off in mid-sending sees a broken connection instead of the answer.
-_BODY_SLACK = 16
+logger = logging.getLogger(__name__)
+
+# Open files of the process besides its connections, and at most of one connection: its socket, and what holds a long
+# body and a long answer.
+_OTHER_FILES = 512
+_FILES_EACH = 3
 
 _LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that this machine calls localhost
-
-
-class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
-    """Answers a request that waitress refuses by itself, in the documented shape."""
-
-    def execute(self) -> None:
-        error = self.request.error
-        message = f"{error.reason}: {error.body}"
-        if isinstance(error, RequestEntityTooLarge):
-            limit = self.channel.server.adj.max_request_body_size // _BODY_SLACK
-            message = f"The request body is larger than {limit} bytes"
-        body = json.dumps({"success": False, "error": message}).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        # A failure of the app has a new request here, without the headers that were sent.
-        sent = (self.channel.requests or [self.request])[0].headers
-        self.response_headers.extend(self.channel.server.guard.answer_headers(sent.get("ORIGIN"), sent.get("HOST", "")))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class _Channel(HTTPChannel):  # type: ignore[misc]
-    error_task_class = _JSONErrorTask
 
 
 def serve(app: Flask, settings: Settings) -> None:
@@ -60,7 +36,7 @@ def serve(app: Flask, settings: Settings) -> None:
     except (OSError, ValueError) as error:  # ValueError: what waitress says of a name that it cannot resolve
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {reason}")
-    host, port = _use_channel(server, app.extensions[GUARD])[0]
+    host, port = server.effective_listen[0]
     signal.signal(signal.SIGTERM, _stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n"
@@ -70,28 +46,48 @@ def serve(app: Flask, settings: Settings) -> None:
 
 
 def _listen(app: Flask, settings: Settings) -> Any:
-    return create_server(
+    limits = Limits(
+        connections=_connections(settings.connection_limit),
+        receive=settings.receive_timeout,
+        rate=settings.receive_rate,
+        send=settings.send_timeout,
+        idle=settings.idle_timeout,
+        body=settings.max_body_bytes,
+    )
+    return listen(
         app,
+        limits,
+        app.extensions[GUARD],
+        app.extensions[BODIES],
         host=settings.host,
         port=settings.port,
         threads=settings.threads,
-        connection_limit=settings.connection_limit,
         channel_request_lookahead=1,  # lets a route ask whether its client is still there
-        max_request_body_size=settings.max_body_bytes * _BODY_SLACK,
+        recv_bytes=65536,
+        max_request_header_size=65536,
         ident="local-llm",
         clear_untrusted_proxy_headers=True,
     )
 
 
-def _use_channel(server: Any, guard: Guard) -> list[tuple[str, int]]:
-    """Have every listening socket use our channel, which asks `guard`; returns their addresses."""
-    if not isinstance(server, MultiSocketServer):
-        server.channel_class, server.guard = _Channel, guard
-        return [(server.effective_host, server.effective_port)]
-    for listener in server.map.values():
-        if hasattr(listener, "channel_class"):
-            listener.channel_class, listener.guard = _Channel, guard
-    return list(server.effective_listen)
+def _connections(most: int) -> int:
+    """How many connections there can be, of `most`: the system is asked for as many open files as they may need."""
+    if importlib.util.find_spec("resource") is None:  # Windows has no such limit
+        return most
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most * _FILES_EACH + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return most
+    possible = max(1, (soft - min(_OTHER_FILES, soft // 2)) // _FILES_EACH)
+    logger.warning("The system allows %d open files, so at most %d connections are held at once", soft, possible)
+    return possible
 
 
 def _stop(*_: object) -> None:

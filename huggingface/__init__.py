@@ -19,6 +19,7 @@ from .api import endpoint as endpoint  # adds its routes to those of the models,
 from .api import hub_protocol as hub_protocol
 from .api import preflight as preflight_routes
 from .api.anthropic import routes as anthropic
+from .api.bodies import init_bodies
 from .api.errors import init_errors
 from .api.fields import UnknownParameters, init_ignored
 from .api.guard import init_guard
@@ -55,6 +56,7 @@ def init_app(
     allowed_hosts: Iterable[str] = (),
     allowed_origins: Iterable[str] = (),
     unknown_parameters: UnknownParameters = "refuse",
+    held_bytes: int = 256 * 1024**2,
 ) -> None:
     """Put the services on `app` and register the routes.
 
@@ -64,7 +66,8 @@ def init_app(
     models to load at the start. `threads` are those that serve requests (an eighth of them is kept for those that need
     no model), `allowed_hosts` are names under which the server may be addressed besides the local ones,
     `allowed_origins` patterns of web pages' origins that may use it besides those of this machine.
-    `unknown_parameters` says whether a request with a parameter that nothing here knows is refused.
+    `unknown_parameters` says whether a request with a parameter that nothing here knows is refused, `held_bytes` how
+    many bytes of request bodies may be held at once.
     """
     records = ModelRegistry(registry)
     manager = ModelManager(
@@ -84,6 +87,7 @@ def init_app(
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
     init_guard(app, allowed_hosts, allowed_origins)
+    init_bodies(app, held_bytes)
     app.before_request(check_query)
     init_errors(app)
     init_ignored(app, unknown_parameters)

@@ -184,10 +184,11 @@ class ModelBusy(LocalLLMError):
 
 
 class ServerFull(LocalLLMError):
-    """As many requests wait for models as may; the others shall still find a thread for what needs no model."""
+    """As many requests wait for models as may; the others shall still find a thread for what needs no model. Or as many
+    bytes of requests are held as may be."""
 
-    def __init__(self) -> None:
-        super().__init__("Too many requests are waiting for models; try again later")
+    def __init__(self, message: str = "Too many requests are waiting for models; try again later") -> None:
+        super().__init__(message)
 
 
 # Work in progress -----------------------------------------------------------------------------------------------------

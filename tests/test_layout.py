@@ -110,7 +110,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "flask": ("app.py", "server.py", "huggingface/__init__.py", "huggingface/api/*.py"),
     "flask_openapi3": ("app.py", "huggingface/__init__.py", "huggingface/api/*.py"),
     "werkzeug": ("huggingface/api/*.py",),
-    "waitress": ("server.py",),
+    "waitress": ("connections.py",),
     "pydantic": (
         "config.py",
         *(
