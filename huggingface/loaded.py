@@ -35,6 +35,7 @@ from .engine.openvino.runner import OpenVINORunner
 from .engine.parity import batch_runner
 from .engine.prepare import Preparer
 from .engine.prompts import run_in_batch
+from .engine.rotary import forget_between_passes
 from .engine.slots import first_bank
 from .engine.solo import Solo
 from .engine.ticket import Ticket
@@ -44,6 +45,7 @@ from .memory import drop_pages, forget_frames, mapped_files, release_freed
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
 from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
+from .rotary import context
 from .tasks import Head
 from .tasks.embedding import Pooling
 from .tasks.generation import generation_arguments
@@ -232,6 +234,7 @@ class LoadedModel:
     def _make_parts(self, model: Any, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
         """Find out how the model is served, and build all that serves it."""
         model_id, options = self.model_id, self._options
+        forget_between_passes(model)
         rows = vocabulary_rows(model)
         guard_vocabulary(model, tokenizer)
         made = None if self._conversion is None else self._openvino_runner(model, self._conversion)
@@ -660,8 +663,10 @@ def _contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
 def _own_contexts(model: Any) -> tuple[int | None, int | None]:
     reads = max_positions(model)
     if reads is None:
-        said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        reads = said if said and said > 0 else None  # XLNet says -1: no limit
+        config = model.config.get_text_config()
+        said = getattr(config, "max_position_embeddings", None)
+        # XLNet says -1: no limit
+        reads = context(said, getattr(config, "rope_parameters", None)) if said and said > 0 else None
     if not model.config.is_encoder_decoder:
         return reads, reads
     return reads, max_positions(model.get_decoder())

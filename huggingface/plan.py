@@ -22,6 +22,7 @@ from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, Model
 from .headers import GGUFHeader
 from .placement import Placement, place
 from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from .rotary import context
 from .tasks import HEADS, MODEL_TYPES, Head
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ def file_bytes(plan: Plan, options: LoadOptions) -> int:
 
 def check_context(plan: Plan) -> None:
     """Refuse more tokens than the model reads."""
-    asked, own = plan.placement.max_context, getattr(plan.config.get_text_config(), "max_position_embeddings", None)
-    if asked is not None and own and asked > own > 0:
+    asked, config = plan.placement.max_context, plan.config.get_text_config()
+    own = getattr(config, "max_position_embeddings", None) or 0
+    own = context(own, getattr(config, "rope_parameters", None)) if own > 0 else 0
+    if asked is not None and asked > own > 0:
         raise InvalidRequest(
             f"Invalid value for field 'max_context': model '{plan.record.model_id}' reads {own} tokens at most",
             "max_context",

@@ -66,12 +66,16 @@ ALONE: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str) -> tuple[Any, Any]:
     """The model, in eval mode, and its tokenizer."""
+    return build_config(*{**BATCHED, **ALONE}[name])
+
+
+def build_config(kind: str, extra: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A model of a class of configs, with what its own config adds to the common shape, and its tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = byte_level(Path(folder), [END], lambda _: processors.ByteLevel(trim_offsets=False))
         names = {"bos_token": END, "eos_token": END, "unk_token": END}
         loaded = AutoTokenizer.from_pretrained(folder, **names)
     end = tokenizer.token_to_id(END)
-    kind, extra = {**BATCHED, **ALONE}[name]
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     config = getattr(transformers, kind)(**{**_SHAPE, **extra, **ids})
     torch.manual_seed(7)

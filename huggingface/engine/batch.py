@@ -20,7 +20,7 @@ from .runner import Piece
 from .sampling import Sampler, draw
 from .scheduler import Row
 from .sequence import Sequence
-from .slots import SlotTable, Store
+from .slots import Lengths, SlotTable, Store
 from .ticket import Ticket
 from .tokens import TokenTexts
 
@@ -45,6 +45,10 @@ class Runner(Protocol):
     @property
     def cache(self) -> Cache:
         """Where it keeps them."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """What it makes of the lengths of texts."""
 
     def forward(
         self, pieces: Many[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
@@ -72,7 +76,7 @@ class TransformersBatch:
         self._model_id = model_id
         self._texts = texts
         self._runner = runner
-        self.slots = SlotTable(runner.cache, options.kv_cache_bytes // runner.cache.token_bytes)
+        self.slots = SlotTable(runner.cache, options.kv_cache_bytes // runner.cache.token_bytes, runner.lengths)
 
     def forward(self, rows: Many[Row]) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32.
@@ -80,9 +84,9 @@ class TransformersBatch:
         Raises: as `failures.typed`.
         """
         pieces = [
-            Piece(row.sequence.slot, row.tokens, row.start, every=_wants_prompt(row), adapter=row.sequence.adapter)
+            Piece(sequence.slot, row.tokens, row.start, _wants_prompt(row), sequence.adapter, sequence.at_once)
             for row in rows
-            if row.sequence.slot is not None
+            if (sequence := row.sequence).slot is not None
         ]
         with typed(self._model_id):
             logits = self._runner.forward(pieces, lambda index, logits: self._note_prompt(rows[index], logits))

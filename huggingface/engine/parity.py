@@ -187,7 +187,8 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
             assert slot is not None  # noqa: S101 - there is room for all
             start = len(slot.tokens)
             tokens = sequences[index][start : start + count]
-            pieces.append(Piece(slot, tokens, start, adapter=expected[index].adapter))
+            adapter, at_once = expected[index].adapter, len(prompts[index])
+            pieces.append(Piece(slot, tokens, start, adapter=adapter, at_once=at_once))
         for (index, _), piece, logits in zip(work, pieces, runner.forward(pieces), strict=True):
             piece.slot.tokens.extend(piece.tokens)
             if len(piece.slot.tokens) >= len(prompts[index]):

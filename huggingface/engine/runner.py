@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..rotary import changing
 from .adapted import Adapters, Mix, NotMixable, mix_adapters
 from .cache import Segment, SlotCache
 from .layers import NotBatchable, layer_kinds, probe
 from .products import Products
-from .slots import Slot
+from .rotary import ByLength
+from .slots import Lengths, Slot
 from .twin import attend_by_segments, make_twin, wants_float_masks
 
 # Which tokens (`kv`, a row of positions) a new token at position `at` sees, by the kind of layer. The same rules as in
@@ -41,7 +43,7 @@ class Piece:
     """A row of work: `tokens` that follow the `start` ones which the slot holds already.
 
     `every` asks for the logits that follow each of them. `adapter` names whose numbers they are to be, None for the
-    model's own.
+    model's own. `at_once` is how many of the row's first tokens count as computed in one pass.
     """
 
     slot: Slot
@@ -49,6 +51,7 @@ class Piece:
     start: int
     every: bool = False
     adapter: str | None = None
+    at_once: int = 0
 
     @property
     def kept(self) -> Sequence[int]:
@@ -91,6 +94,7 @@ class BatchRunner:
             self._twin = make_twin(model)
         except Exception as error:
             raise NotBatchable("its modules cannot be copied") from error
+        self._rotary = self._by_length(text)
         self._adapters = adapters if adapters is not None and adapters.keys else None
         self._numbered = {name: number for number, name in enumerate(self._adapters.keys)} if self._adapters else {}
         self._mix = self._mixed(self._adapters) if self._adapters is not None and mixes else None
@@ -113,6 +117,11 @@ class BatchRunner:
         """
         if self._adapters is None or self._mix is not None:
             self.products = Products(self._twin, findings, given_up)
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the model makes of the lengths of texts."""
+        return Lengths() if self._rotary is None else Lengths(self._rotary.table, self._rotary.restart)
 
     @property
     def mixes(self) -> bool:
@@ -179,7 +188,12 @@ class BatchRunner:
         return [part for group in groups for part in _split(group, lambda a, b: _neighbours(pieces[a], pieces[b]))]
 
     def _begin(self, pieces: Sequence[Piece]) -> None:
-        """Have the rows' adapters, and no others, at work in the next pass."""
+        """Have the rows' adapters and rotary embeddings, and no others, at work in the next pass."""
+        if self._rotary is not None:
+            ends = [range(piece.start + 1, piece.start + len(piece.tokens) + 1) for piece in pieces]
+            self._rotary.begin(
+                [max(piece.at_once, end) for piece, each in zip(pieces, ends, strict=True) for end in each]
+            )
         if self._adapters is None:
             return
         if self._mix is None:
@@ -192,6 +206,15 @@ class BatchRunner:
         tokens = [number for number, piece in zip(numbers, pieces, strict=True) for _ in piece.tokens]
         kept = [number for number, piece in zip(numbers, pieces, strict=True) for _ in piece.kept]
         self._mix.begin(tokens, kept, self._device)
+
+    def _by_length(self, config: Any) -> ByLength | None:
+        if not (kinds := changing(config)):
+            return None
+        try:
+            return ByLength(self._twin)
+        except Exception as error:
+            reason = f"its rotary embeddings ({', '.join(kinds)}) change with the length of the text in code of its own"
+            raise NotBatchable(reason) from error
 
     def _mixed(self, adapters: Adapters) -> Mix:
         try:

@@ -61,11 +61,12 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
+        self._restart()
         while self.waiting and self.places > 0:
             sequence = self.waiting[0]
             # Whoever wants to know how likely the prompt is, has to have all of it computed.
             known = () if sequence.prompt_logprobs else sequence.tokens
-            sequence.slot = self._slots.take(known, sequence.first_need, sequence.adapter)
+            sequence.slot = self._slots.take(known, sequence.first_need, sequence.adapter, sequence.at_once)
             if sequence.slot is None:
                 return
             self.waiting.popleft()
@@ -73,6 +74,16 @@ class Scheduler:
                 sequence.admitted, sequence.reused = time.monotonic(), sequence.computed
             sequence.ticket.admitted()
             self.prefilling.append(sequence)
+
+    def _restart(self) -> None:
+        """Have the sequences that the model computes again from their first token on do so."""
+        border = self._slots.lengths.restart
+        if border is None:
+            return
+        for sequence in list(self.decoding):
+            if sequence.at_once < border <= len(sequence.tokens):
+                sequence.at_once = len(sequence.tokens)
+                self._put_back(sequence)
 
     def make_room(self) -> Sequence | None:
         """Give larger slots to the sequences that fill theirs. Where there is no memory, the latest one has to wait.

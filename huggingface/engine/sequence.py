@@ -43,7 +43,8 @@ class Sequence:
     `tokens` are the prompt's and the new ones; those that `slot.tokens` holds are computed. `most` is how many tokens
     there may be in all, `ends` are the token ids that end the text. `logprobs` is how many alternatives are to be told
     of each new token, None for no tokens at all; `prompt_logprobs` asks for the prompt's. Whoever draws puts these into
-    `made_tokens` and `read_tokens`. `adapter` names whose numbers these are, None for the model's own.
+    `made_tokens` and `read_tokens`. `adapter` names whose numbers these are, None for the model's own. `at_once` is how
+    many of the first tokens count as computed in one pass, whatever the chunks: the prompt's, or more since a restart.
     """
 
     tokens: list[int]
@@ -58,6 +59,7 @@ class Sequence:
     streams: bool = False
     max_time: float | None = None  # seconds from its admission after which no further token is begun
     slot: Slot | None = None
+    at_once: int = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
     alone: bool = False  # whether its text begins without regard to the prompt's
@@ -70,6 +72,9 @@ class Sequence:
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     first: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.at_once = self.prompt_tokens
 
     @property
     def need(self) -> int:

@@ -7,7 +7,7 @@ ended, and its tokens are kept for the next prompt that begins alike), and free 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +35,18 @@ class Store(Protocol):
         """Overwrite a row that may hold anything, NaN included, with zeros."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What a model makes of the length of a text, besides the positions of its tokens.
+
+    `table` names the numbers that tokens are computed with in one pass over so many of them: what was computed with
+    others is of no use. From `restart` tokens on, a text that grows to them is computed again as a whole.
+    """
+
+    table: Callable[[int], Hashable] = lambda _: None
+    restart: int | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Bank:
     """A block of rows. Rows `[0, decoding)` are those of sequences that decode."""
@@ -54,7 +66,7 @@ class Bank:
 class Slot:
     """One sequence's row. `tokens` are those whose keys and values it holds, from position 0 on.
 
-    They are the numbers of `adapter`, None for the model's own, and of use to nobody else.
+    They are the numbers of `adapter`, None for the model's own, and of a `table` of `Lengths`: of use to no others.
     """
 
     bank: Bank
@@ -63,6 +75,7 @@ class Slot:
     taken: bool = True
     used: int = 0  # the tick of its last use
     adapter: str | None = None
+    table: Hashable = None
 
     @property
     def decodes(self) -> bool:
@@ -73,8 +86,9 @@ class Slot:
 class SlotTable:
     """Hands out slots within a limit of tokens, least recently used ones first, and finds prefixes to reuse."""
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: Store, limit: int, lengths: Lengths | None = None) -> None:
         """`limit` is how many tokens all banks together may have room for."""
+        self.lengths = lengths or Lengths()
         self._store = store
         self._limit = limit
         self._banks: list[Bank] = []
@@ -100,16 +114,18 @@ class SlotTable:
         """Slots that are kept for reuse."""
         return sum(1 for slot in self._slots() if not slot.taken)
 
-    def take(self, prompt: Sequence[int], need: int, adapter: str | None = None) -> Slot | None:
+    def take(self, prompt: Sequence[int], need: int, adapter: str | None = None, at_once: int = 0) -> Slot | None:
         """A slot for a sequence of at most `need` tokens, with as much of `prompt` in it as is to be had; or None.
 
-        What other adapters have made of the prompt is not to be had.
+        What other adapters have made of the prompt is not to be had, nor what was made of it in a pass that counts as
+        one of another length than `at_once`.
 
         At least one token of the prompt is left to compute: its logits are what the first new token is drawn from.
         """
         self._tick += 1
         capacity = _capacity(need)
-        source, shared = self._best_prefix(prompt, adapter)
+        table = self.lengths.table(at_once)
+        source, shared = self._best_prefix(prompt, adapter, table)
         if source is not None and self._in_place(source, shared, capacity):
             slot: Slot | None = source
         else:
@@ -126,7 +142,7 @@ class SlotTable:
             self._store.copy((source.bank.key, source.row), (slot.bank.key, slot.row), shared)
             slot.tokens = list(prompt[:shared])
             source.used = self._tick
-        slot.taken, slot.used, slot.adapter = True, self._tick, adapter
+        slot.taken, slot.used, slot.adapter, slot.table = True, self._tick, adapter, table
         return slot
 
     @property
@@ -189,10 +205,10 @@ class SlotTable:
     def _holds(self, slot: Slot) -> bool:
         return slot.bank in self._banks and slot.bank.rows[slot.row] is slot
 
-    def _best_prefix(self, prompt: Sequence[int], adapter: str | None) -> tuple[Slot | None, int]:
+    def _best_prefix(self, prompt: Sequence[int], adapter: str | None, table: Hashable) -> tuple[Slot | None, int]:
         best, longest = None, 0
         for slot in self._slots():
-            if slot.adapter != adapter:
+            if (slot.adapter, slot.table) != (adapter, table):
                 continue
             shared = _shared(slot.tokens, prompt, max(len(prompt) - 1, 0))
             if shared > longest or (shared == longest and best is not None and best.taken and not slot.taken):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from .. import files
+from .. import files, rotary
 from ..adapter_files import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
 from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
@@ -206,7 +206,9 @@ class Look:
         kind = traits.text(header.values.get("general.architecture"))
         details["architecture"] = details["config_type"] = kind or None
         context = header.values.get(f"{kind}.context_length")
-        details["context_length"] = context if isinstance(context, int) else None
+        said = {name: header.values.get(f"{kind}.rope.scaling.{name}") for name in ("type", "factor")}
+        said["original_max_position_embeddings"] = header.values.get(f"{kind}.rope.scaling.original_context_length")
+        details["context_length"] = rotary.context(context, said) if isinstance(context, int) else None
         template = traits.text(header.values.get("tokenizer.chat_template"))
         details["chat_template"] = bool(template)
         details["tools"] = traits.mentions_tools([template])

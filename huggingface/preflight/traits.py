@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from .. import rotary
 from ..headers import SAFETENSORS_TYPES, Tensor
 from ..tasks import HEADS, MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
 from .names import HEAD_TABLES, Names
@@ -205,7 +206,10 @@ def context_of(names: Names, config: Mapping[str, Any]) -> int | None:
     if kind in _AFTER_PADDING:
         padding = config.get("pad_token_id", defaults.get("pad_token_id"))
         said -= (1 if kind == "mpnet" else padding if isinstance(padding, int) else 0) + 1
-    return said if said > 0 else None
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(scaling, dict) and isinstance(defaults.get("default_theta"), dict):  # one for each kind of layers
+        scaling = scaling if "full_attention" in scaling else {"full_attention": scaling}
+    return rotary.context(said, scaling) if said > 0 else None
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str | None, int]:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
+from ..rotary import changing
 from .vocabulary import check_vocabulary, vocabulary_rows
 
 Tensors = Mapping[str, Any]
@@ -60,6 +61,8 @@ class Lane:
         self._tokens = max(1, min(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), _NUMBERS // width))
         # BigBird reads a short input in another way than a long one, and takes the padding for a part of it.
         strange = getattr(model.config, "attention_type", None) == "block_sparse"
+        # Rotary embeddings that change with the length of a pass are those of the longest row.
+        strange = strange or bool(changing(model.config.get_text_config()))
         self._masks = not strange and "attention_mask" in inspect.signature(model.forward).parameters
         self._vocabulary = vocabulary_rows(model)
         pad = tokenizer.pad_token_id

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from ...rotary import changing
 from ..cache import LayerShape
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
 from .library import nncf, offline_transformations, openvino
@@ -25,9 +26,6 @@ _WINDOW_INPUT = 10
 
 # What may stand between the last product and the logits: it works on each number by itself.
 _ELEMENTWISE = frozenset({"Add", "Convert", "Divide", "Multiply", "Subtract", "Tanh"})
-
-# Kinds of rotary embeddings that are others from some length on.
-_CHANGING = frozenset({"dynamic", "longrope"})
 
 
 class _ConcatenatingCache(Cache):  # type: ignore[misc]
@@ -102,15 +100,8 @@ def check_rotary(config: Any) -> None:
     Raises:
         NotBatchable: they do.
     """
-    if changing := sorted(_rotary_kinds(config) & _CHANGING):
-        raise NotBatchable(f"its rotary embeddings ({', '.join(changing)}) change with the length of the text")
-
-
-def _rotary_kinds(config: Any) -> set[str]:
-    """The kinds of rotary embeddings that a config names, for all layers or for each kind of them."""
-    found = getattr(config, "rope_parameters", None) or {}
-    each = [found, *(part for part in found.values() if isinstance(part, dict))]
-    return {str(part["rope_type"]) for part in each if part.get("rope_type")}
+    if kinds := changing(config):
+        raise NotBatchable(f"its rotary embeddings ({', '.join(kinds)}) change with the length of the text")
 
 
 def convert(model: PreTrainedModel) -> Any:

@@ -18,6 +18,7 @@ import torch
 from ..cache import LayerShape
 from ..layers import NotBatchable
 from ..runner import Piece
+from ..slots import Lengths
 from . import graph as graphs
 from .blocks import BLOCK, BlockCache
 from .failures import infer
@@ -27,6 +28,8 @@ from .reserve import Reserve
 
 class OpenVINORunner:
     """Computes rows with a graph of the model's."""
+
+    lengths = Lengths()
 
     def __init__(
         self,
