@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from flask import Flask, Response, current_app, g, has_request_context
-from pydantic import AliasChoices, BaseModel, ValidationInfo, model_validator
+from pydantic import AliasChoices, BaseModel, GetCoreSchemaHandler, ValidationInfo, model_validator
+from pydantic_core import CoreSchema
 
 from ..errors import UnknownField
 from .refusals import nearest_name
@@ -29,6 +30,21 @@ _MOST_LOGGED = 1000
 UnknownParameters = Literal["refuse", "ignore"]
 
 
+def _fail_fast(schema: Any, own: type) -> None:
+    """Have lists and objects within a schema of `own` end with their first wrong item."""
+    if isinstance(schema, dict):
+        kind = schema.get("type")
+        if kind == "model" and schema["cls"] is not own and hasattr(schema["cls"], "known_names"):
+            return  # another `Fields`, and so done already
+        if kind in ("list", "tuple", "set", "frozenset", "dict"):
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part, own)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part, own)
+
+
 class Fields(BaseModel):
     """Some of a body."""
 
@@ -37,6 +53,13 @@ class Fields(BaseModel):
     lasts: ClassVar[bool] = False  # whether it is kept or changes the server: unknown fields are refused in any case
     drops: ClassVar[bool] = False  # whether unknown fields are dropped, as in what a program replays
     place: ClassVar[str] = ""  # what the header calls this part of a body
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The schema. A list ends with its first wrong item: to complain of each of a million would take minutes."""
+        schema = handler(source)
+        _fail_fast(schema, cls)
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -49,6 +72,7 @@ class Fields(BaseModel):
         ignores = cls.drops or not (cls.lasts or context.get("lasts") or not _ignores_unknown())
         before = context.get("prefix", "") or (f"{cls.place}." if cls.place else "")
         kept = {}
+        refused = False
         for name, item in value.items():
             if name in known:
                 if (item is not None or name in cls.nulls) and not (name in cls.empties and item in ("", [])):
@@ -58,8 +82,9 @@ class Fields(BaseModel):
             elif item is not None:
                 if ignores:
                     note_ignored(f"{before}{name}")
-                else:
-                    kept[name] = item  # which is refused, by its name
+                elif not refused:
+                    kept[name] = item  # which is refused, by its name; further ones would each be a complaint
+                    refused = True
         return kept
 
     @classmethod
