@@ -101,9 +101,67 @@ def test_a_task_refuses_an_input_with_such_a_token_and_the_next_call_is_answered
 
     right = run("The cat sat")
     assert right.status_code == 200, right.get_json()
-    refused(run(f"The {EXTRA} sat"))
-    refused(run(["The cat sat", f"The {EXTRA} sat"]))
+    refused(run(f"The {EXTRA} sat"), "'inputs'")
+    refused(run(["The cat sat", f"The {EXTRA} sat"]), "'inputs")
     assert run("The cat sat").get_json()["results"] == right.get_json()["results"]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "inputs", "parameters", "field"),
+    [
+        ("bert-mlm", "fill-mask", "The [MASK]", {"targets": ["cat", EXTRA]}, "'targets'"),
+        ("bert-nli", "zero-shot-classification", "The cat", {"candidate_labels": ["a", EXTRA]}, "'candidate_labels'"),
+        ("bert-qa", "question-answering", {"question": EXTRA, "context": "The cat"}, {}, "'inputs.question'"),
+    ],
+)
+def test_a_refusal_names_the_field_that_holds_such_a_token(
+    name: str, task: str, inputs: Any, parameters: Any, field: str, client: Any, models_dir: Path
+) -> None:
+    model_id = larger(models_dir, name, f"tiny/larger-{name}")
+    register(client, model_id, task)
+    body = {"model_id": model_id, "task": task, "inputs": inputs, **parameters}
+    refused(client.post(f"{API}/pipeline", json=body), field)
+
+
+def test_each_route_names_its_own_field_for_a_prompt_with_such_a_token(client: Any, models_dir: Path) -> None:
+    """OpenAI's, Ollama's, and the documented one for a model that makes a chat of a prompt."""
+    register(client, larger(models_dir, "llama", "tiny/larger-chat"), "conversational")
+    register(client, larger(models_dir, "bert-embed", "tiny/larger-embed"), "feature-extraction")
+    chat, embed = {"model": "tiny/larger-chat"}, {"model": "tiny/larger-embed"}
+    for path, body, field in (
+        (f"{API}/generate", {"model_id": "tiny/larger-chat", "prompt": EXTRA}, "prompt"),
+        ("/api/generate", {**chat, "prompt": EXTRA}, "prompt"),
+        ("/v1/completions", {**chat, "prompt": EXTRA}, "prompt"),
+        ("/v1/responses", {**chat, "input": EXTRA}, "input"),
+        ("/v1/embeddings", {**embed, "input": ["The cat", EXTRA]}, "input"),
+        ("/api/embeddings", {**embed, "prompt": EXTRA}, "prompt"),
+    ):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400
+        assert f"'{field}': it holds a token" in answer.get_data(as_text=True), (path, answer.get_json())
+
+
+def test_texts_of_every_form_are_made_without_such_a_token(api: Callable[[], Any], tmp_path: Path) -> None:
+    """Objects of a schema, any objects, choices, expressions, required calls; and its own text, of other tokens."""
+    model_id = larger(tmp_path, "llama", "tiny/larger")
+    register(api(), model_id, "text-generation")
+    schema = {"type": "object", "properties": {"a": {"enum": [EXTRA]}}, "required": ["a"]}
+    for form, expected in (
+        ({"json_schema": schema}, f'{{"a": "{EXTRA}"}}'),
+        ({"choice": [f"a {EXTRA}"]}, f"a {EXTRA}"),
+        ({"regex": "ab{3}"}, "abbb"),
+        ({"json_object": True}, None),
+    ):
+        body = {"model_id": model_id, "prompt": "The", "max_new_tokens": 60, "do_sample": False, **form}
+        answer = api().post(f"{API}/generate", json=body)
+        assert answer.status_code == 200, answer.get_json()
+        assert expected in (None, answer.get_json()["response"])
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    body = {"model": model_id, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 60}
+    body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    answer = api().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.get_json()
+    assert answer.get_json()["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
 
 
 def test_rows_are_not_padded_with_a_token_that_the_model_has_no_row_for(tmp_path: Path) -> None:

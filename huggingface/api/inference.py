@@ -15,6 +15,7 @@ from ..errors import InvalidRequest, MissingField
 from ..records import Chunk, Constraint, GenerationRequest, ModelRecord
 from . import inference_schemas, schemas
 from .effective import generation_parameters, task_parameters
+from .generating import named
 from .lending import lent
 from .services import services
 from .sse import DocumentedFraming, event_stream
@@ -64,9 +65,9 @@ def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
     parameters = generation_parameters(record, fields)
     with ExitStack() as stack:
         flight, model = stack.enter_context(lent(record, "generate", timeout, bool(streams), keep_alive))
-        ticket = flight.attach(
-            model.generate(_request(record, source, parameters, bool(streams), constraint, adapter), flight.gone)
-        )
+        with named({} if "messages" in source else {"messages": "prompt"}):
+            request = _request(record, source, parameters, bool(streams), constraint, adapter)
+            ticket = flight.attach(model.generate(request, flight.gone))
 
         def answer(chunks: list[Chunk]) -> dict[str, Any]:
             registry.record_use(record.model_id)

@@ -7,13 +7,12 @@ cannot be is refused at once. Must not know the batch, the queue or HTTP.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import llguidance
-import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
@@ -28,7 +27,10 @@ _MOST_CHOICES = 10_000
 
 
 class Constraints:
-    """Compiles constraints for one model's tokens. Any thread."""
+    """Compiles constraints for one model's tokens. Any thread.
+
+    Its tokenizer may know more tokens than the model has logits for; no text is made of those.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
         """`vocabulary` is how many logits the model gives for a token, `ends` the ids of tokens that end its texts."""
@@ -46,7 +48,8 @@ class Constraints:
         """
         grammar = _grammar(constraint)
         ends = frozenset(end for end in ends if end < self._vocabulary)
-        form = Form(LLMatcher(self.tokens, grammar, log_level=0), self._vocabulary, ends)
+        tokens = self.tokens
+        form = Form(LLMatcher(tokens, grammar, log_level=0), tokens.vocab_size, self._vocabulary, ends)
         if reason := form.error:
             raise _refuse(constraint.kind, reason)
         return form
@@ -64,7 +67,7 @@ class Constraints:
                     raise InvalidRequest("This model's tokenizer cannot be constrained: it has no tokenizer.json")
                 ends = self._ends or [self._hf.eos_token_id or self._hf.pad_token_id or 0]
                 try:
-                    self._tokens = llguidance.hf.from_tokenizer(self._hf, n_vocab=self._vocabulary, eos_token=ends)
+                    self._tokens = _tokens(self._hf, self._vocabulary, ends)
                 except ValueError as error:  # some kinds of pre-tokenizers
                     raise InvalidRequest(f"This model's tokenizer cannot be constrained: {error}") from error
             return self._tokens
@@ -73,15 +76,17 @@ class Constraints:
 class Form:
     """Which tokens may follow, in one text. One thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int, ends: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, known: int, vocabulary: int, ends: frozenset[int]) -> None:
+        """`known` is how many tokens the matcher knows, `vocabulary` for how many of them the model has logits."""
         self._matcher = matcher
+        self._known = known
         self._vocabulary = vocabulary
         self._ends = ends
-        self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
+        self._mask = np.zeros((known + 31) // 32, dtype=np.int32)
 
     def copy(self) -> Form:
         """The same form at the same place, for another text."""
-        return Form(self._matcher.deep_copy(), self._vocabulary, self._ends)
+        return Form(self._matcher.deep_copy(), self._known, self._vocabulary, self._ends)
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """(vocabulary), true for each token that may follow."""
@@ -149,8 +154,24 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
                 raise InvalidRequest(f"The text cannot be given the form that is asked for: {reason}")
         constrained = scores.masked_fill(~allowed, -torch.inf)
         if torch.isneginf(constrained.amax(-1)).any():
-            raise InvalidRequest("The form asked for allows only tokens that other parameters forbid")
+            reason = "that other parameters forbid, or that the model has no row for"
+            raise InvalidRequest(f"The form asked for allows only tokens {reason}")
         return constrained
+
+
+def _tokens(tokenizer: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
+    """llguidance's view of a tokenizer, without the added tokens that the model has no logits for: it would spell texts
+    with them."""
+    backend = copy.copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    written = backend.to_str()
+    known = max(vocabulary, max(tokenizer.get_vocab().values(), default=0) + 1)
+    if known > vocabulary:
+        content = json.loads(written)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
+        written = json.dumps(content, ensure_ascii=False)
+    return LLTokenizer(written, n_vocab=known, eos_token=[end for end in ends if end < known] or [0])
 
 
 def _grammar(constraint: Constraint) -> str:

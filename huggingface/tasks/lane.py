@@ -77,7 +77,7 @@ class Lane:
         """A number that rows have in common if they may be computed together; None for a row that must be alone.
 
         Raises:
-            InvalidRequest: it holds a token that the model has no row for.
+            NoRow: it holds a token that the model has no row for.
         """
         ids = row["input_ids"]
         check_vocabulary(int(ids.max()) if ids.numel() else 0, self._vocabulary)

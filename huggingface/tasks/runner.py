@@ -30,6 +30,7 @@ from .batching import Batcher, Request, TaskCall, Work
 from .generation import generation_arguments
 from .json_values import json_value
 from .lane import Lane, Outputs, Tensors, token_count
+from .vocabulary import NoRow, check_vocabulary, field_of
 
 if TYPE_CHECKING:
     from .embedding import Pooling
@@ -230,6 +231,10 @@ class TaskRunner:
         self.note(request.task)
 
     def _explain(self, request: Request, error: Exception) -> LocalLLMError:
+        if isinstance(error, NoRow):
+            return error.refusal(
+                field_of(error.token, request.task, request.inputs, request.parameters, self._tokenizer)
+            )
         return self.failure(request.task, request.parameters, error)
 
     def _check_parameters(self, name: str, inputs: Any, parameters: dict[str, Any]) -> None:
@@ -243,8 +248,10 @@ class TaskRunner:
                 raise shapes.refuse("top_k", f"must be at most {vocabulary}, the size of the model's vocabulary")
             targets = parameters.get("targets", [])
             for target in [targets] if isinstance(targets, str) else targets:
-                if not tokenizer.encode(target, add_special_tokens=False):
+                ids = tokenizer.encode(target, add_special_tokens=False)
+                if not ids:
                     raise shapes.refuse("targets", f"'{target}' holds no token of the model's vocabulary")
+                check_vocabulary(max(ids), vocabulary, "targets")
         if "stride" in parameters:
             room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
             if parameters["stride"] >= room:

@@ -8,9 +8,26 @@ not know tasks, JSON or HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidRequest
+
+
+class NoRow(Exception):
+    """A token id beyond the rows of a model's table, in whatever text it came from."""
+
+    def __init__(self, token: int, rows: int) -> None:
+        super().__init__(f"token {token} is beyond the {rows} rows of the table")
+        self.token, self.rows = token, rows
+
+    def refusal(self, field: str) -> InvalidRequest:
+        """What to tell a caller whose `field` holds it."""
+        return InvalidRequest(
+            f"Invalid value for field '{field}': it holds a token that the model has no row for: its tokenizer gives "
+            f"it the id {self.token}, and the model's vocabulary has {self.rows} tokens",
+            field,
+        )
 
 
 def vocabulary_rows(model: Any) -> int | None:
@@ -27,15 +44,11 @@ def check_vocabulary(highest: int, rows: int | None, field: str | None = None) -
     """Refuse token ids up to `highest` where that is beyond the `rows` of the table.
 
     Raises:
-        InvalidRequest: for the `field` that the ids come from.
+        InvalidRequest: for the `field` that the ids come from. NoRow: where that is not known here.
     """
     if rows is not None and highest >= rows:
-        where = "The text" if field is None else f"Invalid value for field '{field}': it"
-        raise InvalidRequest(
-            f"{where} holds a token that the model has no row for: its tokenizer gives it the id {highest}, and the "
-            f"model's vocabulary has {rows} tokens",
-            field,
-        )
+        error = NoRow(highest, rows)
+        raise error if field is None else error.refusal(field)
 
 
 def guard_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -55,3 +68,15 @@ def guard_vocabulary(model: Any, tokenizer: Any) -> None:
     for module in model.modules():  # encoders and decoders have modules of their own around the same table
         if module is table or (hasattr(module, "num_embeddings") and module.weight is table.weight):
             module.register_forward_pre_hook(check)
+
+
+def field_of(token: int, task: str, inputs: Any, parameters: Mapping[str, Any], tokenizer: Any) -> str:
+    """The field of a task's call whose text holds a token: a parameter, a part of the inputs, or these."""
+    own = {"sentence-embeddings": "input", "rerank": "documents"}.get(task, "inputs")
+    parts = inputs if isinstance(inputs, Mapping) else {}
+    places = {name if task == "rerank" else f"{own}.{name}": value for name, value in parts.items()}
+    for field, value in {**parameters, **places}.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and token in tokenizer.encode(text, add_special_tokens=False):
+                return field
+    return own

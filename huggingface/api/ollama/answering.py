@@ -93,7 +93,8 @@ def answer(
     with ExitStack() as stack:
         flight, model = stack.enter_context(lent(record, task, body.timeout, body.streams, body.keep_alive))
         loaded = time.monotonic()
-        with named({**NAMES, "json_schema": "format", "grammar": "format"}):
+        asked = {"messages": "prompt"} if task == "generate" else {}
+        with named({**NAMES, "json_schema": "format", "grammar": "format", **asked}):
             source = source_of(model)
             parameters = wanted.over(openai_parameters(record, model.own_parameters, wanted.asked))
             [request] = source.requests(
