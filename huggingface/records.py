@@ -215,7 +215,7 @@ class GenerationRequest:
     out. `special_tokens` are left in the text, other special tokens are not. `adapter` names one of the model's, None
     is the model itself. `turn` says what follows the last of the messages: the assistant's `new` turn, what was left
     out of the last message (`continued`), or `none` of both; None is `continued` behind the assistant's words, else
-    `new`.
+    `new`. `fallbacks` are the same messages laid out otherwise, for a template that refuses them or leaves `told` out.
     """
 
     parameters: Mapping[str, Any]
@@ -231,6 +231,8 @@ class GenerationRequest:
     special_tokens: Sequence[str] = ()
     adapter: str | None = None
     turn: Literal["new", "continued", "none"] | None = None
+    fallbacks: Sequence[Sequence[Mapping[str, Any]]] = ()
+    told: str = ""
 
 
 @dataclass(frozen=True, slots=True)

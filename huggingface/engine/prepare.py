@@ -276,7 +276,7 @@ class Preparer:
     def _ids(self, request: GenerationRequest) -> list[int]:
         """Token ids of the request's prompt."""
         if request.messages is not None:
-            return self._encode_messages(request.messages, request.template, _turn(request))
+            return self._encode_messages(request)
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
@@ -285,29 +285,46 @@ class Preparer:
         ids: list[int] = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
         return ids
 
-    def _encode_messages(self, messages: Any, template: Mapping[str, Any], turn: str) -> list[int]:
+    def _encode_messages(self, request: GenerationRequest) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
+        assert request.messages is not None  # noqa: S101 - it is a chat
         if self._tokenizer.chat_template is None:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
-            turns: list[str] = [message["content"] or "" for message in messages]
+            turns: list[str] = [message["content"] or "" for message in request.messages]
             # An encoder-decoder's tokenizer ends the text itself.
             text = end.join(turns) + (end if self._reads_answer else "")
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
             return ids
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=turn == "new",
-                continue_final_message=turn == "continued",
-                return_dict=False,
-                **template,
-            )
-        except (TemplateError, ValueError, TypeError, RecursionError) as error:
+        turn = _turn(request)
+        how = {"add_generation_prompt": turn == "new", "continue_final_message": turn == "continued"}
+        return self._laid_out(request, {**how, **request.template})
+
+    def _laid_out(self, request: GenerationRequest, how: Mapping[str, Any]) -> list[int]:
+        """Token ids of the first layout that the model's template takes and shows whole, else of the first it takes.
+
+        Raises:
+            InvalidRequest: it takes none.
+        """
+        taken: list[int] | None = None
+        refusal: Exception | None = None
+        for each in (request.messages, *request.fallbacks):
+            messages = list(each or ())
+            try:
+                ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **how)
+                if not request.told or request.told in self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, **how
+                ):
+                    return ids
+            except (TemplateError, ValueError, TypeError, RecursionError) as error:
+                refusal = error
+            else:
+                taken = taken or ids
+        if taken is None:
             raise InvalidRequest(
-                f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {error}",
+                f"Invalid value for field 'messages': the chat template of model '{self._model_id}' says: {refusal}",
                 "messages",
-            ) from error
-        return ids
+            ) from refusal
+        return taken
 
     def _filled(self, request: GenerationRequest, prompt_tokens: int) -> dict[str, Any]:
         """The parameters, with a limit of tokens where the request wants as many as there is room for."""

@@ -98,7 +98,8 @@ class Conversation:
         if not self._harmony and self._form is None and self._format in (None, JSON) and self._reads_regions(traits):
             self._regions = traits.response_template
         self.variables = self._variables()
-        self.messages = self._laid_out(messages)
+        self._told = ""  # what this server says of the tools
+        self.messages, *self._fallbacks = self._layouts(messages)
 
     def requests(
         self,
@@ -126,6 +127,8 @@ class Conversation:
                 constraint=self._constraint(),
                 special_tokens=tuple(kept & self._special),
                 adapter=adapter,
+                fallbacks=self._fallbacks,
+                told=self._told,
             )
             for number in range(count)
         ]
@@ -219,11 +222,29 @@ class Conversation:
     def _has(self, variable: str) -> bool:
         return has_variable(self._template, variable)
 
-    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages as the template knows them."""
+    def _layouts(self, messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The messages as the template knows them, and for one that insists on turns or has no system role, what this
+        server made of them merged into what stands beside it."""
+        takes = takes_tools(self._template) and not self._tools_in_system
+        laid = self._laid_out(messages, takes=takes)
+        if not self._tools or takes:
+            layouts = [laid, _merged(laid)]
+        else:
+            told = describe_tools(self._tools, self._wish.choice, answers=self._form is not None)
+            if self._tools_in_system:
+                functions = json.dumps([tool["function"] for tool in self._tools], ensure_ascii=False)
+                layouts = [_with_system(each, "", tools=functions) for each in (laid, _merged(laid))]
+            else:
+                self._told = told
+                layouts = [_with_system(each, told) for each in (laid, _merged(laid))]
+                layouts.append(_with_user(_merged(laid), told))
+        unmarked = [[{k: v for k, v in message.items() if k != "made"} for message in each] for each in layouts]
+        return [each for place, each in enumerate(unmarked) if each not in unmarked[:place]]
+
+    def _laid_out(self, messages: Sequence[Mapping[str, Any]], *, takes: bool) -> list[dict[str, Any]]:
+        """Each message as the template knows it, which `takes` tools or does not."""
         result: list[dict[str, Any]] = []
         names: dict[str, str] = {}  # of the called functions, by the calls' ids
-        takes = takes_tools(self._template) and not self._tools_in_system
         thinks = "thinking" in self._template and "reasoning_content" not in self._template
         for message in messages:
             laid = dict(message)
@@ -236,16 +257,40 @@ class Conversation:
             if laid["role"] == "tool":
                 laid["name"] = names.get(laid["tool_call_id"], "")
             result.append(laid if takes else _without_tools(laid))
-        if self._tools and not takes:
-            told = describe_tools(self._tools, self._wish.choice, answers=self._form is not None)
-            system = result.pop(0) if result and result[0]["role"] == "system" else {"role": "system", "content": ""}
-            if self._tools_in_system:
-                functions = [tool["function"] for tool in self._tools]
-                system["tools"] = json.dumps(functions, ensure_ascii=False)
-            else:
-                system["content"] = "\n\n".join(filter(None, [system["content"], told]))
-            result.insert(0, system)
         return result
+
+
+def _with_system(messages: Sequence[dict[str, Any]], told: str, **more: Any) -> list[dict[str, Any]]:
+    """The messages with more in the system's, which is made where there is none."""
+    first = [messages[0]] if messages and messages[0]["role"] == "system" else []
+    system = {"role": "system", "content": "", **(first[0] if first else {}), **more}
+    system["content"] = "\n\n".join(filter(None, [system["content"], told]))
+    return [system, *messages[len(first) :]]
+
+
+def _with_user(messages: Sequence[dict[str, Any]], told: str) -> list[dict[str, Any]]:
+    """The messages with more before the user's first words."""
+    result = list(messages)
+    place = next((place for place, message in enumerate(result) if message["role"] == "user"), None)
+    if place is None:
+        at = 1 if result and result[0]["role"] == "system" else 0
+        return [*result[:at], {"role": "user", "content": told}, *result[at:]]
+    content = "\n\n".join(filter(None, [told, result[place]["content"]]))
+    result[place] = {**result[place], "content": content}
+    return result
+
+
+def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with those turns of the user's that were `made` here in one with those beside them."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        last = result[-1] if result else {}
+        both = message["role"] == last.get("role") == "user"
+        if both and (message.get("made") or last.get("made")):
+            result[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}", "made": True}
+        else:
+            result.append(message)
+    return result
 
 
 def has_variable(template: str, variable: str) -> bool:
@@ -261,7 +306,8 @@ def has_variable(template: str, variable: str) -> bool:
 def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
     """A message of a chat with tools, for a template that knows none."""
     if message["role"] == "tool":
-        return {"role": "user", "content": f"Result of {message['name'] or 'the call'}:\n{message['content']}"}
+        told = f"Result of {message['name'] or 'the call'}:\n{message['content']}"
+        return {"role": "user", "content": told, "made": True}
     if calls := message.get("tool_calls"):
         written = json.dumps([call["function"] for call in calls], ensure_ascii=False)
         return {"role": "assistant", "content": "\n".join(filter(None, [message.get("content"), written]))}

@@ -13,7 +13,8 @@ from typing import Any
 
 
 def readable(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with objects as the arguments of their calls, and an id for each call and result."""
+    """The messages with objects as the arguments of their calls, and an id for each call and result. What is a turn of
+    the user's only here, is `made`."""
     result: list[dict[str, Any]] = []
     called: dict[str, str] = {}  # names of the functions, by the calls' ids
     unanswered: list[str] = []
@@ -43,7 +44,7 @@ def readable(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if call_id in unanswered:
                 unanswered.remove(call_id)
             if call_id in as_text:
-                told = {"role": "user", "content": f"Result of {called[call_id]}:\n{told['content']}"}
+                told = {"role": "user", "content": f"Result of {called[call_id]}:\n{told['content']}", "made": True}
         result.append(told)
     return result
 
