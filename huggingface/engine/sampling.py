@@ -21,7 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..errors import GenerationFailed, LocalLLMError
+from ..errors import LocalLLMError
+from ..steps import are_numbers, no_numbers, no_token
 from .constraints import Constrained
 from .failures import typed
 
@@ -73,13 +74,16 @@ class Sampler:
         if not self.plain:
             self._ids[:, : self._count] = prompt
 
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token, (1,), from the logits (1, vocabulary), float32, as `GenerationMixin._sample` draws it."""
+    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token, (1,), from the logits (1, vocabulary), float32, as `GenerationMixin._sample` draws it, and
+        whether there was one to choose, (1,)."""
         scores: torch.Tensor = self._processors(self._ids[:, : self._count], logits)
         if not self._do_sample:
             token = scores.argmax(-1)
         elif self._generator is not None:
-            token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self._generator)[:, 0]
+            # A NaN, where no token is left, would end CUDA for the whole process.
+            probabilities = scores.softmax(-1).nan_to_num_(1.0)
+            token = torch.multinomial(probabilities, num_samples=1, generator=self._generator)[:, 0]
         else:
             token = _draw(scores.softmax(-1))
         if self._count < self._ids.shape[1]:
@@ -87,7 +91,7 @@ class Sampler:
             self._count += 1
         if self._constrained is not None:
             self._constrained.take(token.tolist())
-        return token
+        return token, are_numbers(scores)
 
     @property
     def complete(self) -> bool:
@@ -163,23 +167,27 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> list[int | LocalLLMError]:
-    """A token for each row of `logits`, (rows, vocabulary), float32; an error where a row's logits are no numbers."""
+    """A token for each row of `logits`, (rows, vocabulary), float32; an error where a row's logits are no numbers, or
+    none is left."""
     if not samplers:
         return []
     with torch.inference_mode():
         tokens = _likeliest(logits)
-        highest = logits.gather(1, tokens[:, None])[:, 0]  # the place of a NaN, where there is one
-        broken = highest.isnan().tolist()
+        # The highest of each row: a NaN, where there is one.
+        numbers = are_numbers(logits.gather(1, tokens[:, None]))
+        chosen = torch.ones_like(numbers)
         failed: dict[int, LocalLLMError] = {}
-        for index, sampler in enumerate(samplers):
-            if broken[index]:
-                failed[index] = GenerationFailed(f"Model '{model_id}' failed to generate (its logits are not numbers)")
+        for index, (good, sampler) in enumerate(zip(numbers.tolist(), samplers, strict=True)):
+            if not good:
+                failed[index] = no_numbers(model_id)
             elif not sampler.plain:
+                here = slice(index, index + 1)
                 try:
                     with typed(model_id):
-                        tokens[index : index + 1] = sampler.draw(logits[index : index + 1])
+                        tokens[here], chosen[here] = sampler.draw(logits[here])
                 except LocalLLMError as error:
                     failed[index] = error
+        failed |= {index: no_token() for index, some in enumerate(chosen.tolist()) if not some}
         return [failed.get(index, token) for index, token in enumerate(tokens.tolist())]
 
 

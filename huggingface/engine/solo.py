@@ -13,10 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import Cancelled
 from ..records import Chunk, FinishReason, Timings, Token, Usage
+from ..steps import SomeToken, watched
 from .constraints import Constrained
 from .detokenizer import TextStream
 from .failures import typed
@@ -84,7 +91,7 @@ class Solo:
             Cancelled: `cancelled()` turned true meanwhile.
             Others as `failures.typed`.
         """
-        with typed(self._model_id), self._active(prepared.adapter):
+        with typed(self._model_id), self._active(prepared.adapter), watched(self.model, self._model_id):
             self._generate(prepared, streams, submitted, emit, cancelled)
 
     def _generate(
@@ -107,12 +114,15 @@ class Solo:
             if text is not None and (shown := text.add(int(input_ids[0, -1]))):
                 emit(Chunk(shown, so_far=Usage(prompt_tokens, len(self._new_tokens(input_ids[0], prompt_tokens)))))
 
+        processors = LogitsProcessorList(
+            [*prepared.processors, SomeToken(beams=self._asked(prepared, "num_beams") > 1)]
+        )
         criteria = StoppingCriteriaList([_EachToken(cancelled, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
             output = self.model.generate(
                 **prepared.inputs,
                 **prepared.arguments,
-                logits_processor=prepared.processors,
+                logits_processor=processors,
                 stopping_criteria=criteria,
                 return_dict_in_generate=True,
                 output_logits=prepared.logprobs is not None,
@@ -170,8 +180,8 @@ class Solo:
 
     def _one_path(self, prepared: Prepared) -> bool:
         """Whether the text grows token by token: one sequence, and no beams that may still lose."""
-        own = self.model.generation_config
-        asked = prepared.arguments
-        return all(
-            (asked.get(name) or getattr(own, name, 1) or 1) == 1 for name in ("num_beams", "num_return_sequences")
-        )
+        return all(self._asked(prepared, name) == 1 for name in ("num_beams", "num_return_sequences"))
+
+    def _asked(self, prepared: Prepared, name: str) -> int:
+        """A count that the request asks for, or else the model's own settings."""
+        return int(prepared.arguments.get(name) or getattr(self.model.generation_config, name, 1) or 1)

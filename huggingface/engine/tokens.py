@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from llguidance import LLTokenizer
 
-from ..errors import InvalidRequest
+from ..errors import GenerationFailed, InvalidRequest
 from ..records import Token
+from ..steps import are_numbers
 from .detokenizer import plain_tokens, text_behind
 
 
@@ -45,7 +46,12 @@ class TokenTexts:
 
         Each has its `alternatives` likeliest tokens as `top`. The first that shows something may be one that `opens` a
         text.
+
+        Raises:
+            GenerationFailed: the logits are no numbers.
         """
+        if not bool(are_numbers(logits).all()):
+            raise GenerationFailed("The model's logits are not numbers")
         logprobs = logits.float().log_softmax(-1)
         chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
         values, places = logprobs.topk(min(alternatives, logprobs.shape[1]), dim=-1)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory
+from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory
 from .lane import Lane, Outputs, Tensors, token_count
 
 # How many rows a step prepares, over all calls; and how many of one call may be waiting for their batch: enough to sort
@@ -360,6 +360,8 @@ class Batcher:
         for row, found in zip(rows, outputs, strict=True):
             if found is None:
                 row.job.ready.append(row)
+            elif isinstance(found, GenerationFailed):
+                self._fail(row.job, found)
             elif not row.job.call.done():
                 self._deliver(row, found)
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
+from ..errors import GenerationFailed
 from ..rotary import changing
 from .vocabulary import check_vocabulary, vocabulary_rows
 
@@ -102,8 +103,9 @@ class Lane:
 
     # Computing them ---------------------------------------------------------------------------------------------------
 
-    def run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
-        """The outputs of each row, on the CPU, each with a first dimension of 1, as if it had been run alone.
+    def run(self, rows: Sequence[Tensors]) -> list[Outputs | GenerationFailed | None]:
+        """The outputs of each row, on the CPU, each with a first dimension of 1, as if it had been run alone; why there
+        are none, where they are no numbers.
 
         None for a row that must be run again: the first batch of a sort is compared with its shortest and its longest
         row alone, and where these differ the others are not to be believed; `takes` then allows no such batch again.
@@ -111,6 +113,23 @@ class Lane:
         Raises:
             Exception: whatever the model raises. Tell `failed` of it, if there was more than one row.
         """
+        found = self._run(rows)
+        return [self._checked(row, outputs) for row, outputs in zip(rows, found, strict=True)]
+
+    def run_alone(self, row: Tensors) -> Outputs:
+        """The outputs of one row.
+
+        Raises:
+            GenerationFailed: they are no numbers.
+            Exception: whatever the model raises.
+        """
+        (outputs,) = self.run([row])
+        if isinstance(outputs, GenerationFailed):
+            raise outputs
+        assert outputs is not None  # noqa: S101 - a row alone is always believed
+        return outputs
+
+    def _run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
         outputs: list[Outputs | None] = [*self._forward(rows)]
         if len(rows) == 1:
             return outputs
@@ -139,6 +158,15 @@ class Lane:
         """A row failed alone: then it is not for being batches that batches fail."""
         if self._failures < _FAILURES:
             self._failures = 0
+
+    def _checked(self, row: Tensors, outputs: Outputs | None) -> Outputs | GenerationFailed | None:
+        """The outputs, if they are numbers; what stands at padding of the row's own is nobody's."""
+        mask = row.get("attention_mask")
+        for tensor in outputs or ():
+            read = tensor[mask.bool()] if self._per_token and mask is not None and _fits(mask, tensor) else tensor
+            if read.is_floating_point() and not bool((read < float("inf")).all()):
+                return GenerationFailed("The model computed a value that is not a number")
+        return outputs
 
     def _forward(self, rows: Sequence[Tensors]) -> list[Outputs]:
         import torch
@@ -192,6 +220,10 @@ class Lane:
 def token_count(row: Tensors) -> int:
     """The length of a row, padding of its own included."""
     return int(row["input_ids"].shape[-1])
+
+
+def _fits(mask: Any, tensor: Any) -> bool:
+    return bool(mask.shape == tensor.shape[:2])
 
 
 def _beyond(tensor: Any, length: int) -> tuple[int, ...]:

@@ -343,7 +343,12 @@ class TableQuestionAnswering(Guard, TableQuestionAnsweringPipeline):  # type: ig
         sizes = self.model.config.type_vocab_sizes
         if any(number >= size for number, size in zip(most, sizes, strict=True)):
             raise refuse("inputs", f"the model reads tables of at most {sizes[1] - 1} columns and {sizes[2] - 1} rows")
-        return super().forward(model_inputs, **parameters)
+        found = super().forward(model_inputs, **parameters)
+        outputs = found["outputs"]
+        for tensor in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            if torch.is_tensor(tensor) and not bool((tensor < torch.inf).all()):
+                raise GenerationFailed("The model computed a value that is not a number")
+        return found
 
 
 _CLASSES: Mapping[str, Any] = MappingProxyType(

@@ -210,14 +210,16 @@ class TaskRunner:
         name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
         if name == "table-question-answering":
             return json_value(self._call(name, *self._checked(name, request), cancelled))
-        if name == "text-generation":
-            inputs, parameters = text_generation.checked(request.inputs, parameters, self._model, self._tokenizer)
-            return json_value(self._call(name, inputs, parameters, cancelled))
-        parameters = generation_arguments(parameters, self._model)
+        from ..steps import watched
         from .text2text import Text2Text
 
-        answer = Text2Text(self._model, self._tokenizer, request.task)
-        return json_value(answer(request.inputs, cancelled=cancelled, **parameters))
+        with watched(self._model, self._model_id):
+            if name == "text-generation":
+                inputs, parameters = text_generation.checked(request.inputs, parameters, self._model, self._tokenizer)
+                return json_value(self._call(name, inputs, parameters, cancelled))
+            parameters = generation_arguments(parameters, self._model)
+            answer = Text2Text(self._model, self._tokenizer, request.task)
+            return json_value(answer(request.inputs, cancelled=cancelled, **parameters))
 
     def _checked(self, name: str, request: Request) -> tuple[Any, dict[str, Any]]:
         """The inputs and parameters of a call, fit for the pipeline of the task `name`."""
@@ -365,7 +367,7 @@ class _AdaptedLane(Lane):
         vars(self).update(vars(lane))
         self._active = active
 
-    def run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
+    def run(self, rows: Sequence[Tensors]) -> list[Outputs | GenerationFailed | None]:
         """As any lane does."""
         with self._active():
             return super().run(rows)
@@ -386,10 +388,9 @@ def _one_by_one(work: Work, gone: Callable[[], bool]) -> Any:
             if gone():
                 raise Cancelled
             try:
-                (outputs,) = work.lane.run([tensors])
+                outputs = work.lane.run_alone(tensors)
             except Exception as error:
                 raise work.blame(error, token_count(tensors)) from error
-            assert outputs is not None  # noqa: S101 - a row alone is always right
             yield known, outputs
 
     return work.whole([work.answer(list(computed(index))) for index in range(work.count)])
