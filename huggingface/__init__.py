@@ -28,6 +28,7 @@ from .api.ollama import routes as ollama
 from .api.openai import routes as openai
 from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
+from .api.waiting import init_waiting
 from .api.wire import JSONProvider, JSONRequest, check_query, without_slash
 from .budget import Budget, Limit
 from .errors import RegistryError
@@ -87,7 +88,7 @@ def init_app(
     app.json = JSONProvider(app)
     app.url_map.merge_slashes = False
     app.wsgi_app = without_slash(app.wsgi_app)  # type: ignore[assignment,method-assign]
-    init_guard(app, allowed_hosts, allowed_origins)
+    init_waiting(app, threads, lambda app: init_guard(app, allowed_hosts, allowed_origins))
     init_bodies(app, held_bytes)
     app.before_request(check_query)
     init_errors(app)

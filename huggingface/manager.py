@@ -109,6 +109,7 @@ class ModelManager:
         self._reaper: threading.Thread | None = None
         self._warm = False
         self._warming_up = threading.Lock()
+        self._forecasting = threading.Lock()
 
     def import_libraries(self, delay: float) -> None:
         """Import what loading needs, in the background, `delay` seconds from now: the first load need not wait for it.
@@ -306,13 +307,25 @@ class ModelManager:
         """The loads under way, by id."""
         return self._places.loading()
 
-    def forecast(self, model_id: str, settings: LoadSettings | None = None) -> Forecast:
+    def forecast(
+        self, model_id: str, settings: LoadSettings | None = None, gone: Callable[[], bool] = lambda: False
+    ) -> Forecast:
         """What a load of the model would take, whether there is room for it, and who would go for it.
 
-        Of a model that is not here yet no more than its config is fetched.
+        Of a model that is not here yet no more than its config is fetched. One is told at a time: that is work for the
+        interpreter, and many at once would leave nobody else his turn.
 
         Raises: as `lease`, but for what only comes out when weights are read.
         """
+        while not self._forecasting.acquire(timeout=LOOK_AGAIN):
+            if gone() or self._places.closed:
+                raise Cancelled
+        try:
+            return self._forecast(model_id, settings)
+        finally:
+            self._forecasting.release()
+
+    def _forecast(self, model_id: str, settings: LoadSettings | None) -> Forecast:
         record = self._registry.get(model_id)
         loader = self._import_loader()
         wanted = (settings or LoadSettings()).over(record.settings)

@@ -13,6 +13,7 @@ from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
 from ..places import Resident
 from . import cache_schemas, schemas
 from .services import services
+from .waiting import at_once, may_wait
 
 blueprint = APIBlueprint(
     "cache",
@@ -29,12 +30,13 @@ _SETTLE = 0.5
 
 
 @blueprint.get("/cache", responses={200: cache_schemas.CacheAnswer})
+@at_once
 def show_cache() -> dict[str, Any]:
     """Show which models are in memory, what they take there, and what is being loaded."""
     manager = services().manager
     residents = manager.residents()
     types = _types()
-    until = time.monotonic() + _SETTLE
+    until = time.monotonic() + (_SETTLE if residents and may_wait() else 0.0)
     for resident in residents.values():
         resident.model.settles(max(0.0, until - time.monotonic()))
     return {

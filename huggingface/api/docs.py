@@ -13,6 +13,7 @@ from flask import Blueprint, current_app, render_template, url_for
 from flask_openapi3 import OpenAPI
 
 from .document import api_document
+from .waiting import at_once
 
 _PACKAGE = Path(flask_openapi3_swagger.__file__).parent
 
@@ -32,6 +33,7 @@ def openapi() -> dict[str, Any]:
 
 
 @blueprint.get("/docs")
+@at_once
 def page() -> str:
     """The interactive page."""
     return render_template("docs.html", static=url_for("docs.static", filename=""), document=url_for("docs.openapi"))

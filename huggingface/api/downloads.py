@@ -21,6 +21,7 @@ from .errors import log
 from .models import called, get_model, remove_model
 from .services import services
 from .sse import SSE
+from .waiting import at_once
 
 blueprint = APIBlueprint(
     "downloads",
@@ -58,6 +59,7 @@ def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody)
 
 
 @blueprint.get("/models/<path:model_id>/download", responses={200: download_schemas.DownloadState})
+@at_once
 def show_download(path: schemas.ModelPath) -> dict[str, Any]:
     """Show how far the latest download of a model is, or what one left that an earlier run of this server began."""
     if (model := called(path.model_id, "download")) is not None:

@@ -16,6 +16,7 @@ from . import hub_schemas, models, schemas
 from .models import called, get_model
 from .services import services
 from .system import VERSION
+from .waiting import at_once
 
 # As `hub_schemas` takes them.
 _MOST_BEST_OF = 64
@@ -27,6 +28,7 @@ _MOST_STOPS = 64
     tags=[hub_schemas.TAG],
     responses={200: hub_schemas.EndpointHealth, 409: schemas.ErrorAnswer},
 )
+@at_once
 def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
     """Tell that a model can be asked; it need not be in memory."""
     if (model := called(path.model_id, "health")) is not None:
@@ -45,6 +47,7 @@ def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
     tags=[hub_schemas.TAG],
     responses={200: hub_schemas.EndpointInfo},
 )
+@at_once
 def show_model_info(path: schemas.ModelPath) -> dict[str, Any]:
     """Tell what a model is and what it takes, in TGI's words."""
     if (model := called(path.model_id, "info")) is not None:

@@ -21,6 +21,7 @@ from . import model_schemas, schemas
 from .effective import check_registered
 from .load_events import load_events
 from .services import Services, admitted, services
+from .waiting import at_once
 
 blueprint = APIBlueprint(
     "models",
@@ -32,6 +33,7 @@ blueprint = APIBlueprint(
 
 
 @blueprint.get("/models", responses={200: model_schemas.ModelsAnswer})
+@at_once
 def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
     """List the registered models."""
     models = [record.to_dict() for record in services().registry.list(query.type)]
@@ -108,6 +110,7 @@ def _check_settings(record: records.ModelRecord) -> None:
 
 
 @blueprint.get("/models/<path:model_id>", responses={200: model_schemas.ModelAnswer})
+@at_once
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     """Show one model."""
     return {"success": True, "model": services().registry.get(path.model_id).to_dict()}
@@ -231,7 +234,8 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
     if (model := called(path.model_id, "estimate")) is not None:
         return dict(get_model(model))
     given = query.model_dump(exclude_unset=True)
-    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given))
+    gone = request.environ.get("waitress.client_disconnected", lambda: False)
+    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given), gone)
     estimate = forecast.estimate
     return {
         "success": True,

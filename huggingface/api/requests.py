@@ -9,6 +9,7 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from . import schemas, system_schemas
 from .services import services
+from .waiting import at_once
 
 blueprint = APIBlueprint(
     "requests",
@@ -22,6 +23,7 @@ CLIENTS_ID, OUR_ID = "X-Request-Id", "X-Local-LLM-Request-Id"
 
 
 @blueprint.get("/requests", responses={200: system_schemas.RequestsAnswer})
+@at_once
 def list_requests() -> dict[str, Any]:
     """List the requests that wait or run, oldest first."""
     found = [flight.to_dict() for flight in services().requests.list()]
@@ -29,6 +31,7 @@ def list_requests() -> dict[str, Any]:
 
 
 @blueprint.delete("/requests/<request_id>", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer})
+@at_once
 def cancel_request(path: system_schemas.RequestPath) -> dict[str, Any]:
     """Give a request up. Its client gets an error, and what it held is free at the next step."""
     services().requests.cancel(path.request_id)

@@ -12,6 +12,7 @@ from ..errors import DependencyMissing, NotReady
 from ..libraries import import_library
 from . import schemas, system_schemas
 from .services import services
+from .waiting import at_once
 
 VERSION = "0.5.1"
 _TAG = Tag(name="System", description="The server itself.")
@@ -22,6 +23,7 @@ blueprint = APIBlueprint(
 
 
 @root.get("/", responses={200: system_schemas.ServerAnswer})
+@at_once
 def show_server() -> dict[str, Any]:
     """Show what is running."""
     present = services()
@@ -38,12 +40,14 @@ def show_server() -> dict[str, Any]:
 
 
 @root.get("/health", responses={200: system_schemas.HealthAnswer})
+@at_once
 def show_health() -> dict[str, Any]:
     """Tell that the server answers."""
     return {"success": True, "status": "ok"}
 
 
 @root.get("/ready", responses={200: system_schemas.ReadyAnswer, 503: schemas.ErrorAnswer})
+@at_once
 def show_readiness() -> dict[str, Any]:
     """Tell whether the models that are to be loaded at the start are in memory: a 503 that names them until then."""
     missing = services().warmup.missing.items()
@@ -54,6 +58,7 @@ def show_readiness() -> dict[str, Any]:
 
 
 @blueprint.get("/statistics", responses={200: system_schemas.StatisticsAnswer})
+@at_once
 def show_statistics() -> dict[str, Any]:
     """Show how much the registered models were used, and how well they did."""
     present = services()
@@ -64,6 +69,7 @@ def show_statistics() -> dict[str, Any]:
 
 
 @blueprint.get("/model-types", responses={200: system_schemas.ModelTypesAnswer})
+@at_once
 def list_model_types() -> dict[str, Any]:
     """List the types of the registered models."""
     return {"success": True, "model_types": services().registry.model_types()}

@@ -13,6 +13,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from ...errors import InvalidRequest
 from ..services import services
 from ..system import VERSION
+from ..waiting import at_once
 from . import answers, schemas
 from .chat import chat
 from .embeddings import embed, embed_prompt
@@ -35,18 +36,21 @@ blueprint = APIBlueprint(
 
 
 @blueprint.get("/version", responses={200: answers.OllamaVersion})
+@at_once
 def show_version() -> dict[str, Any]:
     """Tell which version of Ollama's API this is."""
     return {"version": _SPOKEN, "local_llm": VERSION}
 
 
 @blueprint.get("/tags", responses={200: answers.OllamaModels})
+@at_once
 def list_models() -> dict[str, Any]:
     """List the registered models."""
     return {"models": tags()}
 
 
 @blueprint.get("/ps", responses={200: answers.OllamaRunningModels})
+@at_once
 def list_running() -> dict[str, Any]:
     """List the models in memory."""
     return {"models": running()}
@@ -108,30 +112,35 @@ def _refused(route: str) -> InvalidRequest:
 
 
 @blueprint.post("/create", responses={400: answers.OllamaFailure})
+@at_once
 def create_model() -> Response:
     """Refused: models are registered, not made."""
     raise _refused("create")
 
 
 @blueprint.post("/copy", responses={400: answers.OllamaFailure})
+@at_once
 def copy_model() -> Response:
     """Refused: a model has one name."""
     raise _refused("copy")
 
 
 @blueprint.post("/push", responses={400: answers.OllamaFailure})
+@at_once
 def push_model() -> Response:
     """Refused: nothing is sent to the Hub."""
     raise _refused("push")
 
 
 @blueprint.post("/blobs/<path:digest>", responses={400: answers.OllamaFailure})
+@at_once
 def put_blob(path: schemas.BlobPath) -> Response:  # noqa: ARG001
     """Refused: files are put into the models folder."""
     raise _refused("blobs")
 
 
 @blueprint.get("/blobs/<path:digest>", responses={400: answers.OllamaFailure})
+@at_once
 def show_blob(path: schemas.BlobPath) -> Response:  # noqa: ARG001
     """Refused: files are looked for in the models folder."""
     raise _refused("blobs")

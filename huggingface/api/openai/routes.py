@@ -18,6 +18,7 @@ from ..endpoint import context_of
 from ..errors import speaks_anthropic
 from ..schemas import ModelPath
 from ..services import services
+from ..waiting import at_once
 from . import schemas, text_schemas
 from .answers import (
     ChatAnswer,
@@ -55,6 +56,7 @@ hub_chat = APIBlueprint(
 
 
 @blueprint.get("/models", responses={200: OpenAIModels})
+@at_once
 def list_models() -> dict[str, Any]:
     """List the registered models; in Anthropic's shape where the header `anthropic-version` is there."""
     if speaks_anthropic():
@@ -63,6 +65,7 @@ def list_models() -> dict[str, Any]:
 
 
 @blueprint.get("/models/<path:model_id>", responses={200: OpenAIModel})
+@at_once
 def get_model(path: ModelPath) -> dict[str, Any]:
     """Show one model; in Anthropic's shape where the header `anthropic-version` is there."""
     record = services().registry.get(path.model_id)
