@@ -9,10 +9,12 @@ be is bounded, and counted before. Serves any request thread.
 from __future__ import annotations
 
 import codecs
+import gc
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -146,17 +148,31 @@ def _parsed(data: bytes) -> Any:
     # object, with as many colons as fields, has none twice.
     if data.count(b",") > _MANY and data.count(b"{") == 1 and _LARGE not in data.translate(_DIGITS):
         try:
-            value = orjson.loads(data)
+            with _uncollected():
+                value = orjson.loads(data)
         except orjson.JSONDecodeError:  # NaN and infinities, too; what is wrong is said by the other parser
             pass
         else:
             if isinstance(value, dict) and data.count(b":") == len(value):
                 return value
     text = data.decode("utf-8")
-    value = json.loads(text, object_pairs_hook=_object)
+    with _uncollected():
+        value = json.loads(text, object_pairs_hook=_object)
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
     return value
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector off what is being made: it would pass over the whole process again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def check_query() -> None:
