@@ -29,6 +29,7 @@ from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
 from .engine.layers import NotBatchable
+from .engine.lengths import Lengths
 from .engine.openvino.encoder import Encoder
 from .engine.openvino.reserve import Reserve
 from .engine.openvino.runner import OpenVINORunner
@@ -148,6 +149,7 @@ class _Parts:
     preparer: Preparer
     solo: Solo
     tokenizer: Any
+    lengths: Lengths
     batched: bool
     generations: TextGenerations
     copied_bytes: int
@@ -261,6 +263,7 @@ class LoadedModel:
         active = self._adapters.active
         tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active, encoder)
         engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve, lambda: use_device(self.device))
+        lengths = Lengths(tokenizer, self._contexts[0])
         preparer = Preparer(
             model_id,
             model,
@@ -269,6 +272,7 @@ class LoadedModel:
             room=None if batch is None else batch.slots.longest,
             constraints=constraints,
             arguments=lambda given: generation_arguments(given, model),
+            lengths=lengths,
             check_adapter=self._adapters.check,
             check_vocabulary=lambda highest, field: check_vocabulary(highest, rows, field),
         )
@@ -276,7 +280,7 @@ class LoadedModel:
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
         if copied:
             self._memory.note("copies", {self.device: copied})
-        parts = _Parts(engine, tasks, preparer, solo, tokenizer, batch is not None, generations, copied)
+        parts = _Parts(engine, tasks, preparer, solo, tokenizer, lengths, batch is not None, generations, copied)
         self._note_peak(copied)
         release_freed()  # trying took memory
         return parts
@@ -420,20 +424,27 @@ class LoadedModel:
         """How many tokens its tokenizer makes of a text, without special ones."""
         return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with the special ones that the model's tokenizer adds."""
-        return list(self._open().tokenizer(text, return_attention_mask=False)["input_ids"])
+    def encode(self, text: str, gone: Callable[[], bool] = lambda: False) -> list[int]:
+        """The tokens of a text, with the special ones that the model's tokenizer adds.
 
-    def count_prompt(self, request: GenerationRequest) -> int:
+        Raises:
+            InvalidRequest: it has far more than the model can read. Cancelled: `gone()` turned true.
+        """
+        parts = self._open(gone)
+        _check_lengths(parts, {"inputs": text}, gone)
+        return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
+
+    def count_prompt(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> int:
         """How many tokens the prompt of a generation is, special ones included; its context may hold fewer.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
-            InvalidRequest: its chat template refuses the messages.
+            InvalidRequest: its chat template refuses the messages, or they are far beyond its context.
+            Cancelled: `gone()` turned true.
         """
-        parts = self._open()
+        parts = self._open(gone)
         self._check_generates(parts)
-        return parts.preparer.count(request)
+        return parts.preparer.count(request, gone)
 
     @property
     def chat(self) -> ChatTraits:
@@ -466,7 +477,7 @@ class LoadedModel:
         parts = self._open(gone)
         self._check_generates(parts)
         submitted = time.monotonic()
-        prepared = parts.preparer.prepare(request)
+        prepared = parts.preparer.prepare(request, gone)
         ticket = Ticket(prepared.prompt_tokens, parts.engine.wake, prepared.end)
         if parts.batched and prepared.settled is not None:
             parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, gone, request.streams))
@@ -508,6 +519,7 @@ class LoadedModel:
         """
         parts = self._open(gone)
         self._adapters.check(adapter)
+        _check_lengths(parts, {"inputs": inputs, **parameters}, gone)
         if task == _GENERATION and parts.batched:
             generation = parts.generations.begin(inputs, parameters)
             limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
@@ -582,6 +594,13 @@ class LoadedModel:
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)
         free()
+
+
+def _check_lengths(parts: _Parts, values: Mapping[str, Any], gone: Callable[[], bool]) -> None:
+    """Refuse what holds a text far longer than the model can read; a task's tokenizer has the engine's thread."""
+    if (field := parts.lengths.check(dict(values), "", gone)) is not None:
+        reason = f"longer than {parts.lengths.of_text} tokens, the most that is read of one text"
+        raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
 
 
 def free() -> None:

@@ -52,7 +52,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
         request = GenerationRequest(
             parameters,
             prompt=prompt if most is None else None,
-            tokens=None if most is None else model.encode(prompt)[-most:],  # TGI too keeps the end
+            tokens=None if most is None else model.encode(prompt, flight.gone)[-most:],  # TGI too keeps the end
             streams=streams,
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),

@@ -22,6 +22,7 @@ from ..records import GenerationRequest
 from .constraints import Constrained, Constraints
 from .detokenizer import Begin
 from .failures import typed
+from .lengths import Asked, Lengths, TooLong
 from .sampling import Biased, Repeated, RepeatedLately
 
 # Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
@@ -109,12 +110,14 @@ class Preparer:
         room: int | None,
         constraints: Constraints,
         arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
+        lengths: Lengths | None = None,
         check_adapter: Callable[[str | None], None] = lambda _: None,
         check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     ) -> None:
         """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
         begins with the prompt); `room` is how many the KV cache holds of one sequence; None for no limit.
 
+        `lengths` counts long texts for `tokenizer`;
         `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour;
         `check_adapter` refuses the name of an adapter that the model does not have, `check_vocabulary` the highest
         token id of a field where the model has no row for it.
@@ -125,24 +128,26 @@ class Preparer:
         self._reads_answer = not model.config.is_encoder_decoder
         self._context, self._answer_context = contexts
         self._room = room
+        self._lengths = Lengths(tokenizer, self._context) if lengths is None else lengths
         self._constraints = constraints
         self._arguments_for = arguments
         self._check_adapter = check_adapter
         self.check_vocabulary = check_vocabulary
 
-    def prepare(self, request: GenerationRequest) -> Prepared:
+    def prepare(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> Prepared:
         """Tokens, parameters and processors of a request.
 
         Raises:
             InvalidRequest: the prompt or a parameter is one that this model cannot honour.
             GenerationFailed: its tokenizer or its settings cannot be used.
+            Cancelled: `gone()` turned true.
         """
         with typed(self._model_id):
-            return self._prepare(request)
+            return self._prepare(request, gone)
 
-    def _prepare(self, request: GenerationRequest) -> Prepared:
+    def _prepare(self, request: GenerationRequest, gone: Callable[[], bool]) -> Prepared:
         self._check_adapter(request.adapter)
-        inputs = self.encode(request)
+        inputs = self.encode(request, gone)
         prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
         end = str(self._tokenizer.decode(inputs["input_ids"][0, -_END:].tolist())) if inputs else ""
         parameters = self._fit(self._filled(request, prompt_tokens), prompt_tokens)
@@ -241,17 +246,16 @@ class Preparer:
             )
         return settled if fits_a_row(settled) else None
 
-    def encode(self, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    def encode(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> dict[str, torch.Tensor]:
         """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
 
         Raises:
             InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
         """
-        ids = self._ids(request)
+        ids = self._ids(request, self._lengths.of_prompt, gone)
         field = "prompt" if request.messages is None else "messages"
         if self._context is not None and len(ids) > self._context:
-            reason = f"{len(ids)} tokens, but the context of model '{self._model_id}' holds {self._context}"
-            raise ContextExceeded(f"Invalid value for field '{field}': {reason}", field, len(ids), self._context)
+            raise self._too_long(field, len(ids))
         if not ids:
             if self._model.generation_config.bos_token_id is None:
                 raise InvalidRequest(
@@ -263,29 +267,49 @@ class Preparer:
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def count(self, request: GenerationRequest) -> int:
+    def count(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> int:
         """How many tokens the request's prompt is, whether or not the model has room for them.
 
         Raises:
-            InvalidRequest: its chat template refuses the messages.
+            InvalidRequest: its chat template refuses the messages, or they are far beyond the context.
             GenerationFailed: its tokenizer cannot be used.
+            Cancelled: `gone()` turned true.
         """
         with typed(self._model_id):
-            return len(self._ids(request))
+            return len(self._ids(request, self._lengths.of_text, gone))
 
-    def _ids(self, request: GenerationRequest) -> list[int]:
-        """Token ids of the request's prompt."""
+    def _too_long(self, field: str, tokens: int, more: str = "") -> ContextExceeded:
+        room = self._context or self._lengths.of_prompt
+        reason = f"{more}{tokens} tokens, but the context of model '{self._model_id}' holds {room}"
+        return ContextExceeded(f"Invalid value for field '{field}': {reason}", field, tokens, room)
+
+    @contextmanager
+    def _reading(self, text: str, field: str, most: int, gone: Callable[[], bool]) -> Iterator[None]:
+        """Refuse a text of more than `most` tokens before the block reads it whole."""
+        try:
+            with self._lengths.reading(text, most, gone):
+                yield
+        except TooLong as error:
+            raise self._too_long(field, error.tokens, "more than ") from None
+
+    def _read(self, text: str, field: str, most: int, gone: Callable[[], bool]) -> list[int]:
+        """Token ids of a text."""
+        with self._reading(text, field, most, gone):
+            ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
+        return ids
+
+    def _ids(self, request: GenerationRequest, most: int, gone: Callable[[], bool]) -> list[int]:
+        """Token ids of the request's prompt, unless it has more than `most`."""
         if request.messages is not None:
-            return self._encode_messages(request)
+            return self._encode_messages(request, most, gone)
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
                 raise refuse("prompt", f"holds a token that is not among the model's {size}")
             return list(request.tokens)
-        ids: list[int] = self._tokenizer(request.prompt, return_attention_mask=False)["input_ids"]
-        return ids
+        return self._read(str(request.prompt), "prompt", most, gone)
 
-    def _encode_messages(self, request: GenerationRequest) -> list[int]:
+    def _encode_messages(self, request: GenerationRequest, most: int, gone: Callable[[], bool]) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         assert request.messages is not None  # noqa: S101 - it is a chat
         if self._tokenizer.chat_template is None:
@@ -293,27 +317,29 @@ class Preparer:
             turns: list[str] = [message["content"] or "" for message in request.messages]
             # An encoder-decoder's tokenizer ends the text itself.
             text = end.join(turns) + (end if self._reads_answer else "")
-            ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
-            return ids
+            return self._read(text, "messages", most, gone)
         turn = _turn(request)
         how = {"add_generation_prompt": turn == "new", "continue_final_message": turn == "continued"}
-        return self._laid_out(request, {**how, **request.template})
+        return self._laid_out(request, {**how, **request.template}, most, gone)
 
-    def _laid_out(self, request: GenerationRequest, how: Mapping[str, Any]) -> list[int]:
+    def _laid_out(
+        self, request: GenerationRequest, how: Mapping[str, Any], most: int, gone: Callable[[], bool]
+    ) -> list[int]:
         """Token ids of the first layout that the model's template takes and shows whole, else of the first it takes.
 
         Raises:
-            InvalidRequest: it takes none.
+            InvalidRequest: it takes none, or the layout has more than `most` tokens.
         """
         taken: list[int] | None = None
         refusal: Exception | None = None
         for each in (request.messages, *request.fallbacks):
-            messages = list(each or ())
+            messages = Asked(each or (), gone)
             try:
-                ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **how)
-                if not request.told or request.told in self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, **how
-                ):
+                shown = messages.long or bool(request.told)
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False, **how) if shown else ""
+                with self._reading(text, "messages", most, gone):
+                    ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **how)
+                if not request.told or request.told in text:
                     return ids
             except (TemplateError, ValueError, TypeError, RecursionError) as error:
                 refusal = error

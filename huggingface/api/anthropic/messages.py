@@ -77,11 +77,11 @@ def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
 
     Raises: what loading raises.
     """
-    with lent(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (_, model):
+    with lent(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         conversation = Conversation(model.chat, chat_messages(body), wish_of(body))
         hides_thinking(body, conversation)
         [request] = conversation.requests({}, 1, streams=False, logprobs=None, adapter=body.adapter)
-        return {"input_tokens": model.count_prompt(request)}
+        return {"input_tokens": model.count_prompt(request, flight.gone)}
 
 
 class _Writer:

@@ -62,7 +62,7 @@ def _vectors(
     with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         loaded = time.monotonic()
         if wanted.num_ctx is not None:
-            longest = max((len(model.encode(text)) for text in texts), default=0)
+            longest = max((len(model.encode(text, flight.gone)) for text in texts), default=0)
             if longest > wanted.num_ctx:
                 raise refused("num_ctx", f"a text has {longest} tokens, and is not cut to {wanted.num_ctx}")
             note_ignored("options.num_ctx")

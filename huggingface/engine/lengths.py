@@ -1,0 +1,141 @@
+"""How long a text is in tokens, found out before a tokenizer reads it whole.
+
+A tokenizer takes seconds and gigabytes for millions of characters, and nothing ends it. So a long text is counted in
+pieces, which a client that leaves ends, and is refused where it is far beyond what can be read. Few long texts are
+read at once. Any thread; must not know models or requests.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import Cancelled
+
+_PIECE = 2**16  # characters; a text that has no more is read at once
+_EDGE = 8  # tokens that a piece has more than its share of the whole, for being cut out of it
+_AT_ONCE = 2  # long texts
+_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
+
+# How many tokens of a text are read at least, where a task cuts it or reads it in pieces, or where it is only counted.
+_LEAST = 2**18
+
+
+class TooLong(Exception):
+    """A text has more tokens than are read; `tokens` is how many it has at least."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
+
+
+class Asked(list[Any]):
+    """Messages of which a template reads the next only while somebody waits for the answer."""
+
+    def __init__(self, messages: Iterable[Any], gone: Callable[[], bool]) -> None:
+        super().__init__(messages)
+        self._gone = gone
+
+    def __iter__(self) -> Iterator[Any]:
+        for message in super().__iter__():
+            _check(self._gone)
+            yield message
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        return copy.deepcopy(list(self), memo)  # what is asked is no part of a chat
+
+    @property
+    def long(self) -> bool:
+        """Whether they are too long to be read at once."""
+        return _characters(list(self)) > _PIECE
+
+
+class Lengths:
+    """Counts long texts for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, context: int | None) -> None:
+        """`context` is how many tokens the model can read, None for no limit."""
+        self._tokenizer = tokenizer
+        self._places = threading.BoundedSemaphore(_AT_ONCE)
+        # A text just beyond the context is read whole, so that its refusal says how long it is.
+        self.of_prompt = _LEAST if context is None else 2 * context
+        self.of_text = max(self.of_prompt, _LEAST)
+
+    @contextmanager
+    def reading(self, text: str, most: int, gone: Callable[[], bool]) -> Iterator[None]:
+        """Check a text before the block reads it whole; a long one has a place among the few until the block ends.
+
+        Raises:
+            TooLong: it has more than `most` tokens, however it is read. Cancelled: `gone()` turned true.
+        """
+        if len(text) <= _PIECE:
+            yield
+            return
+        while not self._places.acquire(timeout=_LOOK_AGAIN):
+            _check(gone)
+        try:
+            tokens = 0
+            for piece in _pieces(text):
+                _check(gone)
+                ids = self._tokenizer(piece, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+                tokens += max(0, len(ids) - _EDGE)
+                if tokens > most:
+                    raise TooLong(tokens)
+            _check(gone)
+            yield
+        finally:
+            self._places.release()
+
+    def check(self, value: Any, field: str, gone: Callable[[], bool]) -> str | None:
+        """The name of a text within JSON values that has more than `of_text` tokens; None where there is none.
+
+        Raises:
+            Cancelled: `gone()` turned true.
+        """
+        for name, text in _long_texts(value, field):
+            try:
+                with self.reading(text, self.of_text, gone):
+                    pass
+            except TooLong:
+                return name
+        return None
+
+
+def _check(gone: Callable[[], bool]) -> None:
+    if gone():
+        raise Cancelled
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces, which begin with white space where there is some: a tokenizer cuts there too."""
+    start = 0
+    while len(text) - start > _PIECE:
+        end = start + _PIECE
+        cut = max(text.rfind(" ", start + _PIECE // 2, end), text.rfind("\n", start + _PIECE // 2, end))
+        end = cut if cut > start else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _characters(value: Any) -> int:
+    """How many characters of text JSON values hold."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_characters, parts))
+
+
+def _long_texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        if len(value) > _PIECE:
+            yield field, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _long_texts(item, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _long_texts(item, f"{field}.{index}")
