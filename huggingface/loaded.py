@@ -586,6 +586,7 @@ class LoadedModel:
             return
         if parts.exception() is None:  # waits for it to be prepared, which is given up soon
             parts.result().engine.close()
+            parts.result().preparer.close()
         del parts
         self._preparing.join()  # it holds the model
         self._adapters = Adapters(self.model_id, None, {})  # so do these

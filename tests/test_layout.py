@@ -39,10 +39,9 @@ ROOMS: dict[str, set[str]] = {
     "files": {"records", "errors"},
     "hub": {"headers", "files", "progress", "records", "errors"},
     "tasks": {"memory", "rotary", "steps", "records", "errors"},
-    "engine": {"memory", "rotary", "steps", "devices", "json_schema", "gbnf", "records", "errors"},
-    "chat": {"gbnf", "json_schema", "records"},
-    "json_schema": set(),
-    "gbnf": set(),
+    "engine": {"memory", "rotary", "steps", "devices", "forms", "records", "errors"},
+    "chat": {"forms", "records"},
+    "forms": set(),
     "loader": {
         *("adapter_files", "headers", "files", "devices", "memory", "rotary", "tasks", "engine", "progress", "records"),
         "errors",
@@ -138,7 +137,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pydantic_settings": ("config.py",),
     "torch": TORCH,
     "transformers": TORCH,
-    "llguidance": ("huggingface/engine/constraints.py", "huggingface/engine/tokens.py"),
+    "llguidance": (
+        *(f"huggingface/engine/{name}.py" for name in ("constraints", "tokens")),
+        *(f"huggingface/forms/{name}.py" for name in ("notation", "process")),
+    ),
     "huggingface_hub": (),
     "safetensors": (),
     "gguf": (),
@@ -148,7 +150,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "requests": ("example_usage.py",),
 }
 LATE: dict[str, tuple[str, ...]] = {
-    "llguidance": ("huggingface/gbnf.py",),
+    "llguidance": ("huggingface/forms/gbnf.py",),
     "huggingface_hub": ("huggingface/hub/*.py", "huggingface/preflight/source.py"),
     "safetensors": (
         "huggingface/converted/*.py",
@@ -297,7 +299,7 @@ def test_the_leaves_import_nothing_but_the_standard_library() -> None:
         "records",
         "devices",
         "memory",
-        "json_schema",
+        "forms/json_schema",
         "progress",
         "budget",
         "eviction",

@@ -275,6 +275,10 @@ class Nothing:
     """Text, and a sampler, for sequences that only stand in line."""
 
     stopped = complete = False
+    settled = True
+
+    def close(self) -> None:
+        pass
 
     def add(self, token: int) -> str:
         return ""

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..gbnf import as_lark
-from ..json_schema import TIDY, closed
+from ..forms.gbnf import as_lark
+from ..forms.json_schema import TIDY, closed
 from ..records import Constraint
 from .argument_types import Argument, arguments_of, is_text, resolved, rooted
 from .formats import HARMONY, ReasoningTags, Tags, ToolFormat
@@ -95,7 +95,7 @@ def _text_rules(text: Constraint) -> list[str]:
         case "regex":
             return ["text: TEXT", f"TEXT: {_regex(text.value)}"]
         case "choice":
-            return ["text: " + " | ".join(_quoted(each) for each in text.value)]
+            return ["text: TEXT", "TEXT: " + " | ".join(_quoted(each) for each in dict.fromkeys(text.value))]
     return [f"text: %lark {{\n{as_lark(text.value)}\n}}"]
 
 

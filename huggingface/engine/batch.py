@@ -13,6 +13,7 @@ import torch
 
 from ..errors import LocalLLMError
 from ..records import EngineOptions
+from .constraints import settle
 from .detokenizer import TextStream
 from .failures import typed
 from .prepare import Prepared, Settled
@@ -110,6 +111,10 @@ class TransformersBatch:
                 opens = sequence.alone and not self._texts.shows(sequence.tokens[sequence.prompt_tokens :])
                 sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs, opens=opens)
         return drawn
+
+    def settle(self, sequences: Many[Sequence], seconds: float) -> None:
+        """Wait until the forms of all are settled, or so long."""
+        settle((each.sampler.constrained for each in sequences if each.sampler.constrained is not None), seconds)
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
         """Note how likely the model found those of the prompt's tokens that follow a chunk's: `logits`, (chunk,

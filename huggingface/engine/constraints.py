@@ -1,8 +1,9 @@
 """Texts that must be of a form: JSON of a schema, a regular expression, one of some choices, a grammar.
 
-llguidance (https://github.com/guidance-ai/llguidance) tells after each token which ones may follow; here its masks
-become a logits processor, one form for each row. A form is compiled on the request's own thread, so that one that
-cannot be is refused at once. Must not know the batch, the queue or HTTP.
+llguidance (https://github.com/guidance-ai/llguidance) tells after each token which ones may follow, in a process of
+the form's own (see `forms.process`); here its masks become a logits processor, one form for each row. A form is
+compiled on the request's own thread, so that one that cannot be is refused at once. Must not know the batch, the queue
+or HTTP.
 """
 
 from __future__ import annotations
@@ -10,20 +11,17 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 from transformers import LogitsProcessor
 
 from ..errors import InvalidRequest
-from ..gbnf import as_lark
-from ..json_schema import TIDY, closed
+from ..forms import compiler
 from ..records import Constraint
-
-_MOST_CHOICES = 10_000
 
 
 class Constraints:
@@ -39,6 +37,7 @@ class Constraints:
         self._ends = sorted(ends)
         self._lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
+        self._compiler: compiler.Compiler | None = None
 
     def compile(self, constraint: Constraint, ends: Collection[int]) -> Form:
         """The form that a text has to have, which one of the tokens `ends` may end once it is whole.
@@ -46,13 +45,22 @@ class Constraints:
         Raises:
             InvalidRequest: it cannot be compiled, with the reason; or this model's tokenizer cannot be constrained.
         """
-        grammar = _grammar(constraint)
         ends = frozenset(end for end in ends if end < self._vocabulary)
-        tokens = self.tokens
-        form = Form(LLMatcher(tokens, grammar, log_level=0), tokens.vocab_size, self._vocabulary, ends)
-        if reason := form.error:
-            raise _refuse(constraint.kind, reason)
-        return form
+        try:
+            opened = self._forms().open(constraint.kind, constraint.value)
+        except compiler.CannotConstrain as error:
+            raise _no_tokens(str(error)) from error
+        except compiler.Refused as error:
+            raise _refuse(constraint.kind, str(error)) from error
+        except RecursionError as error:
+            raise _refuse(constraint.kind, "it is nested too deeply") from error
+        return Form(opened, self._vocabulary, ends)
+
+    def _forms(self) -> compiler.Compiler:
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = compiler.Compiler(*self._written())
+            return self._compiler
 
     @property
     def tokens(self) -> LLTokenizer:
@@ -63,56 +71,74 @@ class Constraints:
         """
         with self._lock:
             if self._tokens is None:
-                if not getattr(self._hf, "is_fast", False):
-                    raise InvalidRequest("This model's tokenizer cannot be constrained: it has no tokenizer.json")
-                ends = self._ends or [self._hf.eos_token_id or self._hf.pad_token_id or 0]
+                written, known, ends = self._written()
                 try:
-                    self._tokens = _tokens(self._hf, self._vocabulary, ends)
+                    self._tokens = LLTokenizer(written, n_vocab=known, eos_token=ends)
                 except ValueError as error:  # some kinds of pre-tokenizers
-                    raise InvalidRequest(f"This model's tokenizer cannot be constrained: {error}") from error
+                    raise _no_tokens(str(error)) from error
             return self._tokens
+
+    def close(self) -> None:
+        """End the processes. Safe to call twice."""
+        with self._lock:
+            if self._compiler is not None:
+                self._compiler.close()
+
+    def _written(self) -> tuple[str, int, list[int]]:
+        """The tokenizer.json without the added tokens that the model has no logits for, with which texts would be
+        spelled; how many tokens it knows, and which end a text."""
+        if not getattr(self._hf, "is_fast", False):
+            raise _no_tokens("it has no tokenizer.json")
+        backend = copy.copy(self._hf.backend_tokenizer)  # with the tokens that its config adds
+        backend.no_padding()
+        backend.no_truncation()
+        written = backend.to_str()
+        known = max(self._vocabulary, max(self._hf.get_vocab().values(), default=0) + 1)
+        if known > self._vocabulary:
+            content = json.loads(written)
+            content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] < self._vocabulary]
+            written = json.dumps(content, ensure_ascii=False)
+        ends = self._ends or [self._hf.eos_token_id or self._hf.pad_token_id or 0]
+        return written, known, [end for end in ends if end < known] or [0]
 
 
 class Form:
-    """Which tokens may follow, in one text. One thread at a time."""
+    """Which tokens may follow, in one text. One thread at a time; what asks where the text stands waits to be told."""
 
-    def __init__(self, matcher: LLMatcher, known: int, vocabulary: int, ends: frozenset[int]) -> None:
-        """`known` is how many tokens the matcher knows, `vocabulary` for how many of them the model has logits."""
-        self._matcher = matcher
-        self._known = known
+    def __init__(self, opened: compiler.Open, vocabulary: int, ends: frozenset[int]) -> None:
+        self.opened = opened
         self._vocabulary = vocabulary
         self._ends = ends
-        self._mask = np.zeros((known + 31) // 32, dtype=np.int32)
 
     def copy(self) -> Form:
         """The same form at the same place, for another text."""
-        return Form(self._matcher.deep_copy(), self._known, self._vocabulary, self._ends)
+        return Form(self.opened.copy(), self._vocabulary, self._ends)
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """(vocabulary), true for each token that may follow."""
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        allowed = np.unpackbits(self._mask.view(np.uint8), count=self._vocabulary, bitorder="little").view(np.bool_)
-        if self._ends and self._matcher.is_accepting():
+        state = self.opened.state()
+        allowed = np.zeros(self._vocabulary, dtype=np.bool_)
+        mask = np.frombuffer(state.mask, dtype=np.uint8)
+        bits = np.unpackbits(mask, bitorder="little")[: self._vocabulary].view(np.bool_)
+        allowed[: len(bits)] = bits
+        if self._ends and state.accepting:
             allowed[list(self._ends)] = True
         return allowed
 
     def take(self, token: int) -> None:
         """Go on by a token, one of those allowed; an end token changes nothing."""
-        if token not in self._ends and not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
+        if token not in self._ends:
+            self.opened.take(token)
 
     @property
     def complete(self) -> bool:
         """Whether the text is whole, and nothing may follow."""
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        return self.opened.state().stopped
 
     @property
     def error(self) -> str:
         """What is wrong, as where a grammar turns out to be too complex; else empty."""
-        if not self._matcher.is_error():
-            return ""
-        said = str(self._matcher.get_error()).split("\n<state>")[0]  # what follows is llguidance's own state
-        return "nothing fits it" if said.strip().startswith("NoExtension") else said
+        return self.opened.state().error
 
 
 class Constrained(LogitsProcessor):  # type: ignore[misc]
@@ -123,9 +149,18 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
         self._read = prompt_tokens
 
     @property
+    def settled(self) -> bool:
+        """Whether it is known what may follow, so that nothing here waits for it."""
+        return all(form.opened.settled for form in self._forms)
+
+    @property
     def complete(self) -> list[bool]:
         """For each row, whether it is whole with the tokens taken so far."""
         return [form.complete for form in self._forms]
+
+    def close(self) -> None:
+        """End the forms' process, where nothing more is to be made."""
+        self._forms[0].opened.close()
 
     def take(self, tokens: Sequence[int]) -> None:
         """Go on by a token of each row."""
@@ -154,56 +189,17 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
                 raise InvalidRequest(f"The text cannot be given the form that is asked for: {reason}")
         constrained = scores.masked_fill(~allowed, -torch.inf)
         if torch.isneginf(constrained.amax(-1)).any():
-            reason = "that other parameters forbid, or that the model has no row for"
-            raise InvalidRequest(f"The form asked for allows only tokens {reason}")
+            raise InvalidRequest("The form asked for allows only tokens that other parameters forbid")
         return constrained
 
 
-def _tokens(tokenizer: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
-    """llguidance's view of a tokenizer, without the added tokens that the model has no logits for: it would spell texts
-    with them."""
-    backend = copy.copy(tokenizer.backend_tokenizer)
-    backend.no_padding()
-    backend.no_truncation()
-    written = backend.to_str()
-    known = max(vocabulary, max(tokenizer.get_vocab().values(), default=0) + 1)
-    if known > vocabulary:
-        content = json.loads(written)
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
-        written = json.dumps(content, ensure_ascii=False)
-    return LLTokenizer(written, n_vocab=known, eos_token=[end for end in ends if end < known] or [0])
+def settle(constrained: Iterable[Constrained], seconds: float) -> None:
+    """Wait until it is known of all what may follow, or so long."""
+    compiler.settle((form.opened for each in constrained for form in each._forms), seconds)
 
 
-def _grammar(constraint: Constraint) -> str:
-    """llguidance's own notation.
-
-    Raises:
-        InvalidRequest: the value is not of its kind.
-    """
-    kind, value = constraint.kind, constraint.value
-    try:
-        if kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=dict(TIDY)))  # type: ignore[arg-type]
-        if kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(closed(value), defaults=dict(TIDY)))  # type: ignore[arg-type]
-        if kind == "regex":
-            return str(LLMatcher.grammar_from_regex(value))
-        if kind == "choice":
-            return str(LLMatcher.grammar_from_lark(_choices(value)))
-    except RecursionError as error:
-        raise _refuse(kind, "nested too deeply") from error
-    except (ValueError, TypeError) as error:
-        raise _refuse(kind, str(error)) from error
-    try:
-        return str(LLMatcher.grammar_from_lark(as_lark(value)))
-    except ValueError as error:
-        raise _refuse(kind, str(error)) from error
-
-
-def _choices(texts: list[str]) -> str:
-    if not texts or len(texts) > _MOST_CHOICES or not all(texts):
-        raise ValueError(f"1 to {_MOST_CHOICES} texts are needed, none of them empty")
-    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))
+def _no_tokens(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"This model's tokenizer cannot be constrained: {reason}")
 
 
 def _refuse(kind: str, reason: str) -> InvalidRequest:

@@ -40,6 +40,9 @@ _IDLE = 10.0
 # step, which needs it in other pieces: it would grow by half of what a small model takes.
 _TIDY = 0.5
 
+# Seconds that a step waits for forms to be settled; most are before it begins.
+_FORMS = 0.01
+
 
 class Batch(Protocol):
     """What computes rows and draws tokens: see `batch.TransformersBatch`."""
@@ -51,6 +54,9 @@ class Batch(Protocol):
 
     def draw(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
         """Each row's next token, or why there is none."""
+
+    def settle(self, sequences: Many[Sequence], seconds: float) -> None:
+        """Wait until the forms of all are settled, or so long."""
 
     def step_aside(self) -> None:
         """Have the model itself ready for use by others than this batch."""
@@ -277,6 +283,7 @@ class Engine:
         if self._scheduler is None:
             return
         self._let_in()
+        self._settle()
         self._make_room()
         budget = self._pace.budget(len(self._scheduler.decoding), self._scheduler.short_prompts)
         rows = self._scheduler.plan(budget)
@@ -397,6 +404,16 @@ class Engine:
             reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
             self._fail(stuck, OutOfMemory(reason))
 
+    def _settle(self) -> None:
+        """Go on with everyone whose form is settled; a form that takes longer to compute keeps no other waiting."""
+        assert self._scheduler is not None and self._batch is not None  # noqa: S101, PT018 - only called with a batch
+        running = self._scheduler.running
+        if unsettled := [sequence for sequence in running if not sequence.settled]:
+            self._batch.settle(unsettled, _FORMS)
+        for sequence in running:
+            if sequence.settled:
+                self._end_of(sequence, sequence.settle)
+
     def _make_room(self) -> None:
         """Have room in the cache for the next token of everyone who decodes; whoever cannot be helped, is refused."""
         assert self._scheduler is not None  # noqa: S101 - only called with a batch
@@ -443,9 +460,13 @@ class Engine:
                 self._deliver(row.sequence, token)
 
     def _deliver(self, sequence: Sequence, token: int) -> None:
+        self._end_of(sequence, lambda: sequence.append(token))
+
+    def _end_of(self, sequence: Sequence, say: Callable[[], None]) -> None:
+        """Have a sequence say its last token, and drop it where that ends it."""
         assert self._scheduler is not None  # noqa: S101 - it runs in the batch
         try:
-            sequence.append(token)
+            say()
         except Exception as error:  # a tokenizer may fail on what a model makes
             logger.exception("the text of a sequence of %s could not be made", self._model_id)
             self._fail(sequence, GenerationFailed(f"Model '{self._model_id}' made what has no text ({error})"))

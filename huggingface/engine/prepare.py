@@ -184,6 +184,10 @@ class Preparer:
         continues = request.messages is None or _turn(request) == "continued"
         return "behind" if continues and self._reads_answer else "alone"
 
+    def close(self) -> None:
+        """End the processes that compile forms."""
+        self._constraints.close()
+
     def _constrained(
         self, request: GenerationRequest, parameters: Mapping[str, Any], prompt_tokens: int, end: str
     ) -> Constrained | None:

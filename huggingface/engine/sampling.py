@@ -67,7 +67,7 @@ class Sampler:
         if seed is not None:
             self._generator = torch.Generator(device=prompt.device)
             self._generator.manual_seed(seed)
-        self._constrained = next((each for each in processors if isinstance(each, Constrained)), None)
+        self.constrained = next((each for each in processors if isinstance(each, Constrained)), None)
         self.plain = not do_sample and not len(processors)
         self._count = prompt.shape[1]
         self._ids = prompt if self.plain else prompt.new_empty((1, max(most, self._count)))
@@ -89,14 +89,24 @@ class Sampler:
         if self._count < self._ids.shape[1]:
             self._ids[:, self._count] = token
             self._count += 1
-        if self._constrained is not None:
-            self._constrained.take(token.tolist())
+        if self.constrained is not None:
+            self.constrained.take(token.tolist())
         return token, are_numbers(scores)
 
     @property
     def complete(self) -> bool:
         """Whether the text has the form it was to have, and nothing may follow."""
-        return self._constrained is not None and all(self._constrained.complete)
+        return self.constrained is not None and all(self.constrained.complete)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next token can be drawn: a form may still be computing which ones it allows."""
+        return self.constrained is None or self.constrained.settled
+
+    def close(self) -> None:
+        """End what the form takes."""
+        if self.constrained is not None:
+            self.constrained.close()
 
 
 def _draw(probabilities: torch.Tensor) -> torch.Tensor:

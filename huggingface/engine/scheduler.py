@@ -113,16 +113,18 @@ class Scheduler:
         These have at most `budget` tokens together.
 
         The oldest prompt gets at least half of it; the shortest ones share the rest, so that a short prompt
-        need not wait until a long one is read.
+        need not wait until a long one is read. A sequence whose form is not settled has no part in the step.
         """
-        decode = sorted(self.decoding, key=lambda sequence: (sequence.slot.bank.key, sequence.slot.row))  # type: ignore[union-attr]
+        decoding = [sequence for sequence in self.decoding if sequence.settled]
+        prefilling = [sequence for sequence in self.prefilling if sequence.settled]
+        decode = sorted(decoding, key=lambda sequence: (sequence.slot.bank.key, sequence.slot.row))  # type: ignore[union-attr]
         rows = [Row(sequence, (sequence.tokens[-1],), len(sequence.tokens) - 1) for sequence in decode]
         chunks: dict[Sequence, int] = {}
-        if self.prefilling:
-            oldest = self.prefilling[0]
-            chunks[oldest] = min(_left(oldest), budget if len(self.prefilling) == 1 else max(budget // 2, 1))
+        if prefilling:
+            oldest = prefilling[0]
+            chunks[oldest] = min(_left(oldest), budget if len(prefilling) == 1 else max(budget // 2, 1))
             budget -= chunks[oldest]
-            for sequence in sorted(self.prefilling, key=_left):
+            for sequence in sorted(prefilling, key=_left):
                 more = min(_left(sequence) - chunks.get(sequence, 0), budget)
                 if more > 0:
                     chunks[sequence] = chunks.get(sequence, 0) + more
@@ -153,6 +155,7 @@ class Scheduler:
         if sequence.slot is not None:
             self._slots.release(sequence.slot, clean=clean)
             sequence.slot = None
+        sequence.sampler.close()
 
 
 def _left(sequence: Sequence) -> int:

@@ -67,6 +67,7 @@ class Sequence:
     made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
     read_tokens: list[Token] = field(default_factory=list)
     told_prompt: bool = False
+    unsaid: str | None = None  # what the last token shows, until its end of the text is known
     reused: int = 0  # tokens of the prompt that its first slot held already
     finished: FinishReason | None = None
     submitted: float = field(default_factory=time.monotonic)
@@ -101,13 +102,26 @@ class Sequence:
         """New tokens so far."""
         return len(self.tokens) - self.prompt_tokens
 
+    @property
+    def settled(self) -> bool:
+        """Whether its next token can be computed and drawn."""
+        return bool(self.sampler.settled)
+
     def append(self, token: int) -> None:
-        """Take the next token: show its text, and see whether it was the last one."""
-        now = time.monotonic()
+        """Take the next token: show its text, and see whether it was the last one, as soon as its form tells."""
         if not self.first:
-            self.first = now
+            self.first = time.monotonic()
         self.tokens.append(token)
-        shown = self.text.add(token)
+        self.unsaid = self.text.add(token)
+        if self.settled:
+            self.settle()
+
+    def settle(self) -> None:
+        """Say what the last token shows, and end the text where that was the last one."""
+        if self.unsaid is None:
+            return
+        now, shown, self.unsaid = time.monotonic(), self.unsaid, None
+        token = self.tokens[-1]
         if token in self.ends or self.text.stopped or self.sampler.complete:
             self.finished = "stop"
         elif len(self.tokens) >= self.most or (self.max_time is not None and now - self.admitted > self.max_time):

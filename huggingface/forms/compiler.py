@@ -1,0 +1,245 @@
+"""The server's end of the processes that compile forms and follow them: see `process`.
+
+A `Compiler` belongs to one model's tokens; any thread. An `Open` is one form in its process, used by one thread at a
+time; reading what it is told never blocks unless asked to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .process import ACCEPTING, ANSWER, COPY, ERROR, LENGTH, OPERATION, STOPPED, TAKE, Limits, receive
+
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from forms.process import main; main()"
+_ROOMS = Path(__file__).resolve().parent.parent  # where the process finds this room, and needs no other
+
+
+class CannotConstrain(Exception):
+    """llguidance does not know this kind of tokenizer; the message is its reason."""
+
+
+class Refused(Exception):
+    """The form cannot be compiled; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a text stands: whether it is whole, whether nothing may follow, the mask of what may (a bit a token), or
+    why it cannot go on."""
+
+    accepting: bool = False
+    stopped: bool = False
+    mask: bytes = b""
+    error: str = ""
+
+
+class Compiler:
+    """Opens forms for one model's tokens, each in a process of its own. Any thread."""
+
+    def __init__(self, tokenizer: str, vocabulary: int, ends: Collection[int], limits: Limits | None = None) -> None:
+        """`tokenizer` is a tokenizer.json; `vocabulary` is how many tokens it knows, `ends` the ids of tokens that end
+        its texts."""
+        self._about = {
+            "tokenizer": tokenizer,
+            "vocabulary": vocabulary,
+            "ends": list(ends),
+            "limits": astuple(limits or Limits()),
+        }
+        self._lock = threading.Lock()
+        self._turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))  # the others' steps need cores too
+        self._process: subprocess.Popen[bytes] | None = None
+        self._server: socket.socket | None = None
+        self._closed = False
+
+    def open(self, kind: str, value: Any) -> Open:
+        """A form, at its beginning.
+
+        Raises:
+            Refused: it cannot be compiled. CannotConstrain: this model's tokenizer cannot be used.
+        """
+        wanted = json.dumps([kind, value]).encode()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._hand_over(theirs)
+            with self._turns:
+                with suppress(OSError):  # what is told says why
+                    ours.sendall(LENGTH.pack(len(wanted)) + wanted)
+                form = Open(_Connection(ours))
+                error = form.state().error
+            if error:
+                raise Refused(error)
+        except BaseException:
+            ours.close()
+            raise
+        return form
+
+    def close(self) -> None:
+        """End the processes. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _hand_over(self, form: socket.socket) -> None:
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                with suppress(OSError):
+                    socket.send_fds(self._begun(), [b"f"], [form.fileno()])
+                    return
+            if self._closed:
+                raise Refused("its model is being taken out of memory")
+            self._end()
+            self._begin()
+            socket.send_fds(self._begun(), [b"f"], [form.fileno()])
+
+    def _begun(self) -> socket.socket:
+        assert self._server is not None  # noqa: S101 - begun with the process
+        return self._server
+
+    def _begin(self) -> None:
+        self._server, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very room
+                [sys.executable, "-P", "-c", _PROGRAM, str(_ROOMS)], stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+            )
+        about = json.dumps(self._about).encode()
+        try:
+            self._server.sendall(LENGTH.pack(len(about)) + about)
+            kind, length = ANSWER.unpack(receive(self._server, ANSWER.size))
+            said = receive(self._server, length).decode()
+        except (EOFError, OSError) as error:
+            self._end()
+            raise Refused("the process that compiles forms has ended") from error
+        if kind == ERROR:
+            self._end()
+            raise CannotConstrain(said)
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._server = None
+
+
+@dataclass(eq=False)
+class _Connection:
+    """What is said over one form's socket: answers come in the order of what was asked."""
+
+    socket: socket.socket
+    count: int = 1
+    expected: deque[Open] = field(default_factory=deque)
+    got: bytearray = field(default_factory=bytearray)
+
+    def __del__(self) -> None:
+        self.socket.close()
+
+    def ask(self, operation: int, index: int, token: int = 0) -> None:
+        with suppress(OSError):  # what is told says why
+            self.socket.sendall(OPERATION.pack(operation, index, token))
+
+    def read(self, *, wait: bool) -> bool:
+        """Read what has come; whether anything more may come at once."""
+        try:
+            part = self.socket.recv(1 << 16, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            part = b""
+        if not part:
+            self.socket.close()
+            while self.expected:
+                self.expected.popleft().told = State(error="its process was ended")
+            return False
+        self.got += part
+        while len(self.got) >= ANSWER.size:
+            kind, length = ANSWER.unpack_from(self.got)
+            end = ANSWER.size + length
+            if len(self.got) < end:
+                break
+            said = bytes(self.got[ANSWER.size : end])
+            del self.got[:end]
+            self._tell(kind, said)
+        return True
+
+    def _tell(self, kind: int, said: bytes) -> None:
+        if kind == ERROR:
+            while self.expected:
+                self.expected.popleft().told = State(error=said.decode("utf-8", "replace"))
+        elif self.expected:
+            flags = said[0]
+            self.expected.popleft().told = State(bool(flags & ACCEPTING), bool(flags & STOPPED), said[1:])
+
+
+class Open:
+    """One text's way through a form. One thread at a time."""
+
+    def __init__(self, connection: _Connection, index: int = 0, state: State | None = None) -> None:
+        self._connection = connection
+        self._index = index
+        self.told = state
+        if state is None:
+            connection.expected.append(self)
+
+    def copy(self) -> Open:
+        """The same form at the same place, for another text."""
+        state, connection = self.state(), self._connection
+        connection.ask(COPY, self._index)
+        index, connection.count = connection.count, connection.count + 1
+        return Open(connection, index, state)
+
+    def take(self, token: int) -> None:
+        """Go on by a token, one of those that may follow; the state is told later."""
+        state = self.state()
+        if not state.stopped and not state.error:
+            self.told = None
+            self._connection.expected.append(self)
+            self._connection.ask(TAKE, self._index, token)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the state is known."""
+        while self.told is None and self._connection.read(wait=False):
+            pass
+        return self.told is not None
+
+    def state(self) -> State:
+        """Where the text stands, once it is known."""
+        while self.told is None:
+            self._connection.read(wait=True)
+        return self.told
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._connection.socket.close()
+
+    @property
+    def number(self) -> int:
+        """That of its socket, to wait for."""
+        return self._connection.socket.fileno()
+
+
+def settle(forms: Iterable[Open], seconds: float) -> None:
+    """Wait until all their states are known, or so long."""
+    until = time.monotonic() + seconds
+    waiting = [form for form in forms if not form.settled]
+    while waiting and (left := until - time.monotonic()) > 0:
+        poll = select.poll()
+        for form in waiting:
+            poll.register(form.number, select.POLLIN)
+        poll.poll(left * 1000)
+        waiting = [form for form in waiting if not form.settled]
