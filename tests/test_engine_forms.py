@@ -260,7 +260,7 @@ def test_several_texts_of_one_request_each_have_the_form(llama: Served) -> None:
     [
         (Constraint("regex", "(a"), "unclosed group"),
         (Constraint("grammar", 'start: "a" nothing'), "nothing"),
-        (Constraint("json_schema", {"type": "object", "properties": {"a": {"not": {}}}}), "not"),
+        (Constraint("json_schema", {"type": "object", "properties": {"a": {"not": {"minLength": 2}}}}), "not"),
         (Constraint("json_schema", {"type": "nonsense"}), "nonsense"),
         (Constraint("choice", []), "1 to"),
     ],

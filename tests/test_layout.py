@@ -299,7 +299,7 @@ def test_the_leaves_import_nothing_but_the_standard_library() -> None:
         "records",
         "devices",
         "memory",
-        "forms/json_schema",
+        "forms/keywords",
         "progress",
         "budget",
         "eviction",

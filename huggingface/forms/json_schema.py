@@ -1,18 +1,23 @@
-"""JSON schemas made such that a model which keeps to them comes to an end.
+"""JSON schemas made such that a model which keeps to them comes to an end, in words that llguidance knows.
 
-Pure functions on plain values; standard library only, so that any room may use them.
+Pure functions on plain values; standard library only, so that any room may use them. What other keywords mean is said
+by `keywords`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from .keywords import said_otherwise
 
 # llguidance's options for JSON as `json.dumps` writes it: with whitespace at will, a model may write nothing else.
 TIDY: Mapping[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
-# Values, not schemas; and `properties`, whose names are not keywords.
-_AS_THEY_ARE = ("const", "enum", "default", "examples", "properties")
+# Values, not schemas; and mappings of names to schemas, whatever the names are: also `format`, or `properties`.
+_VALUES = ("const", "enum", "default", "examples")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 # What may add properties to those of an object, beside it or from afar.
 _COMPOSED = (
@@ -25,31 +30,49 @@ _COMPOSED = (
     "if",
     "not",
 )
-
+_OBJECTS = ("properties", "required", "additionalProperties", "patternProperties")
 
 # The formats that llguidance holds a text to.
 _FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+
+_LIMIT = 2**63 - 1024  # the largest integer that llguidance reads and writes exactly
+_EXACT = 2**53  # up to here every integer
 
 
 def closed(schema: Any) -> Any:
     """The same schema in words that llguidance knows, with objects held to the properties that they name.
 
     Whatever fits it, fits the schema. A model would else invent property after property; OpenAI's strict schemas and
-    most servers hold to the named ones too. Schemas that put objects together (`allOf`) are not narrowed so. Formats
-    that are not known are left out: JSON Schema has them as annotations.
+    most servers hold to the named ones too. Schemas that put objects together (`allOf`, `if`) are not narrowed so.
+    Formats that are not known are left out: JSON Schema has them as annotations.
 
     Raises:
-        ValueError: it wants several properties without naming them: a name may come twice, and then be one too few.
+        ValueError: it has a number that llguidance cannot write; or it wants several properties without naming them: a
+            name may come twice, and then be one too few.
     """
-    return _closed(schema, narrow=not _has(schema, "allOf"))
+    narrow = not any(_has(schema, word) for word in ("allOf", "if", "dependentRequired", "dependentSchemas"))
+    return _closed(schema, schema, narrow=narrow)
 
 
-def _closed(schema: Any, *, narrow: bool) -> Any:
+def _closed(schema: Any, root: Any, *, narrow: bool) -> Any:
     if isinstance(schema, list):
-        return [_closed(item, narrow=narrow) for item in schema]
+        return [_closed(item, root, narrow=narrow) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {name: value if name in _AS_THEY_ARE else _closed(value, narrow=narrow) for name, value in schema.items()}
+    schema = said_otherwise(schema, root)
+    if not isinstance(schema, dict):
+        return schema
+    # The parts of an object that is put together do not know each other's properties.
+    apart = narrow and not any(word in schema for word in _OBJECTS)
+    result: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _VALUES:
+            result[name] = value
+        elif name in _NAMED and isinstance(value, dict):
+            result[name] = {each: _closed(part, root, narrow=narrow) for each, part in value.items()}
+        else:
+            result[name] = _closed(value, root, narrow=apart if name in ("anyOf", "oneOf", "not") else narrow)
+    _check_numbers(result)
     if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
         del result["format"]
     properties = schema.get("properties")
@@ -58,11 +81,6 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
     sure = len(required) if isinstance(required, list) else 0
     if isinstance(least, int) and least > max(1, sure) and open_ended:
         raise ValueError(f"minProperties of {least} needs properties that are named, and no others")
-    if "propertyNames" in schema:
-        _name_properties(result, schema["propertyNames"])
-    if isinstance(properties, dict):
-        # Whatever they are called: also `format`, or `properties`.
-        result["properties"] = {name: _closed(value, narrow=narrow) for name, value in properties.items()}
     if narrow and isinstance(properties, dict):
         listed = isinstance(required, list) and all(name in properties for name in required)
         if properties and listed and not any(name in schema for name in _COMPOSED):
@@ -70,20 +88,71 @@ def _closed(schema: Any, *, narrow: bool) -> Any:
     return result
 
 
-def _name_properties(schema: dict[str, Any], names: Any) -> None:
-    """Say `propertyNames` as `properties`, where it says that they are texts, or which ones there are."""
-    if names is True or names == {"type": "string"}:
-        del schema["propertyNames"]
-        return
-    listed = names.get("enum") if isinstance(names, dict) and names.keys() <= {"enum", "type"} else None
-    if isinstance(listed, list) and "properties" not in schema and "patternProperties" not in schema:
-        del schema["propertyNames"]
-        values = schema.get("additionalProperties", True)
-        schema["properties"] = {name: values for name in listed if isinstance(name, str)}
-        schema["additionalProperties"] = False
-
-
 def _has(schema: Any, keyword: str) -> bool:
     if isinstance(schema, dict):
         return keyword in schema or any(_has(value, keyword) for value in schema.values())
     return isinstance(schema, list) and any(_has(item, keyword) for item in schema)
+
+
+def _check_numbers(schema: dict[str, Any]) -> None:
+    """Have bounds that llguidance reads as they are, and no values that it would write as others.
+
+    It has numbers as floats of 64 bits. A bound that is none becomes the next one within.
+    """
+    for word in ("const", "enum"):
+        if word in schema:
+            _check_value(schema[word], word)
+    for word, inwards in (("minimum", math.inf), ("exclusiveMinimum", math.inf)):
+        _set_bound(schema, word, inwards)
+    for word, inwards in (("maximum", -math.inf), ("exclusiveMaximum", -math.inf)):
+        _set_bound(schema, word, inwards)
+
+
+def _set_bound(schema: dict[str, Any], word: str, inwards: float) -> None:
+    bound = schema.get(word)
+    if not isinstance(bound, int) or isinstance(bound, bool) or abs(bound) <= _EXACT:
+        return
+    if abs(bound) > _LIMIT:
+        if (bound > 0) == (inwards > 0):
+            raise ValueError(f"'{word}' of {bound} is more than numbers can be held to")
+        schema[word] = _LIMIT if bound > 0 else -_LIMIT
+        return
+    near = float(bound)
+    if near != bound and (near < bound) == (inwards > 0):
+        near = math.nextafter(near, inwards)
+    inside = int(near)
+    if inside != bound and word.startswith("exclusive"):
+        # What is left out lies beyond the bound: the next float within may be written itself.
+        del schema[word]
+        other = word.removeprefix("exclusive").lower()
+        choose = max if inwards > 0 else min
+        inside, word = choose(inside, schema.get(other, inside)), other
+    schema[word] = inside
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        raise ValueError(f"no number between its bounds can be written exactly: '{word}' is {bound}; say it as a text")
+
+
+def _check_value(value: Any, word: str) -> None:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            _check_value(each, word)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > _EXACT and (abs(value) > _LIMIT or float(value) != value):
+            raise ValueError(f"'{word}' has {value}, a number that cannot be written exactly; say it as a text")
+    elif isinstance(value, float) and not _read_exactly(value):
+        raise ValueError(f"'{word}' has {value!r}, a number that cannot be written exactly; say it as a text")
+
+
+def _read_exactly(value: float) -> bool:
+    """Whether llguidance reads the same: its reader of JSON takes all digits for one integer, and shifts that."""
+    digits, _, exponent = repr(abs(value)).partition("e")
+    whole, _, part = digits.partition(".")
+    shift = int(exponent or 0) - len(part)
+    try:
+        number = float(int(whole + part))
+        return abs(value) == (number * 10.0**shift if shift >= 0 else number / 10.0**-shift)
+    except OverflowError:
+        return False

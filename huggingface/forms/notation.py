@@ -26,12 +26,33 @@ def notation(kind: str, value: Any) -> str:
         case "json_object":
             return _json({"type": "object"})
         case "json_schema":
-            return _json(closed(value))
+            return _schema(closed(value))
         case "regex":
             return str(LLMatcher.grammar_from_regex(value))
         case "choice":
             return str(LLMatcher.grammar_from_lark(_choices(value)))
     return str(LLMatcher.grammar_from_lark(as_lark(value)))
+
+
+def _schema(schema: Any) -> str:
+    """Where it cannot be compiled, with those branches of its unions that can be."""
+    if LLMatcher.validate_grammar(_json(schema)):
+        _keep_branches(schema, schema)
+    return _json(schema)
+
+
+def _keep_branches(schema: Any, root: Any) -> None:
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _keep_branches(part, root)
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema, dict) and isinstance(schema.get(word), list):
+            defined = {name: root[name] for name in ("$defs", "definitions") if isinstance(root, dict) and name in root}
+            kept = [
+                branch
+                for branch in schema[word]
+                if not isinstance(branch, dict) or not LLMatcher.validate_grammar(_json({**defined, **branch}))
+            ]
+            schema[word] = kept or schema[word]
 
 
 def _json(schema: Any) -> str:
