@@ -141,12 +141,7 @@ class ModelManager:
         try:
             yield model
         finally:
-            with self._changed:
-                place.users -= 1
-                place.used = time.monotonic()
-                if place.users == 0 and place.model is model:
-                    self._let_expire(place, record, keep_alive)
-                self._changed.notify_all()
+            self._leave(place, record, keep_alive)
 
     def load(
         self,
@@ -190,8 +185,7 @@ class ModelManager:
             with self._places.alone(model_id, self._busy_deadline) as place:
                 record = self._usable_record(model_id)
                 self._release(model_id, place)
-                loading = place.loading = Loading()
-                loading.waiting = 1  # this one, whoever else comes and goes
+                loading = place.loading = Loading(forced=True)
                 watch(loading.progress)
                 self._load(record, place, loading)
                 loading.done.result()
@@ -461,7 +455,11 @@ class ModelManager:
                     raise Cancelled("The server is shutting down")
                 place = self._places.of(model_id)
                 loading = place.loading
-                if place.reserved or place.draining or (loading is not None and loading.progress.cancelled):
+                if (
+                    place.reserved
+                    or self._places.drains(model_id)
+                    or (loading is not None and loading.progress.cancelled)
+                ):
                     self._changed.wait(LOOK_AGAIN)
                     if gone():
                         raise Cancelled
@@ -488,10 +486,18 @@ class ModelManager:
             if not asked:
                 self.statistics.missed(model_id)
                 asked = True
-            self._wait_for(loading, gone)
+            self._wait_for(place, loading, record, gone)
+            model = place.model  # which cannot go now, except with the server
+            try:
+                if model is not None and not _is_stale(model, self._usable_record(model_id)):
+                    return place, model, record
+            except LocalLLMError:
+                self._leave(place, record)
+                raise
+            self._leave(place, record)
 
-    def _wait_for(self, loading: Loading, gone: Callable[[], bool]) -> None:
-        """Wait for a load. Where everyone who wanted it has left, it is given up.
+    def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, gone: Callable[[], bool]) -> None:
+        """Wait for a load, and count as a user of its model then. Once nobody waits any more, the load is cancelled.
 
         Raises: as the load does; Cancelled where `gone()`.
         """
@@ -499,14 +505,27 @@ class ModelManager:
             while not wait([loading.done], LOOK_AGAIN).done:
                 if gone():
                     raise Cancelled
-        finally:
+            loading.done.result()
+            if gone():
+                raise Cancelled
+        except BaseException:
             with self._changed:
-                loading.waiting -= 1
-                if not loading.waiting and not loading.done.done():
-                    loading.progress.cancel()
-        loading.done.result()
-        if gone():
-            raise Cancelled
+                if loading.handed_over:
+                    self._leave(place, record)
+                else:
+                    loading.waiting -= 1
+                    if not loading.waiting and not loading.forced:
+                        loading.progress.cancel()
+            raise
+
+    def _leave(self, place: Place, record: ModelRecord, keep_alive: float | None = None) -> None:
+        """Count as a user of a model no longer."""
+        with self._changed:
+            place.users -= 1
+            place.used = time.monotonic()
+            if place.users == 0 and place.model is not None:
+                self._let_expire(place, record, keep_alive)
+            self._changed.notify_all()
 
     def _load(self, record: ModelRecord, place: Place, loading: Loading) -> None:
         """Fill `place`, and settle `loading` for all who wait for it."""
@@ -521,6 +540,9 @@ class ModelManager:
             late = self._places.closed
             place.model = None if late else model
             place.loading = None
+            if place.model is not None:
+                place.users += loading.waiting
+                loading.handed_over = True
             place.used, place.load_seconds = time.monotonic(), seconds
             self._changed.notify_all()
         if late and model is not None:
@@ -543,12 +565,11 @@ class ModelManager:
         self._refuse_at_once(loader, record, settings)
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
-        progress.begin("read")
         account = _Account(self.budget, self._room, model_id)
         heads = self.downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-            self._room.make(model_id, estimate.devices, lambda: progress.cancelled)
+            self._room.make(model_id, estimate.devices, progress)
             account.keep(estimate.device, estimate.kv_cache)
         try:
             read = partial(

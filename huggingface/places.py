@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from .errors import Cancelled, ModelBusy
+from .claims import Claim, Claims
+from .errors import Cancelled, MemoryHeld, ModelBusy
 from .progress import Progress
 from .records import LoadSettings
 
@@ -26,12 +27,18 @@ LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is st
 
 
 class Loading:
-    """A load under way: everyone who asks meanwhile waits for it, and fails as it fails."""
+    """A load under way: everyone who asks meanwhile waits for it, and fails as it fails.
 
-    def __init__(self) -> None:
+    When it has succeeded, each of those who wait counts as a user of the model: it cannot go before they get it.
+    """
+
+    def __init__(self, *, forced: bool = False) -> None:
+        """A `forced` load goes on whether anybody waits for it or not."""
         self.progress = Progress()
         self.done: Future[None] = Future()
+        self.forced = forced
         self.waiting = 0
+        self.handed_over = False  # it has succeeded, and those who waited count as users
 
 
 @dataclass(slots=True)
@@ -41,7 +48,6 @@ class Place:
     model: LoadedModel | None = None
     users: int = 0
     loading: Loading | None = None
-    draining: int = 0  # how many wait for its users to go, for its memory
     reserved: bool = False  # someone has it alone, or waits for the users to go: no new ones are let in
     overrides: LoadSettings = field(default_factory=LoadSettings)  # what the last load asked for, over the record
     used: float = 0.0
@@ -72,6 +78,7 @@ class Places:
         self.changed = threading.Condition()
         self.closed = False
         self._places: dict[str, Place] = {}  # never shrinks: a place may be waited for, and an empty one is tiny
+        self._claims = Claims()
 
     # With the lock held ----------------------------------------------------------------------------------------------
 
@@ -82,6 +89,10 @@ class Places:
     def all(self) -> list[tuple[str, Place]]:
         """Every place there ever was, by id."""
         return list(self._places.items())
+
+    def drains(self, model_id: str) -> bool:
+        """Whether a model lets no new users in, for the sake of one that waits for its memory."""
+        return self._claims.drains(model_id)
 
     # With or without it ----------------------------------------------------------------------------------------------
 
@@ -114,27 +125,49 @@ class Places:
             place.reserved = False
             self.changed.notify_all()
 
-    def wait_for_turn(self, model_ids: Sequence[str], deadline: float, gone: Callable[[], bool]) -> None:
-        """Wait until nobody uses these models, and let nobody new have them meanwhile.
+    @contextmanager
+    def claim(self, model_id: str) -> Iterator[Claim]:
+        """The model's turn for memory, behind those who came before; a refusal keeps it for a while."""
+        with self.changed:
+            claim = self._claims.enter(model_id)
+        refused = False
+        try:
+            yield claim
+        except MemoryHeld:
+            refused = True
+            raise
+        finally:
+            with self.changed:
+                self._claims.leave(claim, refused=refused)
+                self.changed.notify_all()
+
+    def is_first(self, claim: Claim) -> bool:
+        """Whether nobody has waited for memory for longer."""
+        with self.changed:
+            return self._claims.first(claim)
+
+    def drain(self, claim: Claim, victims: Collection[str]) -> None:
+        """Let no new users in to these models until the claim ends, and to those that drained for it before again."""
+        with self.changed:
+            self._claims.drain(claim, victims)
+            self.changed.notify_all()
+
+    def wait_for_turn(self, claim: Claim, deadline: float, gone: Callable[[], bool]) -> None:
+        """Wait until nobody uses the models that drain for a claim; where none does, for a moment.
 
         Raises:
             Cancelled: `gone()` turned true, or the server is shutting down.
         """
         with self.changed:
-            places = [self.of(model_id) for model_id in model_ids]
-            for place in places:
-                place.draining += 1
-            try:
-                if not places:  # somebody else is being loaded, and may go when that is done
-                    self.changed.wait(LOOK_AGAIN)
-                while any(place.users for place in places) and (left := deadline - time.monotonic()) > 0:
-                    if self.closed or gone():
-                        raise Cancelled
-                    self.changed.wait(min(left, LOOK_AGAIN))
-            finally:
-                for place in places:
-                    place.draining -= 1
-                self.changed.notify_all()
+            places = [self.of(model_id) for model_id in claim.victims]
+            while (left := deadline - time.monotonic()) > 0:
+                if self.closed or gone():
+                    raise Cancelled
+                if places and not any(place.users for place in places):
+                    return
+                self.changed.wait(min(left, LOOK_AGAIN))
+                if not places:  # another load is under way, or is first: what is to be done changes with it
+                    return
 
     # Looking: views of a moment --------------------------------------------------------------------------------------
 

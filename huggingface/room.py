@@ -16,6 +16,7 @@ from .devices import by_index
 from .errors import MemoryHeld, NeverFits
 from .eviction import Idle, choose
 from .places import LOOK_AGAIN, Places
+from .progress import Progress
 from .records import Estimate, Forecast
 
 
@@ -48,31 +49,39 @@ class Room:
             room = self._budget.room(device)
             return (room is None or room >= times * size) and self._budget.reserve(model_id, {device: size})
 
-    def make(self, model_id: str, needs: Mapping[str, int], gone: Callable[[], bool]) -> None:
+    def make(self, model_id: str, needs: Mapping[str, int], progress: Progress) -> None:
         """Set memory aside for a model, in bytes by device; others may have to go for it.
 
-        Where those are in use, nobody new gets them for a while, so that whoever waits here has his turn.
+        Who has waited longest is next. Where the others are in use, nobody new gets them, so that the turn comes.
 
         Raises:
             NeverFits: it is more than all models together may have.
-            MemoryHeld: the others are pinned, or still in use after the memory timeout. Cancelled: `gone()`.
+            MemoryHeld: the others are pinned, or still in use after the memory timeout. Cancelled: `progress` was.
         """
-        deadline, needs = time.monotonic() + self._timeout, by_index(needs)
-        while True:
-            with self._making:
-                while not self._budget.reserve(model_id, needs):
-                    lacking = self.lacking(model_id, needs)
-                    victims = choose(self._idle(model_id), lacking)
-                    if not victims:
-                        break
-                    for victim in victims:
-                        self._evict(victim.model_id, f"'{model_id}' needs its memory")
-                else:
-                    return
-            busy = choose(self._idle(model_id, busy=True), lacking)
-            if time.monotonic() >= deadline or not (busy or self._places.others_come(model_id)):
-                raise self._held(model_id, needs)
-            self._places.wait_for_turn([model.model_id for model in busy], deadline, gone)
+        deadline, needs, told = time.monotonic() + self._timeout, by_index(needs), False
+        with self._places.claim(model_id) as claim:
+            while True:
+                first = self._places.is_first(claim)
+                with self._making:
+                    while not self._budget.reserve(model_id, needs):
+                        lacking = self.lacking(model_id, needs)
+                        victims = choose(self._idle(model_id), lacking) if first else []
+                        if not victims:
+                            break
+                        for victim in victims:
+                            self._evict(victim.model_id, f"'{model_id}' needs its memory")
+                    else:
+                        return
+                going = self._idle(model_id, busy=True)
+                victims = choose([model for model in going if model.model_id in claim.victims], lacking)
+                victims = victims or choose(going, lacking)
+                if time.monotonic() >= deadline or not (victims or self._places.others_come(model_id)):
+                    raise self._held(model_id, needs)
+                self._places.drain(claim, [model.model_id for model in victims] if first else [])
+                if not told:
+                    progress.begin("waiting")
+                    told = True
+                self._places.wait_for_turn(claim, deadline, lambda: progress.cancelled)
 
     def relieve(self, model_id: str) -> bool:
         """Take the model that was used longest ago out of memory for the sake of another; False if there is none."""

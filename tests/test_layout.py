@@ -67,6 +67,7 @@ PARTS = {
     "placement": "loader",
     "quantization": "loader",
     "gguf_files": "loader",
+    "claims": "manager",
     "places": "manager",
     "room": "manager",
     "registry_content": "registry",
