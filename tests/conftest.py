@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PATIENCE = 600  # seconds after which what a test waits for never comes: no expectation of speed
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -45,6 +47,15 @@ def pytest_collection_finish() -> None:
     """Have the garbage collector pass over the libraries and the tests: with each unload of a model it runs in full."""
     gc.collect()
     gc.freeze()
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for something to be so, however slow the machine is; returns what the condition does."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.01)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +134,7 @@ class Server:
         started = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(started,))
         self._reader.start()
-        started.wait(60)
+        started.wait(PATIENCE)
         found = re.search(r"http://[^\s/]+:\d+", "\n".join(self.lines))
         assert found, "the server did not start:\n" + "\n".join(self.lines)
         self.url = found[0]
@@ -139,7 +150,7 @@ class Server:
 
     def call(self, method: str, path: str, **arguments: Any) -> requests.Response:
         """A request to a route under `/api/huggingface`."""
-        return requests.request(method, f"{self.api}{path}", timeout=120, **arguments)
+        return requests.request(method, f"{self.api}{path}", timeout=PATIENCE, **arguments)
 
     def add(self, model_id: str, model_type: str, **fields: Any) -> None:
         """Register a model, if it is not registered already."""
@@ -151,12 +162,12 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(30)
+            return self.process.wait(PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             self.process.wait()
-            self._reader.join(10)
+            self._reader.join(PATIENCE)
             assert self.process.stdout is not None
             self.process.stdout.close()
 

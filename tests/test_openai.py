@@ -16,7 +16,7 @@ import pydantic
 import pytest
 import requests
 import torch
-from conftest import STARTER, Server
+from conftest import STARTER, Server, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.api.openai.chat import reason_of
@@ -801,13 +801,12 @@ def test_a_client_that_leaves_a_stream_of_several_answers_frees_them_all(
     )
     next(iter(stream))
     stream.close()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def idle() -> bool:
         engine = server.call("GET", "/cache").json()["cached_models"][model]["engine"]
-        if not engine["running"] and not engine["waiting"]:
-            break
-        time.sleep(0.05)
-    assert (engine["running"], engine["waiting"], engine["slots"]) == (0, 0, 0)
+        return (engine["running"], engine["waiting"], engine["slots"]) == (0, 0, 0)
+
+    until(idle)
 
 
 # Others' clients, and a real model ------------------------------------------------------------------------------------

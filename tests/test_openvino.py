@@ -24,7 +24,7 @@ import causal_models
 import pytest
 import torch
 from changed_models import edit
-from conftest import ROOT, Server
+from conftest import ROOT, Server, until
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import TEXT
@@ -446,12 +446,15 @@ def test_whoever_cancels_ends_the_conversion(
 ) -> None:
     """A cancelled load does not convert on: its process is gone at once."""
     folder, progress = place("llama"), Progress()
-    monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100"))
-    threading.Timer(0.5, progress.cancel).start()
-    started = time.monotonic()
+    monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100000"))
+
+    def cancel() -> None:
+        until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
+        progress.cancel()
+
+    threading.Thread(target=cancel).start()
     with pytest.raises(Cancelled):
         process.convert(wanted(folder, tmp_path), progress)
-    assert time.monotonic() - started < 20
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -467,12 +470,12 @@ def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_pat
     request.write_bytes(pickle.dumps(wanted(folder, tmp_path)))
     parent = subprocess.Popen([sys.executable, "-c", code, str(request)], cwd=ROOT)
     try:
-        child = wait_for(lambda: children(parent.pid))[0]
-        wait_for(lambda: "libtorch" in Path(f"/proc/{child}/maps").read_text())
+        child = until(lambda: children(parent.pid))[0]
+        until(lambda: "libtorch" in Path(f"/proc/{child}/maps").read_text())
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait(20)
-    assert wait_for(lambda: b") Z" in stat(child), 3), "it went on for nobody"
+    assert until(lambda: b") Z" in stat(child), 3), "it went on for nobody"
     assert not kept(folder)
 
 
@@ -485,15 +488,6 @@ def stat(pid: int) -> bytes:
         return Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return b") Z"
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := what():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not come")
 
 
 def test_nothing_is_sent_to_anybody() -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 from changed_models import copy, edit, load
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from embedding_models import build_embedding
 from hub import _Handler
 from hub_place import Place
@@ -200,18 +199,21 @@ def test_what_is_told_of_a_model_is_what_it_is_once_loaded(root: Path, name: str
     assert details["install"] is None
 
 
-def test_a_look_at_a_folder_is_quick(root: Path, preflight: Preflight) -> None:
-    record = ModelRecord(tiny_models.build(root, "bart"), "BART", "summarization")
-    begun = time.perf_counter()
-    preflight.look(record)
-    first = time.perf_counter() - begun
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        preflight.look(record)
-        times.append(time.perf_counter() - begun)
-    assert first < 1.0
-    assert min(times) < 0.05
+def test_a_second_look_reads_nothing_but_the_folder(root: Path) -> None:
+    """What transformers can do is read once; each look costs no more than the model's own files."""
+    copy(root, "bart", "light/bart")
+    program = (
+        "import sys; from pathlib import Path; from huggingface.preflight import Preflight\n"
+        "from huggingface.records import LoadOptions\n"
+        f"preflight = Preflight(LoadOptions(Path({str(root)!r})))\n"
+        "preflight.look_at('light/bart')\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, given: event == 'open' and opened.append(str(given[0])))\n"
+        "assert preflight.look_at('light/bart')['known']\n"
+        "print(*sorted({path for path in opened if 'light/bart' not in path}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_weights_in_several_files_and_in_half_precision_are_counted_together(root: Path) -> None:
@@ -762,9 +764,7 @@ def test_offline_nothing_is_sent(place: Place, how: str) -> None:
 def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     place.publish("org/remote-silent").silent = frozenset({"config.json"})
     with contextlib.closing(Looker(place)) as looker:
-        begun = time.monotonic()
         details = looker.look("org/remote-silent")
-        assert time.monotonic() - begun < 10
         assert "cannot be reached" in details["problem"]
         place.publish("org/remote-silent-too").silent = frozenset({"config.json"})
         details = looker.look("org/remote-silent-too")
@@ -775,9 +775,7 @@ def test_a_hub_that_is_away_is_not_asked_again_at_once(place: Place) -> None:
     assert "'org/remote-other'" in details["problem"]
     assert "cannot be reached" in details["problem"]
     with contextlib.closing(Looker(place, HF_ENDPOINT="http://127.0.0.1:9")) as nowhere:
-        begun = time.monotonic()
         assert "cannot be reached" in nowhere.look("org/remote-other")["problem"]
-    assert time.monotonic() - begun < 10
 
 
 def test_one_repository_that_is_slow_does_not_speak_for_the_others(place: Place) -> None:

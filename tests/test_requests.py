@@ -264,10 +264,14 @@ def test_numbers_of_any_size_come_back_as_they_were_sent(registered: Any) -> Non
 
 def test_a_key_given_twice_among_many_is_found_at_once(registered: Any) -> None:
     """A body of very many keys costs no more than its size."""
-    body = "{" + ",".join(f'"key{index}": 1' for index in range(60_000)) + ',"key59999": 2}'
-    started = time.monotonic()
-    refused(registered.post(f"{API}/generate", data=body, content_type="application/json"), 400, "key59999")
-    assert time.monotonic() - started < 2
+
+    def seconds(count: int) -> float:
+        body = "{" + ",".join(f'"key{index}": 1' for index in range(count)) + f',"key{count - 1}": 2}}'
+        begun = time.perf_counter()
+        refused(registered.post(f"{API}/generate", data=body, content_type="application/json"), 400, f"key{count - 1}")
+        return time.perf_counter() - begun
+
+    assert min(seconds(60_000) for _ in range(3)) < 24 * min(seconds(7_500) for _ in range(3))
 
 
 def test_a_body_where_none_is_read_is_refused(registered: Any) -> None:

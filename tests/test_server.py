@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
-from conftest import ROOT, STARTER
+from conftest import PATIENCE, ROOT, STARTER, until
 
 from config import Settings
 
@@ -37,17 +37,25 @@ def send(url: str, data: bytes) -> tuple[int, Any]:
     return int(head.split()[1]), json.loads(body)
 
 
-def test_a_cold_server_answers_within_one_and_a_half_seconds(start_server: Any) -> None:
-    """From the start of the process to the answer of GET / it takes less than 1.5 s (best of three)."""
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        server = start_server(LOCAL_LLM_IMPORT_AT_START="true")
-        answer = requests.get(server.url, timeout=10)
-        times.append(time.monotonic() - started)
-        assert answer.status_code == 200
-        server.stop(signal.SIGTERM)
-    assert min(times) < 1.5, times
+def test_a_cold_server_answers_before_its_libraries_are_imported(start_server: Any, tmp_path: Path) -> None:
+    """While torch's import, which takes seconds, is under way, whatever needs no model is answered."""
+    begun, allowed = tmp_path / "begun", tmp_path / "allowed"
+    (tmp_path / "torch.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        f"Path({str(begun)!r}).touch()\n"
+        f"while not Path({str(allowed)!r}).exists():\n"
+        "    time.sleep(0.01)\n"
+        "raise ImportError('held')\n"
+    )
+    server = start_server(LOCAL_LLM_IMPORT_AT_START="true", PYTHONPATH=str(tmp_path))
+    try:
+        until(begun.exists)
+        assert requests.get(server.url, timeout=PATIENCE).status_code == 200
+        for path in ("/models", "/cache", "/statistics"):
+            assert server.call("GET", path).status_code == 200
+    finally:
+        allowed.touch()
 
 
 def test_get_root_says_what_is_running(server: Any, tiny: Any) -> None:
@@ -145,10 +153,8 @@ def test_sigterm_in_the_middle_of_a_generation_ends_it(start_server: Any, tiny: 
     thread.start()
     while server.call("GET", "/requests").json()["count"] < 1:
         time.sleep(0.01)
-    started = time.monotonic()
     assert server.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - started < 15
-    thread.join(20)
+    thread.join()
 
 
 def test_a_server_whose_output_is_no_longer_read_loads_models_and_answers(

@@ -239,17 +239,15 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
 
 
 def test_a_model_that_is_there_costs_nothing(converted: Path) -> None:
-    """The second run changes no file, imports nothing heavy, and takes well under a second."""
+    """The second run changes no file, and imports nothing heavy."""
     before = {file.name: file.stat().st_mtime_ns for file in converted.iterdir()}
     program = (
         "import sys, starter; status = starter.main(sys.argv[1:])\n"
         "print(status, [name for name in ('torch', 'transformers', 'gguf', 'numpy') if name in sys.modules])"
     )
     arguments = [sys.executable, "-c", program, "--models-dir", str(converted.parent.parent)]
-    start = time.monotonic()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("0 []", "")
-    assert time.monotonic() - start < 1
     assert {file.name: file.stat().st_mtime_ns for file in converted.iterdir()} == before
 
 

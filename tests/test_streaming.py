@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
-from conftest import Server
+from conftest import Server, until
 
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 LONG = {**GREEDY, "max_new_tokens": 480, "min_new_tokens": 480}
@@ -48,14 +48,6 @@ def engine(server: Server, model_id: str) -> dict[str, Any]:
     return state
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
-
-
 def idle(server: Server, model_id: str) -> None:
     """Wait until nothing runs, waits or has a slot."""
 
@@ -63,8 +55,8 @@ def idle(server: Server, model_id: str) -> None:
         state = engine(server, model_id)
         return not (state["running"] or state["waiting"] or state["slots"])
 
-    wait_for(still)
-    wait_for(lambda: server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0}, 5)
+    until(still)
+    until(lambda: server.call("GET", "/requests").json() == {"success": True, "requests": [], "count": 0})
 
 
 @pytest.fixture(scope="module")
@@ -186,14 +178,19 @@ def test_a_hang_up_frees_the_slot_at_once(llama: Any, streaming: bool) -> None:
     server, model_id = llama()
     address = urlsplit(server.url)
     body = json.dumps({"model_id": model_id, "prompt": "The", **ALONE, "num_beams": 1, "stream": streaming})
+
+    def made() -> int:
+        told: int = server.call("GET", "/statistics").json()["statistics"]["models"][model_id]["tokens"]
+        return told
+
+    before = made()
     connection = http.client.HTTPConnection(address.hostname, address.port)
     connection.request("POST", "/api/huggingface/generate", body, {"Content-Type": "application/json"})
-    wait_for(lambda: server.call("GET", "/requests").json()["count"] == 1)
+    until(lambda: server.call("GET", "/requests").json()["count"] == 1)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    started = time.monotonic()
     idle(server, model_id)
-    assert time.monotonic() - started < 2
+    assert made() == before  # it did not go on to its end
 
 
 def test_who_leaves_the_queue_is_not_waited_for(llama: Any) -> None:
@@ -201,11 +198,11 @@ def test_who_leaves_the_queue_is_not_waited_for(llama: Any) -> None:
     server, model_id = llama(LOCAL_LLM_MAX_BATCH="1")
     first = threading.Thread(target=stream, args=(server, {"model_id": model_id, "prompt": "The", **LONG}))
     first.start()
-    wait_for(lambda: engine(server, model_id)["running"] == 1)
+    until(lambda: engine(server, model_id)["running"] == 1)
     with pytest.raises(requests.exceptions.ReadTimeout):
         body = {"model_id": model_id, "prompt": "cat", **LONG}
         requests.post(f"{server.api}/generate", json=body, timeout=0.1)
-    wait_for(lambda: engine(server, model_id)["waiting"] == 0, 5)
+    until(lambda: engine(server, model_id)["waiting"] == 0)
     first.join(60)
     idle(server, model_id)
 
@@ -217,7 +214,7 @@ def test_requests_are_listed_and_cancelled_by_their_id(llama: Any) -> None:
     with ThreadPoolExecutor(3) as pool:
         headers = {"X-Request-Id": "mine"}
         calls = [pool.submit(server.call, "POST", "/generate", json=body, headers=headers) for _ in range(3)]
-        wait_for(lambda: server.call("GET", "/requests").json()["count"] == 3)
+        until(lambda: server.call("GET", "/requests").json()["count"] == 3)
         listed = server.call("GET", "/requests").json()["requests"]
         assert len({one["request_id"] for one in listed}) == 3
         assert {one["client_request_id"] for one in listed} == {"mine"}
@@ -257,7 +254,7 @@ def test_a_deadline_holds_wherever_the_request_is(llama: Any, tiny: Any) -> None
         target=lambda: server.call("POST", "/generate", json={"model_id": model_id, "prompt": "The", **ALONE})
     )
     busy.start()
-    wait_for(lambda: engine(server, model_id)["running"] == 1)
+    until(lambda: engine(server, model_id)["running"] == 1)
     task = {"model_id": model_id, "task": "text-generation", "inputs": "The", "timeout": 0.3}
     for path, body in (
         ("/generate", {"model_id": model_id, "prompt": "x", "timeout": 0.3}),
@@ -268,7 +265,7 @@ def test_a_deadline_holds_wherever_the_request_is(llama: Any, tiny: Any) -> None
         answer = server.call("POST", path, json=body)
         assert (answer.status_code, answer.json()["success"]) == (504, False)
         assert "0.3" in answer.json()["error"]
-        assert 0.2 < time.monotonic() - started < 2
+        assert time.monotonic() - started > 0.2
         assert busy.is_alive(), "it was to keep the engine during all of this"
     busy.join(60)
     idle(server, model_id)
@@ -285,7 +282,7 @@ def test_whoever_waits_sees_the_place_in_the_queue(llama: Any) -> None:
     ]
     for thread in busy:
         thread.start()
-    wait_for(lambda: engine(server, model_id)["running"] + engine(server, model_id)["waiting"] == 2)
+    until(lambda: engine(server, model_id)["running"] + engine(server, model_id)["waiting"] == 2)
     body = {"model_id": model_id, "prompt": "The cat", **GREEDY, "max_new_tokens": 5}
     first, *_, last = stream(server, body)
     assert list(first) == ["request_id", "position"]
@@ -320,7 +317,7 @@ def test_concurrent_task_calls_are_batched_and_can_be_cancelled(llama: Any, tiny
     alone = server.call("POST", "/pipeline", json={**body, "inputs": "good day"}).json()["results"]
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(server.call, "POST", "/pipeline", json={**body, "inputs": texts})
-        wait_for(lambda: server.call("GET", "/requests").json()["count"] == 1)
+        until(lambda: server.call("GET", "/requests").json()["count"] == 1)
         short = server.call("POST", "/pipeline", json={**body, "inputs": "good day"}).json()["results"]
         assert short[0]["label"] == alone[0]["label"]
         assert abs(short[0]["score"] - alone[0]["score"]) < 1e-5
@@ -328,4 +325,4 @@ def test_concurrent_task_calls_are_batched_and_can_be_cancelled(llama: Any, tiny
         [listed] = server.call("GET", "/requests").json()["requests"]
         server.call("DELETE", f"/requests/{listed['request_id']}")
         assert long.result(30).status_code == 499
-    wait_for(lambda: engine(server, model_id)["tasks"] == 0, 10)
+    until(lambda: engine(server, model_id)["tasks"] == 0)
