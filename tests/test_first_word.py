@@ -227,3 +227,44 @@ def test_a_text_that_is_continued_at_any_of_its_tokens_is_the_same(kind: str, tm
     pieces = [alone.add(token) for token in ids]
     rest, made = alone.finish()
     assert "".join(pieces) + rest == made == whole
+
+
+# Where tokens stand ---------------------------------------------------------------------------------------------------
+
+
+SNOW = "☃☃ the"  # <s>, a space of the tokenizer's, three bytes each, a word
+
+
+@pytest.mark.parametrize(
+    ("prompt", "echoed", "places"),
+    [
+        (SNOW, SNOW, [0, 0, 0, 0, 0, 1, 1, 1, 2]),
+        (f"<s>{SNOW}", f"<s>{SNOW}", [0, 3, 3, 3, 3, 3, 4, 4, 4, 5]),
+        (None, f"<s> {SNOW}", [0, 3, 4, 4, 4, 5, 5, 5, 6]),
+    ],
+)
+def test_text_offsets_tell_where_each_token_begins_in_the_text(
+    prompt: str | None, echoed: str, places: list[int], served: tuple[Any, Any]
+) -> None:
+    """Of characters of several tokens too, and behind special tokens that the text shows, and that it does not."""
+    client, tokenizer = served
+    ids = tokenizer(SNOW)["input_ids"]
+    ask = {
+        "model": MODEL,
+        "prompt": ids if prompt is None else prompt,
+        "temperature": 0,
+        "logprobs": 0,
+        "max_tokens": 9,
+    }
+    ask["structured_outputs"] = {"choice": [" ☃"]}  # a space and three bytes
+    for echo in (True, False):
+        begin = len(echoed) if echo else 0
+        expected = [*(places if echo else ()), begin, begin + 1, begin + 1, begin + 1]
+        [choice] = answered(client.post("/v1/completions", json={**ask, "echo": echo}))["choices"]
+        assert choice["text"] == (echoed if echo else "") + " ☃"
+        assert choice["logprobs"]["text_offset"] == expected
+        streamed = events(client.post("/v1/completions", json={**ask, "echo": echo, "stream": True}))
+        told = [event["choices"][0]["logprobs"]["text_offset"] for event in streamed if event["choices"]]
+        assert [place for each in told for place in each] == expected
+    [choice] = answered(client.post("/v1/completions", json={**ask, "echo": True, "max_tokens": 0}))["choices"]
+    assert choice["logprobs"]["text_offset"] == places

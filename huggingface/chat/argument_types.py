@@ -116,7 +116,7 @@ def meant(text: str, types: frozenset[str] | None) -> Any:
     """What a text stands for that was written where these types are admitted: JSON of one of them, or itself."""
     told = text.strip()
     try:
-        value = _PYTHONS[told] if told in _PYTHONS else json.loads(told, parse_constant=_no_constant)
+        value = _PYTHONS[told] if told in _PYTHONS else json.loads(told, parse_constant=_no_constant, strict=False)
     except (ValueError, RecursionError):
         return text
     if types is None:

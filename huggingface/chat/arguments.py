@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from .argument_types import TEXT, meant, resolved, types_of
-from .calls import Value, longest_beginning
+from .calls import Quoted, Value, longest_beginning, written
 from .formats import Tags
 
 _SPACE = " \t\r\n"
@@ -39,13 +39,13 @@ class JsonArguments:
         self._value = Value()
 
     def take(self, char: str) -> str | None:
-        """Itself."""
+        """Itself, as JSON has it."""
         if not self._value.first and char in _SPACE:
             return ""
         self.broken = not self._value.first and char != "{"
         taken = not self.broken and self._value.take(char)
         self.done, self.broken = self._value.done, self.broken or self._value.broken
-        return char if taken else None
+        return self._value.told if taken else None
 
 
 class TaggedArguments:
@@ -126,12 +126,12 @@ class TaggedArguments:
         close = self._tags.close
         if self._held.endswith(close):
             told, self._held, self._take = self._unpadded(self._held.removesuffix(close)), "", self._between
-            return f'{_escaped(told)}"'
+            return f'{written(told)}"'
         keep = longest_beginning(self._held, close)
         if self._tags.padded:
             keep = max(keep, longest_beginning(self._held, f"\n{close}"))
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return _escaped(told)
+        return written(told)
 
     def _other(self) -> str:
         char, close = self._held[-1:], self._tags.close
@@ -162,7 +162,7 @@ class LaxArguments:
         self._open: list[str] = []
         self._held = ""  # a key, a word, or what may become a mark
         self._within = ""  # the mark that ends the present text
-        self._escaped = False
+        self._quoted = Quoted()  # that text, where it is JSON's
         self._wants_key = False
 
     def take(self, char: str) -> str | None:
@@ -176,7 +176,7 @@ class LaxArguments:
             return None if self.broken else ""
         self._held += char
         if self._held.lstrip(_SPACE) in (self._QUOTE, '"'):
-            self._within, self._held = self._held.lstrip(_SPACE), ""
+            self._within, self._held, self._quoted = self._held.lstrip(_SPACE), "", Quoted()
             return '"'
         if char == ":" and self._wants_key:
             key, self._held, self._wants_key = self._held[:-1].strip(), "", False
@@ -211,19 +211,16 @@ class LaxArguments:
         self._held += char
         if self._held.endswith(self._QUOTE):
             told, self._held, self._within = self._held.removesuffix(self._QUOTE), "", ""
-            return f'{_escaped(told)}"'
+            return f'{written(told)}"'
         keep = longest_beginning(self._held, self._QUOTE)
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return _escaped(told)
+        return written(told)
 
     def _in_json_text(self, char: str) -> str:
-        if self._escaped:
-            self._escaped = False
-        elif char == "\\":
-            self._escaped = True
-        elif char == '"':
+        told = self._quoted.take(char)
+        if self._quoted.done:
             self._within = ""
-        return char
+        return told
 
 
 class PythonCalls:
@@ -317,11 +314,19 @@ def _split(text: str) -> Sequence[str]:
 def _literal(text: str) -> Any:
     """A value in JSON's words or in Python's."""
     try:
-        return json.loads(text, parse_constant=ast.literal_eval)
+        return json.loads(text, parse_constant=ast.literal_eval, strict=False)
     except ValueError:
-        return json.loads(json.dumps(ast.literal_eval(text), allow_nan=False))
+        return json.loads(json.dumps(ast.literal_eval(_on_one_line(text)), allow_nan=False))
 
 
-def _escaped(text: str) -> str:
-    """A text as it stands within quotes in JSON."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+def _on_one_line(text: str) -> str:
+    """Python's text with the line breaks within its quotes escaped: models write them raw, which Python forbids."""
+    result, quote, escaped = "", "", False
+    for char in text:
+        if quote and char in "\r\n" and not escaped:
+            char = repr(char)[1:-1]
+        elif char in "'\"" and not escaped and quote in ("", char):
+            quote = "" if quote else char
+        escaped = char == "\\" and bool(quote) and not escaped
+        result += char
+    return result

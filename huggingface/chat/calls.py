@@ -9,46 +9,77 @@ from typing import Literal
 
 _SPACE = " \t\r\n"
 _CLOSING = {"{": "}", "[": "]"}
+_ESCAPES = '"\\/bfnrt'
+_UNICODE = len("\\u0000")
 _PLAIN = frozenset(_SPACE + ",:+-." + string.ascii_letters + string.digits)  # outside of strings, brackets aside
 
 
+class Quoted:
+    """The rest of a JSON string behind its quote, as it comes in; models write raw line breaks in it, and backslashes
+    that escape nothing, which JSON does not allow."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self._escape = ""  # that has begun
+
+    def take(self, char: str) -> str:
+        """What the next character makes of the string, as JSON has it."""
+        escape, self._escape = self._escape, ""
+        if not escape:
+            if char == "\\":
+                self._escape = char
+                return ""
+            self.done = char == '"'
+            return char if self.done else written(char)
+        if escape == "\\" and char in _ESCAPES:
+            return escape + char
+        if char == "u" if escape == "\\" else char in string.hexdigits:
+            whole = escape + char
+            self._escape = whole if len(whole) < _UNICODE else ""
+            return "" if self._escape else whole
+        if escape == "\\" and (char == "'" or char < " "):  # as JavaScript has it
+            return written(char)
+        return "\\" + escape + self.take(char)
+
+
 class Value:
-    """One JSON value, as it comes in. It tells where the value ends; it is `broken` by what can be no part of one."""
+    """One JSON value, as it comes in. It tells where the value ends; it is `broken` by what can be no part of one.
+
+    `told` is what the last character makes of its text, which is JSON within quotes: see `Quoted`.
+    """
 
     def __init__(self) -> None:
         self.first = ""
         self.done = False
         self.broken = False
+        self.told = ""
         self._taken: list[str] = []
         self._open: list[str] = []  # what closes the objects and lists that are open, the outermost first
-        self._in_string = False
-        self._escaped = False
+        self._string: Quoted | None = None
 
     @property
     def text(self) -> str:
-        """What was taken."""
+        """What was taken, as JSON."""
         return "".join(self._taken)
 
     @property
     def in_string(self) -> bool:
         """Whether what comes next is within quotes."""
-        return self._in_string
+        return self._string is not None
 
     def take(self, char: str) -> bool:
         """Take the next character; False if it is not the value's."""
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
+        self.told = char
+        if self._string is not None:
+            self.told = self._string.take(char)
+            if self._string.done:
+                self._string = None
                 self.done = not self._open
         elif self.first and not self._open and char in ",}]" + _SPACE:  # after a number, or true, false, null
             self.done = True
             return False
         elif char == '"':
-            self._in_string = True
+            self._string = Quoted()
         elif char in _CLOSING:
             self._open.append(_CLOSING[char])
         elif self._open and char == self._open[-1]:
@@ -58,7 +89,7 @@ class Value:
             self.broken = True
             return False
         self.first = self.first or char
-        self._taken.append(char)
+        self._taken.append(self.told)
         return True
 
 
@@ -144,7 +175,7 @@ class CallReader:
         if self._key == self._arguments_key and value.first == "{" and self._name is not None and not self._held:
             if not self._start():
                 return
-            self._arguments(char)
+            self._arguments(value.told)
             self._told = True
         if value.done:
             self._take_whole(value.text)
@@ -161,7 +192,7 @@ class CallReader:
                 self.state = "failed"
         elif self._key == self._arguments_key and not self._told:
             if text.startswith('"'):
-                text = (_string(text) or "").strip()
+                text = mended((_string(text) or "").strip())
             if text in ("", "null"):
                 text = "{}"
             if _is_object(text):
@@ -185,6 +216,17 @@ class CallReader:
                 return False
             self.begun = True
         return True
+
+
+def mended(text: str) -> str:
+    """JSON text whose strings hold nothing that JSON does not allow; what is no JSON, is left."""
+    value = Value()
+    return value.text if all(value.take(char) for char in text) else text
+
+
+def written(text: str) -> str:
+    """A text as it stands within quotes in JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _string(text: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from flask import Response
 
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Reasoning
+from ...chat.seams import Seams
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
 from ..effective import openai_parameters
@@ -221,6 +222,7 @@ class _Reader:
 
     def __init__(self, parser: AnswerReader) -> None:
         self._parser = parser
+        self._seams = Seams()
         self._call: CallStart | None = None
         self._arguments = ""
 
@@ -234,14 +236,22 @@ class _Reader:
                 case CallStart():
                     self._complete(said)
                     self._call = part
+                    self._seams.of(part)
                 case Content():
                     self._complete(said)
-                    said.content += part.text
+                    self._say(said, part)
                 case Reasoning():
-                    said.thinking += part.text
+                    self._say(said, part)
         if last:
             self._complete(said)
         return said
+
+    def _say(self, said: Said, part: Content | Reasoning) -> None:
+        match self._seams.of(part):
+            case Content(text):
+                said.content += text
+            case Reasoning(text):
+                said.thinking += text
 
     def _complete(self, said: Said) -> None:
         """Tell the call that is under way. One whose arguments are no JSON object, or are cut off, is told as text."""
@@ -254,7 +264,7 @@ class _Reader:
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            said.content += f"{call.name} {text}"
+            self._say(said, Content(f"{call.name} {text}"))
             return
         function = {"index": call.index, "name": call.name, "arguments": arguments}
         said.calls.append({"id": call.id, "function": function})

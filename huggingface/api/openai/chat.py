@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flask import Response
 
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
+from ...chat.seams import Seams
 from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
 from ..effective import openai_parameters
@@ -212,7 +213,7 @@ def message_of(parts: Sequence[Part], conversation: Conversation) -> dict[str, A
     """An assistant's message. Where a call must be made, what is none is the beginning of one, and not told."""
     content, reasoning = "", ""
     calls: list[dict[str, Any]] = []
-    for part in parts:
+    for part in map(Seams().of, parts):
         match part:
             case Content():
                 content += "" if conversation.must_call else part.text
@@ -249,6 +250,7 @@ class _Framing:
         self._parser = parser
         self._told: dict[int, Told] = defaultdict(Told)
         self._parsers: dict[int, AnswerReader] = {}
+        self._seams: dict[int, Seams] = defaultdict(Seams)
         self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
         self._about = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)
@@ -271,7 +273,8 @@ class _Framing:
         parts = parser.feed(chunk.text)
         if chunk.finish_reason is not None:
             parts = [*parts, *parser.finish()]
-        deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
+        joined = map(self._seams[index].of, parts)
+        deltas = [delta for part in joined if (delta := self._delta(index, part)) is not None]
         tokens: Sequence[Token] = self._told[index].of(chunk) if self._logprobs else ()
         if tokens and not deltas:
             deltas = [{}]

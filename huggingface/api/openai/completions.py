@@ -18,7 +18,7 @@ from ..lending import lent
 from ..services import services
 from ..sse import Events, event_stream
 from .chat import form_of
-from .serving import DONE, FINGERPRINT, NAMES, Counted, completion_logprobs, failure, new_id, now, within
+from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody
 
 _DEFAULT_TOKENS = 16  # OpenAI's own
@@ -150,7 +150,8 @@ class _Shape:
             if self._made > self.n:
                 texts.sort(key=likelihood, reverse=True)
             for rank, chunk in enumerate(texts[: self.n]):
-                choices.append(self.choice(chunk, prompt * self.n + rank, chunk.finish_reason, first=True))
+                index = prompt * self.n + rank
+                choices.append(self.choice(chunk, index, chunk.finish_reason, self.places(index)))
         return self.answer(choices, self.usage())
 
     def usage(self) -> dict[str, Any]:
@@ -166,18 +167,21 @@ class _Shape:
             return usage
         return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
 
+    def places(self, index: int) -> Places:
+        """Where the tokens of a text will stand."""
+        return Places(self._echoes[index // self.n])
+
     def choice(
-        self, chunk: Chunk, index: int, reason: str | None, *, first: bool, offset: int | None = None
+        self, chunk: Chunk, index: int, reason: str | None, places: Places, *, first: bool = True
     ) -> dict[str, Any]:
-        """A text, or a piece of one, the `first` with what is echoed; `offset` is where its tokens begin."""
-        echo = self._echoes[index // self.n] if first else ""
+        """A text, or a piece of one, the `first` with what is echoed."""
         text = chunk.text if self._shows_text else ""
         logprobs = None
         if self._body.logprobs is not None:
             made: Sequence[Token] = chunk.tokens if self._shows_text else ()
-            begin = offset if offset is not None else 0 if chunk.prompt else len(echo)
-            logprobs = completion_logprobs([*chunk.prompt, *made], begin, self._body.logprobs)
-        return {"text": echo + text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+            offsets = places.of_prompt(chunk.prompt) + places.of_made(made)
+            logprobs = completion_logprobs([*chunk.prompt, *made], offsets, self._body.logprobs)
+        return {"text": places.echo * first + text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
 class _Framing:
@@ -186,7 +190,7 @@ class _Framing:
     def __init__(self, shape: _Shape, done: Callable[[], None]) -> None:
         self._shape = shape
         self._done = done
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, Places] = {}
         self._usage = bool(shape.stream_options and shape.stream_options.include_usage)
         self._always = bool(shape.stream_options and shape.stream_options.tells_always)
 
@@ -194,12 +198,11 @@ class _Framing:
         """A piece of one of the texts."""
         shape, index = self._shape, chunk.index
         shape.counted.add(chunk)
-        first = index not in self._offsets
+        first = index not in self._places
         if not (first or chunk.text or chunk.tokens or chunk.finish_reason):
             return
-        choice = shape.choice(chunk, index, chunk.finish_reason, first=first, offset=self._offsets.get(index))
-        begin = self._offsets.get(index, 0 if chunk.prompt or not first else len(choice["text"]) - len(chunk.text))
-        self._offsets[index] = begin + sum(len(token.text) for token in [*chunk.prompt, *chunk.tokens])
+        places = self._places.setdefault(index, shape.places(index))
+        choice = shape.choice(chunk, index, chunk.finish_reason, places, first=first)
         event = shape.answer([choice], shape.usage_so_far() if self._always else None)
         if not self._usage:
             del event["usage"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,15 +129,56 @@ def token_text(token: Token) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
 
 
-def completion_logprobs(tokens: Iterable[Token], offset: int, alternatives: int) -> dict[str, Any]:
-    """`logprobs` of a choice of a completion, whose first token begins at `offset` characters of the text."""
-    texts, values, offsets = [], [], []
+class Places:
+    """Where the tokens of one completion begin in its text, in characters; a part of a character, where that begins.
+
+    Special tokens that the text does not show, take no place in it.
+    """
+
+    def __init__(self, echo: str) -> None:
+        """`echo` is what the text begins with, of the prompt."""
+        self.echo = echo
+        self._at = len(echo)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of_prompt(self, tokens: Iterable[Token]) -> list[int]:
+        """The places of the echoed prompt's tokens."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        places: list[int] = []
+        at, open_since = 0, 0  # the first token of a character that is not complete
+        for token in tokens:
+            places.append(at)
+            if text := decoder.decode(token.raw):
+                begin, at = self._found(text, at, special=token.special)
+                places[open_since:] = [begin] * (len(places) - open_since)
+            if text or not token.raw:
+                open_since = len(places)
+        return places
+
+    def _found(self, text: str, at: int, *, special: bool) -> tuple[int, int]:
+        """Where a token's text begins in the echo, from `at` on, and ends; either may lack the other's space."""
+        for begin, shown in ((at, text), (at, text.removeprefix(" ")), (at + 1, text)):
+            if self.echo.startswith(shown, begin) and (begin == at or self.echo[at : at + 1] == " "):
+                return begin, begin + len(shown)
+        # A special token that is not shown; else a tokenizer that reads other letters than there are.
+        return at, at if special else min(at + len(text), len(self.echo))
+
+    def of_made(self, tokens: Iterable[Token]) -> list[int]:
+        """The places of the next tokens that were made."""
+        places = []
+        for token in tokens:
+            places.append(self._at)
+            self._at += 0 if token.special else len(self._decoder.decode(token.raw))
+        return places
+
+
+def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternatives: int) -> dict[str, Any]:
+    """`logprobs` of a choice of a completion, whose tokens begin at `offsets`, in characters of the text."""
+    texts, values = [], []
     tops: list[dict[str, float] | None] = []
     for token in tokens:
         texts.append(token_text(token))
         values.append(None if token.logprob is None else _finite(token.logprob))
-        offsets.append(offset)
-        offset += len(token.text)
         if token.logprob is None:
             tops.append(None)
             continue
