@@ -95,6 +95,7 @@ TORCH = (
         for name in (
             "adapted",
             "batch",
+            "borders",
             "cache",
             "constraints",
             "failures",

@@ -13,9 +13,13 @@ import torch
 from causal_models import build_config, serve
 from changed_models import copy as copied
 from changed_models import edit, load
-from long_models import LENGTHS, ROTARY, own, served, together, tokens
+from long_models import CHANGING, LENGTHS, ROTARY, own, served, together, tokens
 
+from huggingface.engine.borders import nearest
+from huggingface.engine.layers import NotBatchable
+from huggingface.engine.parity import batch_runner
 from huggingface.engine.slots import SMALLEST, Lengths, SlotTable
+from huggingface.errors import InvalidRequest
 from huggingface.loaded import LoadedModel
 from huggingface.preflight.names import Names
 from huggingface.preflight.traits import context_of
@@ -143,3 +147,76 @@ def test_a_scaling_makes_the_context_as_long_as_it_says(
     assert context(positions, scaling) == expected
     told = {"model_type": "llama", "max_position_embeddings": positions, "rope_scaling": scaling}
     assert context_of(Names(), told) == expected
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_model_is_served_as_it_is_right_beyond_its_windows(name: str) -> None:
+    """In a batch where that gives what `generate` gives beyond them, else one at a time; it is told why."""
+    kind, config, batched = CHANGING[name]
+    model, tokenizer = build_config(kind, config)
+    loaded = serve(name, copy.deepcopy(model), tokenizer)
+    try:
+        assert loaded.status is not None
+        assert batched is None or loaded.status.mode == ("batched" if batched else "one at a time")
+        assert loaded.status.mode == "batched" or loaded.status.reason
+        prompts = [(tokens(seed, count), 8) for seed, count in enumerate((20, 270, 12, 300, 290))]
+        expected = [own(model, tokenizer, prompt, max_new_tokens=new) for prompt, new in prompts]
+        assert together(loaded, prompts) == expected
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-neo", "moshi", "longrope", "phi3-longrope"])
+def test_what_lies_too_far_to_be_read_is_tried_on_a_small_model(name: str) -> None:
+    """A window of thousands of tokens decides as a near one does, and no prompt is as long."""
+    kind, config = (CHANGING[name] if name in CHANGING else ROTARY[name])[:2]
+    batched = CHANGING[name][2] if name in CHANGING else True
+    far = {key: 5000 for key in config if key in ("sliding_window", "keep_window_size")}
+    if name in ROTARY:
+        rope = {**config["rope_parameters"], "original_max_position_embeddings": 5000}
+        far = {"rope_parameters": rope, "original_max_position_embeddings": 5000}
+    if name == "gpt-neo":
+        far = {"window_size": 5000}
+    model, _ = build_config(kind, {**config, **far, "max_position_embeddings": 8192})
+    assert nearest(model.config) == 5000
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, named: read.append(named["input_ids"].shape[1]), with_kwargs=True)
+    if batched:
+        batch_runner(model).close()
+    else:
+        with pytest.raises(NotBatchable, match="beyond 5000 tokens"):
+            batch_runner(model)
+    assert max(read) < 200
+
+
+@pytest.mark.parametrize("window", [100, 5000])
+@pytest.mark.parametrize("name", ["mistral", "moshi"])
+def test_openvino_computes_what_is_right_beyond_its_windows(name: str, window: int) -> None:
+    """Moshi's config has a window that its code does not use."""
+    kind, config, right = CHANGING[name]
+    model, tokenizer = build_config(kind, {**config, "sliding_window": window, "max_position_embeddings": 8192})
+    if not right:
+        with pytest.raises((NotBatchable, InvalidRequest), match="torch's"):
+            serve(name, model, tokenizer, "openvino")
+        return
+    loaded = serve(name, copy.deepcopy(model), tokenizer, "openvino")
+    prompts = [(tokens(seed, count), 6) for seed, count in enumerate((20, 270, 12))]
+    assert together(loaded, prompts) == [own(model, tokenizer, prompt, max_new_tokens=new) for prompt, new in prompts]
+    loaded.close()
+
+
+def test_a_model_that_cannot_be_tried_beyond_a_far_window_is_served_one_at_a_time() -> None:
+    """Code whose small form cannot be made."""
+    model, _ = build_config("MistralConfig", {"sliding_window": 5000, "max_position_embeddings": 8192, "head_dim": 8})
+    own_class = type(model)
+
+    class Sized(own_class):  # type: ignore[misc, valid-type]
+        """Code that knows one size only."""
+
+        def __init__(self, config: Any) -> None:
+            assert config.sliding_window == 5000
+            super().__init__(config)
+
+    model.__class__ = Sized
+    with pytest.raises(NotBatchable, match="5000 tokens, which is too far to be tried"):
+        batch_runner(model)

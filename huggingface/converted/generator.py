@@ -97,6 +97,7 @@ def make(
     """
     try:
         graphs.check_kinds(model)
+        agreement.check_small(model, given_up)
         shapes = tuple(shape for shape in probe(model) if shape is not None)
         expected = tuple(agreement.torch_expects(model, given_up))
         with computed("convert"):

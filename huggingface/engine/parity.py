@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import Cancelled
 from .adapted import Adapters
+from .borders import beyond, nearest, small
 from .layers import NotBatchable
 from .runner import BatchRunner, Piece
 from .slots import SMALLEST, SlotTable, Store
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 _PROMPTS = (80, 5, 22)
 _SHORTEST = 21  # tokens of the first, where the model's context holds no more
 _NEW = 3
+_LESS = 6  # tokens that one of two long prompts has less
+_PRODUCTS = 4e10  # what a longer prompt may take, that goes past the nearest length at which the model changes
 # How far the logits may lie apart, as a share of their spread: rounding is far below it, a wrong mask far above.
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -104,8 +107,9 @@ def _find(
     given_up: Callable[[], bool],
     adapters: Adapters | None,
 ) -> BatchRunner:
+    border = nearest(model.config.get_text_config())
     try:
-        expected = _all_expected(model, adapters, given_up)
+        expected = _all_expected(model, adapters, given_up, beyond(model, _PRODUCTS))
     except Cancelled:
         raise
     except Exception as error:
@@ -121,6 +125,8 @@ def _find(
             if runner.by_segments is by_segments:
                 for rows in expected:
                     _check(rows, runner, model.dtype, given_up)
+                if border >= len(expected[0][0].prompt):
+                    _check_small(model, border, by_segments=by_segments, given_up=given_up)
                 runner.use_fastest_products(findings, given_up)
                 for rows in expected:
                     _check(rows, runner, model.dtype, given_up)
@@ -139,11 +145,18 @@ def _find(
 
 
 def _all_expected(
-    model: PreTrainedModel, adapters: Adapters | None, given_up: Callable[[], bool] = lambda: False
+    model: PreTrainedModel,
+    adapters: Adapters | None,
+    given_up: Callable[[], bool] = lambda: False,
+    longest: int = 0,
 ) -> list[list[Expected]]:
-    """Three rows at a time that go together: the model's own, and each of its adapters with another and the model."""
+    """Three rows at a time that go together: the model's own, and each of its adapters with another and the model.
+
+    With `longest`, the first prompt of each has so many tokens at least, and three more rows stand for the model's own:
+    two of about that length side by side.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPTS[0] + _NEW
-    prompts = some_prompts(model, (max(_SHORTEST, min(_PROMPTS[0], context - _NEW)), *_PROMPTS[1:]))
+    prompts = some_prompts(model, (max(longest, _SHORTEST, min(_PROMPTS[0], context - _NEW)), *_PROMPTS[1:]))
     names = list(adapters.keys) if adapters is not None else []
     trios = [(None, None, None), *((None, names[at], names[at - 1]) for at in range(0, len(names), 2))]
 
@@ -153,7 +166,33 @@ def _all_expected(
         with nullcontext() if adapters is None else adapters.active(name):
             return expect(model, prompt, name)
 
-    return [[expected(prompt, name) for prompt, name in zip(prompts, trio, strict=True)] for trio in trios]
+    rows = [[expected(prompt, name) for prompt, name in zip(prompts, trio, strict=True)] for trio in trios]
+    if longest:
+        first, _, last = rows[0]
+        rows.append([first, expected(prompts[0][_LESS:], None), last])
+    return rows
+
+
+def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, given_up: Callable[[], bool]) -> None:
+    """See that the model's code is right beyond a length at which it changes, on a small model of it.
+
+    Raises:
+        NotBatchable: it is not, or no such model can be made.
+    """
+    try:
+        tried = small(model)
+        expected = _all_expected(tried, None, given_up, _PROMPTS[0])
+    except Cancelled:
+        raise
+    except Exception as error:
+        logger.info("no small %s can be tried", type(model).__name__, exc_info=error)
+        raise NotBatchable(f"it changes at a length of {border} tokens, which is too far to be tried") from error
+    try:
+        runner = BatchRunner(tried, by_segments=by_segments)
+        for rows in expected:
+            _check(rows, runner, tried.dtype, given_up)
+    except NotBatchable as error:
+        raise NotBatchable(f"beyond {border} tokens: {error}") from error
 
 
 def _check(expected: Sequence[Expected], runner: BatchRunner, dtype: torch.dtype, given_up: Callable[[], bool]) -> None:
@@ -171,11 +210,9 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
     prompts = [each.prompt for each in expected]
     sequences = [[*each.prompt, *each.tokens] for each in expected]
     table = SlotTable(runner.cache, room_for(expected))
-    # The last one needs a larger row, and so stands in a bank of its own.
-    needs = [
-        max(SMALLEST * (1 + index // (len(prompts) - 1)), len(each.prompt) + _NEW)
-        for index, each in enumerate(expected)
-    ]
+    # The last one needs a larger row, and so stands in a bank of its own; the others side by side.
+    longest = max(SMALLEST, *(len(each.prompt) + _NEW for each in expected))
+    needs = [longest, longest, 2 * longest]
     slots = [table.take([-1], need) for need in needs]
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
 
@@ -216,7 +253,7 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
 def room_for(expected: Sequence[Expected]) -> int:
     """Tokens that the cache must have room for, to `compare`."""
     longest = max(len(each.prompt) for each in expected) + _NEW
-    return 8 * max(SMALLEST, 1 << (longest - 1).bit_length())
+    return 16 * max(SMALLEST, 1 << (longest - 1).bit_length())
 
 
 def expect(model: PreTrainedModel, prompt: list[int], adapter: str | None = None) -> Expected:

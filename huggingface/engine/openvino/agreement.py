@@ -13,9 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import Cancelled
-from ..layers import NotBatchable
-from ..parity import Expected, compare, expect, some_prompts
-from .graph import windows
+from ..borders import nearest, past, small
+from ..layers import NotBatchable, probe
+from ..parity import Expected, compare, expect, room_for, some_prompts
+from .failures import computed
+from .graph import convert, windows
 from .runner import OpenVINORunner
 
 # How far float32's logits may lie from torch's, and those of compressed weights from what they were when compressed, as
@@ -28,10 +30,37 @@ _LONGEST = 1100  # tokens that a prompt is made longer at most, to go past a win
 
 
 def lengths(model: PreTrainedModel) -> tuple[int, ...]:
-    """How many tokens the prompts have: one goes past the smallest window, where that is not too far."""
-    nearest = min(windows(model).values(), default=0)
-    first = max(_LENGTHS[0], nearest + 9) if nearest <= _LONGEST else _LENGTHS[0]
+    """How many tokens the prompts have: one goes past the nearest length at which the model changes, if near enough."""
+    config = model.config.get_text_config()
+    first = max(_LENGTHS[0], past(config)) if nearest(config) <= _LONGEST else _LENGTHS[0]
     return (first, *_LENGTHS[1:])
+
+
+def check_small(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: False) -> None:
+    """See that a graph of the model's code is right beyond a length at which it changes, where that is too far to be
+    read: on a small model of it.
+
+    Raises:
+        NotBatchable: it is not, or no such model can be made.
+    """
+    border = nearest(model.config.get_text_config())
+    if border <= _LONGEST:
+        return
+    try:
+        tried = small(model)
+        expected = torch_expects(tried, given_up)
+    except Cancelled:
+        raise
+    except Exception as error:
+        raise NotBatchable(f"it changes at a length of {border} tokens, which is too far to be tried") from error
+    try:
+        shapes = [shape for shape in probe(tried) if shape is not None]
+        with computed("convert"):
+            runner = OpenVINORunner(convert(tried), windows(tried), shapes, room_for(expected))
+        check(runner, expected)
+        runner.close()
+    except NotBatchable as error:
+        raise NotBatchable(f"beyond {border} tokens: {error}") from error
 
 
 def torch_expects(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: False) -> list[Expected]:
