@@ -331,7 +331,7 @@ def test_forms_by_other_names(fields: dict[str, Any], kind: str, server: Server,
 
 @pytest.mark.parametrize("route", ALL)
 def test_forms_that_are_none_or_two_are_refused_by_the_name_sent(route: str, server: Server, model: str) -> None:
-    bad = {"not": {}}
+    bad = {"not": {"minLength": 2}}
     for fields, named in (
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": bad}, "guided_json"),

@@ -393,7 +393,7 @@ def test_what_is_null_is_left_out(server: Server, model: str) -> None:
 
 
 def test_refusals_of_forms_name_the_field_that_was_sent(server: Server, model: str) -> None:
-    bad = {"type": "object", "properties": {"a": {"not": {}}}}
+    bad = {"type": "object", "properties": {"a": {"not": {"minLength": 2}}}}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": bad}}
     tool = {"type": "function", "function": {"name": "f", "parameters": bad}}
     flat = {"type": "json_schema", "name": "a", "schema": bad}
@@ -483,7 +483,7 @@ def test_an_answer_is_parsed_by_a_model_of_pydantics(client: openai.OpenAI, mode
 
 
 def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(client: openai.OpenAI, model: str) -> None:
-    schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"not": {}}}}}
+    schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"not": {"minLength": 2}}}}}
     with pytest.raises(openai.BadRequestError, match="not"):
         say(client, model, response_format={"type": "json_schema", "json_schema": schema})
 
