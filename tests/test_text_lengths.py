@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ def test_a_request_whose_text_is_being_read_is_listed_and_can_be_cancelled(serve
     thread.start()
     found: list[Any] = []
     while thread.is_alive() and not found:
+        time.sleep(0.02)
         found = server.call("GET", "/requests").json()["requests"]
     for each in found:
         server.call("DELETE", f"/requests/{each['request_id']}")
