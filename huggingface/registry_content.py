@@ -177,7 +177,7 @@ def parse(data: bytes, mtime: int) -> Content:
     written = datetime.fromtimestamp(mtime / 1e9, UTC).replace(tzinfo=None)
     default_date = written.isoformat(timespec="microseconds")
     try:
-        document = orjson.loads(data)
+        document = _loads(data)
     except orjson.JSONDecodeError as error:
         return _parse_pieces(data, default_date, Corrupt(f"not JSON: {error}"))
     if not isinstance(document, dict) or not isinstance(document.get("models"), list):
@@ -231,7 +231,7 @@ def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
             if orjson.loads(name) == "models":
                 items = _pieces(value, b"[]")
             else:
-                document |= orjson.loads(b"{" + member + b"}")
+                document |= _loads(b"{" + member + b"}")
         orjson.dumps(document)
     except (ValueError, AttributeError, orjson.JSONEncodeError):
         items = None
@@ -243,7 +243,7 @@ def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
     for item in items:
         raw = None
         try:
-            raw = orjson.loads(item)
+            raw = _loads(item)
             # As deep in the document as it will stand: the encoder has a limit to depth, and writes no lone surrogates.
             orjson.dumps({"models": [raw]})
             order.append(_take(raw, default_date, records, extras).model_id)
@@ -278,6 +278,46 @@ def _pieces(data: bytes, brackets: bytes) -> list[bytes]:
     if depth:
         raise ValueError
     return [piece for piece in pieces if piece]
+
+
+_LONG = re.compile(rb"[0-9]{19}")
+
+
+def _loads(data: bytes) -> Any:
+    """JSON, in which fields that are not known have integers of any size: orjson makes floats of more than 64 bits.
+
+    Raises:
+        orjson.JSONDecodeError: it is none.
+    """
+    value = orjson.loads(data)
+    if not _LONG.search(data):
+        return value
+    try:
+        exact = json.loads(data)
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python reads
+        return value
+    if isinstance(value, dict) and isinstance(value.get("models"), list):
+        models = [_exactly(*pair) for pair in zip(value["models"], exact["models"], strict=True)]
+        return {**_exactly(value, exact), "models": models}
+    return _exactly(value, exact)
+
+
+def _exactly(raw: Any, exact: Any) -> Any:
+    """What orjson read, the fields that are not known as they stand in the file."""
+    if not isinstance(raw, dict):
+        return raw
+    return {name: value if name in FIELDS else _writable(exact[name]) for name, value in raw.items()}
+
+
+def _writable(value: Any) -> Any:
+    """The same for orjson, which writes no integers of more than 64 bits by itself."""
+    if isinstance(value, dict):
+        return {name: _writable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_writable(each) for each in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return orjson.Fragment(str(value))
+    return value
 
 
 def _id_of(raw: Any, item: bytes) -> str | None:

@@ -456,3 +456,18 @@ def test_the_file_keeps_its_mode_and_its_owner(path, registry, mode):
     registry.update("gpt2", {"name": "Changed"})
     status = path.stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (mode, *owner)
+
+
+def test_integers_of_any_size_stay_as_they_are_in_fields_that_are_not_known(path, registry):
+    """A newer version's fields, of the file and of a record, through every change, a bad record beside them or not."""
+    numbers = [1234567890123456789, 2**63, 2**64 + 1, -(2**70), 10**40, 2**53 + 1]
+    first = {**record("a/first").to_dict(), "ids": {"all": numbers}, "size": 10**30}
+    for others in ([], [{"model_id": 5}]):
+        path.write_text(json.dumps({"models": [first, *others], "total": 10**25, "nested": [{"n": numbers}]}), "utf-8")
+        registry.add(record("new"))
+        registry.update("a/first", {"description": "changed"})
+        written = json.loads(path.read_bytes())
+        assert written["models"][0]["ids"] == {"all": numbers}
+        assert (written["models"][0]["size"], written["total"]) == (10**30, 10**25)
+        assert written["nested"] == [{"n": numbers}]
+        registry.remove("new")
