@@ -253,7 +253,7 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
 def room_for(expected: Sequence[Expected]) -> int:
     """Tokens that the cache must have room for, to `compare`."""
     longest = max(len(each.prompt) for each in expected) + _NEW
-    return 16 * max(SMALLEST, 1 << (longest - 1).bit_length())
+    return 8 * max(SMALLEST, 1 << (longest - 1).bit_length())
 
 
 def expect(model: PreTrainedModel, prompt: list[int], adapter: str | None = None) -> Expected:
