@@ -44,8 +44,8 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto",
         pattern=r"^(auto|torch|openvino)$",
-        description="What computes models: `auto` (OpenVINO on a CPU, where it gives torch's numbers), `torch`, "
-        "`openvino`.",
+        description="What computes models: `auto` (OpenVINO on a CPU, where it gives torch's numbers, and torch until "
+        "its graph is made), `torch`, `openvino`.",
     )
     threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
     connection_limit: int = Field(

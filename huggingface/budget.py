@@ -23,6 +23,7 @@ _LEAST = 1000  # bytes
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _LENIENT = 0.1  # of a limit in bytes, which the process may have besides before a load is refused for it
+_KV_CACHE = "kv cache"  # the part of a model that grows
 _WINDOW = 60.0  # seconds for which the most that was taken besides counts: it comes and goes with the work
 
 
@@ -150,6 +151,16 @@ class Budget:
                 if size := self._counted(device).get(owner, 0):
                     self._coming[device][owner] = size
 
+    def rename(self, owner: str, name: str) -> None:
+        """Have all that is an owner's be under another name from now on."""
+        with self._lock:
+            for parts in (*self._held.values(), *self._kept.values()):
+                for key in [key for key in parts if key[0] == owner]:
+                    parts[name, key[1]] = parts.pop(key)
+            for reserved in self._coming.values():
+                if owner in reserved:
+                    reserved[name] = reserved.pop(owner)
+
     def forget(self, owner: str) -> None:
         """Note that `owner` has nothing any more."""
         with self._lock:
@@ -257,6 +268,48 @@ class Budget:
             self._unnoted.popleft()
         most = self._unnoted[0][1] if self._unnoted else 0
         return max(0, most - int(lenient * limit))
+
+
+class Account:
+    """Where one model asks for memory: see `loaded.Memory`."""
+
+    def __init__(self, budget: Budget, owner: str, relieve: Callable[[], bool]) -> None:
+        """`owner` is its name in the budget; `relieve` has others give memory up."""
+        self.relieve = relieve
+        self._budget = budget
+        self._owner = owner
+        self._naming = threading.Lock()  # under one name or the other, never in between
+
+    @property
+    def owner(self) -> str:
+        """Its name in the budget."""
+        return self._owner
+
+    def rename(self, owner: str) -> None:
+        """Have another name in the budget from now on."""
+        with self._naming:
+            self._budget.rename(self._owner, owner)
+            self._owner = owner
+
+    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+        """Say how many bytes a part of the model has on each device."""
+        with self._naming:
+            self._budget.note(self._owner, part, sizes)
+
+    def keep(self, device: str, size: int) -> None:
+        """Have so many bytes of KV cache to itself, if they are there."""
+        with self._naming:
+            self._budget.keep(self._owner, _KV_CACHE, device, size)
+
+    def take(self, part: str, device: str, size: int) -> bool:
+        """Ask for bytes more, or give them back where they are negative."""
+        with self._naming:
+            return self._budget.take(self._owner, part, device, size)
+
+    def settle(self) -> None:
+        """Say that all is taken that a load takes."""
+        with self._naming:
+            self._budget.settle(self._owner)
 
 
 def readable(size: float) -> str:

@@ -226,6 +226,14 @@ class Cancelled(LocalLLMError):
         super().__init__(message)
 
 
+class ConversionFailed(LocalLLMError):
+    """A model has no graph; the message says why. `final` tells that another try would end alike."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
 class RequestCancelled(Cancelled):
     """Somebody cancelled the request by its id."""
 

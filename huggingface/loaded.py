@@ -120,6 +120,7 @@ class Setup:
     effective: Mapping[str, Any]
     key: Hashable = None
     engine_reason: str | None = None  # why torch computes it, where OpenVINO does not
+    converts: str | None = None  # what tells its graph from others, where torch computes until that is made
     max_context: int | None = None
     commit: str | None = None  # of its repository, where it came from the Hub
     folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model

@@ -64,11 +64,15 @@ def load(
     adapters: Mapping[str, Path] = MappingProxyType({}),
     progress: Progress | None = None,
     memory: Memory | None = None,
+    make: by_openvino.Make | None = None,
+    spare: Path | None = None,
 ) -> LoadedModel:
     """Bring a registered model, whose files are in `folder`, into memory.
 
     `settings` are those in effect; without them the record's. `adapters` are the folders of its adapters by their
-    names. `memory` is where it asks for memory later on.
+    names. `memory` is where it asks for memory later on. `make` has OpenVINO's graph made where that is asked for by
+    name; where it is not, torch computes as long as there is none (`Setup.converts`). `spare` is the folder of a graph
+    that could not be kept beside the model, and goes with the loaded one.
 
     Raises:
         LoadError: one of its kinds, with a message that names the model and says what to do.
@@ -76,7 +80,30 @@ def load(
         Cancelled: `progress` was cancelled.
     """
     settings, progress = settings or record.settings, progress or Progress()
-    work = partial(_load, record, options, folder, settings, adapters, progress, memory)
+    work = partial(_load, record, options, folder, settings, adapters, progress, memory, make, spare)
+    return _on_a_thread(record.model_id, work)
+
+
+def convert(
+    record: ModelRecord,
+    options: LoadOptions,
+    folder: Path,
+    settings: LoadSettings,
+    progress: Progress,
+    *,
+    aside: bool = False,
+) -> Path | None:
+    """Make OpenVINO's graph of a model, unless it is there; other work goes first where it is made `aside`. Returns the
+    folder of one that cannot be kept beside the model: it is the caller's.
+
+    Raises:
+        ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled. As `load`, besides.
+    """
+
+    def work() -> Path | None:
+        plan = look(record, options, folder, settings)
+        return by_openvino.make_graph(plan, options, settings, progress, aside=aside)
+
     return _on_a_thread(record.model_id, work)
 
 
@@ -154,7 +181,10 @@ def _estimate(plan: Plan, options: LoadOptions) -> Estimate:
         return built.from_config(config, trust_remote_code=plan.trusted)
 
     reason = by_openvino.reason_against(plan, options, plan.record.adapters or {})
-    runner: Literal["torch", "openvino"] = "openvino" if reason is None else "torch"
+    wanted = plan.placement.engine == "openvino"
+    runner: Literal["torch", "openvino"] = "torch"
+    if reason is None and (wanted or by_openvino.has_graph(plan, options)):
+        runner = "openvino"
     own, engine = own_dtype(plan), engine_options(plan, options)
     try:
         with BUILDING:
@@ -163,7 +193,7 @@ def _estimate(plan: Plan, options: LoadOptions) -> Estimate:
         raise
     except Exception as error:
         raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
-    conversion = by_openvino.conversion_bytes(plan, options, numbers) if runner == "openvino" else 0
+    conversion = 0 if reason is not None else by_openvino.conversion_bytes(plan, options, numbers)
     return replace(told, conversion=conversion)
 
 
@@ -175,6 +205,8 @@ def _load(
     adapters: Mapping[str, Path],
     progress: Progress,
     memory: Memory | None,
+    make: by_openvino.Make | None,
+    spare: Path | None,
 ) -> LoadedModel:
     plan = look(record, options, folder, settings)
     model_id, placement = record.model_id, plan.placement
@@ -182,11 +214,14 @@ def _load(
     check_context(plan)
     check_compile(plan)
     reason = by_openvino.reason_against(plan, options, adapters)
+    key = None
     if reason is None:
-        made = by_openvino.load(plan, options, settings, tokenizer, progress, memory)
+        made = by_openvino.load(plan, options, settings, tokenizer, progress, memory, make, spare)
         if isinstance(made, LoadedModel):
             return made
         reason = made
+        if made is None:
+            key, reason = by_openvino.graph_key(plan, options), "its graph is being made"
     own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
     try:
         with BUILDING:
@@ -205,6 +240,7 @@ def _load(
             effective=effective(plan, model, options),
             key=_key(plan, options, adapters),
             engine_reason=reason,
+            converts=key,
             max_context=placement.max_context,
             commit=commit(folder),
             folder=own,

@@ -11,18 +11,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .budget import Budget, readable
+from .budget import Account, Budget, readable
+from .conversions import Conversion, Conversions
 from .devices import resolve_device, used_bytes
 from .downloads import Downloads
 from .errors import (
     Cancelled,
+    ConversionFailed,
     DependencyMissing,
     FilesMissing,
     HubUnreachable,
@@ -47,33 +50,9 @@ logger = logging.getLogger(__name__)
 _LOADER = f"{__package__}.loader"
 
 _ALMOST_ALL = 0.9  # of a model's memory, that should have come back after it was let go
+_PATIENCE = 32  # looks for a moment in which nobody uses a model, before new users wait for one
 _PLENTY = 2  # times what a load takes at most, in which case nobody need look closely
-_KV_CACHE = "kv cache"  # the part of a model that grows
 _NOTICED = 64 * 2**20  # bytes that a model has to have for the log to say that they did not
-
-
-class _Account:
-    """Where one model asks for memory: see `loaded.Memory`."""
-
-    def __init__(self, budget: Budget, room: Room, model_id: str) -> None:
-        self._budget = budget
-        self._room = room
-        self._model_id = model_id
-
-    def note(self, part: str, sizes: Mapping[str, int]) -> None:
-        self._budget.note(self._model_id, part, sizes)
-
-    def keep(self, device: str, size: int) -> None:
-        self._budget.keep(self._model_id, _KV_CACHE, device, size)
-
-    def take(self, part: str, device: str, size: int) -> bool:
-        return self._budget.take(self._model_id, part, device, size)
-
-    def settle(self) -> None:
-        self._budget.settle(self._model_id)
-
-    def relieve(self) -> bool:
-        return self._room.relieve(self._model_id)
 
 
 class ModelManager:
@@ -104,7 +83,11 @@ class ModelManager:
         self._keep_alive = keep_alive
         self._places = Places()
         self._changed = self._places.changed
-        self._room = Room(self.budget, self._places, memory_timeout, self._pinned, self._evict)
+        self._memory_timeout = memory_timeout
+        self.conversions = Conversions(self.budget, self._may_convert, self._take_over, self._stays_with_torch)
+        self._room = Room(
+            self.budget, self._places, memory_timeout, self._pinned, self._evict, self.conversions.give_way
+        )
         self._importing: threading.Timer | None = None
         self._reaper: threading.Thread | None = None
         self._warm = False
@@ -141,7 +124,7 @@ class ModelManager:
         try:
             yield model
         finally:
-            self._leave(place, record, keep_alive)
+            self._leave(place, model, record, keep_alive)
 
     def load(
         self,
@@ -150,21 +133,23 @@ class ModelManager:
         force_reload: bool = False,
         settings: LoadSettings | None = None,
         keep_alive: float | None = None,
+        wait_for_graph: bool = False,
         gone: Callable[[], bool] = lambda: False,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> LoadedModel:
         """Bring the model into memory, anew if `force_reload`, after those who use the old one are done.
 
         `settings` are in effect over the record's until the model is unloaded; where it is in memory with others, it
-        is loaded anew. `watch` gets the progress of a load that is waited for.
+        is loaded anew. `wait_for_graph` waits until it is computed by its graph, or known that it will not be. `watch`
+        gets the progress of what is waited for.
 
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
         """
         if settings is None:
-            return self._bring(model_id, force_reload, keep_alive, gone, watch)
+            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, gone, watch)
         before = self._override(model_id, settings)
         try:
-            return self._bring(model_id, force_reload, keep_alive, gone, watch)
+            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, gone, watch)
         except LocalLLMError:
             with self._changed:  # what failed is not to be in the way of whoever asks next
                 place = self._places.of(model_id)
@@ -177,6 +162,7 @@ class ModelManager:
         model_id: str,
         force_reload: bool,
         keep_alive: float | None,
+        wait_for_graph: bool,
         gone: Callable[[], bool],
         watch: Callable[[Progress], None],
     ) -> LoadedModel:
@@ -189,6 +175,17 @@ class ModelManager:
                 watch(loading.progress)
                 self._load(record, place, loading)
                 loading.done.result()
+        with self.lease(model_id, gone, keep_alive, watch) as model:
+            conversion = self.conversions.of(model_id) if wait_for_graph else None
+        if conversion is None:
+            return model
+        told = None
+        while not wait([conversion.settled], LOOK_AGAIN).done:
+            if conversion.progress is not told:  # each try has its own
+                told = conversion.progress
+                watch(told)
+            if gone():
+                raise Cancelled
         with self.lease(model_id, gone, keep_alive, watch) as model:
             return model
 
@@ -208,7 +205,7 @@ class ModelManager:
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
         with self._places.alone(model_id, self._busy_deadline) as place:
-            self._release(model_id, place)
+            self._clear(model_id, place)
             place.overrides = settings
         return before
 
@@ -226,8 +223,7 @@ class ModelManager:
             ModelBusy: they did not end within the busy timeout; the model stays.
         """
         with self._places.alone(model_id, self._busy_deadline) as place:
-            place.overrides = LoadSettings()
-            return self._release(model_id, place)
+            return self._clear(model_id, place)
 
     def unload_all(self) -> None:
         """Take every model out of memory, after those who use it are done.
@@ -241,11 +237,11 @@ class ModelManager:
             present = [
                 name for name, place in self._places.all() if place.model is not None or place.loading is not None
             ]
+        present += [name for name in self.conversions.shown() if name not in present]
         for model_id in present:
             try:
                 with self._places.alone(model_id, deadline) as place:
-                    place.overrides = LoadSettings()
-                    self._release(model_id, place)
+                    self._clear(model_id, place)
             except ModelBusy:
                 busy.append(f"'{model_id}'")
         if busy:
@@ -262,8 +258,7 @@ class ModelManager:
         with self._places.alone(model_id, self._busy_deadline) as place:
             content = self._registry.remove(model_id)
             self.downloads.cancel(model_id)
-            place.overrides = LoadSettings()
-            self._release(model_id, place)
+            self._clear(model_id, place)
             self.statistics.removed(model_id)
         return content
 
@@ -273,6 +268,8 @@ class ModelManager:
             self._places.closed = True
             models = [place.model for _, place in self._places.all() if place.model is not None]
             for _, place in self._places.all():
+                models.extend(place.replaced)
+                place.replaced.clear()
                 place.model = None
                 if place.loading is not None:
                     place.loading.progress.cancel()
@@ -281,6 +278,7 @@ class ModelManager:
         self.downloads.close()
         for model in models:
             model.close()
+        self.conversions.close()
         if reaper is not None:
             reaper.join()
         if self._importing is not None:
@@ -388,6 +386,12 @@ class ModelManager:
             self._places.free(place)
         return True
 
+    def _clear(self, model_id: str, place: Place) -> Unloaded:
+        """Empty a place that this thread has alone, of what was asked for at the last load too."""
+        self.conversions.cancel(model_id)
+        place.overrides = LoadSettings()
+        return self._release(model_id, place)
+
     def _release(self, model_id: str, place: Place) -> Unloaded:
         """Empty a place that this thread has alone; tells what the model had, and what came back."""
         with self._changed:
@@ -419,7 +423,11 @@ class ModelManager:
         """Have a model that nobody uses go when its time is up; with the lock held."""
         if keep_alive is None:
             keep_alive = record.keep_alive if record.keep_alive is not None else self._keep_alive
-        place.expires = None if keep_alive < 0 else place.used + keep_alive
+        self._expire(place, None if keep_alive < 0 else place.used + keep_alive)
+
+    def _expire(self, place: Place, when: float | None) -> None:
+        """Have a model go then, a reading of `time.monotonic`, if nobody uses it; with the lock held."""
+        place.expires = when
         if place.expires is not None and self._reaper is None and not self._places.closed:
             self._reaper = threading.Thread(target=self._reap, name="keep-alive")
             self._reaper.start()
@@ -487,14 +495,15 @@ class ModelManager:
                 self.statistics.missed(model_id)
                 asked = True
             self._wait_for(place, loading, record, gone)
-            model = place.model  # which cannot go now, except with the server
+            model = loading.model  # which cannot go now, except with the server
+            assert model is not None  # noqa: S101 - the load has succeeded
             try:
-                if model is not None and not _is_stale(model, self._usable_record(model_id)):
+                if not self._places.closed and not _is_stale(model, self._usable_record(model_id)):
                     return place, model, record
             except LocalLLMError:
-                self._leave(place, record)
+                self._leave(place, model, record)
                 raise
-            self._leave(place, record)
+            self._leave(place, model, record)
 
     def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, gone: Callable[[], bool]) -> None:
         """Wait for a load, and count as a user of its model then. Once nobody waits any more, the load is cancelled.
@@ -510,39 +519,43 @@ class ModelManager:
                 raise Cancelled
         except BaseException:
             with self._changed:
-                if loading.handed_over:
-                    self._leave(place, record)
+                if loading.model is not None:
+                    self._leave(place, loading.model, record)
                 else:
                     loading.waiting -= 1
                     if not loading.waiting and not loading.forced:
                         loading.progress.cancel()
             raise
 
-    def _leave(self, place: Place, record: ModelRecord, keep_alive: float | None = None) -> None:
+    def _leave(self, place: Place, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None) -> None:
         """Count as a user of a model no longer."""
         with self._changed:
-            place.users -= 1
+            last = place.left(model)
             place.used = time.monotonic()
             if place.users == 0 and place.model is not None:
                 self._let_expire(place, record, keep_alive)
             self._changed.notify_all()
+        if last:  # the answer is not to wait for that
+            arguments = (record.model_id, model)
+            threading.Thread(target=self._close_replaced, args=arguments, name=f"close-{record.model_id}").start()
 
-    def _load(self, record: ModelRecord, place: Place, loading: Loading) -> None:
-        """Fill `place`, and settle `loading` for all who wait for it."""
+    def _load(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
+        """Fill `place`, and settle `loading` for all who wait for it; `spare` as `loader.load` has it."""
         model, failure = None, None
+        account = Account(self.budget, record.model_id, partial(self._room.relieve, record.model_id))
         started = time.monotonic()
         try:
-            model = self._read(record, place.overrides.over(record.settings), loading.progress)
+            model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
         except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
             failure = error
         seconds = time.monotonic() - started
         with self._changed:
             late = self._places.closed
-            place.model = None if late else model
+            place.model, place.account = None if late else model, account
             place.loading = None
             if place.model is not None:
                 place.users += loading.waiting
-                loading.handed_over = True
+                loading.model = place.model
             place.used, place.load_seconds = time.monotonic(), seconds
             self._changed.notify_all()
         if late and model is not None:
@@ -558,14 +571,15 @@ class ModelManager:
                 self.statistics.failed(record.model_id, type(failure).__name__)
             loading.done.set_exception(failure)
 
-    def _read(self, record: ModelRecord, settings: LoadSettings, progress: Progress) -> LoadedModel:
+    def _read(
+        self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
+    ) -> LoadedModel:
         model_id = record.model_id
         loader = self._import_loader()
         started = time.monotonic()
         self._refuse_at_once(loader, record, settings)
         folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
         adapters = self.downloads.adapters(record, progress)
-        account = _Account(self.budget, self._room, model_id)
         heads = self.downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
@@ -581,13 +595,139 @@ class ModelManager:
                 adapters=adapters,
                 progress=progress,
                 memory=account,
+                make=lambda key, told: self.conversions.wait(self._conversion(record, settings, folder, key), told),
+                spare=spare,
             )
             model = self._read_or_relieve(model_id, read)
         except BaseException:
             self.budget.forget(model_id)
             raise
+        if (key := model.setup.converts) is not None:
+            conversion = self.conversions.add(self._conversion(record, settings, folder, key))
+            if conversion.state == "failed" and conversion.reason is not None:
+                model.engine_reason = conversion.reason
         logger.info("loaded %s on %s in %.1f s", model_id, model.device, time.monotonic() - started)
         return model
+
+    # Graphs ----------------------------------------------------------------------------------------------------------
+
+    def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, key: str) -> Conversion:
+        """What makes the graph of a model that is loaded, or is being loaded, with these settings."""
+        loader = self._import_loader()
+
+        def make(progress: Progress, aside: bool) -> Path | None:
+            made: Path | None = loader.convert(record, self._options, folder, settings, progress, aside=aside)
+            return made
+
+        def need() -> int:
+            estimate: Estimate = loader.estimate(record, self._options, folder, settings)
+            return estimate.conversion
+
+        return Conversion(record.model_id, key, make, need)
+
+    def _may_convert(self, conversion: Conversion) -> bool:
+        """Whether a model's load is over, so that its conversion does not disturb what is measured there."""
+        with self._changed:
+            place = self._places.of(conversion.model_id)
+            return place.loading is None and (place.model is None or place.model.settles(0))
+
+    def _stays_with_torch(self, conversion: Conversion, reason: str) -> None:
+        """Say why a model has no graph."""
+        with self._changed:
+            model = self._places.of(conversion.model_id).model
+            if model is not None and model.setup.converts == conversion.key:
+                model.engine_reason = reason
+
+    def _take_over(self, conversion: Conversion) -> bool:
+        """Have a model computed by its graph from the next request on; those that torch has begun, torch ends. Where
+        there is no room for both, torch's weights go first, as soon as nobody uses them. Tells whether that is settled.
+
+        Raises: as a load does; torch goes on then.
+        """
+        model_id = conversion.model_id
+        with self._changed:
+            place = self._places.of(model_id)
+            model = place.model
+            if place.reserved or place.loading is not None:
+                return False
+        if model is None or model.setup.converts != conversion.key or model.failed:
+            return True  # the next load reads the graph
+        record = self._usable_record(model_id)
+        if _is_stale(model, record):
+            return True
+        loader, folder = self._import_loader(), self.downloads.present(record)
+        settings = place.overrides.over(record.settings)
+        account = Account(self.budget, f"{model_id} by OpenVINO", partial(self._room.relieve, model_id))
+        estimate: Estimate = loader.estimate(record, self._options, folder, replace(settings, engine="openvino"))
+        self._room.lacking(model_id, estimate.devices)
+        if not self.budget.reserve(account.owner, estimate.devices):
+            return self._reload(conversion, record)
+        after = None
+        try:
+            account.keep(estimate.device, estimate.kv_cache)
+            after = loader.load(
+                record,
+                self._options,
+                folder,
+                settings=settings,
+                progress=conversion.progress,
+                memory=account,
+                spare=conversion.spare,
+            )
+            conversion.spare = None  # it goes with the model
+            after.prepared(lambda: conversion.cancelled)
+            if after.effective["engine"] != "openvino":
+                raise ConversionFailed(after.engine_reason or "its graph cannot be found")
+            with self._changed:
+                if place.model is not model or place.reserved or self._places.closed:
+                    return place.model is None
+                assert place.account is not None  # noqa: S101 - it came with the model
+                place.account.rename(_replaced(model_id))
+                account.rename(model_id)
+                unused, after = place.replace(after, account), None
+                self._changed.notify_all()
+        finally:
+            if after is not None:
+                after.close()
+            self.budget.forget(f"{model_id} by OpenVINO")
+        logger.info("%s is computed by OpenVINO from now on", model_id)
+        if unused is not None:
+            self._close_replaced(model_id, unused)
+        return True
+
+    def _reload(self, conversion: Conversion, record: ModelRecord) -> bool:
+        """Load a model anew, by its graph, when nobody uses it. Where it is always in use, new users wait now and then
+        until those before have ended, for as long as a load may wait for them. Tells whether that is settled."""
+        conversion.tries += 1
+        patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
+        conversion.reason = "there is no room for both while it is in use"
+        try:
+            with self._places.alone(
+                record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
+            ) as place:
+                if place.model is None or place.model.setup.converts != conversion.key:
+                    return True
+                used, expires = place.used, place.expires
+                self._release(record.model_id, place)
+                loading = place.loading = Loading(forced=True)
+                self._load(record, place, loading, conversion.spare)
+                with self._changed:
+                    place.used = used
+                    if place.model is not None:
+                        self._expire(place, expires)
+        except ModelBusy:
+            return False
+        if place.model is not None:
+            if place.model.setup.converts is not None:
+                raise ConversionFailed("its graph cannot be found")
+            conversion.spare = None  # it goes with the model
+        return True
+
+    def _close_replaced(self, model_id: str, model: LoadedModel) -> None:
+        """Close a model that another has taken over from."""
+        self.budget.leave(_replaced(model_id))
+        model.close()
+        self.budget.forget(_replaced(model_id))
 
     def _import_loader(self) -> Any:
         """The loader, ready for work; what the process has then, it has for itself.
@@ -633,6 +773,7 @@ class ModelManager:
         """Take a model out of memory that is to be loaded anew."""
         with self._places.alone(record.model_id, self._busy_deadline) as place:
             if place.model is not None and _is_stale(place.model, record):
+                self.conversions.cancel(record.model_id)
                 self._release(record.model_id, place)
 
     def _usable_record(self, model_id: str) -> ModelRecord:
@@ -640,6 +781,11 @@ class ModelManager:
         if record.status == "disabled":
             raise ModelDisabled(model_id)
         return record
+
+
+def _replaced(model_id: str) -> str:
+    """The name in the budget of a model that another has taken over from."""
+    return f"{model_id} by torch"
 
 
 def _is_stale(model: LoadedModel, record: ModelRecord) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from .budget import Account
 from .claims import Claim, Claims
 from .errors import Cancelled, MemoryHeld, ModelBusy
 from .progress import Progress
@@ -38,7 +39,7 @@ class Loading:
         self.done: Future[None] = Future()
         self.forced = forced
         self.waiting = 0
-        self.handed_over = False  # it has succeeded, and those who waited count as users
+        self.model: LoadedModel | None = None  # where it has succeeded: those who waited count as its users
 
 
 @dataclass(slots=True)
@@ -46,7 +47,9 @@ class Place:
     """One model's place in memory. Times are readings of `time.monotonic`."""
 
     model: LoadedModel | None = None
+    account: Account | None = None  # of the model
     users: int = 0
+    replaced: dict[LoadedModel, int] = field(default_factory=dict)  # users of those that another has taken over from
     loading: Loading | None = None
     reserved: bool = False  # someone has it alone, or waits for the users to go: no new ones are let in
     overrides: LoadSettings = field(default_factory=LoadSettings)  # what the last load asked for, over the record
@@ -58,6 +61,26 @@ class Place:
     def idle(self) -> bool:
         """Whether there is a model that nobody uses or is about to."""
         return self.model is not None and not self.users and not self.reserved and self.loading is None
+
+    def replace(self, model: LoadedModel, account: Account) -> LoadedModel | None:
+        """Have those that come from now on use another model; returns the one before if nobody uses it."""
+        before, users = self.model, self.users - sum(self.replaced.values())
+        self.model, self.account = model, account
+        if before is None or not users:
+            return before
+        self.replaced[before] = users
+        return None
+
+    def left(self, model: LoadedModel) -> bool:
+        """Note that a user has left a model; tells whether that was the last one of a model that was replaced."""
+        self.users -= 1
+        if model not in self.replaced:
+            return False
+        self.replaced[model] -= 1
+        if self.replaced[model]:
+            return False
+        del self.replaced[model]
+        return True
 
 
 @dataclass(frozen=True, slots=True)

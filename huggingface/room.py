@@ -30,17 +30,19 @@ class Room:
         timeout: float,
         pinned: Callable[[], Collection[str]],
         evict: Callable[[str, str], bool],
+        give_way: Callable[[], bool] = lambda: False,
     ) -> None:
         """`timeout` is how many seconds a load waits for the users of models that are to go for it.
 
         `pinned` tells which models may not go. `evict` takes one out of memory if nobody uses it, and is told why; it
-        tells whether the model went.
+        tells whether the model went. `give_way` has work that can wait give its memory up, and tells whether it did.
         """
         self._budget = budget
         self._places = places
         self._timeout = timeout
         self._pinned = pinned
         self._evict = evict
+        self._give_way = give_way
         self._making = threading.Lock()  # two loads must not count on the same memory, or on the same victims
 
     def take_if_plenty(self, model_id: str, device: str, size: int, times: float) -> bool:
@@ -65,6 +67,8 @@ class Room:
                 with self._making:
                     while not self._budget.reserve(model_id, needs):
                         lacking = self.lacking(model_id, needs)
+                        if lacking.get("cpu", 0) > 0 and self._give_way():
+                            continue
                         victims = choose(self._idle(model_id), lacking) if first else []
                         if not victims:
                             break

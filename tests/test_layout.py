@@ -68,6 +68,7 @@ PARTS = {
     "quantization": "loader",
     "gguf_files": "loader",
     "claims": "manager",
+    "conversions": "manager",
     "places": "manager",
     "room": "manager",
     "registry_content": "registry",

@@ -409,7 +409,7 @@ def test_an_estimate_tries_products_for_torch_alone(starter_models_dir: Path) ->
     """OpenVINO has products of its own; for torch a load then finds what the estimate has found out."""
     options = LoadOptions(starter_models_dir, "cpu", runner="auto")
     model, folder = record(STARTER, "auto"), starter_models_dir / STARTER
-    assert loader.estimate(model, options, folder).engine == "openvino"
+    assert loader.estimate(model, options, folder, LoadSettings(engine="openvino")).engine == "openvino"
     assert not options.engine.findings
     assert loader.estimate(model, options, folder, LoadSettings(engine="torch")).engine == "torch"
     assert options.engine.findings

@@ -40,7 +40,7 @@ from huggingface.engine.openvino import agreement, graph, library
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.parity import room_for
-from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
+from huggingface.errors import Cancelled, ConversionFailed, InvalidRequest, OutOfMemory
 from huggingface.loaded import LoadedModel, Memory, Unlimited
 from huggingface.progress import Progress
 from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
@@ -85,6 +85,12 @@ def app(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     huggingface.close(app)
 
 
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tiny models whose load nobody waits for converted in this process too."""
+    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)
+
+
 @pytest.fixture
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have even a tiny model converted in a process of its own."""
@@ -110,10 +116,22 @@ class Tight(Unlimited):
 
 
 def load(folder: Path, progress: Progress | None = None, memory: Memory | None = None, **settings: Any) -> LoadedModel:
-    """A model of that folder as the server loads it."""
+    """A model of that folder as the server has it, once its graph is made or known not to be."""
     record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
     options = LoadOptions(folder.parent.parent, "cpu", runner="auto", engine=EngineOptions(max_batch=8))
-    loaded = loader.load(record, options, folder, settings=LoadSettings(**settings), progress=progress, memory=memory)
+    wanted, progress = LoadSettings(**settings), progress or Progress()
+    loaded = loader.load(record, options, folder, settings=wanted, progress=progress, memory=memory)
+    if loaded.setup.converts is not None:
+        assert loaded.effective["engine"] == "torch"
+        try:
+            spare = loader.convert(record, options, folder, wanted, progress)
+        except ConversionFailed as error:
+            loaded.engine_reason = str(error)
+        else:
+            loaded.close()
+            loaded = loader.load(
+                record, options, folder, settings=wanted, progress=progress, memory=memory, spare=spare
+            )
     loaded.prepared()
     return loaded
 
@@ -124,8 +142,9 @@ def text(loaded: LoadedModel, prompt: str = "The cat", **parameters: Any) -> str
 
 
 def kept(folder: Path) -> list[Path]:
-    """What is kept of a model."""
-    return sorted((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
+    """What is kept of a model, the lock apart."""
+    found = sorted((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
+    return [path for path in found if path.name != ".lock"]
 
 
 # Which runner ---------------------------------------------------------------------------------------------------------
@@ -135,7 +154,7 @@ def test_a_cpu_has_openvino_where_that_gives_torchs_numbers(app: Any, root: Path
     """By default it computes what it can, and the answers are torch's; what it cannot, torch does, and it says why."""
     client = app.test_client()
     for name in ("llama", "gemma2-eager", "mamba"):
-        answer = client.post(f"{API}/models/tiny/{name}/load")
+        answer = client.post(f"{API}/models/tiny/{name}/load", json={"wait_for_graph": True})
         assert answer.status_code == 200, answer.json
         engine = "openvino" if name == "llama" else "torch"
         assert answer.json["settings"]["engine"] == engine
@@ -176,7 +195,8 @@ def test_an_engine_that_cannot_be_had_leaves_the_model_as_it_is(app: Any) -> Non
     """A load that is refused takes nothing out of memory, be it for what it asks for besides or for what is noted."""
     client = app.test_client()
     for name, settings in (("llama", {"dtype": "bfloat16"}), ("gemma2-eager", {})):
-        assert client.post(f"{API}/models/tiny/{name}/load", json={"engine": "auto"}).status_code == 200
+        settled = {"engine": "auto", "wait_for_graph": True}
+        assert client.post(f"{API}/models/tiny/{name}/load", json=settled).status_code == 200
         before = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
         answer = client.post(f"{API}/models/tiny/{name}/load", json={"engine": "openvino", **settings})
         assert answer.status_code == 400, answer.json
@@ -405,11 +425,11 @@ def test_a_conversion_that_crashes_harms_nobody(
     """Compiled code that ends its process ends no other: torch computes, and it is not tried again."""
     folder = place("llama")
     monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, "kill -SEGV $$"))
-    with pytest.raises(process.ConversionFailed, match="-11") as failed:
+    with pytest.raises(ConversionFailed, match="-11") as failed:
         process.convert(wanted(folder, tmp_path), Progress())
     assert failed.value.final
     monkeypatch.setattr(process.sys, "executable", crashing(tmp_path, "kill -KILL $$"))
-    with pytest.raises(process.ConversionFailed, match="-9") as failed:
+    with pytest.raises(ConversionFailed, match="-9") as failed:
         process.convert(wanted(folder, tmp_path), Progress())
     assert not failed.value.final, "whoever killed it, lack of memory perhaps, may not do so again"
     loaded = load(folder)
@@ -419,16 +439,14 @@ def test_a_conversion_that_crashes_harms_nobody(
 
 
 @pytest.mark.usefixtures("another_process")
-def test_without_memory_for_a_conversion_torch_computes(
+def test_without_memory_for_a_conversion_openvino_is_refused(
     place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process needs memory of its own: where that is not free it is not begun, and tried again another time."""
     folder = place("llama")
     monkeypatch.setattr(loading, "available_bytes", lambda: 10**6)
-    loaded = load(folder)
-    assert loaded.effective["engine"] == "torch"
-    assert "1000000 are free" in (loaded.engine_reason or "")
-    loaded.close()
+    with pytest.raises(InvalidRequest, match="1000000 are free"):
+        load(folder, engine="openvino")
     assert not kept(folder)
 
 
@@ -713,7 +731,7 @@ def test_a_load_tells_that_it_converts(place: Callable[[str], Path], start_serve
     """The events of a load name the conversion; the next server reads what the first has kept."""
     folder = place("gpt2")
     for told in (True, False):
-        server = start_server(LOCAL_LLM_MODELS_DIR=str(folder.parent.parent), LOCAL_LLM_ENGINE="auto")
+        server = start_server(LOCAL_LLM_MODELS_DIR=str(folder.parent.parent), LOCAL_LLM_ENGINE="openvino")
         server.add("tiny/gpt2", "text-generation")
         estimate = server.call("GET", "/models/tiny/gpt2/estimate").json()
         answer = server.call("POST", "/models/tiny/gpt2/load", json={"stream": True}, stream=True)

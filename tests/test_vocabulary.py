@@ -37,7 +37,7 @@ def larger(root: Path, name: str, model_id: str, **roles: str) -> str:
     return model_id
 
 
-@pytest.fixture(params=["torch", "auto"])
+@pytest.fixture(params=["torch", "openvino"])
 def api(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     settings = Settings(
         _env_file=None, registry=tmp_path / "r.json", models_dir=tmp_path, device="cpu", engine=request.param

@@ -8,6 +8,7 @@ from typing import Any
 from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
+from ..conversions import ConversionStatus
 from ..devices import indexed, resolve_device
 from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
 from ..places import Resident
@@ -34,7 +35,7 @@ _SETTLE = 0.5
 def show_cache() -> dict[str, Any]:
     """Show which models are in memory, what they take there, and what is being loaded."""
     manager = services().manager
-    residents = manager.residents()
+    residents, conversions = manager.residents(), manager.conversions.shown()
     types = _types()
     until = time.monotonic() + (_SETTLE if residents and may_wait() else 0.0)
     for resident in residents.values():
@@ -50,6 +51,7 @@ def show_cache() -> dict[str, Any]:
         ],
         "total_cached": len(residents),
         "loading": {model_id: progress.now().to_dict() for model_id, progress in manager.loading().items()},
+        "conversions": {model_id: _conversion(status) for model_id, status in conversions.items()},
         "memory": {
             device: {
                 "bytes": size,
@@ -87,6 +89,15 @@ def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
         "adapters": dict(model.setup.record.adapters or {}),
         "settings": model.effective,
         "engine_reason": model.engine_reason,
+    }
+
+
+def _conversion(status: ConversionStatus) -> dict[str, Any]:
+    return {
+        "state": status.state,
+        "reason": status.reason,
+        "bytes": status.bytes,
+        "progress": status.progress.to_dict(),
     }
 
 

@@ -88,6 +88,18 @@ class LoadProgress(BaseModel):
     error: str | None
 
 
+class ConversionState(BaseModel):
+    """The making of OpenVINO's graph of a model, which torch computes until then."""
+
+    state: Literal["waiting", "converting", "opening", "failed"] = Field(
+        description="`opening`: the graph is made, and takes over between two requests; `failed`: torch goes on until "
+        "the model is unloaded."
+    )
+    reason: str | None = Field(description="Why it waits, or failed.")
+    bytes: int = Field(description="Memory that the process which makes the graph takes, within the budget.")
+    progress: LoadProgress
+
+
 class CacheAnswer(Answer):
     """What is in memory."""
 
@@ -95,4 +107,7 @@ class CacheAnswer(Answer):
     cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
     total_cached: int = Field(description="Models in memory.")
     loading: dict[str, LoadProgress] = Field(description="The loads under way.")
+    conversions: dict[str, ConversionState] = Field(
+        description="The graphs that are made for OpenVINO while torch answers, by model."
+    )
     memory: dict[str, DeviceEstimate] = Field(description="What models have on each device, and what they may have.")

@@ -123,6 +123,9 @@ class LoadBody(Settings):
     force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
     stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
     keep_alive: KeepAlive | None = optional("Seconds in memory without use; -1 is for ever.")
+    wait_for_graph: StrictBool = Field(
+        False, description="Answer when OpenVINO computes the model, or it is known that torch does."
+    )
 
 
 class EmptyBody(Strict):
@@ -242,6 +245,7 @@ class LoadedAnswer(Answer):
     model_info: ModelInfo
     device: str = Field(examples=["cpu", "cuda", "cuda:1"])
     settings: EffectiveSettings
+    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
 
 
 class UnloadedAnswer(Answer):

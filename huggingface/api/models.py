@@ -179,6 +179,7 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
             force_reload=body.force_reload,
             settings=records.LoadSettings(**settings) if settings else None,
             keep_alive=body.keep_alive,
+            wait_for_graph=body.wait_for_graph,
             gone=gone,
             watch=watch,
         )
@@ -189,6 +190,7 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
             "model_info": record.summary(),
             "device": model.device,
             "settings": model.effective,
+            "engine_reason": model.engine_reason,
         }
 
     if not body.stream:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import transformers
 from .. import files
 from ..engine.layers import NotBatchable
 from ..engine.openvino import library
-from ..errors import FilesMissing, InvalidRequest, ModelUnsupported
+from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported
 from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
 from ..memory import available_bytes
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
@@ -30,10 +30,22 @@ from ..records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
 from ..tasks.reranking import note_cross_encoder
 from . import encoder, generator, process
 from .place import Place
-from .process import ConversionFailed, Wanted
+from .process import Wanted
 
-# Bytes of files up to which a model is converted in this process: that is over before another one has imported torch.
+# Has a model's graph made, tells `Progress` how far that is, and waits: gives the folder of one that could not be kept
+# beside the model. It is told what tells this graph from any other.
+Make = Callable[[str, Progress], Path | None]
+
+# Bytes of files up to which a model that somebody waits for is converted in this process: that is over before another
+# one has imported torch.
 _CONVERTED_HERE = 32 * 2**20
+
+# The same of one that is made aside: what runs here would hold up those that are answered meanwhile.
+_CONVERTED_HERE_ASIDE = 0
+
+# How far other work goes before a graph that is made aside: that gets a tenth of a core that is always busy. With 19 it
+# would take hours there.
+_NICE = 10
 
 # Bytes that the process which converts takes besides the weights: torch, transformers and openvino.
 _CONVERTING = 600 * 10**6
@@ -99,31 +111,38 @@ def load(
     tokenizer: Any,
     progress: Progress,
     memory: Memory | None,
-) -> LoadedModel | str:
-    """The model with OpenVINO to compute it, or why that cannot be.
+    make: Make | None,
+    spare: Path | None,
+) -> LoadedModel | str | None:
+    """The model with OpenVINO to compute it, why that cannot be, or None where its graph is still to be made and
+    OpenVINO was not asked for by name. `make` makes the graph where it was; without it, that is done here and now.
 
     Raises:
         InvalidRequest: it cannot be, and was asked for by name.
     """
-    placement, spare = plan.placement, Path(tempfile.mkdtemp(prefix="local-llm-"))
+    placement = plan.placement
     with ExitStack() as undo:
-        undo.callback(shutil.rmtree, spare, ignore_errors=True)
         place = _place(plan, options)
         find = encoder.find if plan.head in encoder.HEADS else generator.find
         try:
-            graph = find(place)
+            graph = find(place, spare)
             anew = graph is None
+            if anew and placement.engine == "auto":
+                return None
             with BUILDING:
                 model = read_shell(plan, options)  # refuses what is wrong with the files
                 pooling = read_pooling(plan.folder, model, plan.trusted)
             if anew:
-                _make(plan, model, options, settings, spare, progress)
+                if file_bytes(plan, options) > _CONVERTED_HERE:
+                    _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
+                make = make or (lambda _, told: make_graph(plan, options, settings, told))
+                spare = make(place.key, progress)
+                if spare is not None:
+                    undo.callback(shutil.rmtree, spare, ignore_errors=True)
                 graph = find(place, spare)
             if graph is None:
                 raise NotBatchable("its graph could not be kept anywhere")
         except (NotBatchable, ConversionFailed) as error:
-            if isinstance(error, ConversionFailed) and error.final:
-                place.refuse(str(error))
             if placement.engine == "openvino":
                 raise _refusal(plan, str(error)) from error
             return str(error)
@@ -153,22 +172,46 @@ def load(
         return loaded
 
 
-def _make(
-    plan: Plan, model: Any, options: LoadOptions, settings: LoadSettings, spare: Path, progress: Progress
-) -> None:
-    """Have the graph of a model, whose shell this is, made: here, or in a process of its own.
+def graph_key(plan: Plan, options: LoadOptions) -> str:
+    """What tells the graph of a model from any other."""
+    return _place(plan, options).key
+
+
+def make_graph(
+    plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool = False
+) -> Path | None:
+    """Make a model's graph, unless it is there: here, or in a process of its own, which every model gets where it is
+    made `aside`. Returns the folder of one that cannot be kept beside the model: it is the caller's.
 
     Raises:
-        ConversionFailed: it cannot be. Cancelled: `progress` was cancelled.
+        ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled.
     """
+    place = _place(plan, options)
     bare = ModelRecord(plan.record.model_id, plan.record.name, plan.record.model_type, gguf_file=plan.record.gguf_file)
-    wanted = Wanted(bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare)
-    if file_bytes(plan, options) > _CONVERTED_HERE:
-        _check_conversion(sum(tensor.numel() for tensor in model.parameters()), plan.placement.quantization)
-        process.convert(wanted, progress)
-    else:
-        with BUILDING:
-            convert(wanted, progress)
+    with place.locked(progress.check), ExitStack() as undo:
+        if (reason := place.refused) is not None:
+            raise ConversionFailed(reason)
+        if place.present:  # another server was faster
+            return None
+        spare = Path(tempfile.mkdtemp(prefix="local-llm-"))
+        undo.callback(shutil.rmtree, spare, ignore_errors=True)
+        wanted = Wanted(
+            bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare, _NICE if aside else 0
+        )
+        try:
+            if file_bytes(plan, options) > (_CONVERTED_HERE_ASIDE if aside else _CONVERTED_HERE):
+                process.convert(wanted, progress)
+            else:
+                with BUILDING:
+                    convert(wanted, progress)
+        except ConversionFailed as error:
+            if error.final:
+                place.refuse(str(error))
+            raise
+        if not (spare / "about.json").exists():
+            return None
+        undo.pop_all()
+        return spare
 
 
 def _read_whole(plan: Plan, options: LoadOptions) -> Any:
@@ -188,14 +231,20 @@ def _own_bytes(plan: Plan, model: Any) -> int:
 
 def conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
     """Bytes that another process takes for a while to make the graph of a model of so many numbers; 0 where a graph is
-    kept, and where the model is so small that no other process makes it."""
-    if _place(plan, options).present:
+    kept, and where the model is waited for and so small that no other process makes it."""
+    if has_graph(plan, options):
         return 0
     try:
         size = file_bytes(plan, options)
     except FilesMissing:  # they are still to be downloaded
         size = numbers * own_dtype(plan).itemsize
-    return _converting_bytes(numbers, plan.placement.quantization) if size > _CONVERTED_HERE else 0
+    small = plan.placement.engine == "openvino" and size <= _CONVERTED_HERE
+    return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
+
+
+def has_graph(plan: Plan, options: LoadOptions) -> bool:
+    """Whether a model's graph is kept, so that a load has OpenVINO compute it."""
+    return _place(plan, options).present
 
 
 def _converting_bytes(numbers: int, quantization: str | None) -> int:

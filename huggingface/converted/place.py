@@ -14,12 +14,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..engine.layers import NotBatchable
 from ..engine.openvino.graph import constant_bytes
@@ -41,6 +42,7 @@ _FORMAT = 3
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
 _ABANDONED = 24 * 3600  # seconds after which an incomplete graph is nobody's any more
+_LOOK_AGAIN = 0.2  # seconds between two looks at whether a graph that another server makes is still wanted
 
 
 class Place:
@@ -74,9 +76,7 @@ class Place:
             about = json.loads(told)
             if (reason := about.get("refused")) is not None:
                 raise NotBatchable(str(reason))
-            for name, size in about["sizes"].items():
-                if (path / name).stat().st_size != size:
-                    raise ValueError(f"{name} is not as long as it was")
+            _check_sizes(path, about)
             return read(path, about, None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the graph in %s cannot be used, and is made anew: %s", self._name, error)
@@ -84,9 +84,49 @@ class Place:
             return None
 
     @property
+    def key(self) -> str:
+        """What tells this graph from any other."""
+        return os.fspath(self._folder / self._name)
+
+    @property
     def present(self) -> bool:
-        """Whether a graph is kept, or a note that there can be none."""
-        return (self._folder / self._name / "about.json").is_file()
+        """Whether a whole graph is kept, or a note that there can be none."""
+        path = self._folder / self._name
+        try:
+            about = json.loads((path / "about.json").read_text("utf-8"))
+            if about.get("refused") is None:
+                _check_sizes(path, about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
+
+    @contextmanager
+    def locked(self, check: Callable[[], None]) -> Iterator[None]:
+        """Lets one thread of one process at a time make a graph of this model, and removes what one that was killed
+        had written so far. A folder that cannot be written to has no lock: its graphs are each process's own.
+
+        Raises:
+            Whatever `check` raises, which is called while another one has the lock.
+        """
+        lock = None
+        with suppress(OSError):
+            self._folder.mkdir(exist_ok=True)
+            lock = FileLock(self._folder / ".lock", thread_local=False)
+        while lock is not None and not lock.is_locked:
+            try:
+                lock.acquire(timeout=_LOOK_AGAIN)
+            except Timeout:
+                check()
+            except (OSError, NotImplementedError):
+                lock = None
+        try:
+            if lock is not None:
+                for path in self._folder.glob(f".{self._name}.*.tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
 
     @property
     def refused(self) -> str | None:
@@ -158,6 +198,13 @@ def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[s
     save_file(dict(tensors), folder / EXPECTED)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     _write_json(folder / "about.json", {**about, "sizes": sizes, "versions": versions()})
+
+
+def _check_sizes(path: Path, about: Mapping[str, Any]) -> None:
+    """Raises: ValueError, OSError, KeyError where a graph is not whole."""
+    for name, size in about["sizes"].items():
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{name} is not as long as it was")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

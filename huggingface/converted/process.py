@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from ..errors import Cancelled
+from ..errors import Cancelled, ConversionFailed
 from ..progress import Progress
 from ..records import LoadOptions, LoadSettings, ModelRecord
 
@@ -36,23 +36,18 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _CRASHES = frozenset({-4, -6, -7, -8, -11})
 
 
-class ConversionFailed(Exception):
-    """There is no graph; the message says why. `final` tells that another try would end alike."""
-
-    def __init__(self, reason: str, *, final: bool = False) -> None:
-        super().__init__(reason)
-        self.final = final
-
-
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Of which model a graph is to be made. It goes into `spare` where it cannot be kept beside the model."""
+    """Of which model a graph is to be made. It goes into `spare` where it cannot be kept beside the model; `nice` is
+    how far other work goes first, 0 to 19 as Unix has it.
+    """
 
     record: ModelRecord
     options: LoadOptions
     folder: Path
     settings: LoadSettings
     spare: Path
+    nice: int = 0
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
@@ -63,7 +58,12 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     """
     command = [sys.executable, "-m", "huggingface.converted.process"]
     process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very module
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        creationflags=getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if wanted.nice else 0,  # of Windows
     )
     lines: Queue[bytes | None] = Queue()
     assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 - both are pipes
@@ -138,6 +138,7 @@ def main() -> None:
 
     wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - what started this process wrote it
     threading.Thread(target=_end_with_the_other, daemon=True).start()
+    _step_back(wanted)
     from . import loading
 
     try:
@@ -153,6 +154,15 @@ def main() -> None:
         tell(made=True)
     told.flush()
     os._exit(0)  # nothing is left to be done, and interpreters with threads of libraries end slowly
+
+
+def _step_back(wanted: Wanted) -> None:
+    """Have other work go first, where that is wanted; and have Linux end this process, not the one that serves, where
+    memory runs out."""
+    if wanted.nice and hasattr(os, "nice"):
+        os.nice(wanted.nice)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
 
 
 def _end_with_the_other() -> None:
