@@ -7,11 +7,30 @@ It must hold nothing private (no path of this machine, no token). Any thread may
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LocalLLMError(Exception):
     """Root of every error that this project raises on purpose; `str(error)` is the message for the user."""
+
+
+class LibraryPanic(Exception):
+    """Compiled code of a library gave up: a panic of Rust's, which Python does not count among its `Exception`s."""
+
+
+@contextmanager
+def no_panics() -> Iterator[None]:
+    """Raise a panic within as a `LibraryPanic`, so that what catches errors catches it too.
+
+    What ends the process or a generator passes as it is.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise LibraryPanic(str(panic)) from panic
 
 
 # What the caller sent -------------------------------------------------------------------------------------------------
@@ -140,6 +159,10 @@ class FilesRefused(LoadError):
 
 class ModelUnsupported(LoadError):
     """The files are sound, but the installed libraries do not know such a model."""
+
+
+class NotServed(ModelUnsupported):
+    """The model is of a kind that does none of this server's tasks, whatever becomes of its files."""
 
 
 class DeviceMissing(LoadError):

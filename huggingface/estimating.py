@@ -7,10 +7,13 @@ and buffers count as they will. Imports torch, so it is imported with the loader
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .engine.cache import layer_shapes
 from .engine.products import copies
@@ -22,6 +25,7 @@ from .tasks import Head
 
 logger = logging.getLogger(__name__)
 
+_MOST_PARAMETERS = 100_000  # tensors of one model: the largest there are have some ten thousand
 _GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
 
 
@@ -37,7 +41,7 @@ def estimate(
 
     `own_dtype` is that of the weights in their files, `runner` what computes it.
     """
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"), torch.no_grad(), _bounded():
         model = build()
     dtype = placement.dtype or own_dtype
     tensors = _tensors(model, dtype)
@@ -67,6 +71,28 @@ def estimate(
         engine=runner,
     )
     return told, sum(tensor.numel() for tensor in model.parameters())
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Give up a model, in the making on this thread, that has more parameters than any: it would go on for hours.
+
+    Raises:
+        ValueError: it has.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"a model of more than {_MOST_PARAMETERS} tensors")
+
+    hook = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:

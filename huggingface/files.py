@@ -10,11 +10,20 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError
+from .errors import (
+    FilesCorrupt,
+    FilesMissing,
+    FilesRefused,
+    LibraryPanic,
+    LoadError,
+    ModelUnsupported,
+    NotServed,
+    no_panics,
+)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -24,6 +33,17 @@ _JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_token
 _VOCABULARIES = (".json", ".txt", ".model", ".spm", ".tiktoken", ".codes")
 # A whole vocabulary in one file, whatever class of tokenizer reads it.
 _WORDS = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
+# Numbers of a config that say how many modules a model has, and how large they are; and the most that any model has.
+_NUMBER = re.compile(r"n(um)?_")
+_PARTS = re.compile(r"((^|_)(layers|blocks|experts|heads|stages|depths)|^n(um)?_(layer|head|block|expert))$")
+_LABELS = re.compile(r"(^|_)num_labels$")
+_WIDTH = re.compile(
+    r"^(?!.*(data|train|cache|memory|batch|queue|max_|context|ctx|seq|window)).*"
+    r"(^|_)(size|dims?|width|rank|channels|embd|inner|model|ff|kv|buckets)$"
+)
+_MOST_PARTS, _MOST_LABELS, _MOST_WIDTH = 1 << 15, 1 << 20, 1 << 24
+_MOST_JSON = 64 << 20  # bytes of a JSON file that is no vocabulary
+_MOST_TEMPLATE = 1 << 20  # characters: the longest there are have a thirtieth of it
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_SIZE = 1024  # bytes; Git LFS keeps its pointers below
 _ABSOLUTE_PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+")
@@ -57,19 +77,56 @@ def read_config(model_id: str, folder: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        FilesMissing: there is none. FilesCorrupt: it is not a JSON object.
+        FilesMissing: there is none. FilesCorrupt: it is not a JSON object. ModelUnsupported: a pipeline of diffusers.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise FilesMissing(
                 f"Model '{model_id}' is an adapter (LoRA) without its base model; merge the two and save them as one"
             )
-        if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        if (folder / "model_index.json").is_file():
+            raise diffusion(model_id)
+        if ggufs := sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf"):
             raise FilesMissing(
                 f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:10])}"
             )
         raise FilesMissing(f"Model '{model_id}': its folder holds no config.json; put the complete model there")
-    return _read_object(model_id, folder / "config.json")
+    config = _read_object(model_id, folder / "config.json")
+    _check_config(model_id, config)
+    return config
+
+
+def _check_config(model_id: str, config: Mapping[str, Any]) -> None:
+    """Refuse what no model's config says, and what would never end, or take all memory, when a model is made of it.
+
+    Raises:
+        FilesCorrupt: naming the entry.
+    """
+    said = config.get("architectures")
+    if said is not None and not (isinstance(said, list) and all(isinstance(name, str) for name in said)):
+        raise FilesCorrupt(f"Model '{model_id}': config.json is damaged ('architectures' is no list of names)")
+    inner: list[tuple[str, Any]] = [("", config)]
+    while inner:
+        name, value = inner.pop()
+        if isinstance(value, dict):
+            inner.extend((str(key), each) for key, each in value.items())
+        elif isinstance(value, list):
+            inner.extend((name, each) for each in value)
+        elif isinstance(value, int | float) and not _may_be(name, value):
+            raise FilesCorrupt(
+                f"Model '{model_id}': config.json is damaged ('{name}' is {str(value)[:40]}, which no model has)"
+            )
+
+
+def _may_be(name: str, value: float) -> bool:
+    """Whether a config may have that number under that name."""
+    if isinstance(value, bool):
+        return not _NUMBER.match(name)
+    if _PARTS.search(name):
+        return 0 <= value <= _MOST_PARTS
+    if _LABELS.search(name):
+        return 0 <= value <= _MOST_LABELS
+    return not _WIDTH.search(name) or -1 <= value <= _MOST_WIDTH  # -1 stands for "none"
 
 
 def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -176,10 +233,17 @@ def is_whole(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):
+        with no_panics(), safe_open(path, framework="np"):
             return True
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, LibraryPanic):
         return False
+
+
+def diffusion(model_id: str) -> NotServed:
+    """The refusal of a folder that holds a pipeline of diffusers."""
+    return NotServed(
+        f"Model '{model_id}' is a diffusion pipeline (model_index.json), which does none of this server's text tasks"
+    )
 
 
 def only_pickles(model_id: str) -> FilesRefused:
@@ -207,6 +271,16 @@ def lacking_vocabulary(folder: Path, names: Mapping[str, str]) -> str | None:
     if any(fnmatch.fnmatchcase(name, word) for name in present for word in _WORDS):
         return None
     return names.get("tokenizer_file") or min(names.values())
+
+
+def check_templates(model_id: str, templates: Iterable[Any]) -> None:
+    """Refuse chat templates that are too long to be looked through at every request.
+
+    Raises:
+        ModelUnsupported: one is longer than any template of a model.
+    """
+    if any(isinstance(template, str) and len(template) > _MOST_TEMPLATE for template in templates):
+        raise ModelUnsupported(f"Model '{model_id}': its chat template is longer than {_MOST_TEMPLATE} characters")
 
 
 def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:
@@ -257,6 +331,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _read_object(model_id: str, path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise FilesCorrupt(f"Model '{model_id}': {path.name} is longer than {_MOST_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         if _is_pointer(path):

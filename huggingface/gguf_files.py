@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from . import files
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics
 from .headers import GGUFHeader, HeaderDamaged, gguf_header
 from .memory import ran_out_of_memory
 
@@ -49,7 +49,7 @@ def locate(model_id: str, folder: Path, gguf_file: str) -> Path:
     """
     parts = PurePosixPath(gguf_file).parts
     inside = bool(parts) and not re.search(r"[\\:\0]", gguf_file) and parts[0] != "/" and ".." not in parts
-    if not inside or not gguf_file.endswith(_SUFFIX):
+    if not inside or not gguf_file.lower().endswith(_SUFFIX):
         raise FilesRefused(f"Model '{model_id}': {gguf_file!r} is not the name of a GGUF file in its folder")
     path = folder / gguf_file
     if not path.is_file():
@@ -151,7 +151,8 @@ def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHead
             f"Model '{model_id}': neither {gguf_file} nor its folder holds a tokenizer; put tokenizer.json there"
         )
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+        with no_panics():
+            return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
     except Exception as error:
         raise _refusal(model_id, path, header, error, "its tokenizer") from error
 

@@ -28,6 +28,7 @@ from .devices import free_bytes, indexed
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
+from .engine.failures import typed
 from .engine.layers import NotBatchable
 from .engine.lengths import Lengths
 from .engine.openvino.encoder import Encoder
@@ -419,11 +420,13 @@ class LoadedModel:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
-        return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
+        with typed(self.model_id):
+            return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def count_tokens(self, text: str) -> int:
         """How many tokens its tokenizer makes of a text, without special ones."""
-        return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        with typed(self.model_id):
+            return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
     def encode(self, text: str, gone: Callable[[], bool] = lambda: False) -> list[int]:
         """The tokens of a text, with the special ones that the model's tokenizer adds.
@@ -432,8 +435,9 @@ class LoadedModel:
             InvalidRequest: it has far more than the model can read. Cancelled: `gone()` turned true.
         """
         parts = self._open(gone)
-        _check_lengths(parts, {"inputs": text}, gone)
-        return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
+        with typed(self.model_id):
+            _check_lengths(parts, {"inputs": text}, gone)
+            return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
 
     def count_prompt(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> int:
         """How many tokens the prompt of a generation is, special ones included; its context may hold fewer.

@@ -24,7 +24,7 @@ from .adapter_files import factor_bytes
 from .adapters import attach
 from .converted import loading as by_openvino
 from .engine.products import Products
-from .errors import LocalLLMError, OutOfMemory
+from .errors import LocalLLMError, OutOfMemory, no_panics
 from .headers import Tensor
 from .loaded import LoadedModel, Memory, Setup, free
 from .memory import forget_frames
@@ -161,7 +161,7 @@ def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:
     computed, and where there are more of them than cores, none waits actively, which makes each small product slower
     by half."""
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as thread, no_panics():
             return thread.submit(work).result()
     except LocalLLMError as error:
         forget_frames(error)  # they hold whatever was read so far

@@ -6,6 +6,7 @@ Must not know the registry, the manager or HTTP.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -18,12 +19,12 @@ import transformers
 from transformers.models.auto import modeling_auto as auto
 
 from . import files, gguf_files
-from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported
+from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed
 from .headers import GGUFHeader
 from .placement import Placement, place
 from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
 from .rotary import context
-from .tasks import HEADS, MODEL_TYPES, Head
+from .tasks import HEADS, MODEL_TYPES, Head, why_no_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ HEAD_CLASSES: Mapping[Head, _HeadClass] = {
     "base": _HeadClass(transformers.AutoModel, auto.MODEL_MAPPING_NAMES),
 }
 
+# Models that see or hear, by their kinds. Of some kinds AutoModelForCausalLM reads the half that writes text.
+_WHOLE = (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -90,12 +94,14 @@ def look(
         config = _read_config(model_id, folder, trusted)
     wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
     head = _head(model_id, config, wanted)
+    _check_reads_text(model_id, config, head)
     return Plan(record, folder, config, head, placement, trusted, header)
 
 
 def own_dtype(plan: Plan) -> torch.dtype:
     """The type of the weights in their files: what the config says, as transformers takes it."""
-    said = getattr(plan.config, "dtype", None) or torch.float32
+    text = plan.config.get_text_config()  # of a model that also sees, what is loaded may be its text half
+    said = getattr(plan.config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     return getattr(torch, said) if isinstance(said, str) else said
 
 
@@ -170,6 +176,7 @@ def check_compile(plan: Plan) -> None:
 
 
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
+    files.read_config(model_id, folder)  # and see what it says, before anything is made of it
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:
@@ -206,8 +213,7 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
     """The head that the weights have: the first of `wanted` where they have several, or do not say."""
 
     def classes(head: Head) -> tuple[str, ...]:
-        names = HEAD_CLASSES[head].names.get(config.model_type, ())
-        return (names,) if isinstance(names, str) else names
+        return _names(HEAD_CLASSES[head].names, config)
 
     order = [*wanted, *(head for head in HEADS if head not in wanted)]
     if wanted == ("base",) and classes("base"):  # hidden states: as AutoModel reads any checkpoint, without its head
@@ -217,6 +223,8 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
         # BART is one class for filling masks and for generating; the latter's tasks include the former.
         if "masked-lm" in wanted and architecture in classes("seq2seq-lm"):
             return "seq2seq-lm"
+        if classes("causal-lm") and any(architecture in _names(table, config) for table in _WHOLE):
+            return "causal-lm"
         for head in order:
             if architecture in classes(head):
                 return head
@@ -238,10 +246,42 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
                 f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
                 f"and a {config.model_type} has none that fits the model's type"
             )
-    raise ModelUnsupported(
-        f"Model '{model_id}' is a {', '.join(config.architectures or [config.model_type])}, "
+    raise NotServed(
+        f"Model '{model_id}' is a {', '.join((config.architectures or [config.model_type])[:3])}, "
         "which does none of this server's text tasks"
     )
+
+
+def _names(table: Mapping[str, str | tuple[str, ...]], config: Any) -> tuple[str, ...]:
+    """The classes that a table of transformers has for a kind of model."""
+    names = table.get(config.model_type, ())
+    return (names,) if isinstance(names, str) else names
+
+
+def _check_reads_text(model_id: str, config: Any, head: Head) -> None:
+    """Refuse a model that is in the tables of text models and cannot be run on a text alone.
+
+    Raises:
+        NotServed: it is one that sees, hears, or reads pages.
+    """
+    if head in ("causal-lm", "seq2seq-lm"):
+        return
+    names = _names(HEAD_CLASSES[head].names, config)
+    name = next((each for each in config.architectures or () if each in names), names[0] if names else "")
+    model_class = getattr(transformers, name, None)
+    if model_class is None:  # of the folder's own code
+        return
+    heads: tuple[Head, ...] = ("causal-lm", "masked-lm")
+    writes = any(config.model_type in table for table in (*(HEAD_CLASSES[each].names for each in heads), *_WHOLE))
+    arguments = {
+        each.name: each.default is each.empty
+        for each in inspect.signature(model_class.forward).parameters.values()
+        if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "self"
+    }
+    modalities = getattr(model_class, "input_modalities", "text")
+    if reason := why_no_text(config.model_type, modalities, arguments, writes):
+        what = (config.architectures or [name])[0]
+        raise NotServed(f"Model '{model_id}' is a {what}, which {reason}; it does none of this server's text tasks")
 
 
 def auto_class(config: Any, head: Head) -> Any:

@@ -18,9 +18,9 @@ import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from . import default_dtype, files, gguf_files
+from . import default_dtype, files, gguf_files, rendering
 from .engine.openvino.reserve import make_shell
-from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory
+from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory, no_panics
 from .memory import ran_out_of_memory
 from .plan import Plan, auto_class, refusal
 from .progress import Progress
@@ -44,6 +44,9 @@ BUILDING = threading.Lock()
 # The default dtype is no such switch here: other models compute while one is built.
 default_dtype.install()
 
+# A chat template is a program of the model's author, without limits of its own.
+rendering.install()
+
 # What draws a bar writes to the standard error under a lock of the process's: where its reader is gone, the write
 # fails, the lock stays locked, and every later load waits for it. Loads tell their progress themselves.
 transformers.utils.logging.disable_progress_bar()
@@ -54,6 +57,13 @@ def read_tokenizer(plan: Plan) -> Any:
 
     Raises: as `loader.load`.
     """
+    tokenizer = _read_tokenizer(plan)
+    templates = getattr(tokenizer, "chat_template", None)
+    files.check_templates(plan.record.model_id, templates.values() if isinstance(templates, dict) else [templates])
+    return tokenizer
+
+
+def _read_tokenizer(plan: Plan) -> Any:
     model_id, folder, gguf_file = plan.record.model_id, plan.folder, plan.record.gguf_file
     if plan.gguf is not None and gguf_file is not None and not files.has_tokenizer(folder):
         return gguf_files.read_tokenizer(model_id, folder, gguf_file, plan.gguf)
@@ -62,9 +72,10 @@ def read_tokenizer(plan: Plan) -> Any:
             f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, config=plan.config, trust_remote_code=plan.trusted, local_files_only=True
-        )
+        with no_panics():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, config=plan.config, trust_remote_code=plan.trusted, local_files_only=True
+            )
     except Exception as error:
         raise refusal(model_id, folder, error, "its tokenizer") from error
     # Where there is no vocabulary, transformers makes a tokenizer that knows no word.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from .errors import LocalLLMError
+from .errors import LocalLLMError, no_panics
 from .manager import ModelManager
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Warmup:
                 self._states[model_id] = ("loading", None)
             state: tuple[State, str | None] = ("ready", None)
             try:
-                with self._manager.lease(model_id) as model:
+                with no_panics(), self._manager.lease(model_id) as model:
                     model.prepared()
             except LocalLLMError as error:
                 logger.warning("%s could not be loaded at the start: %s", model_id, error)

@@ -10,6 +10,9 @@ import pytest
 from changed_models import copy, edit, load, text
 
 from huggingface.errors import FilesCorrupt, ModelUnsupported
+from huggingface.preflight import Preflight
+from huggingface.records import LoadOptions
+from huggingface.tasks import TASKS, canonical_task
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,108 @@ def test_generation_values_in_an_old_config_act_as_transformers_lets_them(
     ids = tokenizer("The little harbour", return_tensors="pt")["input_ids"]
     assert loaded.generate(ids, max_new_tokens=20).tolist() == plain.generate(ids, max_new_tokens=20).tolist()
     model.close()
+
+
+# Of models that also see: what their text half is made of, and what the part that sees.
+_HALF = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "pad_token_id": 0, "eos_token_id": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_QWEN = {"layer_types": ["linear_attention", "full_attention"]}
+_QWEN_SEES = {"hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32}
+_LLAMA_SEES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+_LLAMA_SEES |= {"image_size": 28, "vision_output_dim": 32, "projector_output_dim": 32, "projector_input_dim": 32}
+HALVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Qwen3_5ForConditionalGeneration": ({**_HALF, **_QWEN}, _QWEN_SEES),
+    "Qwen3_5MoeForConditionalGeneration": (
+        {**_HALF, **_QWEN, **_EXPERTS, "shared_expert_intermediate_size": 32},
+        _QWEN_SEES,
+    ),
+    "Llama4ForConditionalGeneration": (
+        {**_HALF, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        _LLAMA_SEES,
+    ),
+}
+
+
+def _tokens_of_gpt2(root: Path, model_id: str) -> Path:
+    """A folder with a tokenizer, for a model that is still to come."""
+    folder = copy(root, "gpt2", model_id)
+    for path in folder.glob("*config.json"):
+        path.unlink()
+    edit(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>")
+    return folder
+
+
+@pytest.mark.parametrize("architecture", HALVES)
+def test_the_text_half_of_a_model_that_also_sees_writes_as_transformers_has_it(root: Path, architecture: str) -> None:
+    """It is what AutoModelForCausalLM reads of the folder, and what is told of it before the load."""
+    import torch
+    import transformers
+
+    model_id = f"halves/{architecture}"
+    folder = _tokens_of_gpt2(root, model_id)
+    kind = getattr(transformers, architecture)
+    text_config, vision_config = HALVES[architecture]
+    torch.manual_seed(0)
+    kind(kind.config_class(text_config=text_config, vision_config=vision_config)).save_pretrained(folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("The little harbour", return_tensors="pt")
+    expected = plain.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    told = Preflight(LoadOptions(root)).look_at(model_id, model_type="text-generation")
+    assert (told["problem"], told["model_type"], told["known"]) == (None, "text-generation", True)
+    model = load(root, model_id, "text-generation")
+    assert model.head == "causal-lm"
+    able = {canonical_task(task) for task in model._parts.tasks.supported}
+    assert told["tasks"] == [task for task in TASKS if task in able]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert text(model) == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_fsmt_translates_as_transformers_does(root: Path) -> None:
+    """Its decoder has no config of its own, and its table of positions grows."""
+    import torch
+    import transformers
+
+    folder = _tokens_of_gpt2(root, "heads/fsmt")
+    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    shape |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 16}
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=512, tgt_vocab_size=512, max_length=200, num_beams=2, **shape
+    )
+    torch.manual_seed(0)
+    transformers.FSMTForConditionalGeneration(config).save_pretrained(folder)
+    plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    words = "The little harbour lies " * 10
+    expected = plain.generate(**tokenizer(words, return_tensors="pt"), max_new_tokens=6, num_beams=4)
+    model = load(root, "heads/fsmt", "translation")
+    (answer,) = model.run("translation", words, {"max_new_tokens": 6})
+    model.close()
+    assert answer["translation_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"max_new_tokens": 5}, {"max_length": 20}, {"max_new_tokens": 4, "min_new_tokens": 9}]
+)
+def test_a_decoder_alone_in_the_table_of_encoder_decoders_counts_its_prompt(
+    root: Path, lengths: dict[str, int]
+) -> None:
+    """Models that hear stand there; new tokens are those behind the prompt, lengths count it, as `generate` has it."""
+    import torch
+    import transformers
+
+    folder = _tokens_of_gpt2(root, "heads/hears")
+    hears = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    config = transformers.Qwen2AudioConfig(
+        audio_config=hears, text_config={**_LLAMA, "model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 512}
+    )
+    torch.manual_seed(0)
+    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
+    plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The little harbour", return_tensors="pt")
+    asked = {**lengths, "min_new_tokens": min(lengths.get("min_new_tokens", 0), lengths.get("max_new_tokens", 0))}
+    expected = plain.generate(**ids, num_beams=4, **asked)[0]
+    model = load(root, "heads/hears", "text2text-generation")
+    (answer,) = model.run("text2text-generation", "The little harbour", dict(lengths))
+    model.close()
+    assert answer["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)

@@ -62,6 +62,7 @@ PARTS = {
     "default_dtype": "loader",
     "plan": "loader",
     "reading": "loader",
+    "rendering": "loader",
     "estimating": "loader",
     "loaded": "loader",
     "placement": "loader",
@@ -165,7 +166,7 @@ LATE: dict[str, tuple[str, ...]] = {
     "openvino": ("huggingface/engine/openvino/*.py",),
     "gguf": ("starter.py",),
     "peft": ("huggingface/adapters.py",),
-    "transformers": ("huggingface/chat/regions.py",),
+    "transformers": ("huggingface/chat/regions.py", "huggingface/rendering/*.py"),
 }
 
 

@@ -161,6 +161,13 @@ def init_errors(app: Flask) -> None:
     app.register_error_handler(errors.LocalLLMError, _own)
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, _unforeseen)
+    dispatch = app.dispatch_request
+
+    def dispatch_request() -> Any:
+        with errors.no_panics():  # one would end the thread, and leave the client without an answer
+            return dispatch()
+
+    app.dispatch_request = dispatch_request  # type: ignore[method-assign]
 
 
 def on_invalid_body(error: ValidationError) -> Response:

@@ -41,12 +41,19 @@ def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
 
 
 @blueprint.post(
-    "/models", responses={200: model_schemas.ChangedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer}
+    "/models",
+    responses={
+        200: model_schemas.ChangedAnswer,
+        **schemas.BODY_FAILURES,
+        409: schemas.ErrorAnswer,
+        422: schemas.ErrorAnswer,
+    },
 )
 def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
     """Register a model. Nothing is downloaded or loaded yet; what its files tell is looked up and kept in `details`.
 
-    Where `model_type` is left out, it is what the model's config tells, if it does.
+    Where `model_type` is left out, it is what the model's config tells, if it does. A model that does none of this
+    server's tasks is refused.
     """
     records.check_model_id(body.model_id)
     registry = services().registry
@@ -57,7 +64,7 @@ def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
         given["parameters"] = check_registered(body.model_type, body.parameters)
     record = records.ModelRecord(**{"model_type": "", **given})
     _check_settings(record)
-    details = services().preflight.look(record)
+    details = services().preflight.look(record, strict=True)
     if body.model_type is None:
         if details["model_type"] is None:
             error = MissingField("model_type")
@@ -102,7 +109,9 @@ def _check_settings(record: records.ModelRecord) -> None:
             message = str(error).replace("'model_id'", f"'adapters.{name}'")
             raise InvalidRequest(message, f"adapters.{name}") from error
     file = record.gguf_file
-    if file is not None and (not file.endswith(".gguf") or "\\" in file or {"", ".", ".."} & {*file.split("/")}):
+    if file is not None and (
+        not file.lower().endswith(".gguf") or "\\" in file or {"", ".", ".."} & {*file.split("/")}
+    ):
         raise InvalidRequest(
             "Invalid value for field 'gguf_file': must be the name of a .gguf file in the model's folder or repository",
             "gguf_file",

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull
+from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
 from ..memory import forget_frames, release_freed
 from ..records import EngineOptions, EngineStatus
 from .pace import Pace
@@ -466,7 +466,8 @@ class Engine:
         """Have a sequence say its last token, and drop it where that ends it."""
         assert self._scheduler is not None  # noqa: S101 - it runs in the batch
         try:
-            say()
+            with no_panics():
+                say()
         except Exception as error:  # a tokenizer may fail on what a model makes
             logger.exception("the text of a sequence of %s could not be made", self._model_id)
             self._fail(sequence, GenerationFailed(f"Model '{self._model_id}' made what has no text ({error})"))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory
+from ..errors import EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, no_panics
 from ..memory import ran_out_of_memory
 
 
@@ -23,7 +23,8 @@ def typed(model_id: str) -> Iterator[None]:
         GenerationFailed: anything else that the model raised. LocalLLMErrors pass as they are.
     """
     try:
-        yield
+        with no_panics():
+            yield
     except LocalLLMError:
         raise
     except Exception as error:

@@ -102,7 +102,7 @@ def fetch(
         return _model(repository, allow_pickle, trusted)
 
     key = gguf_file or "config.json"
-    if not _is_inside(key) or (gguf_file is not None and not gguf_file.endswith(".gguf")):
+    if not _is_inside(key) or (gguf_file is not None and not gguf_file.lower().endswith(".gguf")):
         raise FilesRefused(f"Model '{model_id}': {gguf_file!r} is not the name of a GGUF file of its repository")
     return _fetch(model_id, revision, key, bring, progress, offline, resolved, claims)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import files
 from ..adapter_files import WEIGHTS
-from ..errors import HubUnreachable, LoadError, LocalLLMError
+from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed
 from ..records import LoadOptions, ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
 from .card import Card, read_card
@@ -50,14 +50,19 @@ class Preflight:
         self._away: float | None = None  # since when it does not answer, by `time.monotonic`
         self._silent: str | None = None  # the last model of which nothing was heard in time
 
-    def look(self, record: ModelRecord) -> dict[str, Any]:
-        """What a registered model is, or one that is to be registered."""
+    def look(self, record: ModelRecord, *, strict: bool = False) -> dict[str, Any]:
+        """What a registered model is, or one that is to be registered.
+
+        Raises:
+            NotServed: where it is `strict`, for a model of a kind that does none of this server's tasks.
+        """
         return self.look_at(
             record.model_id,
             revision=record.revision,
             gguf_file=record.gguf_file,
             model_type=record.model_type,
             adapters=record.adapters,
+            strict=strict,
         )
 
     def look_at(
@@ -68,15 +73,16 @@ class Preflight:
         gguf_file: str | None = None,
         model_type: str | None = None,
         adapters: Mapping[str, str] | None = None,
+        strict: bool = False,
     ) -> dict[str, Any]:
         """What the model of that id is: of the models folder, else the Hub's cache, else the Hub.
 
         `model_type` is what it is registered as: it picks the head, and so the tasks, where the loader lets it. The
         type that is told is the one that fits best, whatever it is registered as. `adapters` are those that it is to
-        have, by their names.
+        have, by their names. `strict` is as in `look`.
         """
         products: dict[str, tuple[int, ...]] = {}
-        details = self._look_at(model_id, revision, gguf_file, model_type, products)
+        details = self._look_at(model_id, revision, gguf_file, model_type, products, strict)
         if not adapters:
             return details
         problems = {
@@ -93,6 +99,7 @@ class Preflight:
         gguf_file: str | None,
         model_type: str | None,
         products: dict[str, tuple[int, ...]],
+        strict: bool,
     ) -> dict[str, Any]:
         """What `look_at` says of the model itself; `products` get the shapes of its weights by their names."""
         try:
@@ -103,7 +110,7 @@ class Preflight:
 
             def look(place: Place) -> dict[str, Any]:
                 found = Look(place, self._options, self._names, wanted)
-                details = found.take(gguf_file)
+                details = found.take(gguf_file, strict=strict)
                 products.update(found.products)
                 return details
 
@@ -112,6 +119,8 @@ class Preflight:
                 return look(folder_place(model_id, folder))
             return self._within(model_id, lambda: self._look_away(model_id, revision, gguf_file, look))
         except LocalLLMError as error:
+            if strict and isinstance(error, NotServed):
+                raise
             return {**blank(), "problem": str(error)}
         except Exception as error:
             logger.warning("%s could not be looked at", model_id, exc_info=error)

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import files, rotary
 from ..adapter_files import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
-from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, NotServed
 from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
 from ..records import LoadOptions
 from ..tasks import Head
@@ -46,14 +46,20 @@ class Look:
         ] = {}  # the shapes of its weights by their names, as far as it was seen
         self.details = {**blank(), "reachable": True, "source": place.source, "commit": place.commit}
 
-    def take(self, gguf_file: str | None) -> dict[str, Any]:
-        """Look, at the GGUF file of that name if there is one, and return what was found."""
+    def take(self, gguf_file: str | None, *, strict: bool = False) -> dict[str, Any]:
+        """Look, at the GGUF file of that name if there is one, and return what was found.
+
+        Raises:
+            NotServed: where it is `strict`, for a model of a kind that does none of this server's tasks.
+        """
         details = self.details
         parts: tuple[Callable[[], None], ...] = (self._config, self._weights, self._adapter)
         for part in parts if gguf_file is None else (partial(self._gguf, gguf_file),):
             try:
                 part()
             except LoadError as error:
+                if strict and isinstance(error, NotServed):
+                    raise
                 details["problem"] = details["problem"] or str(error)
         if packages := details["missing_packages"]:
             details["install"] = f"pip install {' '.join(packages)}"
@@ -67,6 +73,8 @@ class Look:
         """What config and tokenizer tell."""
         details, place, names = self.details, self._place, self._names
         model_id = place.model_id
+        if "model_index.json" in place.names and "config.json" not in place.names:
+            raise files.diffusion(model_id)
         if ggufs := gguf_names(place):
             details["gguf_files"] = ggufs
             if not {*files.SAFETENSORS, *files.PICKLES, "adapter_config.json"} & set(place.names):
@@ -85,18 +93,28 @@ class Look:
         details["chat_template"] = bool(templates)
         details["tools"] = traits.mentions_tools(templates)
         details["context_length"] = traits.context_of(names, config)
+        files.check_templates(model_id, templates)
         if not names.installed:
             details["needs_remote_code"] = bool(config.get("auto_map"))
             raise LoadError(str(DependencyMissing()))
         known = details["known"] = names.knows(kind)
         head = traits.head_of(names, config, self._wanted)
+        no_text = traits.no_text(names, config, head)
+        if no_text is not None:
+            head = None
         if head is not None:
             details["tasks"] = traits.tasks_of(names, config, head, tokenizer)
-        plain = traits.head_of(names, config) if architectures else head
+        plain = traits.head_of(names, config) if architectures and no_text is None else head
         details["model_type"] = traits.model_type_of(
             model_id, config, plain, chat=bool(templates), embedding=details["embedding"]
         )
         needs_code = details["needs_remote_code"] = _needs_code(names, config, tokenizer, head)
+        if no_text is not None:
+            raise NotServed(f"Model '{model_id}' is a {no_text}; it does none of this server's text tasks")
+        if head is None and architectures and known and not needs_code:
+            raise NotServed(
+                f"Model '{model_id}' is a {', '.join(architectures[:3])}, which does none of this server's text tasks"
+            )
         needed = set(packages.quantizer_packages(details["quantized"]))
         needed |= packages.tokenizer_packages(names, kind, tokenizer, place.names)
         if model_id in self._options.trust_remote_code:
@@ -117,10 +135,6 @@ class Look:
         if place.listed and not _has_tokenizer(place):
             raise FilesMissing(
                 f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
-            )
-        if head is None and architectures:
-            raise ModelUnsupported(
-                f"Model '{model_id}' is a {', '.join(architectures)}, which does none of this server's text tasks"
             )
         if head is None and self._wanted is not None:
             raise ModelUnsupported(
@@ -212,6 +226,7 @@ class Look:
         template = traits.text(header.values.get("tokenizer.chat_template"))
         details["chat_template"] = bool(template)
         details["tools"] = traits.mentions_tools([template])
+        files.check_templates(model_id, [template])
         details["files"] = {"count": 1, "names": [name]}
         details["weights_bytes"] = size = place.size(name)
         if header.tensors is not None:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..tasks import Head
+from ..tasks import Head, why_no_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ HEAD_TABLES: Mapping[Head, tuple[str, str]] = {
     ),
     "base": ("AutoModel", "MODEL_MAPPING_NAMES"),
 }
+
+# Of models that see or hear, by their kinds. Of some kinds AutoModelForCausalLM reads the half that writes text.
+_WHOLE = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 
 Classes = tuple[str, ...]
 
@@ -82,7 +85,7 @@ class Names:
 
     @cached_property
     def _heads(self) -> Mapping[str, Mapping[str, Classes]]:
-        tables = [table for _, table in HEAD_TABLES.values()]
+        tables = [*(table for _, table in HEAD_TABLES.values()), *_WHOLE]
         source = self._source("models/auto/modeling_auto.py")
         return {table: {name: _classes(value) for name, value in _literal_pairs(source, table)} for table in tables}
 
@@ -90,6 +93,25 @@ class Names:
         """The architectures (class names) with this head that a kind of model has."""
         with self._lock:
             return self._heads[HEAD_TABLES[head][1]].get(config_type, ())
+
+    def whole(self, config_type: str) -> Classes:
+        """The architectures of a kind of model that also sees or hears, and writes text."""
+        with self._lock:
+            return tuple(name for table in _WHOLE for name in self._heads[table].get(config_type, ()))
+
+    def no_text(self, config_type: str, architecture: str) -> str | None:
+        """Why a class cannot be run on a text alone, by its source; None where it can, or that is not told there."""
+        module = self._module(config_type)
+        try:
+            with self._lock:
+                inputs = _inputs(self._source(f"models/{module}/modeling_{module}.py"), architecture)
+        except (OSError, SyntaxError, ValueError) as error:
+            logger.debug("the model class %s cannot be read: %s", architecture, error)
+            return None
+        writes = bool(
+            self.classes("causal-lm", config_type) or self.classes("masked-lm", config_type) or self.whole(config_type)
+        )
+        return None if inputs is None else why_no_text(config_type, *inputs, writes)
 
     def heads(self, head: Head) -> Mapping[str, Classes]:
         """Those of every kind of model."""
@@ -294,6 +316,31 @@ def _class_bodies(source: str) -> dict[str, tuple[dict[str, Any], str]]:
         base = node.bases[0] if node.bases else None
         found[node.name] = (body, base.id if isinstance(base, ast.Name) else "")
     return found
+
+
+def _inputs(source: str, name: str) -> tuple[Any, dict[str, bool]] | None:
+    """What a model's class reads: its modalities, and the arguments of its `forward` with whether they must be given;
+    None where the file does not tell the latter."""
+    modalities: Any = None
+    arguments: dict[str, bool] | None = None
+    while (
+        found := re.search(rf"^class {re.escape(name)}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)
+    ) is not None:
+        tree = ast.parse(found[0]).body[0]
+        assert isinstance(tree, ast.ClassDef)  # noqa: S101 - it begins so
+        for entry in tree.body:
+            target = entry.targets[0] if isinstance(entry, ast.Assign) else getattr(entry, "target", None)
+            if isinstance(target, ast.Name) and target.id == "input_modalities" and modalities is None:
+                modalities = ast.literal_eval(entry.value)  # type: ignore[attr-defined]
+            if isinstance(entry, ast.FunctionDef) and entry.name == "forward" and arguments is None:
+                given = [each.arg for each in entry.args.args]
+                must = len(given) - len(entry.args.defaults)
+                arguments = {argument: index < must for index, argument in enumerate(given) if argument != "self"}
+        base = tree.bases[0] if tree.bases else None
+        if not isinstance(base, ast.Name) or base.id == name:
+            break
+        name = base.id
+    return None if arguments is None else (modalities or "text", arguments)
 
 
 def _required(tree: ast.Module, name: str) -> Iterator[str]:

@@ -34,6 +34,7 @@ SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "modules.json",
+    "model_index.json",
     "adapter_config.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
@@ -105,7 +106,11 @@ def folder_place(model_id: str, folder: Path, source: Literal["local", "cache"] 
         FilesMissing: it cannot be read.
     """
     try:
-        paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*/*.gguf")]
+        paths = [
+            *folder.iterdir(),
+            *folder.glob("additional_chat_templates/*.jinja"),
+            *folder.glob("*/*.[gG][gG][uU][fF]"),
+        ]
         names = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(paths)

@@ -18,7 +18,7 @@ from .names import HEAD_TABLES, Names
 # Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they can be run on a text alone.
 _RUNS_ON_TEXT = frozenset({"bart", "bigbird_pegasus", "fsmt", "led", "mbart", "mvp", "plbart"})
 # Kinds whose model under the head is the model itself, so that it has no hidden states of its own to give.
-_NO_BASE = frozenset({"llama4_text", "mllama"})
+_NO_BASE = frozenset({"llama4", "llama4_text", "mllama"})
 # Kinds that count positions from behind the padding token's number on: so many places of the table are not used.
 _AFTER_PADDING = frozenset(
     {
@@ -72,6 +72,8 @@ def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | 
     for architecture in architectures:
         if "masked-lm" in (wanted or ()) and architecture in names.classes("seq2seq-lm", kind):
             return "seq2seq-lm"
+        if architecture in names.whole(kind) and names.classes("causal-lm", kind):
+            return "causal-lm"
         for head in order:
             if architecture in names.classes(head, kind):
                 return head
@@ -91,6 +93,17 @@ def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | 
         generates: tuple[Head, ...] = ("seq2seq-lm",) if is_encoder_decoder(names, config) else ()
         return next((head for head in (*wanted, *generates) if names.classes(head, kind)), None)
     return None
+
+
+def no_text(names: Names, config: Mapping[str, Any], head: Head | None) -> str | None:
+    """The class that the loader would take, with why it cannot be run on a text alone; None where it can."""
+    if head is None or head in ("causal-lm", "seq2seq-lm"):
+        return None
+    kind = text(config.get("model_type"))
+    classes = names.classes(head, kind)
+    name = next((each for each in strings(config.get("architectures")) if each in classes), next(iter(classes), ""))
+    reason = names.no_text(kind, name)
+    return None if reason is None else f"{(strings(config.get('architectures')) or [name])[0]}, which {reason}"
 
 
 def is_encoder_decoder(names: Names, config: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory
+from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, no_panics
 from .lane import Lane, Outputs, Tensors, token_count
 
 # How many rows a step prepares, over all calls; and how many of one call may be waiting for their batch: enough to sort
@@ -273,7 +273,8 @@ class Batcher:
             submitted, self._submitted = self._submitted, []
         for call, request in submitted:
             try:
-                work = None if call.done() else self._begin(request)
+                with no_panics():
+                    work = None if call.done() else self._begin(request)
                 job = _Job(call, request) if work is None else _Batched(call, request, work)
                 self._jobs.append(job)
                 if isinstance(job, _Batched):
@@ -300,7 +301,8 @@ class Batcher:
         preparing = [job for job in self._jobs if isinstance(job, _Batched) and job.preparing]
         for job in preparing:
             try:
-                job.prepare(max(2, _PORTION // len(preparing)))  # 2: the second shows that a single row is all
+                with no_panics():
+                    job.prepare(max(2, _PORTION // len(preparing)))  # 2: the second shows that a single row is all
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(job, error)
             else:
@@ -367,7 +369,8 @@ class Batcher:
 
     def _deliver(self, row: _Row, outputs: Outputs) -> None:
         try:
-            row.job.deliver(row, outputs)
+            with no_panics():
+                row.job.deliver(row, outputs)
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(row.job, error)
         else:
@@ -394,7 +397,8 @@ class Batcher:
 
     def _finish(self, job: _Job, result: Callable[[], Any]) -> None:
         try:
-            value = result()
+            with no_panics():
+                value = result()
             self._finished(job.request)
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(job, error)

@@ -81,7 +81,7 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
         """The prompt's tokens; a chat goes through the model's own template, which may refuse it."""
         try:
             return super().preprocess(prompt_text, **parameters)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             if "`hole`" in str(error):
                 raise refuse(
                     "handle_long_generation", "the new tokens alone are more than the model can read"

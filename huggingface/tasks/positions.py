@@ -28,17 +28,18 @@ def max_positions(model: Any) -> int | None:
     """
     from torch import nn
 
-    if getattr(model.config, "reset_position_index_per_cell", False):  # TAPAS counts from zero in each cell
+    config = getattr(model, "config", None)  # a part of a model may have none, as FSMT's decoder
+    if getattr(config, "reset_position_index_per_cell", False):  # TAPAS counts from zero in each cell
         return None
-    config = model.config.get_text_config()
-    if config.model_type in _PLAIN_TABLES:
-        return int(config.max_position_embeddings)
+    text = config and config.get_text_config()
+    if text is not None and text.model_type in _PLAIN_TABLES:
+        return int(text.max_position_embeddings)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] not in _NAMES:
             continue
         if type(module).__name__ == "QuantEmbedding":  # I-BERT's own, a RoBERTa
             return int(module.weight.shape[0]) - int(module.padding_idx) - 1
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, nn.Embedding) or hasattr(module, "make_weight"):  # FSMT's table grows as it is needed
             continue
         if any(other in name for other in _NOT_TEXT):
             continue

@@ -22,6 +22,7 @@ from ..errors import (
     MissingField,
     OutOfMemory,
     UnsupportedTask,
+    no_panics,
 )
 from ..memory import ran_out_of_memory
 from . import Head, canonical_task, supported_tasks, text_generation
@@ -145,8 +146,9 @@ class TaskRunner:
         """
         request = Request(task, inputs, parameters, cancelled)
         try:
-            work = self._begin(request)
-            result = self._whole(request) if work is None else _one_by_one(work, cancelled)
+            with no_panics():
+                work = self._begin(request)
+                result = self._whole(request) if work is None else _one_by_one(work, cancelled)
         except LocalLLMError:
             raise
         except Exception as error:

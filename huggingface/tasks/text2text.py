@@ -103,6 +103,7 @@ class Text2Text:
         self._pair = (translation["source"], translation["target"]) if translation else (None, None)
         self._by_language = name == "translation" and hasattr(tokenizer, "_build_translation_inputs")
         self._decoder_positions = max_positions(model.get_decoder())
+        self._reads_answer = not model.config.is_encoder_decoder  # the answer goes on from the text, and counts with it
 
     def __call__(
         self, inputs: str | list[str], *, cancelled: Callable[[], bool] | None = None, **parameters: Any
@@ -216,15 +217,20 @@ class Text2Text:
         if asked.get("max_length") is not None and asked.get("max_new_tokens") is None:
             settings["max_new_tokens"] = None
         settings.update(asked)
-        if settings.get("max_new_tokens") is not None:
-            # The same limit as a length (the decoder starts from one token): `generate` warns where both are set.
-            settings["max_length"] = settings["max_new_tokens"] + 1
-            settings["max_new_tokens"] = None
-        longest = settings.get("max_length")
-        for name, least in (("min_length", longest), ("min_new_tokens", longest and longest - 1)):
-            if least is not None and (settings.get(name) or 0) > least:
-                settings[name] = least  # to the same effect: `generate` warns of a least length beyond the greatest
         return settings
+
+    def _lengths(self, settings: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """The settings with their limits as lengths, for a text of so many tokens."""
+        start = tokens if self._reads_answer else 1  # a decoder of its own starts from one token
+        fitted = dict(settings)
+        if fitted.get("max_new_tokens") is not None:
+            fitted["max_length"] = fitted["max_new_tokens"] + start  # `generate` warns where both are set
+            fitted["max_new_tokens"] = None
+        longest = fitted.get("max_length")
+        for name, least in (("min_length", longest), ("min_new_tokens", longest and longest - start)):
+            if least is not None and (fitted.get(name) or 0) > least:
+                fitted[name] = least  # to the same effect: `generate` warns of a least length beyond the greatest
+        return fitted
 
     def _model_settings(self) -> dict[str, Any]:
         """What the model's own `generation_config` sets to other than the default."""
@@ -256,12 +262,13 @@ class Text2Text:
         encoded = self._encode(text, own)
         encoded.pop("token_type_ids", None)  # some tokenizers make them, no `generate` takes them
         forced = {"forced_bos_token_id": encoded.pop("forced_bos_token_id")} if self._by_language else {}
-        self._check_length(int(encoded["input_ids"].shape[-1]), field)
+        tokens = int(encoded["input_ids"].shape[-1])
+        self._check_length(tokens, field)
         check_vocabulary(int(encoded["input_ids"].max()), vocabulary_rows(self._model), field)
         tensors = {name: value.to(self._model.device) for name, value in encoded.items()}
         try:
             with torch.inference_mode(), _blaming(asked):
-                rows = self._generate(tensors, {**settings, **forced}, cancelled)
+                rows = self._generate(tensors, {**self._lengths(settings, tokens), **forced}, cancelled)
         except IndexError as error:
             if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
                 raise

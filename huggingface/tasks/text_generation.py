@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ..errors import LocalLLMError
+from ..errors import LocalLLMError, no_panics
 from . import inputs as shapes
 from .generation import check_sequences, generation_arguments
 from .json_values import json_value
@@ -108,7 +108,8 @@ class TextGenerations:
     def explained(self, parameters: Mapping[str, Any]) -> Iterator[None]:
         """Turn whatever is raised within into one of the project's errors."""
         try:
-            yield
+            with no_panics():
+                yield
         except LocalLLMError:
             raise
         except Exception as error:

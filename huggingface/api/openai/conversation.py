@@ -298,7 +298,7 @@ def has_variable(template: str, variable: str) -> bool:
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
         return variable in find_undeclared_variables(parsed)
-    except TemplateSyntaxError:  # transformers has a tag of its own, which marks what an assistant says
+    except (TemplateSyntaxError, RecursionError):  # transformers has a tag of its own, for what an assistant says
         pass
     return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", template) is not None
 

@@ -1,0 +1,97 @@
+"""The process that lays chats out: run as a file of its own, by `rendering`, with transformers and without torch.
+
+A chat template is a program of a model's author. It is run here under limits, so that one without an end, or one that
+makes gigabytes, costs its own request only. A question is pickled on the standard input: a template's text, the values
+that it sees, and the seconds of computing that it has. An answer is a JSON object on the standard output. Before each
+stands its length in 8 bytes. An empty object comes first, once all is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import struct
+import sys
+from typing import IO, Any
+
+LENGTH = struct.Struct("<Q")
+MOST_CHARACTERS = 16 << 20  # of one chat, laid out
+MOST_BYTES = 512 << 20  # of memory, beyond what the process has to begin with
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    sys.modules.update({"torch": None})  # type: ignore[dict-item]  # it takes seconds, and no template needs it
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    from transformers.utils import chat_template_utils
+
+    _limit_memory()
+    _write(answers, {})
+    while (question := read(sys.stdin.buffer)) is not None:
+        template, values, seconds = pickle.loads(question)  # noqa: S301 - from the server itself
+        _limit_time(seconds)
+        answer = _render(chat_template_utils, template, values)
+        _limit_time(0)
+        _write(answers, answer)
+
+
+def _limit_time(seconds: int) -> None:
+    """End the process by a signal after so many seconds of computing, a loop in C too; 0 for no end."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _write(stream: IO[bytes], answer: dict[str, str]) -> None:
+    message = json.dumps(answer).encode()
+    stream.write(LENGTH.pack(len(message)) + message)
+    stream.flush()
+
+
+def read(stream: IO[bytes]) -> bytes | None:
+    """The next message of a stream, None at its end."""
+    start = stream.read(LENGTH.size)
+    if len(start) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(start)
+    message = stream.read(length)
+    return message if len(message) == length else None
+
+
+def _render(library: Any, template: str, values: dict[str, Any]) -> dict[str, str]:
+    """The text, or the kind and the words of the error."""
+    from jinja2 import TemplateError
+
+    try:
+        text = library._compile_jinja_template(template).render(**values)
+    except MemoryError:
+        return {"error": "TooLarge", "message": "it takes too much memory"}
+    except RecursionError:
+        return {
+            "error": "RecursionError",
+            "message": "it calls itself without an end, or the chat is nested too deeply",
+        }
+    except Exception as error:  # noqa: BLE001 - whatever a template does is told to the caller
+        kind = "TemplateError" if isinstance(error, TemplateError) else type(error).__name__
+        return {"error": kind, "message": str(error)[:2000]}
+    if len(text) > MOST_CHARACTERS:
+        return {"error": "TooLarge", "message": f"it makes more than {MOST_CHARACTERS >> 20} million characters"}
+    return {"text": text}
+
+
+def _limit_memory() -> None:
+    """Have what asks for too much memory raise MemoryError, where the system can do that."""
+    try:
+        import resource
+        from pathlib import Path
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+if __name__ == "__main__":
+    main()
