@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from huggingface.api.wire import encoded
+from huggingface.records import Timings
+
 MODEL = {"model_id": "a/b", "name": "x", "model_type": "text-generation"}
 JSON = {"Content-Type": "application/json"}
 
@@ -288,3 +291,11 @@ def test_of_many_wrong_items_the_first_is_told(client: Any, path: str, fields: d
     status, answer = put(client, json.dumps({"model": "a/b", **fields}).encode(), path)
     assert status == 400
     assert told in json.dumps(answer)
+
+
+def test_an_answer_that_repeats_an_integer_of_any_size_is_written_with_all_that_is_beside_it() -> None:
+    """A client's parameters come back beside the timings."""
+    timings = Timings(queue=0.5, first_token=1.0, total=2.0, tokens_per_second=3.0)
+    answer = json.loads(encoded({"parameters": {"maximum": 2**64}, "timings": timings}))
+    assert answer["parameters"] == {"maximum": 2**64}
+    assert answer == {"parameters": {"maximum": 2**64}, "timings": json.loads(encoded(timings))}

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -200,7 +201,12 @@ def encoded(value: Any) -> bytes:
     try:
         return orjson.dumps(value)
     except TypeError:  # integers of more than 64 bits, or deep nesting, which a caller sent or a model wrote
-        return json.dumps(value, separators=(",", ":")).encode()
+        return json.dumps(value, separators=(",", ":"), default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """What orjson makes of a value that is none of JSON's: of a dataclass, an object."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else orjson.loads(orjson.dumps(value))
 
 
 class JSONProvider(DefaultJSONProvider):
