@@ -16,7 +16,7 @@ import claude_code
 import pydantic
 import pytest
 import requests
-from conftest import Server, until
+from conftest import PATIENCE, Server, until
 
 from huggingface.api.anthropic.schemas import CountBody, MessagesBody
 from huggingface.api.anthropic.turns import chat_messages
@@ -104,7 +104,7 @@ def post(server: Server, model: str, path: str = "", headers: dict[str, str] | N
     """A request as it is; greedy and short unless the body says otherwise."""
     full = {"model": model, "max_tokens": 12, "temperature": 0, "messages": HI, **body}
     sent = {name: value for name, value in full.items() if value is not ...}
-    return requests.post(f"{server.url}/v1/messages{path}", json=sent, headers=headers, timeout=120)
+    return requests.post(f"{server.url}/v1/messages{path}", json=sent, headers=headers, timeout=PATIENCE)
 
 
 def events_of(response: requests.Response) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ def nameless(message: dict[str, Any]) -> dict[str, Any]:
 
 def test_an_answer_is_the_one_that_openais_route_gives(server: Server, model: str) -> None:
     asked = {"model": model, "max_tokens": 12, "temperature": 0, "messages": [{"role": "system", "content": "a"}, *HI]}
-    same = requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
+    same = requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=PATIENCE).json()
     response = post(server, model, system="a")
     answer = response.json()
     assert answer["content"] == [{"type": "text", "text": same["choices"][0]["message"]["content"]}]
@@ -544,7 +544,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 def test_bodies_that_are_none(server: Server, path: str, body: str) -> None:
     headers = {"Content-Type": "application/json"}
     url = f"{server.url}/v1/messages{path}"
-    response = requests.post(url, data=body.encode("latin-1"), headers=headers, timeout=60)
+    response = requests.post(url, data=body.encode("latin-1"), headers=headers, timeout=PATIENCE)
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -563,17 +563,21 @@ def test_bodies_that_are_none(server: Server, path: str, body: str) -> None:
 def test_failures_before_any_view_have_anthropics_shape(
     server: Server, method: str, path: str, arguments: dict[str, Any], status: int, kind: str
 ) -> None:
-    response = requests.request(method, f"{server.url}{path}", timeout=60, **arguments)
+    response = requests.request(method, f"{server.url}{path}", timeout=PATIENCE, **arguments)
     assert (response.status_code, response.json()["type"]) == (status, "error")
     assert response.json()["error"]["type"] == kind
 
 
 def test_other_routes_keep_their_own_shape(server: Server) -> None:
     headers = {"anthropic-version": "2023-06-01"}
-    chat = requests.post(f"{server.url}/v1/chat/completions", json={}, headers=headers, timeout=60)
+    chat = requests.post(f"{server.url}/v1/chat/completions", json={}, headers=headers, timeout=PATIENCE)
     assert set(chat.json()["error"]) == {"message", "type", "param", "code"}
-    assert set(requests.get(f"{server.url}/v1/models/nix", timeout=60).json()["error"]) == set(chat.json()["error"])
-    assert requests.get(f"{server.url}/v1/messagesque", headers=headers, timeout=60).json()["error"]["code"] is None
+    assert set(requests.get(f"{server.url}/v1/models/nix", timeout=PATIENCE).json()["error"]) == set(
+        chat.json()["error"]
+    )
+    assert (
+        requests.get(f"{server.url}/v1/messagesque", headers=headers, timeout=PATIENCE).json()["error"]["code"] is None
+    )
 
 
 def test_each_failure_is_the_clients_own_exception(
@@ -604,7 +608,9 @@ def test_a_model_without_a_generation_config_is_refused_on_openais_routes_too(
 ) -> None:
     embedding = tiny("bert-embed")
     server.add(embedding, "feature-extraction")
-    answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": embedding, "messages": HI}, timeout=60)
+    answer = requests.post(
+        f"{server.url}/v1/chat/completions", json={"model": embedding, "messages": HI}, timeout=PATIENCE
+    )
     assert answer.status_code == 400
     assert "cannot do 'generate'" in answer.json()["error"]["message"]
 
@@ -635,10 +641,10 @@ def test_a_stream_that_waits_has_begun_and_pings(
     body = {"model": model, "messages": HI, "stream": True}
     long = {**body, "max_tokens": 15000, "min_new_tokens": 15000}
     url = f"{narrow.url}/v1/messages"
-    with requests.post(url, json=long, stream=True, timeout=120) as first:
+    with requests.post(url, json=long, stream=True, timeout=PATIENCE) as first:
         running = first.iter_lines()
         assert next(running) == b"event: message_start"
-        with requests.post(url, json={**body, "max_tokens": 3}, stream=True, timeout=120) as second:
+        with requests.post(url, json={**body, "max_tokens": 3}, stream=True, timeout=PATIENCE) as second:
             lines = second.iter_lines()
             names = [next(lines).decode() for _ in range(5)][::3]
             first.close()
@@ -657,7 +663,7 @@ def test_a_stream_that_is_cancelled_ends_with_an_error_event(
 ) -> None:
     long = {"max_tokens": 15000, "min_new_tokens": 15000}
     body = {"model": tooled, "messages": HI, "stream": True, **long}
-    with requests.post(f"{server.url}/v1/messages", json=body, stream=True, timeout=60) as stream:
+    with requests.post(f"{server.url}/v1/messages", json=body, stream=True, timeout=PATIENCE) as stream:
         lines = stream.iter_lines()
         assert next(lines) == b"event: message_start"
         own = stream.headers["request-id"]
@@ -700,7 +706,7 @@ def test_the_models_are_listed_and_shown(client: anthropic.Anthropic, server: Se
         client.models.list(limit=0)
     with pytest.raises(anthropic.BadRequestError, match="after_id"):
         client.models.list(after_id="nix")
-    assert requests.get(f"{server.url}/v1/models", timeout=60).json()["object"] == "list", (
+    assert requests.get(f"{server.url}/v1/models", timeout=PATIENCE).json()["object"] == "list", (
         "without the header, OpenAI's"
     )
 
@@ -792,13 +798,13 @@ def test_the_clients_own_tool_runner(client: anthropic.Anthropic, tooled: str) -
 def code(server: Server, body: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """What Claude Code gets for a request of its own, and which fields were taken without effect."""
     url = f"{server.url}/v1/messages{claude_code.QUERY}"
-    response = requests.post(url, json=body, headers=claude_code.HEADERS, timeout=120)
+    response = requests.post(url, json=body, headers=claude_code.HEADERS, timeout=PATIENCE)
     return told(events_of(response)), set(response.headers[IGNORED].split(", "))
 
 
 def test_claude_codes_requests_are_taken_and_its_tool_loop_runs(server: Server, tooled: str) -> None:
     """A model by chance would not call a tool: that it has to is all that is put into Claude Code's own bodies."""
-    assert requests.head(server.url, timeout=60).status_code == 200
+    assert requests.head(server.url, timeout=PATIENCE).status_code == 200
     name, ignored = code(server, claude_code.title(tooled))
     assert set(json.loads(name["content"][0]["text"])) == {"title"}
     assert ignored == {"metadata", "system.x-anthropic-billing-header"}
@@ -820,7 +826,7 @@ def test_claude_codes_requests_are_taken_and_its_tool_loop_runs(server: Server, 
 
 def test_claude_codes_prompt_has_a_refusal_of_its_own_where_it_is_too_long(server: Server, model: str) -> None:
     url = f"{server.url}/v1/messages{claude_code.QUERY}"
-    response = requests.post(url, json=claude_code.turn(model), headers=claude_code.HEADERS, timeout=120)
+    response = requests.post(url, json=claude_code.turn(model), headers=claude_code.HEADERS, timeout=PATIENCE)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("prompt is too long: ")
 

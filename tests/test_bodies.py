@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from conftest import PATIENCE
 
 from huggingface.api.wire import encoded
 from huggingface.records import Timings
@@ -216,7 +217,7 @@ def test_what_is_beyond_the_limit_of_a_body_is_kept_nowhere(start_server: Any, c
     size = 8_000_000
     head = b"POST /api/huggingface/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     framed = b"Transfer-Encoding: chunked\r\n\r\n%X\r\n" % size if chunked else b"Content-Length: %d\r\n\r\n" % size
-    with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+    with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as client:
         client.sendall(head + b"Content-Type: application/json\r\n" + framed)
         most = 0
         for _ in range(size // 500_000):
@@ -238,12 +239,12 @@ def test_bodies_beyond_what_is_held_of_all_together_are_a_503(start_server: Any)
     address = urlsplit(server.url)
     clients = []
     for _ in range(10):
-        client = socket.create_connection((address.hostname, address.port), timeout=60)
+        client = socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
         clients.append(client)
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n")
         client.sendall(b"Content-Length: 900000\r\n\r\n")
         client.sendall(b" " * 899_999)
-    requests.get(server.url, timeout=60)
+    requests.get(server.url, timeout=PATIENCE)
     assert temporary_bytes(server.process.pid) <= 3_000_000
     answers = []
     for client in clients:
@@ -265,7 +266,7 @@ def test_a_chunk_whose_size_never_ends_is_refused(start_server: Any) -> None:
     server = start_server()
     address = urlsplit(server.url)
     for rest in (b"1" * 100_000, b"0\r\n" + b"a: b\r\n" * 100_000):
-        with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+        with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
             try:
                 client.sendall(rest)
@@ -273,7 +274,7 @@ def test_a_chunk_whose_size_never_ends_is_refused(start_server: Any) -> None:
             except OSError:  # the connection is closed behind the answer, whatever is still being sent
                 answer = b"HTTP/1.1 400"
             assert answer.startswith(b"HTTP/1.1 400")
-    assert requests.get(server.url, timeout=60).status_code == 200
+    assert requests.get(server.url, timeout=PATIENCE).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from conftest import ROOT, STARTER, Server
+from conftest import PATIENCE, ROOT, STARTER, Server
 from pydantic import ValidationError
 
 from config import Settings
@@ -119,7 +119,7 @@ Answer = tuple[int, dict[str, str], bytes]
 def send(server: Server, method: str, path: str, headers: dict[str, str] | None = None, body: Any = None) -> Answer:
     """Status, headers (names in lower case) and body of a request with just these headers, which begin with `Host`."""
     address = urlsplit(server.url)
-    connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=PATIENCE)
     try:
         data = json.dumps(body).encode() if body is not None else None
         fields = {"Host": address.netloc, **({"Content-Type": "application/json"} if data else {}), **(headers or {})}
@@ -289,7 +289,7 @@ def test_several_origins_are_none(server: Server) -> None:
     """A request with two `Origin` headers is refused, whatever stands in them."""
     for first, second in ((LOCAL[1], LOCAL[1]), (LOCAL[1], "http://evil.example")):
         lines = f"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: {first}\r\nOrigin: {second}\r\nConnection: close\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=PATIENCE) as connection:
             connection.sendall(lines.encode())
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
         assert b" 403 " in answer.splitlines()[0]
@@ -731,4 +731,4 @@ def test_a_rebound_name_is_refused_by_chromium(pages: Pages, server: Server) -> 
     assert all("LOCAL_LLM_ALLOWED_HOSTS" in text for _, text in report["told"])
     direct = pages.run(f"const root = 'http://rebound.test:{urlsplit(server.url).port}{API}';" + TRY, "foreign.test")
     assert direct["told"] == ["Failed to fetch", "Failed to fetch", "opaque", "opaque"]
-    assert requests.get(f"{server.api}/models/evil", timeout=30).status_code == 404
+    assert requests.get(f"{server.api}/models/evil", timeout=PATIENCE).status_code == 404

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server
+from conftest import PATIENCE, Server
 from documented import add_gpt2, emptied
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
@@ -34,7 +34,7 @@ def run(server: Server, command: str) -> dict[str, Any]:
     """Run a command line of the document; its output, which is to be the JSON body of a success."""
     words = shlex.split(command.replace("\\\n", " ").replace(DOCUMENTED_ADDRESS, server.url))
     done = subprocess.run(
-        [*words, "--silent", "--show-error", "--noproxy", "*"], capture_output=True, text=True, timeout=120
+        [*words, "--silent", "--show-error", "--noproxy", "*"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     body: dict[str, Any] = json.loads(done.stdout)
@@ -189,7 +189,7 @@ def test_the_model_management_workflow_works(api: Server) -> None:
 
 def client(server: Server, *words: str) -> dict[str, Any]:
     """Run a client program on the server's address and the document's model; the JSON that it prints."""
-    done = subprocess.run([*words, server.url, "gpt2"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, server.url, "gpt2"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     answers: dict[str, Any] = json.loads(done.stdout)
     return answers

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from conftest import PATIENCE, Server
 
 HEADER = "X-Local-LLM-Ignored"
 
@@ -101,7 +101,7 @@ def body(model: str, items: list[dict[str, Any]], **fields: Any) -> dict[str, An
 
 def events_of(server: Server, asked: dict[str, Any]) -> tuple[list[dict[str, Any]], set[str]]:
     """The events of an answer, and what its header names."""
-    answer = requests.post(f"{server.url}/v1/responses", json=asked, timeout=60)
+    answer = requests.post(f"{server.url}/v1/responses", json=asked, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
     lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
     return [json.loads(line.removeprefix("data: ")) for line in lines], set(answer.headers[HEADER].split(", "))
@@ -165,8 +165,8 @@ def test_a_turn_without_tools_that_the_model_can_be_offered(server: Server, mode
     assert events[-1]["response"]["tools"] == []
     assert ignored == IGNORED | {"tool_choice", "parallel_tool_calls"}
     named = body(model, INPUT, tools=TOOLS, tool_choice={"type": "web_search"})
-    refused = requests.post(f"{server.url}/v1/responses", json=named, timeout=60)
+    refused = requests.post(f"{server.url}/v1/responses", json=named, timeout=PATIENCE)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice.name")
     stored = body(model, [{"type": "item_reference", "id": "msg_1"}])
-    refused = requests.post(f"{server.url}/v1/responses", json=stored, timeout=60)
+    refused = requests.post(f"{server.url}/v1/responses", json=stored, timeout=PATIENCE)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input.0.type")

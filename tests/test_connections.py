@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from connections import Connection, Limits
 
@@ -53,7 +53,7 @@ def read_all(client: socket.socket) -> bytes:
 
 def healthy(server: Any) -> bool:
     """Whether the server answers a new client."""
-    return requests.get(f"{server.url}/health", timeout=60).status_code == 200
+    return requests.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
 
 
 def test_the_server_goes_on_beyond_1024_descriptors(start_server: Any, connect: Any) -> None:
@@ -103,7 +103,7 @@ def test_a_server_asks_for_as_many_open_files_as_its_connections_need() -> None:
     for hard, soft, connections in ((4096, 1412, 300), (256, 256, 42)):
         program = code.format(hard=hard) + "print(_connections(300), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True
         )
         assert done.stdout.split() == [str(connections), str(soft)]
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 import requests
-from conftest import Server
+from conftest import PATIENCE, Server
 from documented import INFO, RECORD, TIME, TYPES, add_gpt2, bad, emptied, good
 
 
@@ -291,7 +291,7 @@ def test_the_dependencies_are_told(api: Server) -> None:
 def test_the_root_says_what_is_running(api: Server) -> None:
     add_gpt2(api)
     good(api.call("POST", "/models/gpt2/load"))
-    body = good(requests.get(f"{api.url}/", timeout=30))
+    body = good(requests.get(f"{api.url}/", timeout=PATIENCE))
     assert body["name"] == "Local LLM"
     assert body["device"] == "cpu"
     assert body["loaded_models"] == ["gpt2"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from changed_models import copy, edit
+from conftest import PATIENCE
 from torch.overrides import TorchFunctionMode
 from transformers import modeling_utils
 
@@ -102,7 +103,7 @@ def test_a_thread_beside_an_estimate_of_a_model_in_half_precision_keeps_its_defa
 
 
 def test_two_threads_build_under_a_dtype_of_their_own_at_once() -> None:
-    inside, done = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+    inside, done = threading.Barrier(2, timeout=PATIENCE), threading.Barrier(2, timeout=PATIENCE)
 
     def build(dtype: torch.dtype) -> set[torch.dtype]:
         with local_dtype(dtype):

@@ -246,7 +246,7 @@ def test_two_processes_that_want_the_same_files_fetch_them_once(place: Place) ->
     repository = publish(place, "org/both")
     repository.rate[WEIGHTS] = 2 * MB
     processes = [agent(place, "org/both") for _ in range(2)]
-    folders = {process.communicate(timeout=60)[0] for process in processes}
+    folders = {process.communicate(timeout=PATIENCE)[0] for process in processes}
     assert len(folders) == 1
     assert same(repository, Path(folders.pop().strip()))
     assert len(place.hub.bodies_of("org/both", WEIGHTS)) == 1

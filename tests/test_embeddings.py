@@ -16,7 +16,7 @@ import openai
 import pytest
 import requests
 import torch
-from conftest import Server
+from conftest import PATIENCE, Server
 from embedding_models import POOLINGS, build_cross_encoder, build_embedding
 from transformers import AutoModel, AutoTokenizer
 
@@ -217,8 +217,8 @@ def test_tokens_are_taken_as_they_are(client: openai.OpenAI, embedding: Callable
 def test_both_encodings_are_the_same_numbers(server: Server, embedding: Callable[[str], str]) -> None:
     body = {"model": embedding("dense"), "input": TEXTS}
     url = f"{server.url}/v1/embeddings"
-    plain = requests.post(url, json=body, timeout=60).json()
-    coded = requests.post(url, json={**body, "encoding_format": "base64"}, timeout=60).json()
+    plain = requests.post(url, json=body, timeout=PATIENCE).json()
+    coded = requests.post(url, json={**body, "encoding_format": "base64"}, timeout=PATIENCE).json()
     for one, other in zip(plain["data"], coded["data"], strict=True):
         raw = base64.b64decode(other["embedding"])
         assert struct.unpack(f"<{len(raw) // 4}f", raw) == pytest.approx(one["embedding"], abs=1e-7)
@@ -282,7 +282,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     change: dict[str, Any], field: str, server: Server, embedding: Callable[[str], str]
 ) -> None:
     body = {"model": embedding("mean"), "input": "the cat", **change}
-    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == field
@@ -312,7 +312,7 @@ def test_documents_are_ranked_as_a_cross_encoder_ranks_them(
     model = build_cross_encoder(models_dir, tiny, plain=plain)
     server.add(model, "text-classification")
     body = {"model": model, "query": "where is the cat", "documents": [*TEXTS, {"text": "on the mat"}]}
-    answer = requests.post(f"{server.url}/v1/rerank", json=body, timeout=60).json()
+    answer = requests.post(f"{server.url}/v1/rerank", json=body, timeout=PATIENCE).json()
     documents = [*TEXTS, "on the mat"]
     scores = CrossEncoder(str(models_dir / model), device="cpu").predict([(body["query"], text) for text in documents])
     ranked = sorted(range(len(documents)), key=lambda index: -scores[index])
@@ -320,7 +320,9 @@ def test_documents_are_ranked_as_a_cross_encoder_ranks_them(
     for result in answer["results"]:
         assert result["relevance_score"] == pytest.approx(float(scores[result["index"]]), abs=1e-5)
         assert "document" not in result
-    best = requests.post(f"{server.url}/v1/rerank", json={**body, "top_n": 2, "return_documents": True}, timeout=60)
+    best = requests.post(
+        f"{server.url}/v1/rerank", json={**body, "top_n": 2, "return_documents": True}, timeout=PATIENCE
+    )
     assert [result["document"]["text"] for result in best.json()["results"]] == [documents[i] for i in ranked[:2]]
 
 
@@ -351,10 +353,10 @@ def test_what_a_cross_encoders_folder_says_counts(
     server.add(model, "text-classification")
     documents = [*TEXTS, "the cat and a dog " * 20]
     body = {"model": model, "query": "where is the cat", "documents": documents}
-    refused = requests.post(f"{server.url}/v1/rerank", json=body, timeout=60)
+    refused = requests.post(f"{server.url}/v1/rerank", json=body, timeout=PATIENCE)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"documents.{len(TEXTS)}")
     assert "reads 64" in refused.json()["error"]["message"]
-    answer = requests.post(f"{server.url}/v1/rerank", json={**body, "truncate": True}, timeout=60).json()
+    answer = requests.post(f"{server.url}/v1/rerank", json={**body, "truncate": True}, timeout=PATIENCE).json()
     scores = CrossEncoder(str(folder), device="cpu").predict([(body["query"], text) for text in documents])
     for result in answer["results"]:
         assert result["relevance_score"] == pytest.approx(float(scores[result["index"]]), rel=1e-5, abs=1e-5)
@@ -375,7 +377,7 @@ def test_reranking_refuses_what_it_cannot_do(server: Server, models_dir: Path, t
         ({"nonsense": 1}, "nonsense"),
         ({"documents": ["the cat " * 400]}, "documents.0"),
     ):
-        answer = requests.post(f"{server.url}/v1/rerank", json={**good, **change}, timeout=60)
+        answer = requests.post(f"{server.url}/v1/rerank", json={**good, **change}, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
     long = {**good, "documents": ["the cat " * 400], "truncate": True}
-    assert requests.post(f"{server.url}/v1/rerank", json=long, timeout=60).status_code == 200
+    assert requests.post(f"{server.url}/v1/rerank", json=long, timeout=PATIENCE).status_code == 200

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Server
+from conftest import PATIENCE, ROOT, Server
 from documented import good
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the program as a user does."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "example_usage.py"), *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "example_usage.py"), *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
 
 

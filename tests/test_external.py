@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "external"))
 
@@ -79,7 +79,7 @@ def test_the_document_tells_the_versions_that_are_run() -> None:
 
 def test_the_list_names_every_program_without_installing_one() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.external", "--list"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tests.external", "--list"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(programs())
@@ -87,7 +87,7 @@ def test_the_list_names_every_program_without_installing_one() -> None:
 
 def test_a_program_that_is_not_there_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.external", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tests.external", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2
     assert "no such program: nonsense" in done.stderr

@@ -99,7 +99,7 @@ def test_the_modules_of_a_sentence_embedding_model_are_brought_too(
     shutil.copytree(models_dir / model_id, place.hub.root / "org/embedder")
     assert load(server, "org/embedder", "feature-extraction").status_code == 200
     body = {"model": "org/embedder", "input": "the cat"}
-    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE).json()
     assert answer["pooling"] == "sentence-transformers"
     assert len(answer["data"][0]["embedding"]) == 12, "through its dense module"
 
@@ -391,7 +391,7 @@ def test_a_path_that_could_leave_the_models_folder_is_refused(server: Server, pa
 
     host = server.url.removeprefix("http://")
     for method, route in (("GET", f"/models/{path}"), ("POST", f"/models/{path}/load"), ("DELETE", f"/models/{path}")):
-        connection = http.client.HTTPConnection(host, timeout=30)  # sends the path as it is
+        connection = http.client.HTTPConnection(host, timeout=PATIENCE)  # sends the path as it is
         connection.request(method, f"/api/huggingface{route}", headers={"Content-Type": "application/json"})
         answer = connection.getresponse()
         body = json.loads(answer.read())

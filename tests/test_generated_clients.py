@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from conftest import PATIENCE, Server
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
 REGISTERED = {"max_new_tokens": 60, "temperature": 0.2, "repetition_penalty": 1.05}
@@ -42,7 +42,7 @@ def model(server: Server, tiny: Callable[[str], str]) -> str:
 def document(server: Server, tmp_path: Path) -> Path:
     """The document, as a file."""
     file = tmp_path / "openapi.json"
-    file.write_bytes(requests.get(f"{server.url}/openapi.json", timeout=60).content)
+    file.write_bytes(requests.get(f"{server.url}/openapi.json", timeout=PATIENCE).content)
     return file
 
 
@@ -50,7 +50,7 @@ def run(*command: str | Path, folder: Path) -> str:
     """What a program prints."""
     environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
     done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

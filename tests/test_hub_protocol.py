@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import requests
-from conftest import Server
+from conftest import PATIENCE, Server
 from embedding_models import build_embedding
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
@@ -142,7 +142,7 @@ def test_stops_end_the_text(text: InferenceClient) -> None:
     stop = whole[8:10]
     for name in ("stop", "stop_sequences"):
         body = {"inputs": "the cat", "parameters": {"max_new_tokens": 20, name: [stop], "details": True}}
-        [answer] = requests.post(text.model, json=body, timeout=60).json()
+        [answer] = requests.post(text.model, json=body, timeout=PATIENCE).json()
         assert answer["generated_text"] == whole[: whole.index(stop)]
         assert answer["details"]["finish_reason"] == "stop_sequence"
     form: Any = {"type": "regex", "value": "yes"}
@@ -186,7 +186,7 @@ def test_summarization_and_translation(add: Callable[..., str], server: Server) 
     task = "translation_en_to_fr"
     [wanted] = pipeline(server, client.model, task, CONTEXT, max_new_tokens=9, num_beams=1)
     body = {"inputs": CONTEXT, "parameters": {"generate_parameters": options}}
-    answer = requests.post(f"{client.model}?task={task}", json=body, timeout=60)
+    answer = requests.post(f"{client.model}?task={task}", json=body, timeout=PATIENCE)
     assert answer.json() == [wanted]
 
 
@@ -257,7 +257,7 @@ def test_parameters_of_a_generation_stand_at_the_top_as_well(add: Callable[..., 
         address = add(name, model_type) + query
 
         def ask(parameters: dict[str, Any], address: str = address) -> requests.Response:
-            return requests.post(address, json={"inputs": CONTEXT, "parameters": parameters}, timeout=60)
+            return requests.post(address, json={"inputs": CONTEXT, "parameters": parameters}, timeout=PATIENCE)
 
         apart = ask({"generate_parameters": options})
         assert ask(options).json() == apart.json()
@@ -273,13 +273,15 @@ def test_parameters_of_a_generation_stand_at_the_top_as_well(add: Callable[..., 
 def test_zero_shot_classification_is_chosen_by_its_labels(add: Callable[..., str]) -> None:
     address, labels = add("bert-nli", "text-classification"), {"candidate_labels": ["cat", "dog"]}
     named = requests.post(f"{address}?task=zero-shot-classification", json={"inputs": "a", "parameters": labels})
-    chosen = requests.post(address, json={"inputs": "a", "parameters": labels}, timeout=60)
+    chosen = requests.post(address, json={"inputs": "a", "parameters": labels}, timeout=PATIENCE)
     assert chosen.status_code == 200, chosen.text
     assert chosen.json() == named.json()
-    assert requests.post(address, json={"inputs": ["a"], "parameters": labels}, timeout=60).json() == chosen.json()
-    several = requests.post(address, json={"inputs": ["a", "a"], "parameters": labels}, timeout=60).json()
+    assert (
+        requests.post(address, json={"inputs": ["a"], "parameters": labels}, timeout=PATIENCE).json() == chosen.json()
+    )
+    several = requests.post(address, json={"inputs": ["a", "a"], "parameters": labels}, timeout=PATIENCE).json()
     assert several == [chosen.json()] * 2
-    plain = requests.post(address, json={"inputs": "a", "parameters": {"candidate_labels": None}}, timeout=60)
+    plain = requests.post(address, json={"inputs": "a", "parameters": {"candidate_labels": None}}, timeout=PATIENCE)
     assert len(plain.json()[0]) == 3
 
 
@@ -322,7 +324,7 @@ def test_table_question_answering(add: Callable[..., str], server: Server) -> No
     found = client.table_question_answering(TABLE, "cat")
     assert (found.answer, found.cells) == (wanted["answer"], wanted["cells"])
     assert client.table_question_answering(TABLE, "cat", model=client.model) == found  # it then sends that along
-    published = requests.post(client.model, json={"inputs": {"table": TABLE, "question": "cat"}}, timeout=60)
+    published = requests.post(client.model, json={"inputs": {"table": TABLE, "question": "cat"}}, timeout=PATIENCE)
     assert published.json()["answer"] == found.answer
 
 
@@ -501,11 +503,11 @@ def body_of(published: str, inputs: Any, parameters: dict[str, Any]) -> dict[str
 def test_a_published_parameter_changes_the_answer(add: Callable[..., str], published: str, field: str) -> None:
     name, model_type, inputs, others, value = CHANGES[published][field]
     address = add(name, model_type) + TASK_OF.get(published, "")
-    without = requests.post(address, json=body_of(published, inputs, others), timeout=60)
-    with_it = requests.post(address, json=body_of(published, inputs, {**others, field: value}), timeout=60)
+    without = requests.post(address, json=body_of(published, inputs, others), timeout=PATIENCE)
+    with_it = requests.post(address, json=body_of(published, inputs, {**others, field: value}), timeout=PATIENCE)
     assert with_it.json() != without.json()
     assert with_it.status_code == 200, with_it.text
-    null = requests.post(address, json=body_of(published, inputs, {**others, field: None}), timeout=60)
+    null = requests.post(address, json=body_of(published, inputs, {**others, field: None}), timeout=PATIENCE)
     if field not in others:
         assert null.json() == without.json()
 
@@ -516,7 +518,7 @@ def test_a_published_parameter_changes_the_answer(add: Callable[..., str], publi
 def test_a_published_parameter_is_refused_by_its_name(add: Callable[..., str], published: str, field: str) -> None:
     name, model_type, inputs, value = REFUSED[published][field]
     address = add(name, model_type)
-    answer = requests.post(address, json=body_of(published, inputs, {field: value}), timeout=60)
+    answer = requests.post(address, json=body_of(published, inputs, {field: value}), timeout=PATIENCE)
     assert answer.status_code == 400
     wanted = field if published == "FeatureExtractionInput" else f"parameters.{field}"
     assert f"'{wanted}'" in answer.json()["error"]
@@ -549,9 +551,9 @@ def test_a_published_parameter_is_refused_by_its_name(add: Callable[..., str], p
 )
 def test_what_cannot_be_honoured_is_refused_by_name(text: InferenceClient, body: Any, said: str) -> None:
     if isinstance(body, str):
-        answer = requests.post(text.model, data=body, headers={"Content-Type": "application/json"}, timeout=60)
+        answer = requests.post(text.model, data=body, headers={"Content-Type": "application/json"}, timeout=PATIENCE)
     else:
-        answer = requests.post(text.model, json=body, timeout=60)
+        answer = requests.post(text.model, json=body, timeout=PATIENCE)
     assert answer.status_code == 400
     assert said in answer.json()["error"]
 
@@ -599,22 +601,22 @@ def test_every_task_refuses_malformed_bodies_by_the_name_of_what_is_wrong(add: C
     name, model_type, query, body = DOORS[task]
     address = add(name, model_type) + (f"?task={query}" if query else "")
     for wrong, named in NAMED:
-        answer = requests.post(address, json={**body, **wrong}, timeout=20)
+        answer = requests.post(address, json={**body, **wrong}, timeout=PATIENCE)
         assert answer.status_code == 400, (wrong, answer.text)
         assert named in answer.json()["error"], (wrong, answer.text)
         assert answer.json()["success"] is False
     for data in ("", "[]", "null", "{", '"a"', '{"inputs": "a", "inputs": "b"}'):
-        answer = requests.post(address, data=data, headers={"Content-Type": "application/json"}, timeout=20)
+        answer = requests.post(address, data=data, headers={"Content-Type": "application/json"}, timeout=PATIENCE)
         assert answer.status_code == 400, (data, answer.text)
     if task != "text-generation":
-        answer = requests.post(address, json={**body, "stream": True}, timeout=20)
+        answer = requests.post(address, json={**body, "stream": True}, timeout=PATIENCE)
         assert (answer.status_code, "'stream'" in answer.json()["error"]) == (400, True)
-    assert requests.post(address, json=body, timeout=60).status_code == 200
+    assert requests.post(address, json=body, timeout=PATIENCE).status_code == 200
 
 
 def test_what_only_the_model_can_tell_is_named_as_in_the_body(add: Callable[..., str]) -> None:
     def said(name: str, model_type: str, body: dict[str, Any], query: str = "") -> str:
-        answer = requests.post(add(name, model_type) + query, json=body, timeout=60)
+        answer = requests.post(add(name, model_type) + query, json=body, timeout=PATIENCE)
         assert answer.status_code == 400, answer.text
         return answer.json()["error"]
 
@@ -643,7 +645,7 @@ def test_the_clients_tell_what_the_server_said(server: Server, add: Callable[...
         sorter.text_classification("the cat", top_k=-1)
     with pytest.raises(HfHubHTTPError, match="cannot do"):
         InferenceClient(model=f"{sorter.model}?task=fill-mask").fill_mask("the [MASK]")
-    answer = requests.post(sorter.model, json={"inputs": "a", "stream": True}, timeout=60)
+    answer = requests.post(sorter.model, json={"inputs": "a", "stream": True}, timeout=PATIENCE)
     assert (answer.status_code, "stream" in answer.json()["error"]) == (400, True)
-    missing = requests.post(f"{server.api}/models/no/such", json={"inputs": "a"}, timeout=60)
+    missing = requests.post(f"{server.api}/models/no/such", json={"inputs": "a"}, timeout=PATIENCE)
     assert missing.status_code == 404

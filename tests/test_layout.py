@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 # Which rooms a room may import, itself apart. A room is a folder of `huggingface/` or one of its files.
 ROOMS: dict[str, set[str]] = {
@@ -347,7 +347,7 @@ def test_no_module_keeps_state_that_changes() -> None:
 def test_importing_the_app_imports_none_of_the_heavy_libraries() -> None:
     heavy = ("torch", "transformers", "huggingface_hub", "tokenizers", "safetensors", "numpy", "pandas", "requests")
     program = f"import sys, app; print(*(name for name in {heavy!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 import requests
-from conftest import Server
+from conftest import PATIENCE, Server
 from embedding_models import build_embedding
 from flask import Flask
 
@@ -81,7 +81,7 @@ def ask(server: Server, model: str, route: str, **fields: Any) -> requests.Respo
     """A request to one of the three routes that make text."""
     body = {"model": model, **LEAST[route], **fields}
     body = {name: value for name, value in body.items() if value is not ...}
-    return requests.post(f"{server.url}/v1/{PATHS[route]}", json=body, timeout=60)
+    return requests.post(f"{server.url}/v1/{PATHS[route]}", json=body, timeout=PATIENCE)
 
 
 def text_of(answer: requests.Response) -> str:
@@ -503,7 +503,7 @@ def test_what_embedding_services_say_otherwise(server: Server, models_dir: Path,
 
     def embed(model_id: str, **fields: Any) -> requests.Response:
         body = {"model": model_id, "input": "the cat", **fields}
-        return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+        return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE)
 
     def vector(answer: requests.Response) -> Any:
         assert answer.status_code == 200, answer.text
@@ -567,11 +567,11 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name_unless_the_server
         ),
     ]
     for path, body, named, meant in bodies:
-        refused = requests.post(server.url + path, json=body, timeout=60)
+        refused = requests.post(server.url + path, json=body, timeout=PATIENCE)
         assert refused.status_code == 400, (path, refused.text)
         assert f"Unknown field: {named}." in refused.text
         assert meant is None or f"Did you mean {meant}?" in refused.text
-        taken = requests.post(lenient.url + path, json=body, timeout=60)
+        taken = requests.post(lenient.url + path, json=body, timeout=PATIENCE)
         assert taken.status_code == 200 or path == "/v1/embeddings", (path, taken.text)
         assert ignored(taken) == {named}
 
@@ -782,7 +782,7 @@ def test_what_is_nested_too_deeply_for_a_template_is_refused(
         deep = {"a": deep}
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "x": deep}}}
     answer = requests.post(
-        f"{server.url}/v1/chat/completions", json={"model": named, "messages": HI, "tools": [tool]}, timeout=120
+        f"{server.url}/v1/chat/completions", json={"model": named, "messages": HI, "tools": [tool]}, timeout=PATIENCE
     )
     assert answer.status_code == 400, answer.text
 
@@ -864,8 +864,8 @@ def test_models_tell_their_context_and_what_they_can(
 ) -> None:
     embedder, tooled = tiny("bert-embed"), templated("shown", SHOWN)
     server.add(embedder, "feature-extraction")
-    listed = {each["id"]: each for each in requests.get(f"{server.url}/v1/models", timeout=60).json()["data"]}
-    shown = requests.get(f"{server.url}/v1/models/{model}", timeout=60).json()
+    listed = {each["id"]: each for each in requests.get(f"{server.url}/v1/models", timeout=PATIENCE).json()["data"]}
+    shown = requests.get(f"{server.url}/v1/models/{model}", timeout=PATIENCE).json()
     assert shown == listed[model]
     context = server.call("GET", f"/models/{model}").json()["model"]["details"]["context_length"]
     assert shown["max_model_len"] == shown["context_length"] == shown["max_context_length"] == context == 512
@@ -876,5 +876,5 @@ def test_models_tell_their_context_and_what_they_can(
     assert listed[embedder]["capabilities"]["embeddings"] is True
     assert listed[embedder]["capabilities"]["completion_chat"] is False
     server.call("PUT", f"/models/{model}", json={"max_context": 100})
-    assert requests.get(f"{server.url}/v1/models/{model}", timeout=60).json()["max_model_len"] == 100
+    assert requests.get(f"{server.url}/v1/models/{model}", timeout=PATIENCE).json()["max_model_len"] == 100
     server.call("PUT", f"/models/{model}", json={"max_context": None})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STARTER, Server
+from conftest import PATIENCE, STARTER, Server
 
 QUESTIONS = [
     ("The capital of France is", ["Paris", "a potato", "blue and green"], 0),
@@ -43,7 +43,7 @@ def score(folder: Path, **backends: dict[str, Any]) -> list[list[list[tuple[floa
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}
     environment |= {"HF_HOME": str(folder / "cache"), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", PROGRAM, json.dumps(backends), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, cwd=folder)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     for backend, line in zip(backends, lines, strict=True):

@@ -531,7 +531,7 @@ def test_whose_memory_came_free_takes_it_before_those_who_waited_for_the_model_t
             for asked in others:
                 pool.submit(use, "sized/a", asked)
             for asked in others:
-                assert asked.acquire(timeout=240)
+                assert asked.acquire(timeout=PATIENCE)
         assert order[0] == "sized/c"
         assert Counter(order) == {"sized/c": 1, "sized/a": 16}
 
@@ -717,7 +717,7 @@ def test_the_request_says_it_before_the_record_and_the_record_before_the_setting
     generate(server, model_id)
     until(lambda: not cached(server))
     completion = {"model": model_id, "prompt": "Hello", "max_tokens": 2, "keep_alive": 50}
-    assert requests.post(f"{server.url}/v1/completions", json=completion, timeout=60).status_code == 200
+    assert requests.post(f"{server.url}/v1/completions", json=completion, timeout=PATIENCE).status_code == 200
     assert cached(server)[model_id]["expires_at"] is not None
 
 
@@ -921,11 +921,11 @@ def test_models_of_a_setting_are_loaded_at_the_start_and_ready_waits_for_them(
     model_id = tiny("gpt2")
     first = start_server()
     first.add(model_id, "text-generation")
-    assert requests.get(f"{first.url}/ready", timeout=10).json() == {"success": True, "status": "ready"}
-    assert requests.get(f"{first.url}/health", timeout=10).json() == {"success": True, "status": "ok"}
+    assert requests.get(f"{first.url}/ready", timeout=PATIENCE).json() == {"success": True, "status": "ready"}
+    assert requests.get(f"{first.url}/health", timeout=PATIENCE).json() == {"success": True, "status": "ok"}
     first.stop()
     server = start_server(LOCAL_LLM_PRELOAD=f"{model_id}")
-    early = requests.get(f"{server.url}/ready", timeout=10)
+    early = requests.get(f"{server.url}/ready", timeout=PATIENCE)
     assert early.status_code in (200, 503)
     if early.status_code == 503:
         assert f"'{model_id}'" in early.json()["error"]
@@ -934,7 +934,7 @@ def test_models_of_a_setting_are_loaded_at_the_start_and_ready_waits_for_them(
     server.stop()
     failing = start_server(LOCAL_LLM_PRELOAD=f"{model_id},nobody")
     until(lambda: "failed" in requests.get(f"{failing.url}/ready", timeout=PATIENCE).text)
-    assert requests.get(f"{failing.url}/ready", timeout=10).status_code == 503
+    assert requests.get(f"{failing.url}/ready", timeout=PATIENCE).status_code == 503
 
 
 def test_models_can_be_warmed_up_in_the_background(start_server: Any, tiny: Any) -> None:

@@ -16,7 +16,7 @@ import openai
 import pytest
 import requests
 import written_models
-from conftest import Server
+from conftest import PATIENCE, Server
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
 CONTEXT = "the cat sat on the mat and the dog ran to the house"
@@ -80,7 +80,7 @@ def node(program: str, *arguments: str) -> Any:
     assert (CLIENTS / "node_modules").is_dir(), "run `make test`, which installs the clients"
     environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
     done = subprocess.run(
-        ["node", str(CLIENTS / program), *arguments], capture_output=True, text=True, timeout=120, env=environment
+        ["node", str(CLIENTS / program), *arguments], capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -112,7 +112,7 @@ def test_ollama_for_node(server: Server, models_dir: Path, tiny: Callable[[str],
     assert told["capabilities"] == ["completion"]
     body = {"model": model, "messages": [{"role": "user", "content": "where is the cat?"}], "stream": False}
     body["options"] = {"temperature": 0, "num_predict": 12}
-    wanted = requests.post(f"{server.url}/api/chat", json=body, timeout=60).json()["message"]["content"]
+    wanted = requests.post(f"{server.url}/api/chat", json=body, timeout=PATIENCE).json()["message"]["content"]
     assert told["said"] == told["streamed"] == told["generated"] == wanted
     assert told["done"] == "length"
     assert json.loads(told["formed"]) == {"a": 1}
@@ -135,7 +135,7 @@ def test_huggingface_js_makes_text(server: Server, tiny: Callable[[str], str]) -
         return node("huggingface.mjs", address, method, json.dumps(arguments))
 
     body = {"inputs": "the cat", "parameters": {"max_new_tokens": 9}}
-    [wanted] = requests.post(address, json=body, timeout=60).json()
+    [wanted] = requests.post(address, json=body, timeout=PATIENCE).json()
     options = {"max_new_tokens": 9, "temperature": 0}
     made = ask("textGeneration", inputs="the cat", parameters=options)
     assert made == wanted
@@ -165,7 +165,7 @@ def test_huggingface_js_does_every_task(
     address = f"{server.api}/models/{model}" + (f"?task={task}" if task else "")
     told = node("huggingface.mjs", address, method, json.dumps(arguments))
     assert "error" not in told, told
-    answer = requests.post(address, json=arguments, timeout=60).json()
+    answer = requests.post(address, json=arguments, timeout=PATIENCE).json()
     if method in ("summarization", "translation", "textClassification"):
         [answer] = answer
     assert told == answer

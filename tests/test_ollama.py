@@ -17,7 +17,7 @@ import ollama
 import pytest
 import requests
 import written_models
-from conftest import Server, until
+from conftest import PATIENCE, Server, until
 from hub import Repository
 from hub_place import Place
 from safetensors.numpy import load_file, save_file
@@ -84,7 +84,7 @@ def written(server: Server, models_dir: Path) -> str:
 
 def post(server: Server, route: str, **body: Any) -> requests.Response:
     """A request to a route under `/api`."""
-    return requests.post(f"{server.url}/api/{route}", json=body, timeout=120)
+    return requests.post(f"{server.url}/api/{route}", json=body, timeout=PATIENCE)
 
 
 def whole(server: Server, route: str, **body: Any) -> Any:
@@ -108,9 +108,9 @@ def refused(answer: requests.Response, status: int, *words: str) -> None:
 
 def test_a_client_finds_a_server_that_runs(server: Server) -> None:
     """By the address alone, and by a version that has what is here."""
-    assert requests.head(server.url, timeout=60).status_code == 200
-    assert requests.get(server.url, timeout=60).status_code == 200
-    version = requests.get(f"{server.url}/api/version", timeout=60).json()["version"]
+    assert requests.head(server.url, timeout=PATIENCE).status_code == 200
+    assert requests.get(server.url, timeout=PATIENCE).status_code == 200
+    version = requests.get(f"{server.url}/api/version", timeout=PATIENCE).json()["version"]
     assert [int(part) for part in version.split(".")] >= [0, 12, 11]
 
 
@@ -207,7 +207,7 @@ def test_a_tag_names_the_file_or_the_revision_that_a_model_is_registered_with() 
 
 def test_a_chat_is_answered_as_openais_route_answers_it(server: Server, model: str) -> None:
     body = {"model": model, "messages": HI, "temperature": 0, "max_tokens": 12}
-    wanted = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    wanted = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).json()
     answer = whole(server, "chat", model=model, messages=HI, options=GREEDY)
     assert answer["message"] == {"role": "assistant", "content": wanted["choices"][0]["message"]["content"]}
     assert answer["prompt_eval_count"] == wanted["usage"]["prompt_tokens"]
@@ -250,7 +250,7 @@ def test_a_raw_prompt_is_taken_as_it_is(server: Server, model: str, plain: str) 
     """As is any prompt of a model without a chat template."""
     for name, raw in ((model, {"raw": True}), (plain, {}), (plain, {"raw": True})):
         body = {"model": name, "prompt": "The cat", "max_tokens": 12, "temperature": 0}
-        wanted = requests.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        wanted = requests.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()["choices"][0]["text"]
         assert whole(server, "generate", model=name, prompt="The cat", options=GREEDY, **raw)["response"] == wanted
 
 
@@ -656,7 +656,7 @@ def test_a_model_that_writes_nothing_says_so(server: Server, embedder: str, rout
     ask = {"messages": HI} if route == "chat" else {"prompt": "x"}
     refused(post(server, route, model=embedder, **ask), 400, embedder, "cannot")
     body = {"model": embedder, "messages": HI}
-    assert requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 400
+    assert requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -672,7 +672,7 @@ def test_a_model_that_writes_nothing_says_so(server: Server, embedder: str, rout
 )
 def test_a_body_that_is_none_has_ollamas_shape(server: Server, data: bytes, status: int, word: str) -> None:
     for route in ("chat", "generate", "pull"):
-        refused(requests.post(f"{server.url}/api/{route}", data=data, timeout=60), status, word)
+        refused(requests.post(f"{server.url}/api/{route}", data=data, timeout=PATIENCE), status, word)
 
 
 def test_a_body_needs_no_media_type(server: Server, model: str) -> None:
@@ -680,10 +680,10 @@ def test_a_body_needs_no_media_type(server: Server, model: str) -> None:
     body = json.dumps({"model": model, "messages": HI, "stream": False, "options": GREEDY})
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     address = f"{server.url}/api/chat"
-    assert requests.post(address, data=body, headers=form, timeout=60).status_code == 200
-    assert requests.post(address, data=body, headers={}, timeout=60).status_code == 200
+    assert requests.post(address, data=body, headers=form, timeout=PATIENCE).status_code == 200
+    assert requests.post(address, data=body, headers={}, timeout=PATIENCE).status_code == 200
     foreign = {**form, "Origin": "https://elsewhere.example"}
-    refused(requests.post(address, data=body, headers=foreign, timeout=60), 403)
+    refused(requests.post(address, data=body, headers=foreign, timeout=PATIENCE), 403)
     assert server.call("POST", "/generate", data=body, headers=form).status_code == 415
 
 
@@ -696,7 +696,7 @@ def test_a_body_needs_no_media_type(server: Server, model: str) -> None:
 )
 def test_what_is_not_served_says_what_to_use_instead(server: Server, method: str, path: str, status: int) -> None:
     body = None if method == "GET" else b'{"model": "x"}'
-    answer = requests.request(method, f"{server.url}/api/{path}", data=body, timeout=60)
+    answer = requests.request(method, f"{server.url}/api/{path}", data=body, timeout=PATIENCE)
     refused(answer, status, "huggingface" if path[:4] in ("crea", "copy", "blob") else "")
 
 
@@ -707,13 +707,13 @@ def test_a_stream_that_is_given_up_ends_in_an_error(server: Server, client: olla
         "options": {"num_predict": 480, "temperature": 1.0, "stop": "nothing at all"},
     }
     body["options"] |= {"seed": 1}
-    with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=60) as answer:
+    with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=PATIENCE) as answer:
         lines = answer.iter_lines()
         assert "message" in json.loads(next(lines))
         gone = server.call("DELETE", f"/requests/{answer.headers['X-Local-LLM-Request-Id']}").status_code
         last = json.loads(list(lines)[-1])
     assert (gone == 200 and list(last) == ["error"]) or last["done"]  # it may have ended before
-    with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=60) as answer:
+    with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=PATIENCE) as answer:
         next(answer.iter_lines())
     until(lambda: server.call("GET", "/requests").json()["count"] == 0)
     assert client.chat(model, HI, options=GREEDY).done
@@ -724,7 +724,7 @@ def test_a_stream_that_is_given_up_ends_in_an_error(server: Server, client: olla
 
 def test_vectors_have_the_length_one(client: ollama.Client, server: Server, embedder: str) -> None:
     body = {"model": embedder, "input": ["the cat", "a dog"]}
-    given = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    given = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE).json()
     answer = client.embed(embedder, ["the cat", "a dog"])
     assert answer.prompt_eval_count == given["usage"]["prompt_tokens"]
     for vector, known in zip(answer.embeddings, given["data"], strict=True):
@@ -878,7 +878,7 @@ def test_a_client_that_leaves_ends_its_pull_and_the_next_goes_on(place: Place) -
     repository.rate["model.safetensors"] = 2**20
     server = place.serve()
     body = {"model": "org/slow"}
-    with requests.post(f"{server.url}/api/pull", json=body, stream=True, timeout=60) as answer:
+    with requests.post(f"{server.url}/api/pull", json=body, stream=True, timeout=PATIENCE) as answer:
         for line in answer.iter_lines():
             if json.loads(line).get("completed", 0) > 2**20:
                 break
@@ -886,7 +886,7 @@ def test_a_client_that_leaves_ends_its_pull_and_the_next_goes_on(place: Place) -
     shown = partial(server.call, "GET", "/models/org/slow/download")
     until(lambda: shown().json().get("download", {}).get("phase") == "cancelled")
     repository.rate.clear()
-    answer = requests.post(f"{server.url}/api/pull", json={**body, "stream": False}, timeout=60)
+    answer = requests.post(f"{server.url}/api/pull", json={**body, "stream": False}, timeout=PATIENCE)
     assert answer.json() == {"status": "success"}
     starts = [each.start for each in place.hub.bodies_of("org/slow", "model.safetensors")]
     assert starts[-1] > 0, starts

@@ -16,7 +16,7 @@ import pydantic
 import pytest
 import requests
 import torch
-from conftest import STARTER, Server, until
+from conftest import PATIENCE, STARTER, Server, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.api.openai.chat import reason_of
@@ -144,7 +144,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI, model: str
     told, whole = events[-1].usage, client.chat.completions.create(**options).usage
     assert (told.prompt_tokens, told.completion_tokens) == (whole.prompt_tokens, whole.completion_tokens)
     assert {event.id for event in events} == {events[0].id}
-    raw = requests.post(f"{server.url}/v1/chat/completions", json={**options, "stream": True}, timeout=60)
+    raw = requests.post(f"{server.url}/v1/chat/completions", json={**options, "stream": True}, timeout=PATIENCE)
     assert raw.headers["Content-Type"].startswith("text/event-stream")
     assert raw.text.endswith("data: [DONE]\n\n")
     assert "usage" not in raw.text
@@ -388,7 +388,7 @@ def test_what_is_null_is_left_out(server: Server, model: str) -> None:
     for path, body in nothing.items():
         limit = "max_output_tokens" if path == "responses" else "max_tokens"
         asked = {"model": model, **body, **dict.fromkeys(fields[path].split()), limit: 2}
-        answer = requests.post(f"{server.url}/v1/{path}", json=asked, timeout=60)
+        answer = requests.post(f"{server.url}/v1/{path}", json=asked, timeout=PATIENCE)
         assert answer.status_code == 200, (path, answer.text)
 
 
@@ -410,21 +410,23 @@ def test_refusals_of_forms_name_the_field_that_was_sent(server: Server, model: s
             "response_format",
         ),
     ):
-        error = requests.post(f"{server.url}/v1/{path}", json={"model": model, **body}, timeout=60).json()["error"]
+        error = requests.post(f"{server.url}/v1/{path}", json={"model": model, **body}, timeout=PATIENCE).json()[
+            "error"
+        ]
         assert error["param"] == field, error
         assert "start:" not in error["message"]
     body = {"messages": HI, "response_format": {**form, "json_schema": {"name": "a", "schema": endless}}}
-    answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60)
+    answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=PATIENCE)
     assert answer.status_code == 400
     assert "<state>" not in answer.text
     for nonsense in ({"required": 5}, {"required": None}, {"properties": 3}, {"minProperties": 2}):
         tool["function"] = {"name": "f", "parameters": {"type": "object", **nonsense}}
         body = {"messages": HI, "tools": [tool], "tool_choice": "required", "max_tokens": 1}
-        answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60)
+        answer = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     tool["function"] = {"name": "f", "parameters": {"type": "array"}}
     body = {"messages": HI, "tools": [tool]}
-    error = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=60).json()[
+    error = requests.post(f"{server.url}/v1/chat/completions", json={"model": model, **body}, timeout=PATIENCE).json()[
         "error"
     ]
     assert error["param"] == "tools.0.function.parameters"
@@ -735,7 +737,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_cannot_be_honoured_is_refused_by_name(
     path: str, body: dict[str, Any], field: str, server: Server, model: str
 ) -> None:
-    answer = requests.post(f"{server.url}/v1/{path}", json={"model": model, **body}, timeout=60)
+    answer = requests.post(f"{server.url}/v1/{path}", json={"model": model, **body}, timeout=PATIENCE)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == field
@@ -752,7 +754,7 @@ BODIES = ["", "{", "[]", "null", '"a"', "{}", '{"model": 3}', '{"model": "a", "m
 )
 def test_bodies_that_are_none(path: str, body: str, server: Server) -> None:
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{server.url}/v1/{path}", data=body.encode("latin-1"), headers=headers, timeout=60)
+    answer = requests.post(f"{server.url}/v1/{path}", data=body.encode("latin-1"), headers=headers, timeout=PATIENCE)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -773,12 +775,12 @@ def test_each_failure_is_the_clients_own_exception(
     assert caught.value.param == "nonsense"
     with pytest.raises(openai.NotFoundError, match="No such route"):
         client.post("/nonsense", cast_to=object)
-    wrong = requests.get(f"{server.url}/v1/chat/completions", timeout=60)
+    wrong = requests.get(f"{server.url}/v1/chat/completions", timeout=PATIENCE)
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
     with pytest.raises(openai.APIStatusError) as late:
         say(client, model, max_tokens=400, extra_body={"timeout": 0.001, "min_new_tokens": 400})
     assert late.value.status_code == 504
-    foreign = requests.get(f"{server.url}/v1/models", headers={"Origin": "http://evil.example"}, timeout=60)
+    foreign = requests.get(f"{server.url}/v1/models", headers={"Origin": "http://evil.example"}, timeout=PATIENCE)
     assert (foreign.status_code, foreign.json()["error"]["type"]) == (403, "permission_error")
     full = start_server(LOCAL_LLM_MAX_BATCH="1", LOCAL_LLM_MAX_QUEUE="1")
     full.add(model, "text-generation")

@@ -24,7 +24,7 @@ import causal_models
 import pytest
 import torch
 from changed_models import edit
-from conftest import ROOT, Server, until
+from conftest import PATIENCE, ROOT, Server, until
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import TEXT
@@ -520,7 +520,7 @@ library.openvino(); library.offline_transformations(); library.nncf()
 import openvino.tools.ovc
 assert sys.modules["openvino_telemetry"] is None
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

@@ -142,7 +142,7 @@ def test_a_look_imports_neither_torch_nor_transformers(root: Path) -> None:
         "assert details['known'] and details['parameters'], details\n"
         "print(*(name for name in ('torch', 'transformers', 'huggingface_hub', 'tokenizers') if name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
@@ -693,7 +693,7 @@ def test_what_the_cache_holds_whole_is_looked_at_there_and_nothing_is_sent(place
     place.publish("org/remote-cached", "gpt2")
     fetch = "import sys; from huggingface_hub import snapshot_download; snapshot_download('org/remote-cached')"
     environment = {"PATH": "/usr/bin:/bin", **place.hub.environment(place.home)}
-    subprocess.run([sys.executable, "-c", fetch], env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", fetch], env=environment, check=True, capture_output=True, timeout=PATIENCE)
     looker = Looker(place)
     with place.hub.recording() as made:
         details = looker.look("org/remote-cached")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -53,7 +54,7 @@ class Writer:
 
     def _wait(self, true: Callable[[], bool]) -> None:
         with self._heard:
-            assert self._heard.wait_for(true, timeout=60)
+            assert self._heard.wait_for(true, timeout=PATIENCE)
 
     def start(self) -> None:
         """Have a new process write; returns when it has begun to."""
@@ -74,7 +75,7 @@ class Writer:
         self._process.stdin.close()
         self._listener.join()
         self._process.stdout.close()
-        assert self._process.wait(timeout=60) == 0
+        assert self._process.wait(timeout=PATIENCE) == 0
 
 
 class Reader:
@@ -257,7 +258,7 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK, tmp_path / "models.json"],
         check=True,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(HERE.parent)},
     )
 

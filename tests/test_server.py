@@ -28,7 +28,7 @@ MISSING = "Transformers library not available. Please install: pip install trans
 def send(url: str, data: bytes) -> tuple[int, Any]:
     """Bytes on a socket, and the answer's status and JSON body."""
     address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as connection:
         connection.sendall(data)
         answer = b""
         while chunk := connection.recv(65536):
@@ -63,7 +63,7 @@ def test_get_root_says_what_is_running(server: Any, tiny: Any) -> None:
     model_id = tiny("gpt2")
     server.add(model_id, "text-generation")
     server.call("POST", f"/models/{model_id}/load")
-    answer = requests.get(server.url, timeout=10).json()
+    answer = requests.get(server.url, timeout=PATIENCE).json()
     assert answer["success"] is True
     assert answer["name"] == "Local LLM"
     assert answer["version"]
@@ -79,7 +79,7 @@ def test_without_torch_the_registry_works_and_models_say_what_to_install(start_s
     for name in ("torch", "transformers"):
         (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')")
     server = start_server(PYTHONPATH=str(blocked), LOCAL_LLM_IMPORT_AT_START="true")
-    assert requests.get(server.url, timeout=10).status_code == 200
+    assert requests.get(server.url, timeout=PATIENCE).status_code == 200
     assert server.call("GET", "/dependencies").json()["dependencies"] == {
         "transformers": False,
         "torch": False,
@@ -173,14 +173,14 @@ def test_a_server_whose_output_is_no_longer_read_loads_models_and_answers(
         process.stdout.close()
         try:
             fields = {"model_id": model_id, "name": "x", "model_type": "text-generation"}
-            assert requests.post(f"{address}/api/huggingface/models", json=fields, timeout=60).status_code == 200
+            assert requests.post(f"{address}/api/huggingface/models", json=fields, timeout=PATIENCE).status_code == 200
             body = {"model_id": model_id, "prompt": "The cat", "max_new_tokens": 3}
             for _ in range(2):
-                answer = requests.post(f"{address}/api/huggingface/generate", json=body, timeout=120)
+                answer = requests.post(f"{address}/api/huggingface/generate", json=body, timeout=PATIENCE)
                 assert answer.status_code == 200, answer.text
                 reload = {"force_reload": True}
                 load = f"{address}/api/huggingface/models/{model_id}/load"
-                assert requests.post(load, json=reload, timeout=120).status_code == 200
+                assert requests.post(load, json=reload, timeout=PATIENCE).status_code == 200
         finally:
             process.terminate()
             process.wait(60)
@@ -190,7 +190,7 @@ def test_a_damaged_registry_is_told_of_at_the_start(start_server: Any, tmp_path:
     """The server starts on a corrupt file, says under which name it was set aside, and nothing of it is lost."""
     (tmp_path / "models.json").write_text('{"models": [{"model_id": "gp')
     server = start_server()
-    [warning] = requests.get(server.url, timeout=10).json()["warnings"]
+    [warning] = requests.get(server.url, timeout=PATIENCE).json()["warnings"]
     [aside] = tmp_path.glob("models.json.corrupt-*")
     assert aside.name in warning
     assert str(tmp_path) not in warning
@@ -206,7 +206,7 @@ def test_a_second_server_on_the_port_says_so(start_server: Any) -> None:
     port = str(urlsplit(server.url).port)
     environment = {**server.environment, "LOCAL_LLM_PORT": port}
     second = subprocess.run(
-        [sys.executable, str(ROOT / "app.py")], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, str(ROOT / "app.py")], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert second.returncode == 1
     assert port in second.stderr
@@ -230,7 +230,7 @@ def test_a_wrong_setting_is_named(name: str, value: str) -> None:
         env={**os.environ, name: value},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1
     assert name in done.stderr or value in done.stderr

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ def command(models_dir: Path, **arguments: Any) -> subprocess.Popen[str]:
 def run(models_dir: Path, **arguments: Any) -> tuple[int, str]:
     """The command's exit status and what it wrote, once it has ended."""
     process = command(models_dir, **arguments)
-    _, written = process.communicate(timeout=120)
+    _, written = process.communicate(timeout=PATIENCE)
     return process.returncode, written
 
 
@@ -305,7 +306,7 @@ def test_ctrl_c_ends_the_run_cleanly(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
     wait_for_weights(process, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, written = process.communicate(timeout=60)
+    _, written = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Interrupted" in written
     assert "Traceback" not in written
@@ -317,7 +318,7 @@ def test_two_starts_at_once_convert_once(folder_to_fill: Path) -> None:
     first = command(folder_to_fill)
     wait_for_weights(first, folder_to_fill)
     second = command(folder_to_fill)
-    written = [process.communicate(timeout=120)[1] for process in (first, second)]
+    written = [process.communicate(timeout=PATIENCE)[1] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0], written
     assert "Converting" in written[0]
     assert "waiting" in written[1]

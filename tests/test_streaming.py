@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
-from conftest import Server, until
+from conftest import PATIENCE, Server, until
 
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 LONG = {**GREEDY, "max_new_tokens": 480, "min_new_tokens": 480}
@@ -36,7 +36,7 @@ def events(response: requests.Response) -> Iterator[dict[str, Any]]:
 def stream(server: Server, body: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
     """All events of the stream that answers `body`."""
     url = f"{server.api}/generate"
-    with requests.post(url, json={**body, "stream": True}, stream=True, timeout=120, **options) as response:
+    with requests.post(url, json={**body, "stream": True}, stream=True, timeout=PATIENCE, **options) as response:
         assert response.status_code == 200, response.text
         assert response.headers["Content-Type"].startswith("text/event-stream")
         return list(events(response))
@@ -155,7 +155,7 @@ def test_sixty_four_streams_of_which_a_third_hang_up(llama: Any) -> None:
             assert "".join(piece.get("text", "") for piece in pieces) == last["response"]
             return str(last["response"])
         body = {**bodies[index], **LONG, "stream": True}
-        with requests.post(f"{server.api}/generate", json=body, stream=True, timeout=60) as response:
+        with requests.post(f"{server.api}/generate", json=body, stream=True, timeout=PATIENCE) as response:
             for _ in zip(range(random.Random(index).randrange(20)), events(response), strict=False):
                 pass
         return None
@@ -236,7 +236,7 @@ def test_what_goes_wrong_in_the_middle_is_the_last_event(llama: Any) -> None:
     """A stream that is cancelled after its first token ends with an event in the shape of every error."""
     server, model_id = llama()
     body = {"model_id": model_id, "prompt": "The", **LONG, "stream": True}
-    with requests.post(f"{server.api}/generate", json=body, stream=True, timeout=60) as response:
+    with requests.post(f"{server.api}/generate", json=body, stream=True, timeout=PATIENCE) as response:
         assert response.status_code == 200
         told = events(response)
         assert list(next(told)) == ["index", "text"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import PATIENCE
 from task_models import HEAD_OF, LONG, Models, on_one_thread
 from test_tasks import SAME
 from transformers import AutoTokenizer
@@ -136,7 +137,9 @@ def test_callers_on_threads_of_their_own_each_get_their_answer(models: Models) -
     answers: dict[int, Any] = {}
 
     def ask(index: int) -> None:
-        answers[index] = runner.submit("sentiment-analysis", WORDS[index], {"top_k": 1 + index % 2}).result(timeout=60)
+        answers[index] = runner.submit("sentiment-analysis", WORDS[index], {"top_k": 1 + index % 2}).result(
+            timeout=PATIENCE
+        )
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(WORDS))]
     for thread in threads:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import requests
+from conftest import PATIENCE
 from test_concurrency import LONG, in_thread, wait_for_requests
 
 import huggingface
@@ -25,7 +26,7 @@ SHORT += ("/api/huggingface/requests", "/api/huggingface/statistics", "/api/vers
 def ask_for_short_ones(server: Any) -> None:
     """All that waits for nothing is answered."""
     for path in SHORT:
-        assert requests.get(f"{server.url}{path}", timeout=100).status_code == 200, path
+        assert requests.get(f"{server.url}{path}", timeout=PATIENCE).status_code == 200, path
 
 
 def flood(calls: list[Callable[[], requests.Response]], refused: int) -> list[tuple[threading.Thread, list[Any]]]:
@@ -84,7 +85,9 @@ def test_calls_that_wait_for_the_hub_leave_threads_for_the_others(start_server: 
             calls += [
                 partial(server.call, "POST", "/models", json=body),
                 partial(server.call, "GET", f"/models/{name}/preflight"),
-                partial(requests.post, f"{server.url}/api/pull", json={"model": name, "stream": False}, timeout=120),
+                partial(
+                    requests.post, f"{server.url}/api/pull", json={"model": name, "stream": False}, timeout=PATIENCE
+                ),
             ]
         waiting = flood(calls, 12 - (THREADS - 1))
         ask_for_short_ones(server)
