@@ -35,13 +35,14 @@ _VOCABULARIES = (".json", ".txt", ".model", ".spm", ".tiktoken", ".codes")
 _WORDS = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
 # Numbers of a config that say how many modules a model has, and how large they are; and the most that any model has.
 _NUMBER = re.compile(r"n(um)?_")
-_PARTS = re.compile(r"((^|_)(layers|blocks|experts|heads|stages|depths)|^n(um)?_(layer|head|block|expert))$")
+_LAYERS = re.compile(r"((^|_)(layers|blocks|stages|depths)|^n(um)?_(layer|block))$")
+_PARTS = re.compile(r"((^|_)(experts|heads)|^n(um)?_(head|expert))$")
 _LABELS = re.compile(r"(^|_)num_labels$")
 _WIDTH = re.compile(
     r"^(?!.*(data|train|cache|memory|batch|queue|max_|context|ctx|seq|window)).*"
     r"(^|_)(size|dims?|width|rank|channels|embd|inner|model|ff|kv|buckets)$"
 )
-_MOST_PARTS, _MOST_LABELS, _MOST_WIDTH = 1 << 15, 1 << 20, 1 << 24
+_MOST_LAYERS, _MOST_PARTS, _MOST_LABELS, _MOST_WIDTH = 1 << 12, 1 << 15, 1 << 20, 1 << 24
 _MOST_JSON = 64 << 20  # bytes of a JSON file that is no vocabulary
 _MOST_TEMPLATE = 1 << 20  # characters: the longest there are have a thirtieth of it
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -122,6 +123,8 @@ def _may_be(name: str, value: float) -> bool:
     """Whether a config may have that number under that name."""
     if isinstance(value, bool):
         return not _NUMBER.match(name)
+    if _LAYERS.search(name):
+        return 0 <= value <= _MOST_LAYERS
     if _PARTS.search(name):
         return 0 <= value <= _MOST_PARTS
     if _LABELS.search(name):
