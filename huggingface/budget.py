@@ -24,6 +24,7 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _LENIENT = 0.1  # of a limit in bytes, which the process may have besides before a load is refused for it
 _KV_CACHE = "kv cache"  # the part of a model that grows
+PASSING = "generation"  # the part of an owner that comes and goes with its work: noted before it is taken, bit by bit
 _WINDOW = 60.0  # seconds for which the most that was taken besides counts: it comes and goes with the work
 
 
@@ -230,8 +231,8 @@ class Budget:
         limit = self._limit(device)
         free = self._free(device)
         # What is set aside is not taken yet, and so is still among what is free.
-        taken = self._taken(device)
-        coming = taken - sum(self._held[device].values())
+        taken, held = self._taken(device), self._held[device]
+        coming = taken - sum(size for (_, part), size in held.items() if part != PASSING)
         if limit.bytes is not None:
             allowed = limit.bytes - taken - (self._besides(device, _LENIENT) if besides is None else besides)
             return max(0, allowed if free is None else min(allowed, free - coming))
@@ -310,6 +311,10 @@ class Account:
         """Say that all is taken that a load takes."""
         with self._naming:
             self._budget.settle(self._owner)
+
+    def most(self, device: str) -> int | None:
+        """How many bytes the owner could have if all others went; None where nothing limits them."""
+        return self._budget.most(device)
 
 
 def readable(size: float) -> str:

@@ -22,8 +22,10 @@ from typing import Any, Protocol
 import torch
 
 from .adapters import Adapters
+from .budget import PASSING
 from .converted.encoder import EncoderGraph
 from .converted.generator import Graph
+from .demand import Claims, asked_of
 from .devices import free_bytes, indexed
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
@@ -85,6 +87,9 @@ class Memory(Protocol):
     def relieve(self) -> bool:
         """Have others give memory up; tells whether some did."""
 
+    def most(self, device: str) -> int | None:
+        """How many bytes the model could have if all others went; None where nothing limits them."""
+
 
 class Unlimited:
     """Memory that nobody counts: for a model outside of a manager."""
@@ -106,6 +111,10 @@ class Unlimited:
     def relieve(self) -> bool:
         """There is nobody else."""
         return False
+
+    def most(self, device: str) -> int | None:  # noqa: ARG002 - the protocol's
+        """Whatever is free."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,7 @@ class _Parts:
     tasks: TaskRunner
     preparer: Preparer
     solo: Solo
+    claims: Claims
     tokenizer: Any
     lengths: Lengths
     batched: bool
@@ -263,7 +273,14 @@ class LoadedModel:
             return pooling
 
         active = self._adapters.active
-        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active, encoder)
+        claims = Claims(
+            model_id,
+            model,
+            lambda size: self._take_cache(self.device, size, PASSING),
+            self._most_beside,
+            self._memory.relieve,
+        )
+        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, active, encoder, claims)
         engine = Engine(model_id, batch, tasks, options, reason, self._memory.relieve, lambda: use_device(self.device))
         lengths = Lengths(tokenizer, self._contexts[0])
         preparer = Preparer(
@@ -278,11 +295,13 @@ class LoadedModel:
             check_adapter=self._adapters.check,
             check_vocabulary=lambda highest, field: check_vocabulary(highest, rows, field),
         )
-        solo = Solo(model_id, model, tokenizer, texts, active)
+        solo = Solo(model_id, model, tokenizer, texts, claims, active)
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
         if copied:
             self._memory.note("copies", {self.device: copied})
-        parts = _Parts(engine, tasks, preparer, solo, tokenizer, lengths, batch is not None, generations, copied)
+        parts = _Parts(
+            engine, tasks, preparer, solo, claims, tokenizer, lengths, batch is not None, generations, copied
+        )
         self._note_peak(copied)
         release_freed()  # trying took memory
         return parts
@@ -345,8 +364,13 @@ class LoadedModel:
         self._note_peak()
         return True
 
-    def _take_cache(self, device: str, size: int) -> bool:
-        if not self._memory.take("kv cache", device, size):
+    def _most_beside(self) -> int | None:
+        """How many bytes there could ever be beside the weights."""
+        most, device = self._memory.most(self.device), indexed(self.device)
+        return None if most is None else max(0, most - self._weights.get(device, 0) - self._copied)
+
+    def _take_cache(self, device: str, size: int, part: str = "kv cache") -> bool:
+        if not self._memory.take(part, device, size):
             return False
         with self._counting:
             self._kv[device] = self._kv.get(device, 0) + size
@@ -497,6 +521,7 @@ class LoadedModel:
                     forget_frames(error)
                     parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
 
+            parts.claims.check(prepared.asked)
             parts.engine.submit_job(ticket, generate, gone)
         return ticket
 
@@ -525,7 +550,7 @@ class LoadedModel:
         parts = self._open(gone)
         self._adapters.check(adapter)
         _check_lengths(parts, {"inputs": inputs, **parameters}, gone)
-        if task == _GENERATION and parts.batched:
+        if task == _GENERATION and parts.batched and asked_of(parts.solo.model, parameters, 0).rows == 1:
             generation = parts.generations.begin(inputs, parameters)
             limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
             limits["check_vocabulary"] = parts.preparer.check_vocabulary

@@ -21,6 +21,7 @@ from conftest import PATIENCE, ROOT
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "steps": {"errors"},
+    "demand": {"budget", "errors"},
     "memory": set(),
     "rotary": set(),
     "devices": {"memory"},
@@ -38,13 +39,13 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"records", "errors"},
     "files": {"records", "errors"},
     "hub": {"headers", "files", "progress", "records", "errors"},
-    "tasks": {"memory", "rotary", "steps", "records", "errors"},
-    "engine": {"memory", "rotary", "steps", "devices", "forms", "records", "errors"},
+    "tasks": {"demand", "memory", "rotary", "steps", "records", "errors"},
+    "engine": {"demand", "memory", "rotary", "steps", "devices", "forms", "records", "errors"},
     "chat": {"forms", "records"},
     "forms": set(),
     "loader": {
-        *("adapter_files", "headers", "files", "devices", "memory", "rotary", "tasks", "engine", "progress", "records"),
-        "errors",
+        *("adapter_files", "headers", "files", "budget", "demand", "devices", "memory", "rotary", "tasks", "engine"),
+        *("progress", "records", "errors"),
     },
     "manager": {
         *("registry", "loader", "downloads", "budget", "eviction", "statistics", "devices", "libraries"),
@@ -90,6 +91,7 @@ TORCH = (
     "huggingface/placement.py",
     "huggingface/quantization.py",
     "huggingface/steps.py",
+    "huggingface/demand.py",
     "huggingface/tasks/[!_]*.py",
     "huggingface/engine/openvino/*.py",
     *(

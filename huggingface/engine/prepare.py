@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from ..demand import Wanted, asked_of
 from ..errors import ContextExceeded, InvalidRequest
 from ..records import GenerationRequest
 from .constraints import Constrained, Constraints
@@ -58,8 +59,9 @@ class Prepared:
     """A request in the model's terms.
 
     `inputs` and `arguments` are those of `generate`, `processors` are to be added to its own. `settled` is what one row
-    of the batch needs; None where the batch cannot do what is asked. `end` is the text that the prompt ends with,
-    `begin` tells where the new text begins: see `detokenizer.TextStream`. The rest is the request's.
+    of the batch needs; None where the batch cannot do what is asked. `asked` is what `generate` does then. `end` is the
+    text that the prompt ends with, `begin` tells where the new text begins: see `detokenizer.TextStream`. The rest is
+    the request's.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -70,6 +72,7 @@ class Prepared:
     stops: tuple[str, ...]
     ends: frozenset[int]
     settled: Settled | None
+    asked: Wanted
     end: str
     constrained: Constrained | None
     special_tokens: Sequence[str]
@@ -156,7 +159,10 @@ class Preparer:
         constrained = self._constrained(request, parameters, prompt_tokens, end)
         if constrained is not None:
             processors.append(constrained)
-        settled = self.settle(inputs, arguments, processors) if self._reads_answer else None
+        kept, told = request.logprobs is not None, request.prompt_logprobs
+        asked = asked_of(self._model, arguments, prompt_tokens, parameters, kept=kept, told=told)
+        batches = self._reads_answer and asked.rows == 1
+        settled = self.settle(inputs, arguments, processors) if batches else None
         if settled is None:
             self._check_alone(request, arguments)
         return Prepared(
@@ -168,6 +174,7 @@ class Preparer:
             stops=tuple(self._stops(parameters)),
             ends=self._ends(parameters),
             settled=settled,
+            asked=asked,
             end=end,
             constrained=constrained,
             special_tokens=request.special_tokens,

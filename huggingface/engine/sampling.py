@@ -26,6 +26,8 @@ from ..steps import are_numbers, no_numbers, no_token
 from .constraints import Constrained
 from .failures import typed
 
+_AHEAD = 64  # tokens for which a sampler has room before they are drawn
+
 
 class SeededDraws(TorchFunctionMode):
     """While entered, this thread's `torch.multinomial` draws from a generator of its own, seeded with `seed`.
@@ -69,10 +71,8 @@ class Sampler:
             self._generator.manual_seed(seed)
         self.constrained = next((each for each in processors if isinstance(each, Constrained)), None)
         self.plain = not do_sample and not len(processors)
-        self._count = prompt.shape[1]
-        self._ids = prompt if self.plain else prompt.new_empty((1, max(most, self._count)))
-        if not self.plain:
-            self._ids[:, : self._count] = prompt
+        self._count, self._most = prompt.shape[1], most
+        self._ids = prompt
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token, (1,), from the logits (1, vocabulary), float32, as `GenerationMixin._sample` draws it, and
@@ -86,7 +86,10 @@ class Sampler:
             token = torch.multinomial(probabilities, num_samples=1, generator=self._generator)[:, 0]
         else:
             token = _draw(scores.softmax(-1))
-        if self._count < self._ids.shape[1]:
+        if self._count < self._most:
+            if self._count == self._ids.shape[1]:
+                more = self._ids.new_empty((1, min(_AHEAD + self._count // 2, self._most - self._count)))
+                self._ids = torch.cat((self._ids, more), dim=1)
             self._ids[:, self._count] = token
             self._count += 1
         if self.constrained is not None:

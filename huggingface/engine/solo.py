@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..demand import Claims
 from ..errors import Cancelled
 from ..records import Chunk, FinishReason, Timings, Token, Usage
 from ..steps import SomeToken, watched
@@ -64,11 +65,14 @@ class Solo:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: TokenTexts,
+        claims: Claims,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """`active` has the model answer as one of its adapters, by its name."""
+        """`claims` asks for the memory that a generation takes; `active` has the model answer as one of its adapters,
+        by its name."""
         self._model_id = model_id
         self._texts = texts
+        self._claims = claims
         self.model = model
         self._tokenizer = tokenizer
         self._active = active
@@ -87,12 +91,17 @@ class Solo:
         a reading of `time.monotonic`.
 
         Raises:
-            InvalidRequest: a parameter is one that this model cannot honour.
+            InvalidRequest: a parameter is one that this model cannot honour, or that there is never the memory for.
             Cancelled: `cancelled()` turned true meanwhile.
             Others as `failures.typed`.
         """
-        with typed(self._model_id), self._active(prepared.adapter), watched(self.model, self._model_id):
-            self._generate(prepared, streams, submitted, emit, cancelled)
+        with (
+            typed(self._model_id),
+            self._active(prepared.adapter),
+            watched(self.model, self._model_id),
+            self._claims.held(prepared.asked) as reached,
+        ):
+            self._generate(prepared, streams, submitted, emit, cancelled, reached)
 
     def _generate(
         self,
@@ -101,22 +110,22 @@ class Solo:
         submitted: float,
         emit: Callable[[Chunk], None],
         cancelled: Callable[[], bool],
+        reached: Callable[[int], None],
     ) -> None:
         parameters, prompt_tokens = prepared.parameters, prepared.prompt_tokens
         started, first = time.monotonic(), 0.0
         text = None
-        if streams and self._one_path(prepared):
+        if streams and prepared.asked.rows == 1:  # else it is one of several, or a beam that may still lose
             text = self._text(prepared)
 
         def seen(input_ids: torch.Tensor) -> None:
             nonlocal first
             first = first or time.monotonic()
+            reached(input_ids.shape[1])
             if text is not None and (shown := text.add(int(input_ids[0, -1]))):
                 emit(Chunk(shown, so_far=Usage(prompt_tokens, len(self._new_tokens(input_ids[0], prompt_tokens)))))
 
-        processors = LogitsProcessorList(
-            [*prepared.processors, SomeToken(beams=self._asked(prepared, "num_beams") > 1)]
-        )
+        processors = LogitsProcessorList([*prepared.processors, SomeToken(beams=prepared.asked.searches)])
         criteria = StoppingCriteriaList([_EachToken(cancelled, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
             output = self.model.generate(
@@ -133,10 +142,10 @@ class Solo:
         made = sum(count for _, _, count, _ in rows)
         tokens: list[list[Token]] = [[] for _ in rows]
         if prepared.logprobs is not None:
-            logits = torch.stack(output.logits, dim=1)  # (rows, new tokens, vocabulary)
             for index, (_, _, count, _) in enumerate(rows):
+                logits = torch.stack([step[index] for step in output.logits[:count]])  # (new tokens, vocabulary)
                 tokens[index] = self._texts.tokens(
-                    ids[index][:count], logits[index, :count], prepared.logprobs, opens=prepared.begin == "alone"
+                    ids[index][:count], logits, prepared.logprobs, opens=prepared.begin == "alone"
                 )
         timings = Timings.of(submitted, started, first or started, time.monotonic(), made)
         for index, (whole, reason, _, stop) in enumerate(rows):
@@ -177,11 +186,3 @@ class Solo:
     def _text(self, prepared: Prepared) -> TextStream:
         prompt = prepared.inputs["input_ids"][0].tolist() if self._reads_answer and prepared.inputs else []
         return TextStream(self._tokenizer, prepared.stops, prompt, prepared.special_tokens, prepared.begin)
-
-    def _one_path(self, prepared: Prepared) -> bool:
-        """Whether the text grows token by token: one sequence, and no beams that may still lose."""
-        return all(self._asked(prepared, name) == 1 for name in ("num_beams", "num_return_sequences"))
-
-    def _asked(self, prepared: Prepared, name: str) -> int:
-        """A count that the request asks for, or else the model's own settings."""
-        return int(prepared.arguments.get(name) or getattr(self.model.generation_config, name, 1) or 1)

@@ -84,8 +84,11 @@ def check_sequences(arguments: Mapping[str, Any], model: Any, *, do_sample: bool
         raise refuse("num_return_sequences", "must be 1 without sampling or beams, which give a single answer")
 
 
-def stop_when(cancelled: Callable[[], bool]) -> Any:
-    """A `StoppingCriteriaList` that asks `cancelled` after each token and raises `Cancelled` when it says so."""
+def stop_when(cancelled: Callable[[], bool], reached: Callable[[int], None] = lambda _: None) -> Any:
+    """A `StoppingCriteriaList` that asks `cancelled` after each token and raises `Cancelled` when it says so.
+
+    `reached` is told how many tokens there are.
+    """
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Asking(StoppingCriteria):  # type: ignore[misc]
@@ -94,6 +97,7 @@ def stop_when(cancelled: Callable[[], bool]) -> Any:
 
             if cancelled():
                 raise Cancelled
+            reached(input_ids.shape[1])
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return StoppingCriteriaList([Asking()])

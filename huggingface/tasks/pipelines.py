@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pipelines.base import ChunkPipeline
 
+from ..demand import Claims, asked_of
 from ..errors import Cancelled, GenerationFailed
 from .generation import stop_when
 from .inputs import refuse
@@ -76,6 +77,7 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
     """Adds what the prompt's length decides, and the question after each token whether to go on."""
 
     reads_nothing = True
+    claims: Claims | None = None  # asks for the memory that is taken
 
     def preprocess(self, prompt_text: Any, **parameters: Any) -> Any:
         """The prompt's tokens; a chat goes through the model's own template, which may refuse it."""
@@ -92,8 +94,13 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
         """`Pipeline.forward` of one prompt, asking after each token whether to go on."""
-        parameters.update(self._lengths(model_inputs["input_ids"].shape[-1], parameters))
-        return super().forward(model_inputs, stopping_criteria=stop_when(self.cancelled), **parameters)
+        tokens = int(model_inputs["input_ids"].shape[-1])
+        parameters.update(self._lengths(tokens, parameters))
+        if "custom_generate" in parameters or self.claims is None:  # somebody else makes the tokens
+            return super().forward(model_inputs, stopping_criteria=stop_when(self.cancelled), **parameters)
+        with self.claims.held(asked_of(self.model, parameters, tokens)) as reached:
+            criteria = stop_when(self.cancelled, reached)
+            return super().forward(model_inputs, stopping_criteria=criteria, **parameters)
 
     def _lengths(self, tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Check the prompt and the lengths asked for; returns what to add to them so that they are what counts.

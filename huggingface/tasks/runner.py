@@ -34,6 +34,7 @@ from .lane import Lane, Outputs, Tensors, token_count
 from .vocabulary import NoRow, check_vocabulary, field_of
 
 if TYPE_CHECKING:
+    from ..demand import Claims
     from .embedding import Pooling
 
 
@@ -56,17 +57,19 @@ class TaskRunner:
         pooling: Callable[[], Pooling | None] = lambda: None,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
         resting: Resting | None = None,
+        claims: Claims | None = None,
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 
         `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not. `active`
         has the model answer as one of its adapters, by its name, and as itself afterwards. `resting` keeps what the
-        model needs for some tasks only.
+        model needs for some tasks only. `claims` asks for the memory that making text takes.
         """
         self._model_id = model_id
         self._pooling = pooling
         self._active = active
         self._resting = resting
+        self._claims = claims
         self._model = model
         self._shared_tokenizer = tokenizer
         self._own_tokenizer: Any = None
@@ -220,7 +223,7 @@ class TaskRunner:
                 inputs, parameters = text_generation.checked(request.inputs, parameters, self._model, self._tokenizer)
                 return json_value(self._call(name, inputs, parameters, cancelled))
             parameters = generation_arguments(parameters, self._model)
-            answer = Text2Text(self._model, self._tokenizer, request.task)
+            answer = Text2Text(self._model, self._tokenizer, request.task, claims=self._claims)
             return json_value(answer(request.inputs, cancelled=cancelled, **parameters))
 
     def _checked(self, name: str, request: Request) -> tuple[Any, dict[str, Any]]:
@@ -286,6 +289,8 @@ class TaskRunner:
 
             model = self._model.base_model if name == "feature-extraction" else self._model
             pipeline = open_pipeline(name, model if part is None else part, self._tokenizer)
+            if name == "text-generation":
+                pipeline.claims = self._claims
             if part is not None:
                 pipeline.lane = self._lane(pipeline.open_lane(), adapter)
             elif isinstance(pipeline, Batched):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from ..demand import Claims, asked_of
 from ..errors import Cancelled, InvalidRequest, UnknownField
 from . import inputs as check
 from .positions import max_positions
@@ -78,13 +79,21 @@ class Text2Text:
 
     `model` is a `PreTrainedModel` with a language-modelling head over an encoder and a decoder, on any device;
     `tokenizer` its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `cancelled` is asked between texts and
-    between tokens. Behaves as 4.57.6's `Text2TextGenerationPipeline`, `SummarizationPipeline`, `TranslationPipeline`.
+    between tokens; `claims` asks for the memory that is taken. Behaves as 4.57.6's `Text2TextGenerationPipeline`,
+    `SummarizationPipeline`, `TranslationPipeline`.
 
     Raises:
         InvalidRequest: on `task`, when it is none of these.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: str, cancelled: Callable[[], bool] = _never) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: str,
+        cancelled: Callable[[], bool] = _never,
+        claims: Claims | None = None,
+    ) -> None:
         translation = _TRANSLATION.fullmatch(task)
         name = "translation" if translation else task
         if name not in _KEYS:
@@ -97,6 +106,7 @@ class Text2Text:
         self._model = model
         self._tokenizer = tokenizer
         self._cancelled = cancelled
+        self._claims = claims
         self._name = name
         self._key = _KEYS[name]
         self._task_parameters: Mapping[str, Any] = specific.get(task) or {}
@@ -267,8 +277,9 @@ class Text2Text:
         check_vocabulary(int(encoded["input_ids"].max()), vocabulary_rows(self._model), field)
         tensors = {name: value.to(self._model.device) for name, value in encoded.items()}
         try:
-            with torch.inference_mode(), _blaming(asked):
-                rows = self._generate(tensors, {**self._lengths(settings, tokens), **forced}, cancelled)
+            settings = {**self._lengths(settings, tokens), **forced}
+            with torch.inference_mode(), _blaming(asked), self._memory(tensors, settings, asked) as reached:
+                rows = self._generate(tensors, settings, cancelled, reached)
         except IndexError as error:
             if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
                 raise
@@ -315,7 +326,21 @@ class Text2Text:
             reason = f"has {length} tokens, and the model reads at most {limit}; shorten it, or set truncation to true"
             raise check.refuse(field, reason)
 
-    def _generate(self, tensors: Mapping[str, Any], settings: Mapping[str, Any], cancelled: Callable[[], bool]) -> Any:
+    def _memory(
+        self, tensors: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """The memory that an answer takes, had until the block ends: see `Claims.held`."""
+        if self._claims is None:
+            return nullcontext(lambda _: None)
+        return self._claims.held(asked_of(self._model, settings, int(tensors["input_ids"].shape[-1]), asked))
+
+    def _generate(
+        self,
+        tensors: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        cancelled: Callable[[], bool],
+        reached: Callable[[int], None],
+    ) -> Any:
         """The tokens of each answer, `(num_return_sequences, length)`."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -328,7 +353,7 @@ class Text2Text:
             name: None for name, value in settings.items() if value is None and getattr(model, name, None) is not None
         }
         reader = {"tokenizer": self._tokenizer} if settings.get("stop_strings") else {}
-        watch = _Watch(cancelled, self._decoder_positions, settings.get("max_length"))
+        watch = _Watch(cancelled, reached, self._decoder_positions, settings.get("max_length"))
         criteria = StoppingCriteriaList([watch])
         return self._model.generate(**tensors, generation_config=config, stopping_criteria=criteria, **none, **reader)
 
@@ -336,8 +361,15 @@ class Text2Text:
 class _Watch:
     """A stopping criterion that never stops but raises: for who gave up, and before the positions run out."""
 
-    def __init__(self, cancelled: Callable[[], bool], positions: int | None, max_length: int | None) -> None:
+    def __init__(
+        self,
+        cancelled: Callable[[], bool],
+        reached: Callable[[int], None],
+        positions: int | None,
+        max_length: int | None,
+    ) -> None:
         self._cancelled = cancelled
+        self._reached = reached
         self._positions = positions
         self._max_length = max_length
 
@@ -345,6 +377,7 @@ class _Watch:
         if self._cancelled():
             raise Cancelled
         length = input_ids.shape[1]
+        self._reached(length)
         if self._positions is not None and self._positions < length < (self._max_length or length + 1):
             reason = f"the answer is longer than the {self._positions} tokens that the model can write"
             raise check.refuse("max_new_tokens", reason)
