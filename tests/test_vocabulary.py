@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import huggingface
 from app import create_app
 from config import Settings
+from huggingface.converted import loading
 from huggingface.tasks.positions import max_positions
 
 API = "/api/huggingface"
@@ -37,8 +38,9 @@ def larger(root: Path, name: str, model_id: str, **roles: str) -> str:
     return model_id
 
 
-@pytest.fixture(params=["torch", "openvino"])
-def api(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+@pytest.fixture(params=["torch", "auto"])
+def api(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)  # which is quicker
     settings = Settings(
         _env_file=None, registry=tmp_path / "r.json", models_dir=tmp_path, device="cpu", engine=request.param
     )
@@ -50,6 +52,7 @@ def api(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def register(client: Any, model_id: str, model_type: str) -> None:
     fields = {"model_id": model_id, "name": "x", "model_type": model_type}
     assert client.post(f"{API}/models", json=fields).status_code == 200
+    assert client.post(f"{API}/models/{model_id}/load", json={"wait_for_graph": True}).status_code == 200
 
 
 def refused(answer: Any, field: str = "") -> None:
