@@ -96,9 +96,14 @@ class Demand:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, item = model.config.get_text_config(decoder=True), model.dtype.itemsize
+        # Where layers differ, the config of all of them does not tell what they have.
+        layered = list(config.per_layer_config) if config.is_heterogeneous else [config]
 
         def number(*names: str) -> int:
-            return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 0)
+            """The first of these that is told, the largest of all layers'."""
+            told = ([getattr(each, name, None) for each in layered] for name in names)
+            found = ([value for value in values if isinstance(value, int)] for values in told)
+            return next((int(max(values)) for values in found if values), 0)
 
         hidden = number("hidden_size", "d_model", "n_embd")
         heads = number("decoder_attention_heads", "num_attention_heads", "num_heads") or 1

@@ -11,9 +11,10 @@ from typing import Any
 import changed_models
 import pytest
 from causal_models import build, serve
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from huggingface.budget import Budget, Limit
-from huggingface.demand import Claims, Wanted, asked_of
+from huggingface.demand import Claims, Demand, Wanted, asked_of
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.loaded import LoadedModel
@@ -140,6 +141,19 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_model_whose_layers_differ_takes_what_its_largest_layers_take() -> None:
+    """As Gemma 4 has them, whose config does not tell one width for all of its heads."""
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size_per_layer_input": 0}
+    shape |= {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16}
+    sizes = []
+    for width in (8, 16):
+        model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**shape, head_dim=width))
+        asked = asked_of(model, {"num_beams": 2, "max_new_tokens": 8}, 40)
+        sizes.append(Demand(model).size(asked, 48, reading=True))
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_memory_is_held_while_beams_are_searched_and_given_back_when_they_are_given_up(manage: Any, tiny: Any) -> None:
