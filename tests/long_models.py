@@ -81,9 +81,8 @@ def together(loaded: LoadedModel, prompts: Sequence[tuple[list[int], int]]) -> l
         return list(threads.map(lambda each: served(loaded, each[0], max_new_tokens=each[1]), prompts))
 
 
-# Windows, chunks and the like: what a class of configs says of one, and whether such a model is served in a batch; of
-# Doge, whose untrained scores are all equal, chance decides.
-CHANGING: Mapping[str, tuple[str, dict[str, Any], bool | None]] = {
+# Windows, chunks and the like: what a class of configs says of one, and whether such a model is served in a batch.
+CHANGING: Mapping[str, tuple[str, dict[str, Any], bool]] = {
     "mistral": ("MistralConfig", {"sliding_window": 100, "head_dim": 8}, True),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 100}, True),
     "gpt-neo": (
@@ -92,5 +91,5 @@ CHANGING: Mapping[str, tuple[str, dict[str, Any], bool | None]] = {
         False,
     ),
     "moshi": ("MoshiConfig", {"sliding_window": 100, "head_dim": 8, "num_key_value_heads": 4}, False),
-    "doge": ("DogeConfig", {"keep_window_size": 100}, None),
+    "doge": ("DogeConfig", {"keep_window_size": 100}, False),
 }

@@ -157,7 +157,7 @@ def test_a_model_is_served_as_it_is_right_beyond_its_windows(name: str) -> None:
     loaded = serve(name, copy.deepcopy(model), tokenizer)
     try:
         assert loaded.status is not None
-        assert batched is None or loaded.status.mode == ("batched" if batched else "one at a time")
+        assert loaded.status.mode == ("batched" if batched else "one at a time")
         assert loaded.status.mode == "batched" or loaded.status.reason
         prompts = [(tokens(seed, count), 8) for seed, count in enumerate((20, 270, 12, 300, 290))]
         expected = [own(model, tokenizer, prompt, max_new_tokens=new) for prompt, new in prompts]

@@ -48,7 +48,7 @@ def layer_kinds(config: Any) -> LayerKinds:
     """The kinds of layers that a text config describes: `create_masks_for_generate`'s rules.
 
     Raises:
-        NotBatchable: one of them is none of `KINDS`.
+        NotBatchable: one of them is none of `KINDS`, or attends to tokens that the rows beside it may change.
     """
     named = getattr(config, "layer_types", None)
     if named is not None:
@@ -59,6 +59,10 @@ def layer_kinds(config: Any) -> LayerKinds:
         kinds = LayerKinds(("chunked_attention",), by_kind=False)
     else:
         kinds = LayerKinds(("full_attention",), by_kind=False)
+    kept = getattr(config, "keep_window_size", None)
+    if kept is not None and kept < (getattr(config, "max_position_embeddings", None) or kept + 1):
+        # A word that stands there twice has the same score in the first layer: the order in memory decides.
+        raise NotBatchable(f"its attention keeps the {kept} tokens of largest score, and which of equal ones is chance")
     if unknown := [kind for kind in kinds.names if kind not in KINDS]:
         raise NotBatchable(f"it has layers of the kind {', '.join(unknown)}")
     return kinds
