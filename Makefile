@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test format starter bench clients gpu clean
+.PHONY: help run test format starter bench clients zoo gpu clean
 
 help: ## Show this list
 	@echo "Usage: make COMMAND [PYTHON=python3.12]"
@@ -43,6 +43,10 @@ bench: starter $(STAMPS)/dev $(BENCH)/.stamps/serve $(BENCH)/.stamps/llama-cpp #
 # Each program is installed into an environment of its own, the first time; see docs/clients.md.
 clients: $(STAMPS)/dev ## Run other people's programs against a live server (ARGS="--list", or their names)
 	$(PY) -m tests.external $(ARGS)
+
+# Families that have a result already are left out; docs/zoo.md is written when all have one.
+zoo: $(STAMPS)/dev ## Compare every text family of transformers with the server (ARGS="--only qwen3", "--table causal", "--again")
+	$(PY) -m tests.zoo $(ARGS)
 
 # With the project's own Python, or where that is not installed with PYTHON and the wheels that benchmarks/gpu/fetch brought.
 gpu: ## Prove the server on a GPU: exactness, memory, speed, in minutes (ARGS="--device cpu")

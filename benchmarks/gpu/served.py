@@ -19,7 +19,7 @@ from ..program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 API = "/api/huggingface"
-_START = 60.0  # seconds until it takes connections
+_START = 300.0  # seconds until it takes connections
 
 
 class Failed(Exception):
