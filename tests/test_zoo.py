@@ -22,6 +22,7 @@ FAMILIES = {
     "causal:qwen3_next": ("one at a time", None),  # a state beside keys and values
     "causal:blt": ("one at a time", None),  # bytes in patches
     "seq2seq:t5": ("one at a time", None),
+    "masked:mbart": ("one at a time", None),  # makes its decoder's text of its own one
     "masked:modernbert": ("one at a time", "openvino"),
     "sequence:gpt2": ("one at a time", "openvino"),  # reads its class off the last token
     "token:deberta-v2": ("one at a time", "openvino"),  # positions relative to each other

@@ -335,15 +335,13 @@ class TaskRunner:
             return True
         import torch
 
-        token = torch.zeros((1, 1), dtype=torch.long, device=base.device)
+        padding = self._model.config.get_text_config().pad_token_id
+        token = torch.full((1, 1), 1 if padding == 0 else 0, dtype=torch.long, device=base.device)
         try:
             with torch.no_grad():
                 base(input_ids=token)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-        ):  # no decoder_input_ids, said in as many ways as there are models
+        # No decoder_input_ids, said in as many ways as there are models.
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             return False
         return True
 

@@ -209,5 +209,4 @@ NOTES: Mapping[tuple[str, str], str] = {
     ("causal", "emu3"): "AutoModelForCausalLM itself finds no weights of the text part in such a checkpoint",
     ("causal", "recurrent_gemma"): "its own code goes on from the last text where a prompt has one token",
     ("causal", "reformer"): "its own code seeds the draws again at each step, to hash",
-    ("causal", "xlm"): "it reads a mask behind the text that it goes on from: a prompt has no probabilities of its own",
 }

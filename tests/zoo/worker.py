@@ -36,7 +36,14 @@ from benchmarks.gpu.served import API, Failed, Served
 _PATIENCE = 600.0  # seconds for one call: no bound on the machine's speed
 CLOSE = 1e-5  # numbers of tasks
 LOGPROBS_CLOSE = 1e-3
-_NEUTRAL = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_NEUTRAL = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
 
 
 class Zoo:
