@@ -145,7 +145,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "transformers": TORCH,
     "llguidance": (
         *(f"huggingface/engine/{name}.py" for name in ("constraints", "tokens")),
-        *(f"huggingface/forms/{name}.py" for name in ("notation", "process")),
+        *(f"huggingface/forms/{name}.py" for name in ("notation", "process", "unique")),
     ),
     "huggingface_hub": (),
     "safetensors": (),

@@ -12,21 +12,28 @@ from llguidance import LLMatcher
 
 from .gbnf import as_lark
 from .json_schema import TIDY, closed
+from .places import apart
 
 _MOST_CHOICES = 10_000
 
 
-def notation(kind: str, value: Any) -> str:
-    """The grammar of a form; `kind` and `value` are a `records.Constraint`'s.
+def notation(kind: str, value: Any) -> tuple[str, Any]:
+    """The grammar of a form, and the schema whose `uniqueItems` is still to be watched, or None; `kind` and `value` are
+    a `records.Constraint`'s.
 
     Raises:
         ValueError, TypeError: the value is not of its kind. RecursionError: it is nested too deeply.
     """
+    if kind == "json_schema":
+        schema, unique = apart(closed(value))
+        return _schema(schema), unique
+    return _grammar(kind, value), None
+
+
+def _grammar(kind: str, value: Any) -> str:
     match kind:
         case "json_object":
             return _json({"type": "object"})
-        case "json_schema":
-            return _schema(closed(value))
         case "regex":
             return str(LLMatcher.grammar_from_regex(value))
         case "choice":

@@ -26,6 +26,7 @@ from typing import NoReturn
 from llguidance import LLMatcher, LLTokenizer
 
 from .notation import notation
+from .unique import Watched, watched
 
 # From the server: an operation, which of the texts of the form, and a token. Back: what it is, and how long.
 OPERATION = struct.Struct("<BII")
@@ -162,7 +163,9 @@ def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoRetur
         _limit_memory(limits.memory)
         wanted = json.loads(receive(form, LENGTH.unpack(receive(form, LENGTH.size))[0]))
         with _Limit(limits.compiling):
-            texts = [LLMatcher(tokens, notation(*wanted), log_level=0)]
+            grammar, unique = notation(*wanted)
+            matcher = LLMatcher(tokens, grammar, log_level=0)
+            texts = [matcher if unique is None or matcher.is_error() else watched(matcher, tokens, unique)]
             answer = _state(texts[0])
         form.sendall(answer)
         while True:
@@ -182,7 +185,7 @@ def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoRetur
         os._exit(0)
 
 
-def _state(text: LLMatcher) -> bytes:
+def _state(text: LLMatcher | Watched) -> bytes:
     """What may follow, as the server is told."""
     if not text.is_error() and not text.is_stopped():
         mask = text.compute_bitmask()
