@@ -162,8 +162,15 @@ def _token_bytes(model: Any, dtype: torch.dtype) -> int:
 
 
 def _configured_bytes(config: Any, dtype: torch.dtype) -> int:
-    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
-    if not layers or not heads or getattr(config, "state_size", None):
+    """The same of what its config says; of each layer, where they differ."""
+    if getattr(config, "state_size", None):
         return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width * dtype.itemsize)
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * getattr(config, "num_hidden_layers", 0)
+    values = 0
+    for layer in layers:
+        heads = getattr(layer, "num_attention_heads", 0)
+        if not heads:
+            return 0
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        values += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * width
+    return int(values * dtype.itemsize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from tests.zoo import table
 
 FAMILIES = {
     "causal:gemma3_text": ("batched", "openvino"),  # windows on some layers
-    "causal:gemma4_text": ("batched", "openvino"),  # layers that differ in width
+    "causal:gemma4": ("batched", "openvino"),  # layers that differ in width, beside what reads pictures
     "causal:deepseek_v3": ("batched", None),  # latent keys and values, groups of experts
     "causal:llama4_text": ("one at a time", None),  # attention in chunks
     "causal:doge": ("one at a time", None),  # keeps the tokens of largest score
@@ -53,6 +54,13 @@ def test_a_family_answers_as_transformers_does_by_whatever_computes_it(told: dic
     ]
     assert (each["torch"]["mode"], each["openvino"].get("engine")) == (mode, converted)
     assert each["diverse"] > 3, "its answers do not tell one prompt from another"
+
+
+def test_the_document_tells_of_every_family_and_each_exception_has_its_reason() -> None:
+    document = (ROOT / "docs" / "zoo.md").read_text("utf-8")
+    parts = dict(zip(*[iter(re.split(r"^## (.*)$", document, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    assert set(parts) == set(table.TITLES.values())
+    assert "|  |" not in document, "a family is not equal, and nothing says why"
 
 
 def test_a_family_that_is_not_equal_is_told_with_what_is_not() -> None:

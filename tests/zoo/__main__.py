@@ -128,7 +128,8 @@ def main() -> int:
                     continue
                 waiting.remove(name)
                 with lock:
-                    results[name] = results.get(name, {}) | each if set(backends) & set(each) else each
+                    had = results.get(name, {})
+                    results[name] = {key: had[key] for key in table.BACKENDS if key in had} | each
                     text = "".join(f"{json.dumps(each)}\n" for each in results.values())
                     arguments.results.write_text(text, "utf-8")
                     print(f"{name:40} {each.get('seconds', 0):6.1f} s  {_line(each)}", flush=True)
