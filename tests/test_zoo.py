@@ -60,7 +60,8 @@ def test_the_document_tells_of_every_family_and_each_exception_has_its_reason() 
     document = (ROOT / "docs" / "zoo.md").read_text("utf-8")
     parts = dict(zip(*[iter(re.split(r"^## (.*)$", document, flags=re.MULTILINE)[1:])] * 2, strict=True))
     assert set(parts) == set(table.TITLES.values())
-    assert "|  |" not in document, "a family is not equal, and nothing says why"
+    bare = [line for line in document.splitlines() if line.endswith("|  |")]
+    assert not bare, "a family is not equal, and nothing says why"
 
 
 def test_a_family_that_is_not_equal_is_told_with_what_is_not() -> None:
