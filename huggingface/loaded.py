@@ -41,7 +41,7 @@ from .engine.prepare import Preparer
 from .engine.prompts import run_in_batch
 from .engine.rotary import forget_between_passes
 from .engine.slots import first_bank
-from .engine.solo import Solo
+from .engine.solo import Solo, unset
 from .engine.ticket import Ticket
 from .engine.tokens import TokenTexts
 from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
@@ -249,6 +249,7 @@ class LoadedModel:
         """Find out how the model is served, and build all that serves it."""
         model_id, options = self.model_id, self._options
         forget_between_passes(model)
+        kept = unset(model)
         rows = vocabulary_rows(model)
         guard_vocabulary(model, tokenizer)
         made = None if self._conversion is None else self._openvino_runner(model, self._conversion)
@@ -295,7 +296,7 @@ class LoadedModel:
             check_adapter=self._adapters.check,
             check_vocabulary=lambda highest, field: check_vocabulary(highest, rows, field),
         )
-        solo = Solo(model_id, model, tokenizer, texts, claims, active)
+        solo = Solo(model_id, model, tokenizer, texts, claims, active, kept)
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
         if copied:
             self._memory.note("copies", {self.device: copied})

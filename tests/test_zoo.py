@@ -20,6 +20,7 @@ FAMILIES = {
     "causal:llama4_text": ("one at a time", None),  # attention in chunks
     "causal:doge": ("one at a time", None),  # keeps the tokens of largest score
     "causal:bloom": ("one at a time", None),  # positions as slopes
+    "causal:recurrent_gemma": ("one at a time", None),  # a state that its modules keep from text to text
     "causal:qwen3_next": ("one at a time", None),  # a state beside keys and values
     "causal:blt": ("one at a time", None),  # bytes in patches
     "seq2seq:t5": ("one at a time", None),

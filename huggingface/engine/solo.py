@@ -7,7 +7,7 @@ queue or HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -56,6 +56,16 @@ class _EachToken(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(self._constrained.complete, device=input_ids.device)
 
 
+def unset(model: Any) -> list[tuple[dict[str, Any], str]]:
+    """What modules have not set yet, as they were loaded: some keep a state there beside the cache."""
+    return [
+        (vars(module), name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if value is None and not name.startswith("_")
+    ]
+
+
 class Solo:
     """Generates with a transformers model's own `generate`, one request at a time."""
 
@@ -67,15 +77,17 @@ class Solo:
         texts: TokenTexts,
         claims: Claims,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
+        unset: Sequence[tuple[dict[str, Any], str]] = (),
     ) -> None:
         """`claims` asks for the memory that a generation takes; `active` has the model answer as one of its adapters,
-        by its name."""
+        by its name. What is `unset` is so again before each text, which goes on from no other."""
         self._model_id = model_id
         self._texts = texts
         self._claims = claims
         self.model = model
         self._tokenizer = tokenizer
         self._active = active
+        self._unset = unset
         self._reads_answer = not model.config.is_encoder_decoder
 
     def generate(
@@ -112,6 +124,9 @@ class Solo:
         cancelled: Callable[[], bool],
         reached: Callable[[int], None],
     ) -> None:
+        for attributes, name in self._unset:
+            if isinstance(attributes.get(name), torch.Tensor):
+                attributes[name] = None
         parameters, prompt_tokens = prepared.parameters, prepared.prompt_tokens
         started, first = time.monotonic(), 0.0
         text = None

@@ -208,7 +208,6 @@ def takes(model: Any, name: str) -> bool:
 _PLACED = "refused by name: it reads text with the places that it has on a page"
 NOTES: Mapping[tuple[str, str], str] = {
     ("causal", "emu3"): "AutoModelForCausalLM itself finds no weights of the text part in such a checkpoint",
-    ("causal", "recurrent_gemma"): "its own code goes on from the last text where a prompt has one token",
     ("causal", "reformer"): "its own code seeds the draws again at each step, to hash",
     **{(table, name): _PLACED for table in TABLES for name in ("layoutlm", "layoutlmv3", "lilt")},
 }
