@@ -15,6 +15,7 @@ from causal_models import build
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from huggingface.adapters import Adapters, attach
+from huggingface.demand import Claims
 from huggingface.engine.batch import TransformersBatch, sequence_of
 from huggingface.engine.constraints import Constraints
 from huggingface.engine.engine import Engine
@@ -76,7 +77,8 @@ class Served:
             arguments=lambda given: generation_arguments(given, self.model),
             check_adapter=self.adapters.check,
         )
-        self.solo = Solo(name, self.model, self.tokenizer, texts, active)
+        claims = Claims(name, self.model, lambda _: True, lambda: None, lambda: False)
+        self.solo = Solo(name, self.model, self.tokenizer, texts, claims, active)
 
     def generate(self, prompt: str, parameters: Mapping[str, Any], adapter: str | None = None) -> Ticket:
         """Queue a generation."""

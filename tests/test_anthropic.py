@@ -552,7 +552,7 @@ def test_bodies_that_are_none(server: Server, path: str, body: str) -> None:
     ("method", "path", "arguments", "status", "kind"),
     [
         ("POST", "/v1/messages/batches", {"json": {}}, 404, "not_found_error"),
-        ("POST", "/v1/messages/", {"json": {}}, 404, "not_found_error"),
+        ("POST", "/v1/messages/nix", {"json": {}}, 404, "not_found_error"),
         ("GET", "/v1/messages", {}, 405, "invalid_request_error"),
         ("POST", "/v1/messages", {"data": "{}"}, 415, "invalid_request_error"),
         ("POST", "/v1/messages", {"json": {"a": "b" * 17 * 2**20}}, 413, "request_too_large"),

@@ -178,6 +178,7 @@ def test_a_load_says_what_was_loaded_and_where(api: Server) -> None:
             "max_context": None,
             "slots": 64,
         },
+        "engine_reason": "torch was asked for",  # beyond the document
     }
 
 

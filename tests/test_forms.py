@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,8 +65,12 @@ def write(form: Open, tokenizer: str, most: int = 400) -> str:
 
 
 def processes() -> list[psutil.Process]:
-    """Those that this one has begun, and theirs."""
-    return psutil.Process().children(recursive=True)
+    """Those that compile and follow forms for this one."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [each] if "forms.process" in " ".join(each.cmdline()) else []
+    return found
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -168,26 +174,39 @@ def test_no_form_keeps_the_other_rows_of_a_batch_waiting(engine: str) -> None:
     model, tokenizer = build("llama")
     loaded = serve("llama", model, tokenizer, engine)
 
-    def ask(constraint: Constraint | None) -> str:
-        parameters = {"do_sample": False, "max_new_tokens": 300}
-        [chunk] = loaded.generate(GenerationRequest(parameters, prompt=TEXT[:40], constraint=constraint))
-        return chunk.whole or ""
+    begun = threading.Event()
+
+    def ask(constraint: Constraint | None, said: Callable[[], object] = lambda: None) -> str:
+        parameters = {"do_sample": False, "max_new_tokens": 440}
+        whole = ""
+        for chunk in loaded.generate(
+            GenerationRequest(parameters, prompt=TEXT[:40], constraint=constraint, streams=True)
+        ):
+            said()
+            whole = chunk.whole or whole + chunk.text
+        return whole
+
+    def stop() -> None:
+        """Hold the form's process, once: it has been compiled, and follows the text."""
+        if not begun.is_set():
+            [form] = [each for each in processes() if each.pid != first.pid]
+            form.suspend()
+            begun.set()
 
     try:
-        ask(Constraint("regex", "[a-z]{3}"))
+        assert len(ask(Constraint("regex", "[a-z]{3}"))) == 3
         until(lambda: len(processes()) == 1)
         [first] = processes()
         with ThreadPoolExecutor(1) as pool:
-            held = pool.submit(ask, Constraint("regex", "[a-z]{200}"))
-            until(lambda: len(processes()) == 2)
-            [form] = [each for each in processes() if each.pid != first.pid]
-            form.suspend()
+            held = pool.submit(ask, Constraint("regex", "[a-z]{400}"), stop)
+            until(begun.is_set)
             alone = ask(None)
             assert ask(Constraint("regex", "x{7}")) == "xxxxxxx"
             assert alone
             assert not held.done()
+            [form] = [each for each in processes() if each.pid != first.pid]
             form.resume()
-            assert len(held.result()) == 200
+            assert len(held.result()) == 400
         with pytest.raises(InvalidRequest, match="nested too deeply"):
             ask(Constraint("json_schema", DEEP))
     finally:

@@ -509,7 +509,16 @@ def test_a_published_parameter_changes_the_answer(add: Callable[..., str], publi
     assert with_it.status_code == 200, with_it.text
     null = requests.post(address, json=body_of(published, inputs, {**others, field: None}), timeout=PATIENCE)
     if field not in others:
-        assert null.json() == without.json()
+        assert rounded(null.json()) == rounded(without.json())
+
+
+def rounded(value: Any) -> Any:
+    """An answer without what rounding makes of its numbers: the second text finds its beginning computed already."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,6 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
     "config-values": (change(n_embd="many"), 422, "config.json"),
     "config-no-type": (change(model_type=None), 422, "model_type"),
     "config-unknown-type": (change(model_type="no_such_thing"), 422, "does not know this kind of model"),
-    "config-no-text-model": (change(model_type="vit", architectures=["ViTModel"]), 422, ""),
     "no-weights": (remove("*.safetensors"), 404, "no weights"),
     "weights-truncated": (truncate, 422, "model.safetensors is damaged or incomplete"),
     "weights-empty": (write("model.safetensors", ""), 422, "model.safetensors is damaged or incomplete"),

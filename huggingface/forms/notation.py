@@ -25,7 +25,7 @@ def notation(kind: str, value: Any) -> tuple[str, Any]:
         ValueError, TypeError: the value is not of its kind. RecursionError: it is nested too deeply.
     """
     if kind == "json_schema":
-        schema, unique = apart(closed(value))
+        schema, unique = apart(closed(json.loads(value) if isinstance(value, str) else value))
         return _schema(schema), unique
     return _grammar(kind, value), None
 
