@@ -361,6 +361,11 @@ def test_an_estimate_counts_the_adapters(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_beams_that_draw_among_more_tokens_than_torch_can_are_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="num_beams"), typed("some/model"):
+        torch.multinomial(torch.ones(2**24 + 1), 1)
+
+
 def test_the_adapters_of_a_model_in_memory_are_shown(tmp_path: Path, start_server: Any) -> None:
     model_id = tiny_models.build(tmp_path, "llama")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / model_id)
