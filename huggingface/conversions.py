@@ -107,7 +107,7 @@ class Conversions:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    # Whoever wants a graph -------------------------------------------------------------------------------------------
+    # Requesting a graph ----------------------------------------------------------------------------------------------
 
     def add(self, conversion: Conversion) -> Conversion:
         """Have a graph made for a model that torch computes meanwhile; returns what makes it already, or has failed."""
@@ -164,7 +164,7 @@ class Conversions:
             self._thread.start()
         return conversion
 
-    # Whoever does not want it any more -------------------------------------------------------------------------------
+    # Cancelling a conversion ----------------------------------------------------------------------------------------
 
     def cancel(self, model_id: str) -> None:
         """Give up a model's conversion, and wait until it is; one that failed may be tried again afterwards."""

@@ -34,7 +34,7 @@ class Wanted:
     """What one call of `generate` is to do: how many `rows` at once, of a prompt of so many tokens, to what length.
 
     `searches` by beams; `doubled` computes each row a second time; `kept` keeps all logits of what is made, `told`
-    those of the prompt. `why` tells what asks for more than one row, in words for whoever asked; `field` is its name.
+    those of the prompt. `why` tells what asks for more than one row, in words for the client; `field` is its name.
     """
 
     rows: int

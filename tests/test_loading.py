@@ -144,6 +144,23 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
 }
 
 
+def test_a_folder_that_came_to_hold_no_text_model_is_refused_at_the_load_too(root: Path, client: Any) -> None:
+    """It is refused by name at registering, and at the load where it was changed afterwards."""
+    for model_id in ("damaged/no-text-model-then", "damaged/no-text-model-before"):
+        folder, fields = (
+            copy(root, "gpt2", model_id),
+            {"model_id": model_id, "name": "x", "model_type": "text-generation"},
+        )
+        if model_id.endswith("then"):
+            assert client.post("/api/huggingface/models", json=fields).status_code == 200
+        change(model_type="vit", architectures=["ViTModel"])(folder)
+        path = f"/models/{model_id}/load" if model_id.endswith("then") else "/models"
+        answer = client.post(f"/api/huggingface{path}", json={} if model_id.endswith("then") else fields)
+        assert answer.status_code == 422, answer.text
+        assert f"'{model_id}'" in answer.json["error"]
+        assert str(root) not in answer.json["error"]
+
+
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_files_are_refused_with_what_to_do_and_the_server_lives_on(root: Path, client: Any, case: str) -> None:
     damage, status, words = DAMAGES[case]
