@@ -42,7 +42,6 @@ from huggingface.tasks.text_generation import TextGenerations
 
 pytestmark = [
     # What peft says when the tests save adapters.
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),

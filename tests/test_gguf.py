@@ -25,11 +25,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from huggingface import gguf_files
 from huggingface.errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
 
-pytestmark = [
-    # What peft says when the tests save adapters.
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # peft, on saving adapters
 
 MODEL = "tiny/gguf"
 FILE = "model.gguf"

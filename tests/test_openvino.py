@@ -234,7 +234,6 @@ def test_without_the_package_torch_computes(place: Callable[[str], Path], monkey
         load(folder, engine="openvino")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapters_are_left_to_torch(place: Callable[[str], Path], tmp_path: Path) -> None:
     """A graph knows nothing of adapters: with them torch computes, and OpenVINO by its name is refused."""
     folder = place("llama")
