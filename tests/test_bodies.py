@@ -7,6 +7,7 @@ import json
 import socket
 import stat
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -203,9 +204,10 @@ def temporary_bytes(pid: int) -> int:
     """Bytes of the files that a process holds open and that have no name any more."""
     size = 0
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        if "(deleted)" in str(path.readlink()):
-            status = path.stat()
-            size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+        with suppress(FileNotFoundError):  # it has been closed since
+            if "(deleted)" in str(path.readlink()):
+                status = path.stat()
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return size
 
 

@@ -36,6 +36,8 @@ STATE, ERROR = 0, 1
 ACCEPTING, STOPPED = 1, 2  # in the first byte of a state; the mask follows, one bit a token
 LENGTH = struct.Struct("<I")
 
+NICE = 10  # others' steps need the same cores
+
 _DEEP = 20_000  # calls within calls of Python; where the stack is too small for them, the process ends
 _SHOWN = 1000  # characters of a reason
 
@@ -64,6 +66,7 @@ def main() -> None:
     server = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the server, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICE)
     about = json.loads(receive(server, LENGTH.unpack(receive(server, LENGTH.size))[0]))
     try:
         tokens = LLTokenizer(about["tokenizer"], n_vocab=about["vocabulary"], eos_token=about["ends"])
