@@ -428,8 +428,20 @@ class LoadedModel:
         return None if done is None else done.engine.status()
 
     @property
-    def _parts(self) -> _Parts:
-        return self._open()
+    def engine(self) -> Engine:
+        """What all of its work runs on, once it is known how it is served.
+
+        Raises: as `prepared`.
+        """
+        return self._open().engine
+
+    @property
+    def tasks(self) -> TaskRunner:
+        """What it can be asked besides texts, token by token; from `engine`'s thread, but for what says otherwise.
+
+        Raises: as `prepared`.
+        """
+        return self._open().tasks
 
     @property
     def _done(self) -> _Parts | None:

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from huggingface.converted import generator
 from huggingface.converted.place import Place
 from huggingface.engine.openvino.reserve import make_shell
-from huggingface.loaded import Conversion, LoadedModel, Setup
+from huggingface.loaded import Conversion, LoadedModel, Memory, Setup
 from huggingface.records import EngineOptions, ModelRecord
 
 END = "<|endoftext|>"
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": ROWS,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -35,6 +35,8 @@ _SHAPE = {
     "max_position_embeddings": 512,
     "initializer_range": 0.4,
 }
+# Enough weights that it matters which way they lie.
+LARGE = {"hidden_size": 256, "intermediate_size": 6144, "initializer_range": 0.1}
 _GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
 
 # Families that are served in a batch: what each adds to the common shape.
@@ -77,13 +79,15 @@ def build_config(kind: str, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         loaded = AutoTokenizer.from_pretrained(folder, **names)
     end = tokenizer.token_to_id(END)
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    config = getattr(transformers, kind)(**{**_SHAPE, **extra, **ids})
+    config = getattr(transformers, kind)(**{**SHAPE, **extra, **ids})
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config).eval()
     return model, loaded
 
 
-def serve(name: str, model: Any, tokenizer: Any, engine: str = "torch", **options: Any) -> LoadedModel:
+def serve(
+    name: str, model: Any, tokenizer: Any, engine: str = "torch", memory: Memory | None = None, **options: Any
+) -> LoadedModel:
     """The model as the server has it in memory; `model` itself stays as it is."""
     record = ModelRecord(f"tiny/{name}", name, "text-generation")
     folder = Path(tempfile.mkdtemp(prefix="graph-")) if engine == "openvino" else None
@@ -97,7 +101,8 @@ def serve(name: str, model: Any, tokenizer: Any, engine: str = "torch", **option
         conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse, wanted=True)
         served = make_shell(copy.deepcopy(model))
     setup = Setup(record, "causal-lm", "cpu", {}, folder=folder)
-    loaded = LoadedModel(setup, served, tokenizer, EngineOptions(**options), conversion=conversion)
+    made = EngineOptions(**options)
+    loaded = LoadedModel(setup, served, tokenizer, made, memory=memory, conversion=conversion)
     loaded.prepared()
     assert loaded.effective["engine"] == engine
     return loaded

@@ -113,6 +113,7 @@ class Hub:
         self.root = root
         self.requests: list[Request] = []
         self.bodies: list[Body] = []
+        self.spans: list[tuple[str, str]] = []  # of weights that were asked for: the file, and its bytes
         self.down: int | None = None  # a status that every request gets
         self._repositories: dict[str, Repository] = {}
         self._released = threading.Event()
@@ -219,6 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         span = _RANGE.fullmatch(self.headers.get("Range") or "")
         start, end = (int(span[1]), int(span[2]) if span[2] else None) if span else (0, None)
         hub.requests.append(Request(self.command, path, token, start, end))
+        if self.command == "GET" and quoted.endswith((".safetensors", ".gguf", ".bin")):
+            hub.spans.append((quoted.rpartition("/")[2], self.headers.get("Range") or "all of it"))
         if hub.down is not None:
             return self._send(hub.down, b"out of order")
         for pattern, answer in ((_BLOB, self._blob), (_RESOLVE, self._resolve), (_TREE, self._tree), (_API, self._api)):

@@ -59,7 +59,7 @@ class Served:
         constraints = Constraints(self.tokenizer, self.model.config.vocab_size, [])
         texts = TokenTexts(self.tokenizer, lambda: constraints.tokens)
         try:
-            self.runner: Any = batch_runner(self.model, adapters=self.adapters)
+            self.runner: Any = batch_runner(self.model, engine_options.findings, adapters=self.adapters)
             self.reason = ""
         except NotBatchable as error:
             self.runner, self.reason = None, str(error)

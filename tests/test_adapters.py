@@ -15,7 +15,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from causal_models import build
+from causal_models import LARGE, build, build_config
+from loaded_parts import laying_out
 from lora_models import Served, reference, save_adapter
 from safetensors.torch import load_file, save_file
 from test_slots import Lists
@@ -62,7 +63,13 @@ HEAD: dict[str, Any] = {
 
 def make(name: str, root: Path, *configs: dict[str, Any], **options: Any) -> tuple[Served, dict[str | None, Any]]:
     """A model served with an adapter for each config, called a, b, c, and what it is to be compared with."""
-    model, _ = build(name)
+    return make_of(name, build(name)[0], root, *configs, **options)
+
+
+def make_of(
+    name: str, model: Any, root: Path, *configs: dict[str, Any], **options: Any
+) -> tuple[Served, dict[str | None, Any]]:
+    """The same of a model that is there."""
     named = dict(zip("abc", configs, strict=False))
     folders = {letter: save_adapter(model, root / letter, ord(letter), **config) for letter, config in named.items()}
     references = {letter: reference(model, folder) for letter, folder in folders.items()}
@@ -147,19 +154,23 @@ def test_a_model_that_is_not_batched_has_adapters_too(tmp_path: Path) -> None:
         served.engine.close()
 
 
-def test_with_weights_laid_out_anew_adapters_give_the_same(llama: Any) -> None:
+def test_with_weights_laid_out_anew_adapters_give_the_same(tmp_path: Path) -> None:
     """The base's products under the adapters are packed and unpacked as everybody's are; the factors are left alone."""
-    served, references = llama
-    products = served.runner.products
-    products._worth_packing, products._rested = True, 10**6
+    large, _ = build_config("LlamaConfig", LARGE)
+    served, references = make_of("llama", large, tmp_path, ATTENTION, EVERYWHERE, HEAD, findings=laying_out())
+    base = [weight for name, weight in served.model.named_parameters() if ".base_layer." in name]
+    factors = [weight for name, weight in served.model.named_parameters() if ".lora_" in name]
+    assert base
+    assert factors
     try:
         check_batch(served, references, rows=8)
-        assert all(product.packed is not None for product in products._all)
+        assert all(weight.numel() == 0 for weight in base)
+        assert all(weight.numel() for weight in factors)
         beams = {"num_beams": 2, "do_sample": False, "max_new_tokens": 6}
         assert served.text("The cat", beams, "b") == served.expect(references["b"], "The cat", beams)
-        assert all(product.packed is None for product in products._all)
+        assert all(weight.numel() for weight in base)
     finally:
-        products._worth_packing = False
+        served.engine.close()
 
 
 def test_a_prompt_is_not_read_again_by_its_adapter_but_by_any_other(llama: Any) -> None:

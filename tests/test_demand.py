@@ -11,6 +11,7 @@ from typing import Any
 import changed_models
 import pytest
 from causal_models import build, serve
+from loaded_parts import noted_models, noted_parts
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from huggingface.budget import Budget, Limit
@@ -64,9 +65,9 @@ def taken(manager: ModelManager) -> int:
 
 def held(manager: ModelManager) -> int:
     """The same once loads and generations have given back what they had for themselves."""
-    for model in manager.loaded().values():
-        model._preparing.join()
-        model._parts.engine.call(lambda: None)
+    for model_id, model in manager.loaded().items():
+        until(lambda name=f"prepare-{model_id}": name not in {thread.name for thread in threading.enumerate()})
+        model.engine.call(lambda: None)
     return taken(manager)
 
 
@@ -177,23 +178,23 @@ def test_an_idle_model_goes_for_beams_but_not_for_what_could_never_be_had(manage
     with manager.lease(tiny("gpt2")):
         pass
     other = sum(manager.budget.held(tiny("gpt2")).values())
-    with manager.lease(tiny("llama")) as model:
+    with noted_parts() as parts, noted_models() as read, manager.lease(tiny("llama")) as model:
         with pytest.raises(InvalidRequest):
             text(model, num_beams=1024)
         assert tiny("gpt2") in manager.loaded()
         text(model, num_beams=2)
         assert tiny("gpt2") in manager.loaded()
-        claims = model._parts.claims
         room = manager.budget.room("cpu")
-        asked = asked_of(model._parts.solo.model, {"max_new_tokens": 1}, 1)
-        most = max(rows for rows in range(1, 20_000) if claims._first(_rows(asked, rows)) < room + other // 2)
-        assert claims._first(_rows(asked, most)) > room, "one that needs a part of what the other has"
-        with claims.held(_rows(asked, most)):
+        need = Claims("x", read[-1], lambda _: True, lambda: None, bool).check
+        most = max(rows for rows in range(1, 20_000) if need(_rows(rows)) < room + other // 2)
+        assert need(_rows(most)) > room, "one that needs a part of what the other has"
+        with parts[tiny("llama")].claims.held(_rows(most)):
             assert tiny("gpt2") not in manager.loaded()
 
 
-def _rows(asked: Wanted, rows: int) -> Wanted:
-    return Wanted(rows=rows, prompt=asked.prompt, longest=asked.longest, why=f"num_beams {rows}", field="num_beams")
+def _rows(rows: int) -> Wanted:
+    """One more token after a prompt of one, as a search of so many beams."""
+    return Wanted(rows=rows, prompt=1, longest=2, why=f"num_beams {rows}", field="num_beams")
 
 
 def test_two_at_once_are_not_granted_the_same_memory_and_growth_is_asked_for() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from causal_models import ALONE, BATCHED, UNPAGED, build, serve
+from causal_models import ALONE, BATCHED, LARGE, UNPAGED, build, build_config, serve
 from conftest import until
+from loaded_parts import Parts, laying_out, noted_parts
 from tiny_tokenizers import TEXT
 
 from huggingface.engine.layers import NotBatchable
-from huggingface.engine.parity import _PROMPTS, some_prompts
 from huggingface.errors import Cancelled, GenerationFailed, OutOfMemory, QueueFull
 from huggingface.loaded import LoadedModel
 from huggingface.records import Chunk, GenerationRequest
@@ -28,12 +28,13 @@ WORDS = TEXT.split()
 
 @dataclass
 class Served:
-    """A model as it is served, and itself."""
+    """A model as it is served, itself, and what it is served by."""
 
     name: str
     model: Any
     tokenizer: Any
     loaded: LoadedModel
+    parts: Parts
 
     def expect(self, prompt: str, parameters: dict[str, Any]) -> str:
         """The text that `model.generate` gives, called as a notebook would."""
@@ -61,6 +62,13 @@ class Served:
         return self.ask(prompt, parameters)[-1].whole or ""
 
 
+def serve_noted(name: str, model: Any, tokenizer: Any, engine: str = "torch", **options: Any) -> Served:
+    """Serves a model, and notes by what."""
+    with noted_parts() as noted:
+        loaded = serve(name, model, tokenizer, engine, **options)
+    return Served(name, model, tokenizer, loaded, noted[loaded.model_id])
+
+
 @pytest.fixture(scope="module", params=["torch", "openvino"])
 def family(request: pytest.FixtureRequest) -> Iterator[Callable[..., Served]]:
     """Builds a model by the name of its family and serves it on either runner, once for the same options."""
@@ -72,8 +80,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Callable[..., Served]]:
             pytest.skip("OpenVINO does not compute it")
         key = (name, *sorted(options.items()))
         if key not in built:
-            model, tokenizer = build(name)
-            built[key] = Served(name, model, tokenizer, serve(name, model, tokenizer, engine, **options))
+            built[key] = serve_noted(name, *build(name), engine, **options)
         return built[key]
 
     yield make
@@ -177,13 +184,12 @@ def test_prompts_read_in_chunks_give_the_same_text(name: str, family: Any) -> No
 def test_processed_logits_are_those_of_transformers(family: Any) -> None:
     """A row's logits go through the very processors that `generate` builds: same numbers, bit by bit."""
     served = family("llama")
-    parts = served.loaded._parts
     draw = random.Random(3)
     for _ in range(40):
         prompt = draw_prompt(draw)
         parameters = draw_parameters(draw)
         parameters.pop("stop_strings", None)
-        prepared = parts.preparer.prepare(GenerationRequest(parameters, prompt=prompt))
+        prepared = served.parts.preparer.prepare(GenerationRequest(parameters, prompt=prompt))
         settings = {name: value for name, value in prepared.arguments.items() if name != "tokenizer"}
         with torch.inference_mode():
             torch.manual_seed(0)
@@ -285,7 +291,7 @@ def test_who_cancels_in_the_queue_or_in_the_prompt_frees_the_place(family: Any) 
 def test_a_prompt_that_begins_alike_is_not_read_again(family: Any) -> None:
     """The next turn of a chat computes its own tokens only: those before it are there still."""
     served = family("llama", max_batch=4)
-    batch = served.loaded._parts.engine._batch
+    batch = served.parts.batch
     read: list[int] = []
     forward = batch.forward
 
@@ -311,7 +317,7 @@ def test_kv_memory_is_bounded_and_who_does_not_fit_waits_or_is_refused(family: A
     """The cache never grows beyond its limit: requests wait for room, and one that never fits is refused by numbers."""
     served = family("qwen3", kv_cache_bytes=2**20)
     status = served.loaded.status
-    assert 2**20 // served.loaded._parts.engine._batch._runner.cache.token_bytes <= 4096
+    assert 2**20 // served.parts.runner.cache.token_bytes <= 4096
     options = {"do_sample": False, "max_new_tokens": 30}
     prompts = [" ".join(WORDS[start : start + 100]) for start in range(12)]
     expected = [served.expect(prompt, options) for prompt in prompts]
@@ -340,10 +346,11 @@ def test_a_row_whose_numbers_break_fails_alone(engine: str) -> None:
     """Where one row's logits are NaN only its request fails; the others' texts are right, then and afterwards."""
     model, tokenizer = build("llama")
     bad = tokenizer("~", add_special_tokens=False)["input_ids"][0]
-    assert not any(bad in prompt for prompt in some_prompts(model, _PROMPTS)), "the check at load would see it"
     with torch.no_grad():
         model.get_input_embeddings().weight[bad] = float("nan")
-    served = Served("llama", model, tokenizer, serve("llama", model, tokenizer, engine, max_batch=8))
+    served = serve_noted("llama", model, tokenizer, engine, max_batch=8)
+    assert served.loaded.status is not None
+    assert served.loaded.status.mode == "batched", "the check at load has seen it"
     options = {"do_sample": False, "max_new_tokens": 20}
     prompts = [" ".join(WORDS[start : start + 9]) for start in range(5)]
     expected = [served.expect(prompt, options) for prompt in prompts]
@@ -361,8 +368,8 @@ def test_a_row_whose_numbers_break_fails_alone(engine: str) -> None:
 def test_a_step_that_fails_fails_those_who_made_it_fail(family: Any) -> None:
     """A forward pass that raises for one row is repeated row by row: the others never notice."""
     served = family("gpt2", max_batch=8)
-    batch = served.loaded._parts.engine._batch
-    forward = batch._runner.forward
+    runner = served.parts.runner
+    forward = runner.forward
     poison = served.tokenizer("zzz")["input_ids"]
 
     def fail(pieces: Any, every: Any) -> Any:
@@ -373,7 +380,7 @@ def test_a_step_that_fails_fails_those_who_made_it_fail(family: Any) -> None:
     options = {"do_sample": False, "max_new_tokens": 15}
     prompts = [" ".join(WORDS[start : start + 9]) for start in range(5)]
     expected = [served.expect(prompt, options) for prompt in prompts]
-    batch._runner.forward = fail
+    runner.forward = fail
     try:
         with ThreadPoolExecutor(6) as pool:
             broken = pool.submit(served.text, "zzz", options)
@@ -381,21 +388,20 @@ def test_a_step_that_fails_fails_those_who_made_it_fail(family: Any) -> None:
             with pytest.raises(GenerationFailed):
                 broken.result()
     finally:
-        del batch._runner.forward
+        del runner.forward
     assert served.text("zzz", options) == served.expect("zzz", options)
     idle(served.loaded)
 
 
 def test_an_engine_that_breaks_tells_everyone() -> None:
     """A failure of the engine itself ends all who wait with an error, shows in its status, and is never a hang."""
-    model, tokenizer = build("llama")
-    loaded = serve("llama", model, tokenizer)
-    engine = loaded._parts.engine
+    served = serve_noted("llama", *build("llama"))
+    loaded = served.loaded
 
     def broken(*_: Any) -> Any:
         raise AssertionError("a bug of the engine's own")
 
-    engine._let_in = broken
+    served.parts.batch.draw = broken
     with pytest.raises(Exception, match="out of service"):
         list(loaded.generate(GenerationRequest({"max_new_tokens": 5}, prompt="The cat")))
     assert loaded.failed
@@ -424,16 +430,18 @@ def test_what_cannot_be_right_is_found_out() -> None:
 
 def test_whoever_uses_the_model_itself_finds_it_whole() -> None:
     """Weights that are laid out for the batch are back before anybody uses the model itself, whenever it comes."""
-    model, tokenizer = build("llama")
-    served = Served("llama", model, tokenizer, serve("llama", model, tokenizer, max_batch=3))
-    parts = served.loaded._parts
-    batch, runner = parts.engine._batch, parts.engine._batch._runner
-    runner.products._worth_packing, runner.products._rested = True, 10**6
-    whole = served.text("The cat", {"do_sample": False, "max_new_tokens": 4})
-    assert all(product.packed is not None for product in runner.products._all)
-    seen: list[bool] = []
-    parts.engine.call(lambda: seen.append(all(product.packed is None for product in runner.products._all)))
-    assert seen == [True]
-    assert served.text("The cat", {"do_sample": False, "max_new_tokens": 4}) == whole
-    assert batch.allocated_bytes > 0
+    model, tokenizer = build_config("LlamaConfig", LARGE)
+    served = serve_noted("large", model, tokenizer, max_batch=3, findings=laying_out())
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+    def laid_out() -> list[bool]:
+        return [weight.numel() == 0 for weight in weights]
+
+    asked = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+    for _ in range(2):
+        text = served.text("The cat", asked)
+        assert all(laid_out())
+        assert not any(served.loaded.engine.call(laid_out))
+        assert text == served.expect("The cat", asked)
+    assert served.parts.batch.allocated_bytes > 0
     served.loaded.close()

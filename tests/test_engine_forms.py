@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import torch
 from causal_models import build, serve
+from loaded_parts import noted_parts
 from tiny_tokenizers import TEXT
 from transformers import LogitsProcessorList
 
@@ -33,7 +34,9 @@ class Served:
 
     def __init__(self, name: str, engine: str = "torch", **options: Any) -> None:
         self.model, self.tokenizer = build(name)
-        self.loaded: LoadedModel = serve(name, self.model, self.tokenizer, engine, **options)
+        with noted_parts() as noted:
+            self.loaded: LoadedModel = serve(name, self.model, self.tokenizer, engine, **options)
+        self.parts = noted[self.loaded.model_id]
 
     def ask(self, parameters: dict[str, Any], **request: Any) -> list[Chunk]:
         """All chunks of an answer."""
@@ -294,7 +297,7 @@ def test_texts_that_outgrow_their_slots_go_on_as_if_nothing_was(monkeypatch: pyt
     served = Served("llama")
     try:
         grown = itertools.count()
-        slots = served.loaded._parts.engine._scheduler._slots  # type: ignore[union-attr]
+        slots = served.parts.batch.slots
         original = slots.grow
         monkeypatch.setattr(slots, "grow", lambda *arguments: (next(grown), original(*arguments))[1])
         parameters = {"do_sample": False, "max_new_tokens": 480, "min_new_tokens": 480}
@@ -320,9 +323,10 @@ def test_who_cannot_grow_waits_and_goes_on_later(monkeypatch: pytest.MonkeyPatch
     try:
         parameters = {"do_sample": False, "max_new_tokens": 450, "min_new_tokens": 450}
         put_back = itertools.count()
-        scheduler = served.loaded._parts.engine._scheduler  # type: ignore[union-attr]
-        original = scheduler._put_back
-        monkeypatch.setattr(scheduler, "_put_back", lambda sequence: (next(put_back), original(sequence)))
+        slots = served.parts.batch.slots
+        original = slots.grow
+        # Of several that run, one waits whenever there is no larger slot; nobody who is alone is refused one here.
+        monkeypatch.setattr(slots, "grow", lambda *arguments: original(*arguments) or (next(put_back), False)[1])
         with ThreadPoolExecutor(4) as pool:
             texts = list(pool.map(lambda word: served.ask(parameters, prompt=word)[-1].whole, WORDS[:4]))
         assert next(put_back) > 0, "somebody had to wait"

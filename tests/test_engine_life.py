@@ -12,6 +12,7 @@ import pytest
 import torch
 from causal_models import build, serve
 from conftest import until
+from loaded_parts import noted_models, noted_parts
 from task_models import on_one_thread
 
 from huggingface.engine import engine as engine_module
@@ -106,7 +107,7 @@ def test_no_request_is_lost_between_rest_and_work(resting: Any, family: Any) -> 
     loaded = family("llama")
     said, told = text(loaded, max_new_tokens=1), loaded.run("text-generation", "The cat", GREEDY)
     features = loaded.run("feature-extraction", "cat", {})
-    engine = loaded._parts.engine
+    engine = loaded.engine
 
     def ask(number: int) -> None:
         for turn in range(25):
@@ -143,7 +144,7 @@ def test_a_model_is_closed_while_it_rests(resting: Any, family: Any) -> None:
     resting(0.0)
     loaded = family("llama")
     assert text(loaded)
-    engine, tasks = loaded._parts.engine, loaded._parts.tasks
+    engine, tasks = loaded.engine, loaded.tasks
     until(lambda: not threads_of("llama"))
     assert engine.status().kv_cache_bytes > 0
     engine.close()
@@ -218,11 +219,12 @@ def test_a_model_whose_engine_broke_is_loaded_anew_at_the_next_request(
     assert client.post(f"{API}/models", json=fields).status_code == 200
     generate = {"model_id": model_id, "prompt": "The cat", **GREEDY}
     pipeline = {"model_id": model_id, "task": "text-generation", "inputs": ["The cat", "A dog"], **GREEDY}
-    right = (client.post(f"{API}/generate", json=generate).get_json()["response"],)
+    with noted_parts() as parts:
+        right = (client.post(f"{API}/generate", json=generate).get_json()["response"],)
     right += (client.post(f"{API}/pipeline", json=pipeline).get_json()["results"],)
     manager = app.extensions["local-llm"].manager
     old = manager.loaded()[model_id]
-    runner = old._parts.engine._batch._runner
+    runner = parts[model_id].runner
     forward, steps = runner.forward, []
 
     def breaks(*arguments: Any) -> Any:
@@ -269,13 +271,14 @@ def test_a_device_that_fails_in_a_task_breaks_the_engine_and_all_who_wait_are_to
     fields = {"model_id": model_id, "name": "x", "model_type": "sentiment-analysis"}
     assert client.post(f"{API}/models", json=fields).status_code == 200
     body = {"model_id": model_id, "task": "sentiment-analysis", "inputs": "The cat"}
-    right = client.post(f"{API}/pipeline", json=body).get_json()["results"]
+    with noted_models() as read:
+        right = client.post(f"{API}/pipeline", json=body).get_json()["results"]
     old = app.extensions["local-llm"].manager.loaded()[model_id]
 
     def fails(*_: Any, **__: Any) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(old._parts.solo.model, "forward", fails)
+    monkeypatch.setattr(read[-1], "forward", fails)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: app.test_client().post(f"{API}/pipeline", json=body), range(4)))
     for answer in answers:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from changed_models import copy, edit, load, text
+from loaded_parts import noted_models
 
 from huggingface.errors import FilesCorrupt, ModelUnsupported
 from huggingface.preflight import Preflight
@@ -113,8 +114,10 @@ def test_every_family_loads_whole_from_half_precision_without_metadata(root: Pat
     model_type = next((value for key, value in types.items() if architecture.endswith(key)), "text-generation")
     if architecture == "MarianMTModel":
         model_type = "translation"
-    model = load(root, model_id, model_type)
-    loaded = model._parts.tasks._model
+    with noted_models() as read:
+        model = load(root, model_id, model_type)
+        model.prepared()
+    [loaded] = read
     assert loaded.dtype == torch.float32
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name.removeprefix("model.") if model.head == "base" else name]), (
@@ -153,8 +156,10 @@ def test_generation_values_in_an_old_config_act_as_transformers_lets_them(
         edit(folder, "generation_config.json", no_repeat_ngram_size=2, **ids)
     kind = transformers.AutoModelForCausalLM if name == "gpt2" else transformers.AutoModelForSeq2SeqLM
     plain, tokenizer = kind.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    model = load(root, model_id, "text-generation" if name == "gpt2" else "text2text-generation")
-    loaded = model._parts.tasks._model
+    with noted_models() as read:
+        model = load(root, model_id, "text-generation" if name == "gpt2" else "text2text-generation")
+        model.prepared()
+    [loaded] = read
     assert loaded.generation_config.to_dict() == plain.generation_config.to_dict()
     for key, value in legacy.get("task_specific_params", {}).items():  # which the tasks read by themselves
         assert loaded.config.task_specific_params[key] == value
@@ -211,7 +216,7 @@ def test_the_text_half_of_a_model_that_also_sees_writes_as_transformers_has_it(r
     assert (told["problem"], told["model_type"], told["known"]) == (None, "text-generation", True)
     model = load(root, model_id, "text-generation")
     assert model.head == "causal-lm"
-    able = {canonical_task(task) for task in model._parts.tasks.supported}
+    able = {canonical_task(task) for task in model.tasks.supported}
     assert told["tasks"] == [task for task in TASKS if task in able]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert text(model) == tokenizer.decode(expected, skip_special_tokens=True)

@@ -27,6 +27,7 @@ import torch
 import transformers
 from conftest import PATIENCE, STARTER, Server, until
 from hub_place import Place
+from loaded_parts import noted_parts
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -1154,17 +1155,17 @@ def test_a_step_that_lacks_memory_is_tried_again_when_an_idle_model_has_gone(
     manager = manage(record(tiny("gpt2")), record(tiny("llama")))
     request = GenerationRequest({"max_new_tokens": 4, "do_sample": False}, prompt="The cat")
     manager.load(tiny("gpt2"))
-    with manager.lease(tiny("llama")) as model:
+    with noted_parts() as parts, manager.lease(tiny("llama")) as model:
         wanted = "".join(chunk.text for chunk in model.generate(request))
-        batch = model._parts.engine._batch
-        forward, failures = batch._runner.forward, [RuntimeError("can't allocate memory: 1 GB")]
+        runner = parts[tiny("llama")].runner
+        forward, failures = runner.forward, [RuntimeError("can't allocate memory: 1 GB")]
 
         def short(*arguments: Any) -> Any:
             if failures:
                 raise failures.pop()
             return forward(*arguments)
 
-        batch._runner.forward = short
+        runner.forward = short
         assert "".join(chunk.text for chunk in model.generate(request)) == wanted
         assert set(manager.loaded()) == {tiny("llama")}
         failures += [RuntimeError("can't allocate memory: 1 GB")] * 2

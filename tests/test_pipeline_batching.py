@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import transformers
 from causal_models import ALONE, build, serve
+from loaded_parts import noted_parts
 from task_models import CHAT, Models, on_one_thread
 from test_engine import draw_parameters, draw_prompt, idle
 from tiny_tokenizers import TEXT
@@ -69,7 +70,10 @@ class Served:
         tokenizer.chat_template, tokenizer.model_max_length = TEMPLATE, 100
         self.tokenizer = tokenizer
         self.upstream = transformers.pipeline(TASK, model=other, tokenizer=copy.deepcopy(tokenizer), device="cpu")
-        self.loaded: LoadedModel = serve(name, model, tokenizer, **options)
+        self.model = model
+        with noted_parts() as noted:
+            self.loaded: LoadedModel = serve(name, model, tokenizer, **options)
+        self.batch = noted[self.loaded.model_id].batch
 
     def run(self, inputs: Any, parameters: dict[str, Any], *gone: Callable[[], bool]) -> Any:
         """The answer of the served model."""
@@ -108,7 +112,8 @@ class Watch:
     def __init__(self, served: Served) -> None:
         self.rows: list[int] = []
         self.whole = 0
-        self._batch, self._tasks = served.loaded._parts.engine._batch, served.loaded._parts.tasks
+        self._batch: Any = served.batch
+        self._tasks: Any = served.loaded.tasks
 
     def __enter__(self) -> Watch:
         forward, submit = self._batch.forward, self._tasks.submit
@@ -391,7 +396,7 @@ def test_calls_change_neither_the_model_nor_its_tokenizer(family: Any) -> None:
     served = family("mistral-window")
 
     def state() -> Any:
-        tokenizer, model = served.tokenizer, served.loaded._parts.tasks._model
+        tokenizer, model = served.tokenizer, served.model
         kept = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token, tokenizer.model_max_length)
         backend = tokenizer.backend_tokenizer
         return kept, backend.truncation, backend.padding, model.config.to_dict(), model.generation_config.to_dict()

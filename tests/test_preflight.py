@@ -18,8 +18,8 @@ import tiny_models
 from changed_models import copy, edit, load
 from conftest import PATIENCE, ROOT
 from embedding_models import build_embedding
-from hub import _Handler
 from hub_place import Place
+from loaded_parts import noted_models
 from test_files import sharded
 
 from huggingface.errors import LoadError
@@ -176,11 +176,11 @@ def test_what_is_told_of_a_model_is_what_it_is_once_loaded(root: Path, name: str
     assert (details["source"], details["reachable"], details["known"]) == ("local", True, True)
     assert details["model_type"] == TYPE_OF[name]
     assert details["model_type"] in MODEL_TYPES
-    model = load(root, model_id, details["model_type"])
+    with noted_models() as read:
+        model = load(root, model_id, details["model_type"])
     try:
-        parts = model._parts
-        supported = {canonical_task(task) for task in parts.tasks.supported}
-        inner = parts.tasks._model
+        supported = {canonical_task(task) for task in model.tasks.supported}
+        [inner] = read
         assert details["tasks"] == [task for task in TASKS if task in supported]
         # Marian's positions are computed; they are in the model, but in no checkpoint.
         computed = ("embed_positions.weight",) if name == "marian" else ()
@@ -190,7 +190,7 @@ def test_what_is_told_of_a_model_is_what_it_is_once_loaded(root: Path, name: str
         assert details["dtype"] == str(inner.dtype).removeprefix("torch.")
         assert details["architecture"] == inner.config.architectures[0]
         assert details["config_type"] == inner.config.model_type
-        assert details["chat_template"] == (parts.tokenizer.chat_template is not None)
+        assert details["chat_template"] == (model.chat.template is not None)
     finally:
         model.close()
     assert details["files"] == {"count": 1, "names": ["model.safetensors"]}
@@ -558,24 +558,16 @@ class Looker:
 
 
 @pytest.fixture(scope="module")
-def ranges() -> list[tuple[str, str]]:
-    """The pieces of weights that were asked for: the file, and the bytes."""
-    return []
+def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("place"), root)
+    with place.hub:
+        yield place
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, root: Path, ranges: list[tuple[str, str]]) -> Iterator[Place]:
-    place = Place(tmp_path_factory.mktemp("place"), root)
-
-    class Handler(_Handler):
-        def do_GET(self) -> None:  # noqa: N802 - as the server calls it
-            if self.path.split("?")[0].endswith((".safetensors", ".gguf", ".bin")):
-                ranges.append((self.path.rpartition("/")[2], self.headers.get("Range") or "all of it"))
-            super().do_GET()
-
-    place.hub._server.RequestHandlerClass = Handler
-    with place.hub:
-        yield place
+def ranges(place: Place) -> list[tuple[str, str]]:
+    """The pieces of weights that were asked for: the file, and the bytes."""
+    return place.hub.spans
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,82 @@
+"""The parts that models in memory are built of, for tests that watch them or have them fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from huggingface import loaded, loader
+from huggingface.demand import Claims
+from huggingface.engine.batch import TransformersBatch
+from huggingface.engine.prepare import Preparer
+
+
+@dataclass
+class Parts:
+    """What prepares a model's requests and asks for their memory; where it is batched, its batch and that's runner."""
+
+    batch: Any = None
+    runner: Any = None
+    preparer: Any = None
+    claims: Any = None
+
+
+@contextmanager
+def noted_parts() -> Iterator[dict[str, Parts]]:
+    """Notes the parts of each model that is prepared meanwhile, by its id; of one that is loaded again, the later."""
+    noted: dict[str, Parts] = {}
+
+    def batch(model_id: str, runner: Any, *arguments: Any) -> TransformersBatch:
+        noted[model_id] = Parts(TransformersBatch(model_id, runner, *arguments), runner)
+        return noted[model_id].batch
+
+    def claims(model_id: str, *arguments: Any) -> Claims:
+        parts = noted.setdefault(model_id, Parts())
+        parts.claims = Claims(model_id, *arguments)
+        return parts.claims
+
+    def preparer(model_id: str, *arguments: Any, **named: Any) -> Preparer:
+        parts = noted.setdefault(model_id, Parts())
+        parts.preparer = Preparer(model_id, *arguments, **named)
+        return parts.preparer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded, "TransformersBatch", batch)
+        patch.setattr(loaded, "Claims", claims)
+        patch.setattr(loaded, "Preparer", preparer)
+        yield noted
+
+
+@contextmanager
+def noted_models() -> Iterator[list[Any]]:
+    """Notes every transformers model that a load reads meanwhile, in their order."""
+    read, noted = loader.read_model, []
+
+    def note(*arguments: Any) -> Any:
+        noted.append(read(*arguments))
+        return noted[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "read_model", note)
+        yield noted
+
+
+class Findings(dict[Hashable, Any]):
+    """What was found out about this machine, with its findings about products changed, whatever it is fastest at."""
+
+    def __init__(self, change: Callable[[Any], dict[str, Any]]) -> None:
+        """`change` gives what a finding is to have otherwise, by the names of its fields."""
+        super().__init__()
+        self.change = change
+
+    def __setitem__(self, key: Any, finding: Any) -> None:
+        super().__setitem__(key, replace(finding, **self.change(finding)) if key[0] == "products" else finding)
+
+
+def laying_out() -> Findings:
+    """Findings by which weights are laid out anew for the steps of a batch, where there are enough of them."""
+    return Findings(lambda _: {"packed": 0.0})
