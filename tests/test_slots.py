@@ -287,6 +287,13 @@ class Nothing:
         return "", ""
 
 
+class Digits(Nothing):
+    """Text that shows the number of each token."""
+
+    def add(self, token: int) -> str:
+        return str(token)
+
+
 def waiting(tokens: list[int]) -> Sequence:
     """A sequence with a prompt of these tokens."""
     return Sequence(
@@ -326,3 +333,21 @@ def test_nobody_hurries_for_the_end_of_a_long_prompt() -> None:
     again = admit([*range(2000), 5, 6])
     assert again.reused >= 1900
     assert scheduler.short_prompts == 1
+
+
+def test_a_token_is_said_before_the_next_one_is_computed() -> None:
+    """A form may come to be settled at any moment, also between the look that says a token and the plan of the step."""
+    scheduler = Scheduler(SlotTable(Lists(), 10_000), 4)
+    sequence = waiting([1, 2, 3])
+    sequence.text, sequence.sampler, sequence.streams = Digits(), Nothing(), True
+    scheduler.waiting.append(sequence)
+    scheduler.admit()
+    scheduler.computed(scheduler.plan(100))
+    sequence.sampler.settled = False
+    sequence.append(4)
+    sequence.sampler.settled = True  # after the engine has looked
+    assert scheduler.plan(100) == ()
+    sequence.settle()
+    assert [row.tokens for row in scheduler.plan(100)] == [(4,)]
+    sequence.append(5)
+    assert [next(sequence.ticket).text for _ in "45"] == ["4", "5"]

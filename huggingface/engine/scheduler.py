@@ -113,10 +113,10 @@ class Scheduler:
         These have at most `budget` tokens together.
 
         The oldest prompt gets at least half of it; the shortest ones share the rest, so that a short prompt
-        need not wait until a long one is read. A sequence whose form is not settled has no part in the step.
+        need not wait until a long one is read. A sequence that is not ready has no part in the step.
         """
-        decoding = [sequence for sequence in self.decoding if sequence.settled]
-        prefilling = [sequence for sequence in self.prefilling if sequence.settled]
+        decoding = [sequence for sequence in self.decoding if sequence.ready]
+        prefilling = [sequence for sequence in self.prefilling if sequence.ready]
         decode = sorted(decoding, key=lambda sequence: (sequence.slot.bank.key, sequence.slot.row))  # type: ignore[union-attr]
         rows = [Row(sequence, (sequence.tokens[-1],), len(sequence.tokens) - 1) for sequence in decode]
         chunks: dict[Sequence, int] = {}

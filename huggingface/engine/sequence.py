@@ -104,8 +104,13 @@ class Sequence:
 
     @property
     def settled(self) -> bool:
-        """Whether its next token can be computed and drawn."""
+        """Whether its form has told what may follow the last token; it may do so at any moment."""
         return bool(self.sampler.settled)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next token can be computed and drawn: the last one is said, and did not end the text."""
+        return self.unsaid is None and self.settled
 
     def append(self, token: int) -> None:
         """Take the next token: show its text, and see whether it was the last one, as soon as its form tells."""
