@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tests' settings are their own.
 for _name in [name for name in os.environ if name.startswith("LOCAL_LLM_")]:
     del os.environ[_name]
-# Making OpenVINO's graph of each tiny model would take longer than most tests: what is about it says so.
+# Making the graphs of tiny models takes longer than most tests: those marked `each_backend` run with OpenVINO too.
 os.environ["LOCAL_LLM_ENGINE"] = "torch"
 
 import tiny_models
@@ -34,6 +34,7 @@ from config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BACKENDS = ("torch", "openvino")
 PATIENCE = 600  # seconds after which what a test waits for never comes: no expectation of speed
 
 
@@ -41,6 +42,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite runs in several processes; tests that are chosen in this one, which is ready sooner."""
     chosen = config.option.file_or_dir or config.option.keyword or config.option.lf or config.option.failedfirst
     return 0 if chosen else max(2, min(os.cpu_count() or 1, 4))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `each_backend` run once with each."""
+    if metafunc.definition.get_closest_marker("each_backend") and "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS, indirect=True, scope="session")
 
 
 def pytest_collection_finish() -> None:
@@ -59,9 +66,48 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Which backend computes the models of `server`: one of `BACKENDS`."""
+    return str(getattr(request, "param", "torch"))
+
+
+@pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder; `tiny` puts models into it."""
     return tmp_path_factory.mktemp("models")
+
+
+class Graphs:
+    """Makes OpenVINO's graphs of the models in a folder, so that a server computes with them from its first load on."""
+
+    def __init__(self, directory: Path, models_dir: Path) -> None:
+        registry = directory / "models.json"
+        settings = Settings(_env_file=None, registry=registry, models_dir=models_dir, device="cpu", engine="auto")
+        self._app = create_app(settings)
+        self._made: set[tuple[str, str]] = set()
+
+    def make(self, model_id: str, model_type: str) -> None:
+        """That of one model, once; none where OpenVINO cannot compute it, or where there is no such model."""
+        if (model_id, model_type) in self._made:
+            return
+        self._made.add((model_id, model_type))
+        client, path = self._app.test_client(), f"/api/huggingface/models/{model_id}"
+        body = {"model_id": model_id, "name": model_id, "model_type": model_type}
+        if client.post("/api/huggingface/models", json=body).status_code == 200:
+            client.post(f"{path}/load", json={"wait_for_graph": True})
+            assert client.delete(path).status_code == 200
+
+    def close(self) -> None:
+        """End the app."""
+        huggingface.close(self._app)
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Graphs]:
+    """The graphs of the models in `models_dir`."""
+    graphs = Graphs(tmp_path_factory.mktemp("graphs"), models_dir)
+    yield graphs
+    graphs.close()
 
 
 @pytest.fixture(scope="session")
@@ -107,17 +153,18 @@ def client(app: Any) -> Any:
 
 
 class Server:
-    """A running `python app.py`, and calls to it."""
+    """A running `python app.py`, and calls to it; with `graphs`, OpenVINO computes the models that it can."""
 
-    def __init__(self, directory: Path, models_dir: Path, **environment: str) -> None:
+    def __init__(self, directory: Path, models_dir: Path, graphs: Graphs | None = None, **environment: str) -> None:
         self.registry = directory / "models.json"
+        self._graphs = graphs
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LOCAL_LLM_")},
             "LOCAL_LLM_PORT": "0",
             "LOCAL_LLM_REGISTRY": str(self.registry),
             "LOCAL_LLM_MODELS_DIR": str(models_dir),
             "LOCAL_LLM_DEVICE": "cpu",
-            "LOCAL_LLM_ENGINE": "torch",
+            "LOCAL_LLM_ENGINE": "auto" if graphs else "torch",
             "LOCAL_LLM_IMPORT_AT_START": "false",
             "PYTHONUNBUFFERED": "1",
             **environment,
@@ -152,8 +199,14 @@ class Server:
         """A request to a route under `/api/huggingface`."""
         return requests.request(method, f"{self.api}{path}", timeout=PATIENCE, **arguments)
 
+    def prepare(self, model_id: str, model_type: str) -> None:
+        """Have a model's graph made, where OpenVINO is to compute it."""
+        if self._graphs:
+            self._graphs.make(model_id, model_type)
+
     def add(self, model_id: str, model_type: str, **fields: Any) -> None:
         """Register a model, if it is not registered already."""
+        self.prepare(model_id, model_type)
         body = {"model_id": model_id, "name": model_id, "model_type": model_type, **fields}
         assert self.call("POST", "/models", json=body).status_code in (200, 409)
 
@@ -173,20 +226,36 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, models_dir: Path, graphs: Graphs
+) -> Iterator[Callable[[str], Server]]:
+    """Gives the live server of a backend; many tests share it."""
+    started: dict[str, Server] = {}
+
+    def give(backend: str) -> Server:
+        if backend not in started:
+            directory = tmp_path_factory.mktemp("server")
+            started[backend] = Server(directory, models_dir, graphs if backend == "openvino" else None)
+        return started[backend]
+
+    yield give
+    for server in started.values():
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(servers: Callable[[str], Server], backend: str) -> Server:
     """A live server that many tests share; a test registers the models it needs."""
-    server = Server(tmp_path_factory.mktemp("server"), models_dir)
-    yield server
-    server.stop()
+    return servers(backend)
 
 
 @pytest.fixture
-def start_server(tmp_path: Path, models_dir: Path) -> Iterator[Callable[..., Server]]:
+def start_server(tmp_path: Path, models_dir: Path, backend: str, graphs: Graphs) -> Iterator[Callable[..., Server]]:
     """Starts live servers with settings of the test's own; they are stopped at its end."""
     servers: list[Server] = []
 
     def start(directory: Path = tmp_path, **environment: str) -> Server:
-        servers.append(Server(directory, models_dir, **environment))
+        servers.append(Server(directory, models_dir, graphs if backend == "openvino" else None, **environment))
         return servers[-1]
 
     yield start

@@ -82,4 +82,5 @@ def add_gpt2(api: Server, **fields: Any) -> None:
     """Register the model that most of the document's examples use."""
     body = {"model_id": "gpt2", "model_type": "text-generation", "name": "GPT-2"}
     body["description"] = "OpenAI GPT-2 language model"
+    api.prepare(body["model_id"], body["model_type"])
     good(api.call("POST", "/models", json={**body, **fields}))

@@ -16,6 +16,8 @@ import pytest
 import requests
 from conftest import until
 
+pytestmark = pytest.mark.each_backend
+
 # Seconds of work on a tiny model, so that what a test does meanwhile is done meanwhile.
 LONG = {"do_sample": False, "num_beams": 12, "min_new_tokens": 470, "max_new_tokens": 480}
 

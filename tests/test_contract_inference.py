@@ -11,6 +11,8 @@ import pytest
 from conftest import Server
 from documented import TIME, TYPES, add_gpt2, bad, emptied, good
 
+pytestmark = pytest.mark.each_backend
+
 # What `/generate` tells beyond the document.
 BEYOND = ("finish_reason", "usage", "timings")
 

@@ -16,12 +16,14 @@ import pydantic
 import pytest
 import requests
 import torch
-from conftest import PATIENCE, STARTER, Server, until
+from conftest import PATIENCE, STARTER, Graphs, Server, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.api.openai.chat import reason_of
 from huggingface.api.system import VERSION
 from huggingface.records import Chunk
+
+pytestmark = pytest.mark.each_backend
 
 HI = [{"role": "user", "content": "where is the cat?"}]
 LONG = 24  # tokens
@@ -42,9 +44,11 @@ NOW = {"type": "function", "function": {"name": "now"}}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, models_dir: Path, backend: str, graphs: Graphs
+) -> Iterator[Server]:
     """A live server of these tests' own: they register models under other types than others do."""
-    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    server = Server(tmp_path_factory.mktemp("server"), models_dir, graphs if backend == "openvino" else None)
     yield server
     server.stop()
 

@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
-from conftest import PATIENCE, Server, until
+from conftest import PATIENCE, Graphs, Server, until
+
+pytestmark = pytest.mark.each_backend
 
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 LONG = {**GREEDY, "max_new_tokens": 480, "min_new_tokens": 480}
@@ -61,7 +63,7 @@ def idle(server: Server, model_id: str) -> None:
 
 @pytest.fixture(scope="module")
 def llama(
-    tmp_path_factory: pytest.TempPathFactory, models_dir: Path, tiny: Any
+    tmp_path_factory: pytest.TempPathFactory, models_dir: Path, tiny: Any, backend: str, graphs: Graphs
 ) -> Iterator[Callable[..., tuple[Server, str]]]:
     """Gives a server with the tiny llama in memory, and nothing to do; tests with the same settings share one."""
     servers: dict[tuple[tuple[str, str], ...], Server] = {}
@@ -69,7 +71,9 @@ def llama(
     def give(**settings: str) -> tuple[Server, str]:
         key, model_id = tuple(sorted(settings.items())), tiny("llama")
         if key not in servers:
-            servers[key] = Server(tmp_path_factory.mktemp("server"), models_dir, **settings)
+            servers[key] = Server(
+                tmp_path_factory.mktemp("server"), models_dir, graphs if backend == "openvino" else None, **settings
+            )
         server = servers[key]
         server.add(model_id, "text-generation")
         assert server.call("POST", f"/models/{model_id}/load").status_code == 200

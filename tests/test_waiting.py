@@ -18,6 +18,8 @@ import huggingface
 from app import create_app
 from config import Settings
 
+pytestmark = pytest.mark.each_backend
+
 THREADS = 8
 SHORT = ("/health", "/ready", "/", "/api/tags", "/v1/models", "/api/huggingface/models", "/api/huggingface/cache")
 SHORT += ("/api/huggingface/requests", "/api/huggingface/statistics", "/api/version")
