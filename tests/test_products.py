@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from causal_models import _SHAPE, build
+from causal_models import SHAPE, build
+from loaded_parts import Findings
 from transformers import AutoModelForCausalLM
 
-from huggingface.engine.parity import _all_expected, batch_runner, compare
-from huggingface.engine.products import _SIZES, _linear, _transposed
-from huggingface.engine.runner import BatchRunner
+from huggingface.engine.parity import batch_runner, compare, expect, some_prompts
+from huggingface.engine.products import WAYS, Way
 
 # Families whose modules take views of what their products give.
 VIEWING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,38 +40,43 @@ VIEWING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.removeprefix("_"))
 @pytest.mark.parametrize("name", VIEWING)
-def test_whichever_product_is_fastest_here_a_model_can_take_views_of_it(name: str) -> None:
+def test_whichever_product_is_fastest_here_a_model_can_take_views_of_it(name: str, way: Way) -> None:
     """A model's numbers, and whether it is batched, do not depend on which product is the fastest here."""
     kind, extra = VIEWING[name]
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**_SHAPE, **extra})).eval()
-    runner = batch_runner(model)
-    assert runner.products is not None
-    for product in runner.products._all:
-        product.ways = (_transposed,) * len(_SIZES)
-    [expected] = _all_expected(model, None)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SHAPE, **extra})).eval()
+    expected = [expect(model, prompt) for prompt in some_prompts(model, (80, 5, 22))]
+    used: set[str] = set()
+
+    def product(*arguments: Any) -> torch.Tensor:
+        used.add(name)
+        return way(*arguments)
+
+    runner = batch_runner(model, Findings(lambda finding: {"ways": (product,) * len(finding.ways)}))
+    used.clear()
     for logits, wanted in zip(compare(expected, runner), expected, strict=True):
         torch.testing.assert_close(logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert used
 
 
-@pytest.mark.parametrize("by_segments", [True, False])
-def test_the_check_at_load_tries_products_of_every_size(by_segments: bool) -> None:
+@pytest.mark.parametrize(("name", "by_segments"), [("llama", True), ("gemma2-eager", False)])
+def test_the_check_at_load_tries_products_of_every_size(name: str, by_segments: bool) -> None:
     """Whatever way a product of some size takes, the check at load has seen what it gives."""
-    model, _ = build("llama")
-    runner = BatchRunner(model, by_segments=by_segments)
-    runner.use_fastest_products()
-    assert runner.products is not None
+    model, _ = build(name)
     tried: set[int] = set()
+    sizes: set[int] = set()
 
-    def way(size: int) -> Callable[..., torch.Tensor]:
-        def linear(*arguments: Any) -> torch.Tensor:
+    def noted(size: int, way: Way) -> Way:
+        def product(*arguments: Any) -> torch.Tensor:
             tried.add(size)
-            return _linear(*arguments)
+            return way(*arguments)
 
-        return linear
+        sizes.add(size)
+        return product
 
-    for product in runner.products._all:
-        product.ways = tuple(way(size) for size in _SIZES)
-    compare(_all_expected(model, None)[0], runner)
-    assert tried == {*_SIZES}
+    findings = Findings(lambda finding: {"ways": tuple(noted(size, way) for size, way in enumerate(finding.ways))})
+    assert batch_runner(model, findings).by_segments is by_segments
+    assert len(sizes) > 1
+    assert tried == sizes

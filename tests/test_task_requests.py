@@ -53,7 +53,7 @@ def test_a_total_length_that_is_asked_for_is_honoured_over_the_models_own_number
 
 
 def test_without_a_length_256_tokens_are_made_or_as_many_as_the_model_has_room_for(models: Models) -> None:
-    prompt = len(models.runner("gpt2")._tokenizer("The cat sat")["input_ids"])
+    prompt = len(models.load("gpt2")[2]("The cat sat")["input_ids"])
     suppressed = {"suppress_tokens": [0]}  # the end of text
     assert new_tokens(models, "gpt2", "The cat sat", **suppressed) == 257 - prompt
     assert new_tokens(models, "llama", "The cat sat", suppress_tokens=[2]) == 256
