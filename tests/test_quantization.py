@@ -165,6 +165,17 @@ def test_what_onednn_has_laid_out_is_counted() -> None:
 # What it answers ------------------------------------------------------------------------------------------------------
 
 
+def rounded(layer: nn.Module, bits: int, *, whole: bool) -> QuantizedLinear:
+    """What takes the place of a layer, multiplying in whole numbers or by floats."""
+    model = nn.Sequential(layer)
+    quantize(model, f"int{bits}", "cpu")
+    made = model[0]
+    assert isinstance(made, QuantizedLinear)
+    assert (made.steps is None) == (bits == 8)
+    made.whole = whole
+    return made
+
+
 @BOTH_WAYS
 @pytest.mark.parametrize(("bits", "apart"), [(8, 0.01), (4, 0.1)])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -173,7 +184,7 @@ def test_a_product_is_near_that_of_the_floats(kind: str, bits: int, apart: float
     layer: Any = nn.Linear(96, 40) if kind == "linear" else Conv1D(40, 96)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    made = rounded(layer, bits, whole=whole)
     values = torch.randn(2, 300, 96)
     wanted = layer(values)
     assert ((made(values) - wanted).norm() / wanted.norm()).item() < apart
@@ -184,9 +195,7 @@ def test_a_product_is_near_that_of_the_floats(kind: str, bits: int, apart: float
 def test_both_ways_of_multiplying_are_one(bits: int) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(640, 64)
-    whole, floats = (
-        quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)[0] for whole in (True, False)
-    )
+    whole, floats = (rounded(layer, bits, whole=whole) for whole in (True, False))
     values = torch.randn(7, 640) * torch.logspace(-3, 3, 7)[:, None]
     apart = (whole(values) - floats(values)).norm(dim=1) / floats(values).norm(dim=1)
     assert apart.max().item() < 2e-4, "values lose nothing but what 16 bits cannot hold"
@@ -200,7 +209,7 @@ def test_what_4_bits_can_hold_is_held(bits: int) -> None:
     weight[:, ::32], weight[:, 1::32] = -0.075, 0.075
     layer = nn.Linear(64, 64, bias=False)
     layer.weight.data = weight
-    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=False)
+    made = rounded(layer, bits, whole=False)
     values = torch.eye(64)
     assert ((made(values).t() - weight).norm() / weight.norm()).item() < 0.01
 
@@ -210,7 +219,7 @@ def test_what_4_bits_can_hold_is_held(bits: int) -> None:
 def test_a_row_does_not_depend_on_its_company(bits: int, whole: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(320, 48).requires_grad_(False)
-    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    made = rounded(layer, bits, whole=whole)
     rows = torch.randn(600, 320)
     rows[1] *= 1e4
     rows[2] = 0
@@ -228,7 +237,7 @@ def test_a_row_does_not_depend_on_its_company(bits: int, whole: bool) -> None:
 def test_floats_of_16_bits_are_multiplied_and_given_back(bits: int, whole: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(2048, 32, dtype=dtype)
-    (made,) = quantization._quantized([(nn.Module(), "", layer)], bits, "cpu", whole=whole)
+    made = rounded(layer, bits, whole=whole)
     values = torch.rand(5, 2048, dtype=dtype)
     found, wanted = made(values), layer.float()(values.float())
     assert found.dtype == dtype
@@ -238,7 +247,7 @@ def test_floats_of_16_bits_are_multiplied_and_given_back(bits: int, whole: bool,
 @EXACT
 def test_a_row_that_is_no_number_harms_no_other() -> None:
     layer = nn.Linear(64, 32)
-    (made,) = quantization._quantized([(nn.Module(), "", layer)], 8, "cpu", whole=True)
+    made = rounded(layer, 8, whole=True)
     rows = torch.randn(3, 64)
     wanted = made(rows)
     rows[1, 5] = float("nan")
@@ -251,7 +260,8 @@ def rounded_weight(layer: QuantizedLinear) -> torch.Tensor:
     """The weights that a layer stands for, (outputs, inputs)."""
     if layer.steps is None or layer.middles is None:
         return layer.codes.float() * layer.scale[:, None]
-    whole = quantization._unpacked(layer.codes, layer.steps).float()
+    halves = torch.cat([torch.bitwise_left_shift(layer.codes, 4) >> 4, layer.codes >> 4])  # below, and above
+    whole = halves.float() * layer.steps.float().repeat_interleave(32, 0)
     return ((whole + layer.middles.float().repeat_interleave(32, 0)) * layer.scale).t()
 
 
