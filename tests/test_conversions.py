@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "repetition_
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the tiny models converted in this process, which takes a tenth of the time."""
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)
 
 
 @pytest.fixture
 def another_process(_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have them converted as larger ones are, but as quickly as the tests run."""
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", 0)
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", 0)
     monkeypatch.setattr(loading, "_NICE", 0)
 
 
@@ -396,7 +397,7 @@ def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
     program.chmod(0o755)
     real = loading.process.sys.executable
     monkeypatch.setattr(loading.process.sys, "executable", str(program))
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", 0)
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", 0)
     manager = manage(keep_alive=0.0)
     for _ in range(3):
         answer(manager)
@@ -406,7 +407,7 @@ def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
     with manager.lease(MODEL) as model:
         assert (model.effective["engine"], model.engine_reason) == ("torch", "its conversion ended with -9")
     monkeypatch.setattr(loading.process.sys, "executable", real)
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)
     manager.unload(MODEL)
     assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
     assert len(graphs(models)) == 1
@@ -505,10 +506,14 @@ def test_where_both_do_not_fit_torch_goes_first_when_nobody_uses_it(
         until(lambda: conversion.tries > 1)
         assert conversion.reason == "there is no room for both while it is in use"
         assert answer(manager) == ("torch", wanted[PROMPTS[0]])
-    expires = manager._places.of(MODEL).expires
-    assert expires is not None
+        earliest = datetime.now(UTC)
+    latest = datetime.now(UTC)
     until(lambda: not manager.conversions.shown())
-    assert manager._places.of(MODEL).expires == expires
+    began = time.monotonic()
+    expires = datetime.fromisoformat(f"{manager.residents()[MODEL].expires_at}+00:00") - timedelta(seconds=1000)
+    # It is told by two clocks, which are read one after the other, and may go a little apart.
+    apart = timedelta(seconds=time.monotonic() - began + 0.005)
+    assert earliest - apart <= expires <= latest + apart, "it goes 1000 seconds after it was used"
     assert manager.loaded()[MODEL] is not before
     assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
     assert manager.budget.held() == manager.budget.held(MODEL)

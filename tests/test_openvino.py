@@ -88,13 +88,13 @@ def app(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have tiny models whose load nobody waits for converted in this process too."""
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)
 
 
 @pytest.fixture
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have even a tiny model converted in a process of its own."""
-    monkeypatch.setattr(loading, "_CONVERTED_HERE", 0)
+    monkeypatch.setattr(loading, "CONVERTED_HERE", 0)
 
 
 class Tight(Unlimited):

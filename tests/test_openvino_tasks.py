@@ -29,7 +29,7 @@ from huggingface.converted import encoder as converted_encoder
 from huggingface.converted.place import Place
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.openvino import encoder as encoders
-from huggingface.engine.openvino.encoder import Padding, Sample
+from huggingface.engine.openvino.encoder import Sample
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.errors import InvalidRequest
 from huggingface.loaded import Conversion, LoadedModel, Setup
@@ -250,7 +250,7 @@ def test_features_of_a_model_with_a_head_are_made_by_its_own_modules(
     assert model.whole == 1
     assert near(model.run("feature-extraction", inputs[0]), wanted[0])
     assert model.whole == 1
-    model.loaded._parts.engine.call(model.loaded._parts.tasks.rest)
+    model.loaded.engine.call(model.loaded.tasks.rest)
     assert all(tensor.device.type == "meta" for tensor in model.shell.parameters())
     peak = model.loaded.sizes.peak
     assert model.loaded.sizes == replace(before, peak=peak)
@@ -366,13 +366,27 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("left", [False, True])
 def test_families_of_other_attention_are_computed_at_every_length(name: str, left: bool, tmp_path: Path) -> None:
     model = _family(name)
-    padding = Padding(0, left)
+    model.config.use_cache = False  # keys and values for later tokens are none of what is compared
     form = encoders.find_form(model, ["input_ids", "attention_mask"])
     with on_one_thread():
         computed = encoders.Encoder(encoders.convert(model, form), form)
         for lengths in ((3, 61), (17, 200, 90), (300,)):
-            inputs = encoders._batch(model, form, padding, lengths, None)
-            encoders.check(computed, [Sample(inputs, dict(encoders._run(model, inputs)))])
+            inputs = _ragged(form, lengths, left=left)
+            with torch.no_grad():
+                wanted = dict(model(**inputs, return_dict=True))
+            encoders.check(computed, [Sample(inputs, wanted)])
+
+
+def _ragged(form: encoders.Form, lengths: tuple[int, ...], *, left: bool) -> dict[str, torch.Tensor]:
+    """Rows of these lengths of tokens by chance, padded to the longest with the padding on that side."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(30, 270, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : max(lengths) - length if left else 0] = 0
+        mask[row, max(lengths) if left else length :] = 0
+    made = {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: made[name] for name in form.inputs}
 
 
 def _family(name: str) -> Any:

@@ -263,19 +263,46 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
     )
 
 
+# The version that is replaced is let go of, and its file closed, when the new one is noted and its content not yet.
+FORK_AMID = """
+import os, sys
+from pathlib import Path
+from huggingface.records import ModelRecord
+from huggingface.registry import ModelRegistry
+
+registry = ModelRegistry(Path(sys.argv[1]))
+registry.add(ModelRecord("first", "First", "text-generation"))
+replace, close = os.replace, os.close
+children = []
+def replaced(*arguments, **named):
+    replace(*arguments, **named)
+    os.replace, os.close = replace, closed
+def closed(descriptor):
+    os.close = close
+    close(descriptor)
+    children.append(os.fork())
+    if not children[-1]:
+        registry.add(ModelRecord("third", "Third", "text-generation"))
+        os._exit(0)
+os.replace = replaced
+registry.add(ModelRecord("second", "Second", "text-generation"))
+assert [os.waitpid(child, 0)[1] for child in children] == [0]
+registry.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_forked_between_a_rename_and_the_note_of_it_reads_the_file_anew(tmp_path):
     """Else it would write the content of the version before over the newest, and what was counted there be lost."""
-    parent, other = ModelRegistry(tmp_path / "models.json"), ModelRegistry(tmp_path / "models.json")
-    parent.add(ModelRecord("first", "First", "text-generation"))
-    before = parent._content
-    other.add(ModelRecord("second", "Second", "text-generation"))
-    parent.list()
-    parent._content = before  # the moment: the version is the new one, the content not yet
-    parent._start_process()
-    parent.add(ModelRecord("third", "Third", "text-generation"))
-    assert [record.model_id for record in other.list()] == ["first", "second", "third"]
-    parent.close()
-    other.close()
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_AMID, tmp_path / "models.json"],
+        check=True,
+        timeout=PATIENCE,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+    )
+    registry = ModelRegistry(tmp_path / "models.json")
+    assert [record.model_id for record in registry.list()] == ["first", "second", "third"]
+    registry.close()
 
 
 def test_a_count_never_jumps_while_it_is_being_written(tmp_path):

@@ -40,7 +40,7 @@ def larger(root: Path, name: str, model_id: str, **roles: str) -> str:
 
 @pytest.fixture(params=["torch", "auto"])
 def api(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(loading, "_CONVERTED_HERE_ASIDE", loading._CONVERTED_HERE)  # which is quicker
+    monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)  # which is quicker
     settings = Settings(
         _env_file=None, registry=tmp_path / "r.json", models_dir=tmp_path, device="cpu", engine=request.param
     )

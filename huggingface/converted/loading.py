@@ -38,10 +38,10 @@ Make = Callable[[str, Progress], Path | None]
 
 # Bytes of files up to which a model that somebody waits for is converted in this process: that is over before another
 # one has imported torch.
-_CONVERTED_HERE = 32 * 2**20
+CONVERTED_HERE = 32 * 2**20
 
 # The same of one that is made aside: what runs here would hold up those that are answered meanwhile.
-_CONVERTED_HERE_ASIDE = 0
+CONVERTED_HERE_ASIDE = 0
 
 # How far other work goes before a graph that is made aside: that gets a tenth of a core that is always busy. With 19 it
 # would take hours there.
@@ -133,7 +133,7 @@ def load(
                 model = read_shell(plan, options)  # refuses what is wrong with the files
                 pooling = read_pooling(plan.folder, model, plan.trusted)
             if anew:
-                if file_bytes(plan, options) > _CONVERTED_HERE:
+                if file_bytes(plan, options) > CONVERTED_HERE:
                     _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
                 make = make or (lambda _, told: make_graph(plan, options, settings, told))
                 spare = make(place.key, progress)
@@ -199,7 +199,7 @@ def make_graph(
             bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare, _NICE if aside else 0
         )
         try:
-            if file_bytes(plan, options) > (_CONVERTED_HERE_ASIDE if aside else _CONVERTED_HERE):
+            if file_bytes(plan, options) > (CONVERTED_HERE_ASIDE if aside else CONVERTED_HERE):
                 process.convert(wanted, progress)
             else:
                 with BUILDING:
@@ -238,7 +238,7 @@ def conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
         size = file_bytes(plan, options)
     except FilesMissing:  # they are still to be downloaded
         size = numbers * own_dtype(plan).itemsize
-    small = plan.placement.engine == "openvino" and size <= _CONVERTED_HERE
+    small = plan.placement.engine == "openvino" and size <= CONVERTED_HERE
     return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
 
 
