@@ -17,12 +17,16 @@ from huggingface.engine.prepare import Preparer
 
 @dataclass
 class Parts:
-    """What prepares a model's requests and asks for their memory; where it is batched, its batch and that's runner."""
+    """What a model is served by: its batch and the runner in that, where it is batched, and what is beside it.
+
+    `model` is transformers', for what a batch does not do; where OpenVINO computes, it has its weights only at times.
+    """
 
     batch: Any = None
     runner: Any = None
     preparer: Any = None
     claims: Any = None
+    model: Any = None
 
 
 @contextmanager
@@ -39,9 +43,9 @@ def noted_parts() -> Iterator[dict[str, Parts]]:
         parts.claims = Claims(model_id, *arguments)
         return parts.claims
 
-    def preparer(model_id: str, *arguments: Any, **named: Any) -> Preparer:
+    def preparer(model_id: str, model: Any, *arguments: Any, **named: Any) -> Preparer:
         parts = noted.setdefault(model_id, Parts())
-        parts.preparer = Preparer(model_id, *arguments, **named)
+        parts.model, parts.preparer = model, Preparer(model_id, model, *arguments, **named)
         return parts.preparer
 
     with pytest.MonkeyPatch.context() as patch:

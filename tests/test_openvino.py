@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import causal_models
@@ -25,9 +26,11 @@ import pytest
 import torch
 from changed_models import edit
 from conftest import PATIENCE, ROOT, Server, until
+from loaded_parts import Parts, noted_parts
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import TEXT
+from transformers import AutoModelForCausalLM
 
 import huggingface
 from app import create_app
@@ -36,7 +39,7 @@ from huggingface import loader
 from huggingface.converted import generator, loading, process
 from huggingface.converted.place import FOLDER, Place
 from huggingface.engine.layers import NotBatchable, probe
-from huggingface.engine.openvino import agreement, graph, library
+from huggingface.engine.openvino import agreement, graph, library, reserve
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.parity import room_for
@@ -288,7 +291,7 @@ def test_the_graph_is_made_once(place: Callable[[str], Path]) -> None:
 
 def phases(progress: Progress) -> list[str]:
     """The phases that a piece of work went through."""
-    return [moment.phase for _, moment in progress._begun]
+    return [moment.phase for moment in progress.phases(-1)]
 
 
 def test_other_weights_get_a_graph_of_their_own(place: Callable[[str], Path]) -> None:
@@ -395,7 +398,7 @@ def test_what_was_not_completed_is_never_read_and_goes_in_time(place: Callable[[
     """A conversion that is killed leaves a folder of another name, which a later one removes a day later."""
     folder = place("llama")
     spot = Place(folder, "x", None)
-    stopped = folder / FOLDER / f".{spot._name}.0123abcd.tmp"
+    stopped = folder / FOLDER / f".{Path(spot.key).name}.0123abcd.tmp"
     stopped.mkdir(parents=True)
     (stopped / "about.json").write_text("{}")
     assert generator.find(spot) is None
@@ -530,8 +533,9 @@ assert sys.modules["openvino_telemetry"] is None
 def test_compressed_weights_take_less_and_mean_the_same(scheme: str, place: Callable[[str], Path]) -> None:
     """The estimate is what is then counted; an answer does not depend on who else is in the batch."""
     folder = place("llama")
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[20, 30, 40]])).logits[0]
     whole = load(folder, engine="torch")
-    logits = whole._parts.solo.model(torch.tensor([[20, 30, 40]])).logits[0].detach()
     size = whole.sizes.weights
     whole.close()
     record = ModelRecord("tiny/llama", "llama", "text-generation")
@@ -557,49 +561,70 @@ def test_compressed_weights_take_less_and_mean_the_same(scheme: str, place: Call
 # The model itself -----------------------------------------------------------------------------------------------------
 
 
+class Full(Unlimited):
+    """Memory in which there is none for a model's own weights while it is `full`."""
+
+    full = False
+
+    def take(self, part: str, device: str, size: int) -> bool:
+        return not (self.full and part == "own weights" and size > 0) and super().take(part, device, size)
+
+
+@dataclass
+class Served:
+    """A model, its tokenizer, and the model as OpenVINO computes it: by which parts, in which memory."""
+
+    model: Any
+    tokenizer: Any
+    loaded: LoadedModel
+    parts: Parts
+    memory: Full
+
+    def rest(self) -> int:
+        """Have it let go of its own weights; tells what it has copies of then."""
+        self.loaded.engine.call(self.parts.runner.rest)
+        return self.loaded.sizes.copies
+
+
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Any, Any, LoadedModel]]:
-    """A model, its tokenizer, and the model as OpenVINO computes it."""
+def served() -> Iterator[Served]:
     model, tokenizer = causal_models.build("llama")
-    loaded = causal_models.serve("llama", model, tokenizer, "openvino", max_batch=4)
-    yield model, tokenizer, loaded
+    memory = Full()
+    with noted_parts() as noted:
+        loaded = causal_models.serve("llama", model, tokenizer, "openvino", memory, max_batch=4)
+    yield Served(model, tokenizer, loaded, noted[loaded.model_id], memory)
     loaded.close()
 
 
-def test_what_only_the_model_itself_can_do_it_does(served: tuple[Any, Any, LoadedModel]) -> None:
+def test_what_only_the_model_itself_can_do_it_does(served: Served) -> None:
     """Beams and hidden states come of the model's own weights, which are there as long as they are needed."""
-    model, tokenizer, loaded = served
-    runner = loaded._parts.engine._batch._runner
+    model, tokenizer, loaded = served.model, served.tokenizer, served.loaded
+    copies = served.rest()
     inputs = tokenizer("The cat", return_tensors="pt")
     beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8}
     wanted_text = tokenizer.decode(model.generate(**inputs, **beams)[0, inputs["input_ids"].shape[1] :])
-    before, sizes = text(loaded), loaded.sizes
-    assert not runner._reserve.present
+    before = text(loaded)
+    assert loaded.sizes.copies == copies
+    assert all(tensor.device.type == "meta" for tensor in served.parts.model.parameters())
     assert text(loaded, **beams) == wanted_text
-    assert runner._reserve.present
+    assert not any(tensor.device.type == "meta" for tensor in served.parts.model.parameters())
     own = sum(tensor.nbytes for tensor in model.parameters())
-    assert loaded.sizes.copies == sizes.copies + own, "they are counted while they are there"
+    assert loaded.sizes.copies == copies + own, "they are counted while they are there"
     features = loaded.run("feature-extraction", "The cat", {})
     with torch.inference_mode():
         hidden = model.base_model(**inputs).last_hidden_state
     torch.testing.assert_close(torch.tensor(features), hidden, rtol=0, atol=1e-5)
     assert text(loaded) == before
-    loaded._parts.engine.call(runner.rest)
-    assert not runner._reserve.present
-    assert loaded.sizes.copies == sizes.copies
-    assert all(tensor.device.type == "meta" for tensor in loaded._parts.solo.model.parameters())
+    assert served.rest() == copies
+    assert all(tensor.device.type == "meta" for tensor in served.parts.model.parameters())
     assert text(loaded, **beams) == wanted_text
 
 
-def test_own_weights_that_find_no_room_are_a_typed_refusal(
-    served: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_weights_that_find_no_room_are_a_typed_refusal(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they do not fit beside the graph, who needs them is told; the others go on."""
-    _, _, loaded = served
-    runner = loaded._parts.engine._batch._runner
-    loaded._parts.engine.call(runner.rest)
-    monkeypatch.setattr(runner._reserve, "_take", lambda size: size <= 0)
-    runner._reserve.let_go()
+    loaded = served.loaded
+    served.rest()
+    monkeypatch.setattr(served.memory, "full", True)
     with pytest.raises(OutOfMemory, match="engine torch"):
         text(loaded, num_beams=2)
     with pytest.raises(OutOfMemory, match="engine torch"):
@@ -637,22 +662,22 @@ def test_a_shell_is_its_model_again_and_again() -> None:
     assert taken == [7, -7] * 3
 
 
-def test_own_weights_rest_after_a_while(served: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_weights_rest_after_a_while(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that goes on lets them go once nobody has used them for a time."""
-    _, _, loaded = served
-    runner = loaded._parts.engine._batch._runner
+    loaded = served.loaded
+    copies = served.rest()
     text(loaded, num_beams=2)
     assert text(loaded)
-    assert runner._reserve.present
-    runner._reserve._used -= 1000
+    assert loaded.sizes.copies > copies
+    monkeypatch.setattr(reserve, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1000))
     assert text(loaded)
-    assert not runner._reserve.present
+    assert loaded.sizes.copies == copies
 
 
 # The check ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_window_is_gone_past(served: tuple[Any, Any, LoadedModel]) -> None:
+def test_a_window_is_gone_past() -> None:
     """One of the prompts that are tried is longer than the smallest window, as far as that can be afforded."""
     windowed, _ = causal_models.build("mistral-window")
     windowed.config.sliding_window = 300
@@ -711,9 +736,10 @@ def test_a_graph_needs_nothing_of_the_model_it_was_made_of(tmp_path: Path) -> No
 
 def test_what_was_promised_and_never_used_is_not_missed_at_an_unload(place: Callable[[str], Path]) -> None:
     """The KV cache takes memory as it is written to, and a table that is looked up lies in its file."""
-    loaded = load(place("llama"))
+    with noted_parts() as parts:
+        loaded = load(place("llama"))
     text(loaded)
-    cache = loaded._parts.engine._batch._runner.cache  # type: ignore[union-attr]
+    cache = parts[loaded.model_id].runner.cache
     before = loaded.expected_back
     assert loaded.sizes.weights < before < loaded.sizes.weights + loaded.sizes.kv_cache
     prompt = "The cat sat on the mat. " * 12
