@@ -359,6 +359,49 @@ def test_every_file_says_what_it_owns() -> None:
     assert not without
 
 
+# What tests use of other libraries that begins with an underscore.
+OF_OTHERS = {
+    "_C",  # torch
+    "_cached_compile_jinja_template",  # transformers
+    "_exit",  # os
+    "_extra_content",  # transformers
+    "_from_config",  # transformers
+    "_len_torch_function_stack",  # torch
+    "_model_mapping",  # transformers
+    "_modules",  # torch
+    "_reorder_linear_weight",  # torch
+    "_replace",  # named tuples
+    "_request_id",  # anthropic
+}
+# What tests take of ours all the same, by their files, and why.
+OF_OURS = {
+    ("test_waiting.py", "_places"),  # a place is taken without a request that has it
+}
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The names that begin with one underscore and that a file takes from a module, or from an object but its own."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and not (
+            isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        ):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        yield from ((node.lineno, name) for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+def test_tests_take_the_front_door() -> None:
+    """They reach into nothing: what a test needs is seen from outside, given to a constructor, or public."""
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "node_modules" not in path.parts]
+    found = [(path.name, *each) for path in files for each in private_names(ast.parse(path.read_text("utf-8")))]
+    ours = [each for each in found if each[2] not in OF_OTHERS]
+    assert not [f"{file}:{line} {name}" for file, line, name in ours if (file, name) not in OF_OURS]
+    assert {name for _, _, name in found if name in OF_OTHERS} == OF_OTHERS, "a name is listed that no test takes"
+    assert {(file, name) for file, _, name in ours} == OF_OURS, "a name is listed that no test takes"
+
+
 def test_no_file_is_a_drawer_for_what_has_no_home() -> None:
     drawers = {"utils", "helpers", "common", "misc"}
     assert not [path for path in (ROOT / "huggingface").rglob("*.py") if Path(path).stem in drawers]
