@@ -376,19 +376,24 @@ OF_OTHERS = {
 # What tests take of ours all the same, by their files, and why.
 OF_OURS = {
     ("test_waiting.py", "_places"),  # a place is taken without a request that has it
+    ("test_engine_life.py", "_IDLE"),  # seconds, which no test can wait for
+    ("test_conversions.py", "_NICE"),  # how far whatever else runs goes before a process that a test waits for
+    ("test_conversions.py", "_CONVERTING"),  # bytes, beside which a tiny model is nothing
 }
+BY_NAME = ("setattr", "getattr", "hasattr", "delattr")
 
 
 def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """The names that begin with one underscore and that a file takes from a module, or from an object but its own."""
     for node in ast.walk(tree):
         names: list[str] = []
-        if isinstance(node, ast.Attribute) and not (
-            isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-        ):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
             names = [node.attr]
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
         yield from ((node.lineno, name) for name in names if name.startswith("_") and not name.startswith("__"))
 
 

@@ -27,14 +27,13 @@ import torch
 import transformers
 from conftest import PATIENCE, STARTER, Server, until
 from hub_place import Place
-from loaded_parts import noted_parts
+from loaded_parts import Findings, noted_parts
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from huggingface import loader
 from huggingface.budget import Budget, Limit, parse_limits, readable
-from huggingface.engine import products
 from huggingface.engine.failures import typed
 from huggingface.errors import (
     Cancelled,
@@ -49,7 +48,7 @@ from huggingface.eviction import Idle, choose
 from huggingface.manager import ModelManager
 from huggingface.memory import few_file_pages, ran_out_of_memory
 from huggingface.places import Places
-from huggingface.records import Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.records import EngineOptions, Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 from huggingface.registry import ModelRegistry
 from huggingface.room import Room
 
@@ -304,9 +303,9 @@ def test_the_longest_unused_go_first_and_no_more_than_are_needed(lacking: dict[s
 # Estimates ------------------------------------------------------------------------------------------------------------
 
 
-def check_estimate(root: Path, model_id: str, **settings: Any) -> None:
+def check_estimate(root: Path, model_id: str, engine: EngineOptions | None = None, **settings: Any) -> None:
     """What a load is said to take is what is measured, within a tenth, after a first generation."""
-    options, wanted = LoadOptions(root, "cpu"), LoadSettings(**settings)
+    options, wanted = LoadOptions(root, "cpu", engine=engine or EngineOptions()), LoadSettings(**settings)
     told = loader.estimate(record(model_id, "auto"), options, root / model_id, wanted)
     model = loader.load(record(model_id, "auto"), options, root / model_id, settings=wanted)
     try:
@@ -402,13 +401,11 @@ def test_the_starter_model_takes_what_was_told(starter_models_dir: Path) -> None
     check_estimate(starter_models_dir, STARTER)
 
 
-@pytest.mark.parametrize("worth", [0.0, math.inf])
-def test_an_estimate_knows_whether_weights_will_be_laid_out_anew(
-    starter_models_dir: Path, worth: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("seconds", [0.0, math.inf])
+def test_an_estimate_knows_whether_weights_will_be_laid_out_anew(starter_models_dir: Path, seconds: float) -> None:
     """That depends on the processor; a table of embeddings that is multiplied too lies there twice then."""
-    monkeypatch.setattr(products, "_PACK_WORTH", worth)
-    check_estimate(starter_models_dir, STARTER)
+    findings = Findings(lambda _: {"packed": seconds})
+    check_estimate(starter_models_dir, STARTER, EngineOptions(findings=findings))
 
 
 def test_an_estimate_tries_products_for_torch_alone(starter_models_dir: Path) -> None:
