@@ -196,7 +196,8 @@ class Timings:
 class Constraint:
     """What a text must be, whole: `value` is a JSON schema, a regular expression, a list of choices or a Lark grammar.
 
-    `json_object` is any JSON object; its value is not looked at. Grammars are in llguidance's dialect of Lark.
+    `json_object` is any JSON object; its value is not looked at. Grammars are in llguidance's dialect of Lark, or, with
+    JSON in them, an object of `chat.grammar`.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]

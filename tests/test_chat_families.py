@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from huggingface.api.openai.conversation import Conversation, Wish
 from huggingface.chat.formats import find_reasoning, find_tool_format
 from huggingface.chat.parser import CallArguments, CallStart, Content, Part, Reasoning
+from huggingface.forms.notation import notation
+from huggingface.forms.unique import Tokens, Watch, Watched
 from huggingface.records import ChatTraits, Constraint
 
 # Every kind of argument, by name and by reference, required or not.
@@ -65,6 +67,37 @@ FORM = Constraint(
     },
 )
 
+# The tags of one function are sets of two, those of the other are all the same.
+SET = {"type": "array", "items": {"type": "string", "pattern": r"^[a(\\\[]$"}, "uniqueItems": True, "minItems": 2}
+SETS: dict[str, Any] = {
+    "tag": {
+        "type": "object",
+        "properties": {
+            "note": {"type": "string", "maxLength": 5},
+            "tags": {**SET, "maxItems": 3},
+            "deep": {"$ref": "#/$defs/Deep"},
+        },
+        "required": ["tags", "deep"],
+        "additionalProperties": False,
+        "$defs": {
+            "Deep": {
+                "type": "object",
+                "properties": {
+                    "sets": {"type": "array", "items": {"$ref": "#/$defs/Set"}, "minItems": 2, "maxItems": 2}
+                },
+                "required": ["sets"],
+            },
+            "Set": {**SET, "items": {"type": "integer", "minimum": 0, "maximum": 2}, "minItems": 2, "maxItems": 3},
+        },
+    },
+    "list": {
+        "type": "object",
+        "properties": {"tags": {"type": "array", "items": {"const": "a"}, "minItems": 2, "maxItems": 3}},
+        "required": ["tags"],
+        "additionalProperties": False,
+    },
+}
+
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 with_history = pytest.mark.parametrize(
     "family", [each for each in FAMILIES if each.history], ids=lambda each: each.name
@@ -99,9 +132,9 @@ def told(parts: list[Part]) -> Told:
     return thought, "".join(part.text for part in parts if isinstance(part, Content)), calls
 
 
-def read(family: Family, pieces: list[str], **wish: Any) -> Told:
+def read(family: Family, pieces: list[str], end: str | None = None, **wish: Any) -> Told:
     """What an answer in such pieces says."""
-    reader = conversation(family, **wish).parser(prompt_end(family))
+    reader = conversation(family, **wish).parser(prompt_end(family) if end is None else end)
     parts = [part for piece in pieces for part in reader.feed(piece)]
     return told([*parts, *reader.finish()])
 
@@ -294,31 +327,39 @@ def tokens(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made, llguidance.hf.from_tokenizer(made)
 
 
-def grammar(family: Family, tokenizer: Any, end: str | None = None, **wish: Any) -> str:
-    """What an answer is held to."""
+def grammar(family: Family, tokenizer: Any, end: str | None = None, **wish: Any) -> tuple[str, Watch | None]:
+    """What an answer is held to, in llguidance's notation, and what is to be watched."""
     chat = conversation(family, tokenizer.get_added_vocab(), **wish)
     [request] = chat.requests({}, 1, streams=False, logprobs=None)
     made = request.constraint
     if callable(made):
         made = made(prompt_end(family) if end is None else end)
     assert made is not None
-    assert made.kind == "grammar"
-    return str(made.value)
+    return notation(made.kind, made.value)
 
 
-def walk(tokens: Any, grammar: str, seed: int) -> Iterator[int]:
-    """Tokens drawn at random from those that a grammar allows, to its end."""
-    tokenizer, view = tokens
-    draw = random.Random(seed)
-    made = LLMatcher(view, LLMatcher.grammar_from_lark(grammar))
+def opened(tokens: Any, grammar: tuple[str, Watch | None]) -> LLMatcher | Watched:
+    """A text of a grammar, at its beginning."""
+    made: LLMatcher | Watched = LLMatcher(tokens[1], grammar[0])
     assert not made.is_error(), made.get_error()
-    mask = np.zeros((len(tokenizer) + 31) // 32, dtype=np.int32)
+    return made if grammar[1] is None else Watched(made, Tokens(tokens[1]), grammar[1])  # type: ignore[arg-type]
+
+
+def walk(tokens: Any, grammar: tuple[str, Watch | None], seed: int, begun: str = "") -> Iterator[int]:
+    """Tokens drawn at random from those that a grammar allows, to its end, after those of a text."""
+    tokenizer, _ = tokens
+    draw = random.Random(seed)
+    made = opened(tokens, grammar)
+    for token in tokenizer.encode(begun, add_special_tokens=False):
+        made.consume_token(token)
+        yield token
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     for _ in range(3000):
         if made.is_stopped() or (made.is_accepting() and draw.random() < 0.3):
             return
-        made.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(tokenizer)].nonzero()[0].tolist()
+        mask = np.frombuffer(made.compute_bitmask(), dtype=np.uint8)
+        assert not made.is_error(), made.get_error()
+        allowed = np.unpackbits(mask, bitorder="little")[: len(tokenizer)].nonzero()[0].tolist()
         if end in allowed and draw.random() < 0.2:  # of what is thought
             allowed = [end]
         token = draw.choice([each for each in allowed if each != tokenizer.eos_token_id] or allowed)
@@ -327,16 +368,15 @@ def walk(tokens: Any, grammar: str, seed: int) -> Iterator[int]:
     raise AssertionError("it does not end")
 
 
-def accepts(tokens: Any, grammar: str, text: str) -> bool:
+def accepts(tokens: Any, grammar: tuple[str, Watch | None], text: str) -> bool:
     """Whether a text is whole by a grammar."""
-    tokenizer, view = tokens
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    made = LLMatcher(view, LLMatcher.grammar_from_lark(grammar))
-    assert not made.is_error(), made.get_error()
-    return bool(made.try_consume_tokens(ids) == len(ids) and made.is_accepting())
+    made = opened(tokens, grammar)
+    for token in tokens[0].encode(text, add_special_tokens=False):
+        made.consume_token(token)
+    return not made.is_error() and made.is_accepting()
 
 
-def drawn(tokens: Any, grammar: str, seeds: int) -> Iterator[str]:
+def drawn(tokens: Any, grammar: tuple[str, Watch | None], seeds: int) -> Iterator[str]:
     """Texts that a grammar allows."""
     for seed in range(seeds):
         yield tokens[0].decode(list(walk(tokens, grammar, seed)), skip_special_tokens=False)
@@ -370,6 +410,48 @@ def test_an_answer_of_a_form_or_a_call_is_told_apart(family: Family, tokens: Any
             jsonschema.validate(json.loads(said), FORM.value)
         for name, arguments in values(calls):
             jsonschema.validate(arguments, SCHEMAS[name])
+
+
+@every_family
+@pytest.mark.parametrize("wanted", ["call", "call or text", "text"])
+def test_sets_have_no_item_twice_in_the_calls_and_texts_of_every_family(
+    family: Family, wanted: str, tokens: Any
+) -> None:
+    """By themselves, within others, and behind what is thought; lists of the same names may still repeat."""
+    if family.harmony and "<|end|>" not in tokens[0].get_added_vocab():
+        return  # what is thought would never end
+    tools = [{"type": "function", "function": {"name": name, "parameters": each}} for name, each in SETS.items()]
+    wish: dict[str, Any] = {"tools": tools}
+    if wanted != "call":
+        wish["form"] = Constraint("json_schema", {**SET, "items": {**SET, "maxItems": 2}, "maxItems": 3})
+    wish["choice"] = {"call": "required", "text": "none"}.get(wanted, "auto")
+    ends = [(prompt_end(family), "")]
+    if family.reasoning:
+        thought = f'[[tags=[1, {{"tags": {family.reasoning.close}\n\n'
+        ends.append((prompt_end(family) + family.reasoning.open, thought))
+    for (end, begun), seed in itertools.product(ends, range(2)):
+        made = grammar(family, tokens[0], end, **wish)
+        text = tokens[0].decode(list(walk(tokens, made, seed, begun)), skip_special_tokens=False)
+        _, said, calls = read(family, [text], end=end, **wish)
+        assert bool(said) != bool(calls), text
+        if said:
+            jsonschema.validate(json.loads(said), wish["form"].value)
+        for name, arguments in values(calls):
+            jsonschema.validate(arguments, SETS[name])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3.5", "llama4", "kimi-k2"])
+def test_what_an_argument_says_of_calls_is_no_call(name: str, tokens: Any) -> None:
+    """A text that reads like a call with a set may repeat what it wants; the set behind it may not."""
+    family = FAMILIES[NAMES.index(name)]
+    properties = {"note": {"type": "string"}, "tags": {**SET, "items": {"type": "integer"}}}
+    parameters = {"type": "object", "properties": properties, "required": ["note", "tags"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    made = grammar(family, tokens[0], choice="required", tools=tools)
+    note = '[f(tags=[1, 1])] <function=f>\n<parameter=tags>\n[1, 1]\n f:0{"name": "f", "arguments": {"tags": [1, 1]}}'
+    for tags, fits in ([1, 2], True), ([1, 2, 1], False), ([1, 1.0], False):
+        whole = written(family, "", [("f", {"note": note, "tags": tags})]).strip()
+        assert accepts(tokens, made, whole) is fits, whole
 
 
 @with_history

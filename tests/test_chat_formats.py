@@ -37,6 +37,7 @@ from huggingface.chat.formats import (
 )
 from huggingface.chat.grammar import Frame, answer_grammar, calls_grammar
 from huggingface.chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
+from huggingface.forms.notation import notation
 from huggingface.records import Constraint
 
 THINK = ReasoningTags("<think>", "</think>")
@@ -389,14 +390,14 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return made
 
 
-def matcher(tokenizer: Any, grammar: str) -> Any:
+def matcher(tokenizer: Any, grammar: Any) -> Any:
     """llguidance's own, for a grammar that compiles."""
-    made = LLMatcher(llguidance.hf.from_tokenizer(tokenizer), LLMatcher.grammar_from_lark(grammar))
+    made = LLMatcher(llguidance.hf.from_tokenizer(tokenizer), notation("grammar", grammar)[0])
     assert not made.is_error(), made.get_error()
     return made
 
 
-def accepts(tokenizer: Any, grammar: str, text: str) -> bool:
+def accepts(tokenizer: Any, grammar: Any, text: str) -> bool:
     """Whether a text is whole by a grammar."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     made = matcher(tokenizer, grammar)
@@ -422,7 +423,7 @@ def written(form: ToolFormat, *calls: tuple[str, dict[str, Any]], ascii_only: bo
 
 @pytest.mark.parametrize("form", FORMS, ids=["hermes", "llama", "mistral", "mistral-args", "json"])
 def test_a_grammar_allows_calls_that_fit_and_no_others(form: ToolFormat, tokenizer: Any) -> None:
-    def grammar(name: str | None = None, *, parallel: bool = True, inside: bool = False) -> str:
+    def grammar(name: str | None = None, *, parallel: bool = True, inside: bool = False) -> Any:
         return calls_grammar(
             form,
             TOOLS,
@@ -444,7 +445,7 @@ def test_a_grammar_allows_calls_that_fit_and_no_others(form: ToolFormat, tokeniz
     assert not accepts(tokenizer, grammar(), "I do not call.")
 
 
-def walk(tokenizer: Any, grammar: str, seed: int) -> Iterator[int]:
+def walk(tokenizer: Any, grammar: Any, seed: int) -> Iterator[int]:
     """Tokens drawn at random from those that a grammar allows, to its end."""
     draw = random.Random(seed)
     made = matcher(tokenizer, grammar)

@@ -92,8 +92,21 @@ def until(true: Callable[[], bool]) -> None:
         ("json_schema", {"allOf": [{"anyOf": [{"minLength": i * j} for j in range(4)]} for i in range(12)]}),
         ("grammar", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(60)) + '\nA60: "x"'),
         ("json_schema", MANY),
+        ("grammar", {"rules": ["start: text"], "schemas": {"text": REFERENCES}, "marks": {}, "first": ["text"]}),
     ],
-    ids=["chain", "parentheses", "gbnf", "groups", "references", "itself", "ring", "product", "doubling", "properties"],
+    ids=[
+        "chain",
+        "parentheses",
+        "gbnf",
+        "groups",
+        "references",
+        "itself",
+        "ring",
+        "product",
+        "doubling",
+        "properties",
+        "arguments",
+    ],
 )
 def test_a_form_that_cannot_be_computed_is_refused_and_touches_no_other(kind: str, value: Any, tokenizer: str) -> None:
     """Too deep for the stack, endless, too large, or more work than there may be: a reason, and the others go on."""

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
@@ -263,6 +263,35 @@ def test_arguments_that_cannot_be_held_to_their_schema_are_refused_by_name(
     answer = server.call("POST", "/../../v1/chat/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     assert "anyOf" in answer.json()["error"]["message"]
+
+
+class Labels(pydantic.BaseModel):
+    """Arguments of a tool: sets, and unions of which one branch is beyond what texts can be held to."""
+
+    labels: Annotated[set[Annotated[str, pydantic.Field(pattern="^[ab]$")]], pydantic.Field(min_length=2, max_length=2)]
+    pairs: Annotated[list[set[Annotated[int, pydantic.Field(ge=1, le=3)]]], pydantic.Field(min_length=2, max_length=2)]
+    code: Annotated[str, pydantic.Field(json_schema_extra={"pattern": "a(?!b)c"})] | Literal[7, 8]
+    word: Annotated[str, pydantic.Field(json_schema_extra={"pattern": "a(?!b)c"})] | Literal["x", "yz"]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3.5", "llama4", "gpt-oss", None])
+def test_arguments_are_sets_where_their_schema_says_so(
+    name: str | None, client: openai.OpenAI, model_of: Callable[[str], str], model: str, models_dir: Path
+) -> None:
+    """As pydantic writes such a schema; of a union those branches count that a text can be held to."""
+    model_id = model if name is None else model_of(name)
+    schema = Labels.model_json_schema()
+    schema["properties"]["pairs"]["items"] |= {"minItems": 2, "maxItems": 3}  # a random model would write the empty one
+    tool: Any = {"type": "function", "function": {"name": "label", "parameters": schema}}
+    options: dict[str, Any] = {"model": model_id, "tools": [tool], "max_tokens": 400, "temperature": 2.0}
+    options["logit_bias"] = {} if name is None else bias(FAMILIES[NAMES.index(name)], models_dir / model_id)
+    for seed in range(2):
+        told = whole(client, tool_choice="required", parallel_tool_calls=False, seed=seed, **options)
+        [(called, arguments)] = told[1]
+        assert (called, told[2]) == ("label", "tool_calls")
+        jsonschema.validate(json.loads(arguments), schema)
+        labels = Labels.model_validate_json(arguments)
+        assert (labels.code in (7, 8), labels.word in ("x", "yz")) == (True, True)
 
 
 def test_a_history_of_calls_goes_through_each_familys_template(

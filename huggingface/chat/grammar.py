@@ -1,22 +1,27 @@
 """Grammars that hold an answer to the form of a call, or to a form of its text, once its reasoning is done.
 
-In llguidance's dialect of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). What a grammar
-here lets a model write as a call, the readers of this room read as one whose arguments satisfy the function's schema.
+In llguidance's dialect of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), but for the JSON
+in it, which `forms.notation` writes. A grammar here is an object of four things: `rules` of Lark; `schemas`, those of
+the JSON values that rules of these names stand for; `marks`, what stands right before such values: the name of a rule,
+with its text in Lark and the names of the values; and `first`, the values that the answer may begin with.
+
+What a grammar here lets a model write as a call, the readers of this room read as one whose arguments satisfy the
+function's schema.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..forms.gbnf import as_lark
-from ..forms.json_schema import TIDY, closed
+from ..forms.keywords import said_otherwise
 from ..records import Constraint
 from .argument_types import Argument, arguments_of, is_text, resolved, rooted
-from .formats import HARMONY, ReasoningTags, Tags, ToolFormat
+from .formats import HARMONY, JSON, ReasoningTags, Tags, ToolFormat
 
 # What says something of an object's properties; where nothing does, a function has no parameters.
 _SAYING = (
@@ -48,7 +53,7 @@ def calls_grammar(
     required_name: str | None = None,
     parallel: bool = True,
     text: Constraint | None = None,
-) -> str:
+) -> dict[str, Any]:
     """One call, or several where they may be `parallel`, of any of `tools` or of the one named; or a `text`, if given.
 
     `tools` are OpenAI's; the arguments of each call satisfy its schema.
@@ -59,63 +64,24 @@ def calls_grammar(
     functions = [tool["function"] for tool in tools]
     chosen = [function for function in functions if required_name in (None, function["name"])]
     written = _Writer(form, frame.added_tokens)
-    rules = ["call: " + " | ".join(f"call_{number}" for number in range(len(chosen)))]
+    # Where another JSON text may stand instead, a call is JSON as a whole, for both begin with the same lexemes.
+    whole = text is not None and form.bare and form.as_object
     for number, function in enumerate(chosen):
-        rules += (
-            written.json_call(function, number)
-            if text and form.bare and form.as_object
-            else written.call(function, number)
-        )
-    answers = [written.calls(parallel)]
+        (written.json_call if whole else written.call)(function, number)
+    calls = [f"call_{number}" for number in range(len(chosen))]
+    written.rules.append("call: " + " | ".join(calls))
+    answers = [written.calls(parallel, calls if whole else [])]
+    first = calls if whole else []
     if text is not None:
-        answers.append(written.final("text"))
-        rules += _text_rules(text)
-    return "\n".join([*_start(" | ".join(answers), frame), *rules])
+        answers.append(written.final(text))
+        first = ["text", *first]
+    return written.whole(" | ".join(answers), first, frame)
 
 
-def answer_grammar(text: Constraint, frame: Frame) -> str:
+def answer_grammar(text: Constraint, frame: Frame) -> dict[str, Any]:
     """A text of a form, after the rest of the reasoning."""
-    answer = _Writer(HARMONY, frame.added_tokens).final("text") if frame.harmony else "text"
-    return "\n".join([*_start(answer, frame), *_text_rules(text)])
-
-
-def tidy_schema(schema: Any) -> Any:
-    """The same schema, for JSON without superfluous space."""
-    if schema is True:
-        schema = {}
-    return {**closed(schema), "x-guidance": dict(TIDY)} if isinstance(schema, dict) else schema
-
-
-def _text_rules(text: Constraint) -> list[str]:
-    match text.kind:
-        case "json_object":
-            return [f"text: %json {json.dumps(tidy_schema({'type': 'object'}))}"]
-        case "json_schema":
-            return [f"text: %json {json.dumps(tidy_schema(text.value))}"]
-        case "regex":
-            return ["text: TEXT", f"TEXT: {_regex(text.value)}"]
-        case "choice":
-            return ["text: TEXT", "TEXT: " + " | ".join(_quoted(each) for each in dict.fromkeys(text.value))]
-    return [f"text: %lark {{\n{as_lark(text.value)}\n}}"]
-
-
-def _start(answer: str, frame: Frame) -> list[str]:
-    added = frame.added_tokens
-    if frame.harmony:
-        head = _literal("<|channel|>analysis<|message|>", HARMONY.special_tokens, added)
-        tail = _literal("<|start|>assistant", HARMONY.special_tokens, added)
-        thought, rules = _up_to("THOUGHT", "/(?s:.*)/", "<|end|>", added)
-        return [f"start: thought? answer\nthought: {head} {thought} {tail}\nanswer: {answer}", *rules]
-    reasoning = frame.reasoning
-    if not frame.inside_reasoning or reasoning is None:
-        return [f"start: answer\nanswer: {answer}"]
-    lines = '("\\n" "\\n"?)?'
-    if reasoning.close in added:
-        close = _literal(reasoning.close, (reasoning.close,), added)
-        return [f"start: THOUGHT {close} {lines} answer\nTHOUGHT: /(.|\\n)*/\nanswer: {answer}"]
-    # Everything up to the tag, and the tag itself.
-    close = _quoted(reasoning.close)
-    return [f"start: thought {lines} answer\nthought[suffix={close}]: /(.|\\n)*/\nanswer: {answer}"]
+    written = _Writer(HARMONY if frame.harmony else JSON, frame.added_tokens)
+    return written.whole(written.final(text), ["text"], frame)
 
 
 class _Writer:
@@ -124,14 +90,51 @@ class _Writer:
     def __init__(self, form: ToolFormat, added_tokens: Mapping[str, int]) -> None:
         self._form = form
         self._added = added_tokens
+        self.rules: list[str] = []
+        self._schemas: dict[str, Any] = {}
+        self._marks: dict[str, tuple[str, Sequence[str]]] = {}
 
-    def calls(self, parallel: bool) -> str:
-        """Calls, in the rule `call`, with what stands around them."""
-        form, between = self._form, self._text(self._form.between)
+    def whole(self, answer: str, first: Sequence[str], frame: Frame) -> dict[str, Any]:
+        """The grammar of an answer that may begin with the values of `first`, after what is thought."""
+        self._start(answer, first, frame)
+        first = [] if "before" in self._marks or frame.harmony else first
+        return {"rules": self.rules, "schemas": self._schemas, "marks": self._marks, "first": first}
+
+    def _start(self, answer: str, first: Sequence[str], frame: Frame) -> None:
+        added, reasoning = self._added, frame.reasoning
+        self.rules.append(f"answer: {answer}")
+        if frame.harmony:
+            head = _literal("<|channel|>analysis<|message|>", HARMONY.special_tokens, added)
+            tail = _literal("<|start|>assistant", HARMONY.special_tokens, added)
+            thought, rules = _up_to("THOUGHT", "/(?s:.*)/", "<|end|>", added)
+            self.rules += ["start: thought? answer", f"thought: {head} {thought} {tail}", *rules]
+            return
+        if not frame.inside_reasoning or reasoning is None:
+            self.rules.append("start: answer")
+            return
+        lines = '("\\n" "\\n"?)?'
+        if reasoning.close in added:
+            thought = f"THOUGHT {_literal(reasoning.close, (reasoning.close,), added)}"
+            self.rules.append("THOUGHT: /(.|\\n)*/")
+        else:  # everything up to the tag, and the tag itself
+            thought = "thought"
+            self.rules.append(f"thought[suffix={_quoted(reasoning.close)}]: /(.|\\n)*/")
+        self.rules.append(f"start: {self._mark('before', f'{thought} {lines}', first)} answer")
+
+    def _mark(self, name: str, text: str, values: Sequence[str]) -> str:
+        """How to refer to what stands right before values."""
+        if not text or not values:
+            return text
+        self._marks[name] = text, values
+        return name
+
+    def calls(self, parallel: bool, values: Sequence[str]) -> str:
+        """Calls, in the rule `call`, with what stands around them; `values` are those that are JSON as a whole."""
+        form, between = self._form, self._mark("between", self._text(self._form.between), values)
         if form.name == "harmony":
             return "call"  # its models make one call at a time
         begin, end = ("" if form.silent else self._text(form.begin)), self._text(form.end)
-        lead, trail = self._text(form.lead), self._text(form.trail)
+        lead, trail = self._mark("lead", self._text(form.lead), values), self._text(form.trail)
         if form.name == "json":
             return f"{lead} call ({between} call)* {trail} | call" if parallel else "call"
         if form.each:
@@ -140,91 +143,104 @@ class _Writer:
         several = f"({between} call)*" if parallel else ""
         return f"{begin} {lead} call {several} {trail} {end}"
 
-    def final(self, rule: str) -> str:
-        """A text that is no call."""
-        return f"{self._text('<|channel|>final<|message|>')} {rule}" if self._form.name == "harmony" else rule
+    def final(self, text: Constraint) -> str:
+        """A text that is no call, in the rule `text`."""
+        match text.kind:
+            case "json_object":
+                self._schemas["text"] = {"type": "object"}
+            case "json_schema":
+                self._schemas["text"] = text.value
+            case "regex":
+                self.rules += ["text: TEXT", f"TEXT: {_regex(text.value)}"]
+            case "choice":
+                choices = " | ".join(_quoted(each) for each in dict.fromkeys(text.value))
+                self.rules += ["text: TEXT", f"TEXT: {choices}"]
+            case "grammar":
+                self.rules.append(f"text: %lark {{\n{as_lark(text.value)}\n}}")
+        if self._form.name != "harmony":
+            return "text"
+        return f"{self._mark('final', self._text('<|channel|>final<|message|>'), ['text'])} text"
 
-    def call(self, function: Mapping[str, Any], number: int) -> list[str]:
+    def call(self, function: Mapping[str, Any], number: int) -> None:
         """The rules of a call. Its arguments are a rule of their own: a `$ref` in them begins at their schema."""
         name = _quoted(function["name"]) if self._form.as_object else function["name"]
         head, _, tail = self._form.call.partition("$arguments")
         before, index, after = head.replace("$name", name).partition("$index")
         told = f"{self._text(before)} /[0-9]/ {self._text(after)}" if index else self._text(before)
-        rule = f"call_{number}: {told} arguments_{number} {self._text(tail)}"
-        return [rule, *self._arguments(function, number)]
+        if self._form.tags is not None or self._form.python:
+            whole = self._one_by_one(function, number, told)
+        else:
+            rule = f"arguments_{number}"
+            self._schemas[rule] = _with_words(function.get("parameters") or {})
+            whole = f"{self._mark(f'head_{number}', told, [rule])} {rule}"
+        self.rules.append(f"call_{number}: {whole} {self._text(tail)}")
 
-    def json_call(self, function: Mapping[str, Any], number: int) -> list[str]:
-        """The same where another JSON text may stand instead: both begin with the same lexemes, so that either may come
-        of them."""
+    def json_call(self, function: Mapping[str, Any], number: int) -> None:
+        """The same as one JSON value."""
         parameters = function.get("parameters") or {}
         names = re.findall(r'"(\w+)": \$', self._form.call)
         called = ({"const": function["name"]}, _with_words(parameters))
         schema = {"type": "object", "properties": dict(zip(names, called, strict=True)), "required": names}
-        whole = rooted({**schema, "additionalProperties": False}, parameters)
-        return [f"call_{number}: %json {json.dumps(tidy_schema(whole))}"]
+        self._schemas[f"call_{number}"] = rooted({**schema, "additionalProperties": False}, parameters)
 
-    def _arguments(self, function: Mapping[str, Any], number: int) -> list[str]:
-        if self._form.tags is None and not self._form.python:
-            return [f"arguments_{number}: %json {json.dumps(_parameters(function))}"]
+    def _one_by_one(self, function: Mapping[str, Any], number: int, told: str) -> str:
+        """A call, up to the last of its arguments. What stands before a value is the whole call so far: it tells the
+        argument from those of the same name in other functions."""
         parameters = function.get("parameters") or {}
+        self.rules.append(f"told_{number}: {told}")
         try:
             arguments, others = arguments_of(parameters)
             if self._form.python:
-                return list(self._python(arguments, number))
-            return list(self._tagged(self._form.tags, arguments, others, number, parameters))
+                return self._python(arguments, number)
+            return self._tagged(self._form.tags, arguments, others, number, parameters)
         except ValueError as error:
             raise ValueError(f"the parameters of {function['name']}: {error}") from error
 
     def _tagged(
         self, tags: Tags | None, arguments: Sequence[Argument], others: Any, number: int, root: Mapping[str, Any]
-    ) -> Iterator[str]:
+    ) -> str:
         assert tags is not None  # noqa: S101 - the form has some
         line = "\n" if tags.padded else ""
         gap = "\n"
-        parts, rules = [], []
+        middle = tags.middle.replace("><", ">" + gap + "<") + line
+        told = f"told_{number}"
         for place, argument in enumerate(arguments):
             rule = f"argument_{number}_{place}"
             if re.search(r'[<>"\n]', argument.name) or argument.name != argument.name.strip():
                 raise ValueError(f"this model's calls have no place for the name {argument.name!r}")
-            head = self._text(f"{gap}{tags.open}{argument.name}{tags.middle.replace('><', '>' + gap + '<')}{line}")
-            if is_text(argument.schema, argument.schema):
-                value, more = _up_to(rule.upper(), _text(argument.schema), tags.close, self._added, line)
-            else:
-                value = f"{rule}_value {self._text(line + tags.close)}"
-                more = [f"{rule}_value: %json {json.dumps(tidy_schema(argument.schema))}"]
-            rules += [f"{rule}: {head} {value}", *more]
-            parts.append(rule if argument.required else f"{rule}?")
+            head = self._text(f"{gap}{tags.open}{argument.name}{middle}")
+            value = self._value(rule, f"{told} {head}", argument.schema, tags, line)
+            self.rules.append(f"{rule}: {value}" if argument.required else f"{rule}: {value} | {told}")
+            told = rule
         if others is not False and others is not None:
-            schema = others if isinstance(others, dict) else {}
             rule = f"argument_{number}_other"
-            head = f"{self._text(gap + tags.open)} /[a-zA-Z0-9_]+/"
-            middle = self._text(tags.middle.replace("><", ">" + gap + "<") + line)
-            if is_text(schema, root):
-                value, more = _up_to(rule.upper(), _text(schema), tags.close, self._added, line)
-            else:
-                value = f"{rule}_value {self._text(line + tags.close)}"
-                more = [f"{rule}_value: %json {json.dumps(tidy_schema(schema))}"]
-            rules += [f"{rule}: {head} {middle} {value}", *more]
-            parts.append(f"{rule}*")
-        yield f"arguments_{number}: {' '.join(parts)} {self._text(gap + tags.end)}"
-        yield from rules
+            head = f"{rule} {self._text(gap + tags.open)} /[a-zA-Z0-9_]+/ {self._text(middle)}"
+            value = self._value(rule, head, rooted(others if isinstance(others, dict) else {}, root), tags, line)
+            self.rules.append(f"{rule}: {value} | {told}")
+            told = rule
+        return f"{told} {self._text(gap + tags.end)}"
 
-    def _python(self, arguments: Sequence[Argument], number: int) -> Iterator[str]:
-        """Two rules an argument: with a comma before it, if it comes, and without."""
-        yield f"arguments_{number}: first_{number}_0"
+    def _value(self, rule: str, head: str, schema: Any, tags: Tags, line: str) -> str:
+        """What stands before an argument's value, the value, and what closes it."""
+        if is_text(schema, schema):
+            value, more = _up_to(rule.upper(), _text(schema), tags.close, self._added, line)
+            self.rules += more
+            return f"{head} {value}"
+        self._schemas[f"{rule}_value"] = schema
+        return f"{self._mark(f'{rule}_head', head, [f'{rule}_value'])} {rule}_value {self._text(line + tags.close)}"
+
+    def _python(self, arguments: Sequence[Argument], number: int) -> str:
+        bare, told = f"told_{number}", ""  # without an argument so far, and with some
         for place, argument in enumerate(arguments):
             if not argument.name.isidentifier():
                 raise ValueError(f"this model's calls have no place for the name {argument.name!r}")
-            rule = f"argument_{number}_{place}"
-            yield f"{rule}: {_quoted(argument.name + '=')} {rule}_value"
-            yield f"{rule}_value: %json {json.dumps(tidy_schema(argument.schema))}"
-            others = f"{number}_{place + 1}"
-            without = "" if argument.required else f" | first_{others}"
-            yield f"first_{number}_{place}: {rule} more_{others}{without}"
-            without = "" if argument.required else f" | more_{others}"
-            yield f'more_{number}_{place}: ", " {rule} more_{others}{without}'
-        yield f'first_{number}_{len(arguments)}: ""'
-        yield f'more_{number}_{len(arguments)}: ""'
+            rule, value = f"argument_{number}_{place}", f"argument_{number}_{place}_value"
+            self._schemas[value] = argument.schema
+            before = " | ".join(filter(None, [bare, told and f'{told} ", "']))
+            head = self._mark(f"{rule}_head", f"({before}) {_quoted(argument.name + '=')}", [value])
+            self.rules.append(f"{rule}: {head} {value}" + (f" | {told}" if told and not argument.required else ""))
+            bare, told = "" if argument.required else bare, rule
+        return f"({' | '.join(filter(None, [bare, told]))})"
 
     def _text(self, text: str) -> str:
         return _literal(text, self._form.special_tokens, self._added)
@@ -247,6 +263,9 @@ def _text_within(schema: Any, root: Any, depth: int) -> str:
     schema = resolved(schema, root)
     if depth > _MOST_STEPS or not isinstance(schema, Mapping):
         return "/(?s:.*)/"
+    schema = said_otherwise(dict(schema), root)
+    if schema is False:
+        raise ValueError("a text has no value that it may be")
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
         texts = [_quoted(value) for value in values if isinstance(value, str)]
@@ -260,21 +279,35 @@ def _text_within(schema: Any, root: Any, depth: int) -> str:
         parts.append(_searched(schema["pattern"]))
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list):
-            parts.append("(" + " | ".join(_text_within(each, root, depth + 1) for each in schema[word]) + ")")
+            parts.append(_any_text(schema[word], root, depth + 1))
     parts += [_text_within(each, root, depth + 1) for each in schema.get("allOf") or ()]
     return parts[0] if len(parts) == 1 else "(" + " & ".join(parts) + ")"
 
 
+def _any_text(schemas: Sequence[Any], root: Any, depth: int) -> str:
+    """A text of one of these, as far as a text can be held to them."""
+    found, reason = [], None
+    for each in schemas:
+        try:
+            found.append(_text_within(each, root, depth))
+        except ValueError as error:
+            reason = error
+    if reason is not None and not found:
+        raise reason
+    return "(" + " | ".join(found) + ")"
+
+
 def _searched(pattern: str) -> str:
-    """A text in which the pattern is found."""
+    """A text in which the pattern is found.
+
+    Raises:
+        ValueError: the pattern looks around, which llguidance does not.
+    """
+    if re.search(r"(?<!\\)\(\?<?[=!]", pattern):
+        raise ValueError(f"a text cannot be held to the pattern {pattern!r}: look-around is not supported")
     begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
     inner = pattern[begins : len(pattern) - ends]
     return _regex(("" if begins else "(?s:.*)") + f"(?:{inner})" + ("" if ends else "(?s:.*)"))
-
-
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments, which are an object."""
-    return dict(tidy_schema(_with_words(function.get("parameters") or {})))
 
 
 def _with_words(parameters: Mapping[str, Any]) -> dict[str, Any]:

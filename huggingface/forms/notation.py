@@ -13,20 +13,23 @@ from llguidance import LLMatcher
 from .gbnf import as_lark
 from .json_schema import TIDY, closed
 from .places import apart
+from .unique import Watch
 
 _MOST_CHOICES = 10_000
 
 
-def notation(kind: str, value: Any) -> tuple[str, Any]:
-    """The grammar of a form, and the schema whose `uniqueItems` is still to be watched, or None; `kind` and `value` are
-    a `records.Constraint`'s.
+def notation(kind: str, value: Any, *, pruned: bool = False) -> tuple[str, Watch | None]:
+    """The grammar of a form, and the values whose `uniqueItems` is still to be watched, or None; `kind` and `value` are
+    a `records.Constraint`'s. Of a `pruned` one those branches of unions are left that can be compiled.
 
     Raises:
         ValueError, TypeError: the value is not of its kind. RecursionError: it is nested too deeply.
     """
     if kind == "json_schema":
-        schema, unique = apart(closed(json.loads(value) if isinstance(value, str) else value))
-        return _schema(schema), unique
+        schema, unique = _schema(value, pruned=pruned)
+        return _json(schema), None if unique is None else Watch({"": unique}, {}, [""])
+    if isinstance(value, dict):
+        return _composed(value, pruned=pruned)
     return _grammar(kind, value), None
 
 
@@ -41,11 +44,32 @@ def _grammar(kind: str, value: Any) -> str:
     return str(LLMatcher.grammar_from_lark(as_lark(value)))
 
 
-def _schema(schema: Any) -> str:
-    """Where it cannot be compiled, with those branches of its unions that can be."""
-    if LLMatcher.validate_grammar(_json(schema)):
+def _composed(form: dict[str, Any], *, pruned: bool) -> tuple[str, Watch | None]:
+    """A grammar whose JSON values stand apart: see `chat.grammar`."""
+    rules, watched = list(form["rules"]), {}
+    for name, value in form["schemas"].items():
+        schema, unique = _schema(value, pruned=pruned)
+        if unique is not None:
+            watched[name] = unique
+        tidy = {**schema, "x-guidance": dict(TIDY)} if isinstance(schema, dict) else schema
+        rules.append(f"{name}: %json {json.dumps(tidy)}")
+    marks = {}
+    for name, (text, values) in form["marks"].items():
+        if watched.keys() & values:
+            marks[name] = values
+        rules.append(f"{name}{f'[capture={json.dumps(name)}]' if name in marks else ''}: {text}")
+    watch = Watch(watched, marks, form["first"]) if watched else None
+    return str(LLMatcher.grammar_from_lark("\n".join(rules))), watch
+
+
+def _schema(value: Any, *, pruned: bool) -> tuple[Any, Any]:
+    """A schema in llguidance's words, and the one that says where its `uniqueItems` are, or None."""
+    schema, unique = apart(closed(json.loads(value) if isinstance(value, str) else value))
+    if schema is True:
+        schema = {}
+    if pruned and LLMatcher.validate_grammar(_json(schema)):
         _keep_branches(schema, schema)
-    return _json(schema)
+    return schema, unique
 
 
 def _keep_branches(schema: Any, root: Any) -> None:

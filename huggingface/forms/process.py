@@ -21,12 +21,12 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llguidance import LLMatcher, LLTokenizer
 
 from .notation import notation
-from .unique import Watched, watched
+from .unique import Tokens, Watched
 
 # From the server: an operation, which of the texts of the form, and a token. Back: what it is, and how long.
 OPERATION = struct.Struct("<BII")
@@ -166,9 +166,7 @@ def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoRetur
         _limit_memory(limits.memory)
         wanted = json.loads(receive(form, LENGTH.unpack(receive(form, LENGTH.size))[0]))
         with _Limit(limits.compiling):
-            grammar, unique = notation(*wanted)
-            matcher = LLMatcher(tokens, grammar, log_level=0)
-            texts = [matcher if unique is None or matcher.is_error() else watched(matcher, tokens, unique)]
+            texts = [_opened(tokens, *wanted)]
             answer = _state(texts[0])
         form.sendall(answer)
         while True:
@@ -186,6 +184,16 @@ def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoRetur
         with suppress(OSError):
             form.sendall(_answer(ERROR, _reason(error).encode()))
         os._exit(0)
+
+
+def _opened(tokens: LLTokenizer, kind: str, value: Any) -> LLMatcher | Watched:
+    """A text of a form, at its beginning; of one that cannot be compiled, with the branches of unions that can be."""
+    for pruned in (False, True):
+        grammar, watch = notation(kind, value, pruned=pruned)
+        matcher = LLMatcher(tokens, grammar, log_level=0)
+        if not matcher.is_error():
+            return matcher if watch is None else Watched(matcher, Tokens(tokens), watch)
+    return matcher
 
 
 def _state(text: LLMatcher | Watched) -> bytes:
