@@ -17,6 +17,8 @@ from .errors import DependencyMissing
 
 logger = logging.getLogger(__name__)
 
+_PACKAGE = __name__.partition(".")[0]
+
 # What is imported belongs to the process, and so does the right to import it.
 _IMPORTING = threading.Lock()
 
@@ -38,7 +40,7 @@ def import_library(name: str) -> ModuleType:
             gc.freeze()
             return module
         except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
-            if (getattr(error, "name", None) or "").startswith(f"{__package__}."):
+            if (getattr(error, "name", None) or "").startswith(f"{_PACKAGE}."):
                 raise  # one of our own modules: a fault of this project, not of the installation
             logger.warning("%s cannot be imported: %s", name, error)
             raise DependencyMissing from error

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOADER = f"{__package__}.loader"
+_LOADER = "huggingface.loader"
 
 _ALMOST_ALL = 0.9  # of a model's memory, that should have come back after it was let go
 _PATIENCE = 32  # looks for a moment in which nobody uses a model, before new users wait for one

@@ -151,8 +151,7 @@ def test_sigterm_in_the_middle_of_a_generation_ends_it(start_server: Any, tiny: 
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while server.call("GET", "/requests").json()["count"] < 1:
-        time.sleep(0.01)
+    until(lambda: server.call("GET", "/requests").json()["count"] == 1)
     assert server.stop(signal.SIGTERM) == 0
     thread.join()
 
