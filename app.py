@@ -17,7 +17,7 @@ from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
 from huggingface.budget import parse_limits
-from huggingface.memory import keep_few_arenas
+from huggingface.host.memory import keep_few_arenas
 from huggingface.records import EngineOptions, LoadOptions
 
 

@@ -32,8 +32,8 @@ from .api.waiting import init_waiting
 from .api.wire import JSONProvider, JSONRequest, check_query, without_slash
 from .budget import Budget, Limit
 from .errors import RegistryError
+from .host.memory import resident_bytes
 from .manager import ModelManager
-from .memory import resident_bytes
 from .preflight import Preflight
 from .records import LoadOptions
 from .registry import ModelRegistry

@@ -20,7 +20,7 @@ from typing import Any
 from . import files
 from .adapter_files import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
-from .memory import ran_out_of_memory
+from .host.memory import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 

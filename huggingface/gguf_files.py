@@ -17,7 +17,7 @@ from typing import Any
 from . import files
 from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics
 from .headers import GGUFHeader, HeaderDamaged, gguf_header
-from .memory import ran_out_of_memory
+from .host.memory import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from .budget import PASSING
 from .converted.encoder import EncoderGraph
 from .converted.generator import Graph
 from .demand import Claims, asked_of
-from .devices import free_bytes, indexed
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
@@ -45,7 +44,8 @@ from .engine.solo import Solo, unset
 from .engine.ticket import Ticket
 from .engine.tokens import TokenTexts
 from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
-from .memory import drop_pages, forget_frames, mapped_files, release_freed
+from .host.devices import free_bytes, indexed
+from .host.memory import drop_pages, forget_frames, mapped_files, release_freed
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
 from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp

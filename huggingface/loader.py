@@ -26,8 +26,8 @@ from .converted import loading as by_openvino
 from .engine.products import Products
 from .errors import LocalLLMError, OutOfMemory, no_panics
 from .headers import Tensor
+from .host.memory import forget_frames
 from .loaded import LoadedModel, Memory, Setup, free
-from .memory import forget_frames
 from .plan import (
     Plan,
     auto_class,

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import Account, Budget, readable
 from .conversions import Conversion, Conversions
-from .devices import resolve_device, used_bytes
 from .downloads import Downloads
 from .errors import (
     Cancelled,
@@ -34,7 +33,8 @@ from .errors import (
     ModelDisabled,
     OutOfMemory,
 )
-from .libraries import import_library
+from .host.devices import resolve_device, used_bytes
+from .host.imports import import_library
 from .places import LOOK_AGAIN, Loading, Place, Places, Resident
 from .progress import Progress
 from .records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .devices import resolve_device
 from .errors import DeviceMissing, InvalidRequest
+from .host.devices import resolve_device
 from .quantization import check
 from .records import LoadOptions, LoadSettings
 

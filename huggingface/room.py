@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from .budget import Budget, readable
-from .devices import by_index
 from .errors import MemoryHeld, NeverFits
 from .eviction import Idle, choose
+from .host.devices import by_index
 from .places import LOOK_AGAIN, Places
 from .progress import Progress
 from .records import Estimate, Forecast

@@ -45,8 +45,8 @@ from huggingface.errors import (
     OutOfMemory,
 )
 from huggingface.eviction import Idle, choose
+from huggingface.host.memory import few_file_pages, ran_out_of_memory
 from huggingface.manager import ModelManager
-from huggingface.memory import few_file_pages, ran_out_of_memory
 from huggingface.places import Places
 from huggingface.records import EngineOptions, Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 from huggingface.registry import ModelRegistry

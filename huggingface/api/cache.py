@@ -9,8 +9,8 @@ from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
 from ..conversions import ConversionStatus
-from ..devices import indexed, resolve_device
 from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
+from ..host.devices import indexed, resolve_device
 from ..places import Resident
 from . import cache_schemas, schemas
 from .services import services

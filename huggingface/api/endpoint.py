@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..devices import resolve_device
 from ..errors import EngineFailed, ModelDisabled
+from ..host.devices import resolve_device
 from ..records import ModelRecord
 from ..tasks import MODEL_TYPES
 from . import hub_schemas, models, schemas

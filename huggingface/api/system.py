@@ -7,9 +7,9 @@ from typing import Any
 
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..devices import cuda_available, resolve_device
 from ..errors import DependencyMissing, NotReady
-from ..libraries import import_library
+from ..host.devices import cuda_available, resolve_device
+from ..host.imports import import_library
 from . import schemas, system_schemas
 from .services import services
 from .waiting import at_once

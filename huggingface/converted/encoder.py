@@ -23,7 +23,7 @@ from ..engine.openvino.graph import compress
 from ..engine.openvino.reserve import Reserve
 from ..engine.openvino.runner import read_graph
 from ..errors import Cancelled
-from ..memory import few_file_pages, release_freed
+from ..host.memory import few_file_pages, release_freed
 from ..tasks import Head
 from ..tasks.positions import max_positions
 from .place import EXPECTED, Place

@@ -22,7 +22,7 @@ from ..engine.openvino.reserve import Reserve
 from ..engine.openvino.runner import OpenVINORunner, read_graph
 from ..engine.parity import Expected, room_for
 from ..errors import Cancelled
-from ..memory import few_file_pages, release_freed
+from ..host.memory import few_file_pages, release_freed
 from .place import EXPECTED, Place
 
 # How far the logits of compressed weights may lie from float32's, as a share of their spread: what is worse is a fault.

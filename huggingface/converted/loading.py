@@ -20,8 +20,8 @@ from .. import files
 from ..engine.layers import NotBatchable
 from ..engine.openvino import library
 from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported
+from ..host.memory import available_bytes
 from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
-from ..memory import available_bytes
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
 from ..progress import Progress
 from ..quantization import predicted_bytes

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
-from ..memory import forget_frames, release_freed
+from ..host.memory import forget_frames, release_freed
 from ..records import EngineOptions, EngineStatus
 from .pace import Pace
 from .scheduler import Row, Scheduler

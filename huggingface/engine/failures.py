@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import EngineFailed, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory, no_panics
-from ..memory import ran_out_of_memory
+from ..host.memory import ran_out_of_memory
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..errors import (
     UnsupportedTask,
     no_panics,
 )
-from ..memory import ran_out_of_memory
+from ..host.memory import ran_out_of_memory
 from . import Head, canonical_task, supported_tasks, text_generation
 from . import inputs as shapes
 from .batching import Batcher, Request, TaskCall, Work

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import OutOfMemory
-from ...memory import release_freed
+from ...host.memory import release_freed
 
 logger = logging.getLogger(__name__)
 

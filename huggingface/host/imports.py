@@ -13,7 +13,7 @@ import sys
 import threading
 from types import ModuleType
 
-from .errors import DependencyMissing
+from ..errors import DependencyMissing
 
 logger = logging.getLogger(__name__)
 

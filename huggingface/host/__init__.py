@@ -1,0 +1,1 @@
+"""The machine: its devices, its memory, and importing torch and transformers late."""
