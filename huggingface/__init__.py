@@ -36,7 +36,7 @@ from .host.memory import resident_bytes
 from .manager import ModelManager
 from .preflight import Preflight
 from .records import LoadOptions
-from .registry import ModelRegistry
+from .registry.registry import ModelRegistry
 from .statistics import Statistics, beside
 from .warmup import Warmup
 

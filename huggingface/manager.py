@@ -38,7 +38,7 @@ from .host.imports import import_library
 from .places import LOOK_AGAIN, Loading, Place, Places, Resident
 from .progress import Progress
 from .records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
-from .registry import ModelRegistry
+from .registry.registry import ModelRegistry
 from .room import Room
 from .statistics import Statistics
 

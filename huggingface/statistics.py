@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from .errors import RegistryError
-from .registry_file import RegistryFile, Version
+from .registry.file import RegistryFile, Version
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 SHARED_MODEL = "shared"
 

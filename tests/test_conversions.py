@@ -38,7 +38,7 @@ from huggingface.errors import Cancelled
 from huggingface.manager import ModelManager
 from huggingface.progress import Progress
 from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 API = "/api/huggingface"
 MODEL = "tiny/llama"

@@ -21,7 +21,7 @@ from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.loaded import LoadedModel
 from huggingface.manager import ModelManager
 from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 MILLION = 1_000_000
 LIMIT = 48 * 2**20  # bytes: plenty for a tiny model, and nothing for a thousand beams

@@ -49,7 +49,7 @@ from huggingface.host.memory import few_file_pages, ran_out_of_memory
 from huggingface.manager import ModelManager
 from huggingface.places import Places
 from huggingface.records import EngineOptions, Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 from huggingface.room import Room
 
 SIZED = 125_864_192  # bytes of a sized model with the KV cache of its first generations

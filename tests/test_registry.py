@@ -23,7 +23,7 @@ from huggingface.errors import (
     UnknownField,
 )
 from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 
 def record(model_id: str = "gpt2", model_type: str = "text-generation", **fields: object) -> ModelRecord:

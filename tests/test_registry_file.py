@@ -17,7 +17,7 @@ import pytest
 
 from huggingface.errors import ModelNotFound, RegistryError, StorageFull
 from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 GPT2 = {"model_id": "gpt2", "name": "GPT-2", "model_type": "text-generation"}
 
@@ -288,7 +288,7 @@ def test_a_record_corrected_by_hand_is_registered_again(path, registry):
 
 def test_each_corrupt_file_keeps_its_own_name(path, tmp_path, registry, monkeypatch):
     """A second one, even at the same time, does not take the first one's place; a change finds it as a read does."""
-    monkeypatch.setattr("huggingface.registry_file.timestamp", lambda: "2025-06-26T21:45:00.000000")
+    monkeypatch.setattr("huggingface.registry.file.timestamp", lambda: "2025-06-26T21:45:00.000000")
     for number in range(3):
         path.write_bytes(b"broken %d" % number)
         if number == 1:

@@ -24,7 +24,7 @@ from registry_writer import write
 
 from huggingface.errors import ModelExists, ModelNotFound, RegistryBusy
 from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.registry import ModelRegistry
 
 HERE = Path(__file__).parent
 THREADS, WRITES = 8, 13  # in each of the 2 processes: 208 changes a round

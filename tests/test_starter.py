@@ -396,7 +396,7 @@ def test_a_missing_package_is_named(tmp_path: Path, module: str) -> None:
 
 def test_the_shipped_registry_holds_the_starter_model() -> None:
     """`data/models.json` reads back as one record, the starter's, and is written as the server would write it."""
-    from huggingface.registry_content import encode, parse
+    from huggingface.registry.content import encode, parse
 
     file = ROOT / "data" / "models.json"
     content = parse(file.read_bytes(), 0)
@@ -409,7 +409,7 @@ def test_the_shipped_record_tells_what_the_starters_files_tell(starter_models_di
     """So that its context length and abilities are known before anybody has looked."""
     from huggingface.preflight import Preflight
     from huggingface.records import LoadOptions
-    from huggingface.registry_content import parse
+    from huggingface.registry.content import parse
 
     record = parse((ROOT / "data" / "models.json").read_bytes(), 0).records[starter.MODEL_ID]
     assert record.details == Preflight(LoadOptions(starter_models_dir, "cpu")).look(record)

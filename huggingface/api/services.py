@@ -18,7 +18,7 @@ from ..errors import ServerFull
 from ..manager import ModelManager
 from ..preflight import Preflight
 from ..records import LoadOptions
-from ..registry import ModelRegistry
+from ..registry.registry import ModelRegistry
 from ..warmup import Warmup
 from .inflight import Requests
 

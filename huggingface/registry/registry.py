@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from .errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
-from .records import ModelRecord, check_model_id, timestamp
-from .registry_content import FIELDS, Content, Corrupt, encode, parse, same_json, stored_value
-from .registry_file import RegistryFile, Signature, Version
+from ..errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
+from ..records import ModelRecord, check_model_id, timestamp
+from .content import FIELDS, Content, Corrupt, encode, parse, same_json, stored_value
+from .file import RegistryFile, Signature, Version
 
 _LOG = logging.getLogger(__name__)
 

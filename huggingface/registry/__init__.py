@@ -1,0 +1,1 @@
+"""The registered models: a JSON file that several processes share."""
