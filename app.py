@@ -16,8 +16,8 @@ from config import Settings, read_settings
 from huggingface.api.errors import on_invalid_body
 from huggingface.api.schemas import ErrorAnswer
 from huggingface.api.system import VERSION
-from huggingface.budget import parse_limits
 from huggingface.host.memory import keep_few_arenas
+from huggingface.manager.budget import parse_limits
 from huggingface.records import EngineOptions, LoadOptions
 
 

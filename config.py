@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from huggingface.api.origins import allowed_origins
-from huggingface.budget import parse_limits
+from huggingface.manager.budget import parse_limits
 
 ROOT = Path(__file__).resolve().parent
 

@@ -30,15 +30,15 @@ from .api.requests import init_request_ids
 from .api.services import EXTENSION, Services
 from .api.waiting import init_waiting
 from .api.wire import JSONProvider, JSONRequest, check_query, without_slash
-from .budget import Budget, Limit
 from .errors import RegistryError
 from .host.memory import resident_bytes
-from .manager import ModelManager
+from .manager.budget import Budget, Limit
+from .manager.manager import ModelManager
+from .manager.preload import Warmup
+from .manager.statistics import Statistics, beside
 from .preflight import Preflight
 from .records import LoadOptions
 from .registry.registry import ModelRegistry
-from .statistics import Statistics, beside
-from .warmup import Warmup
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import torch
 
 from .adapters import Adapters
-from .budget import PASSING
 from .converted.encoder import EncoderGraph
 from .converted.generator import Graph
 from .demand import Claims, asked_of
@@ -46,6 +45,7 @@ from .engine.tokens import TokenTexts
 from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
 from .host.devices import free_bytes, indexed
 from .host.memory import drop_pages, forget_frames, mapped_files, release_freed
+from .manager.budget import PASSING
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
 from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp

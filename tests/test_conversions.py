@@ -31,11 +31,11 @@ import huggingface
 from app import create_app
 from config import Settings
 from huggingface import loader
-from huggingface.budget import Budget, Limit
 from huggingface.converted import loading
 from huggingface.converted.place import FOLDER
 from huggingface.errors import Cancelled
-from huggingface.manager import ModelManager
+from huggingface.manager.budget import Budget, Limit
+from huggingface.manager.manager import ModelManager
 from huggingface.progress import Progress
 from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry

@@ -8,10 +8,10 @@ from typing import Any
 from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..conversions import ConversionStatus
 from ..errors import InvalidRequest, ModelDisabled, ModelNotFound
 from ..host.devices import indexed, resolve_device
-from ..places import Resident
+from ..manager.conversions import ConversionStatus
+from ..manager.leases import Resident
 from . import cache_schemas, schemas
 from .services import services
 from .waiting import at_once, may_wait

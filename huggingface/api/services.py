@@ -15,11 +15,11 @@ from typing import cast
 from flask import current_app
 
 from ..errors import ServerFull
-from ..manager import ModelManager
+from ..manager.manager import ModelManager
+from ..manager.preload import Warmup
 from ..preflight import Preflight
 from ..records import LoadOptions
 from ..registry.registry import ModelRegistry
-from ..warmup import Warmup
 from .inflight import Requests
 
 EXTENSION = "local-llm"

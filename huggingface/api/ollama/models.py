@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from ...chat.formats import find_reasoning
-from ...places import Resident
+from ...manager.leases import Resident
 from ...preflight.card import Card
 from ...records import ModelRecord
 from ..services import services

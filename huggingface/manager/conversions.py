@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import Cancelled, ConversionFailed, LocalLLMError
+from ..progress import Moment, Progress
 from .budget import Budget, readable
-from .errors import Cancelled, ConversionFailed, LocalLLMError
-from .places import LOOK_AGAIN
-from .progress import Moment, Progress
+from .leases import LOOK_AGAIN
 
 logger = logging.getLogger(__name__)
 

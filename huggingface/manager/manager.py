@@ -19,10 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .budget import Account, Budget, readable
-from .conversions import Conversion, Conversions
-from .downloads import Downloads
-from .errors import (
+from ..downloads import Downloads
+from ..errors import (
     Cancelled,
     ConversionFailed,
     DependencyMissing,
@@ -33,17 +31,19 @@ from .errors import (
     ModelDisabled,
     OutOfMemory,
 )
-from .host.devices import resolve_device, used_bytes
-from .host.imports import import_library
-from .places import LOOK_AGAIN, Loading, Place, Places, Resident
-from .progress import Progress
-from .records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
-from .registry.registry import ModelRegistry
+from ..host.devices import resolve_device, used_bytes
+from ..host.imports import import_library
+from ..progress import Progress
+from ..records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
+from ..registry.registry import ModelRegistry
+from .budget import Account, Budget, readable
+from .conversions import Conversion, Conversions
+from .leases import LOOK_AGAIN, Loading, Place, Places, Resident
 from .room import Room
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from .loaded import LoadedModel
+    from ..loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 

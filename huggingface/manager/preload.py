@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from .errors import LocalLLMError, no_panics
+from ..errors import LocalLLMError, no_panics
 from .manager import ModelManager
 
 logger = logging.getLogger(__name__)

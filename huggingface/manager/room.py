@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
+from ..errors import MemoryHeld, NeverFits
+from ..host.devices import by_index
+from ..progress import Progress
+from ..records import Estimate, Forecast
 from .budget import Budget, readable
-from .errors import MemoryHeld, NeverFits
 from .eviction import Idle, choose
-from .host.devices import by_index
-from .places import LOOK_AGAIN, Places
-from .progress import Progress
-from .records import Estimate, Forecast
+from .leases import LOOK_AGAIN, Places
 
 
 class Room:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from ..errors import Cancelled, MemoryHeld, ModelBusy
+from ..progress import Progress
+from ..records import LoadSettings
 from .budget import Account
 from .claims import Claim, Claims
-from .errors import Cancelled, MemoryHeld, ModelBusy
-from .progress import Progress
-from .records import LoadSettings
 
 if TYPE_CHECKING:
-    from .loaded import LoadedModel
+    from ..loaded import LoadedModel
 
 LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 

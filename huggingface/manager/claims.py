@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from .errors import MemoryHeld
+from ..errors import MemoryHeld
 
 _KEPT = 1.5 * MemoryHeld.retry_after  # seconds that a claim outlives its refusal
 

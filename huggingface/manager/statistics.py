@@ -19,8 +19,8 @@ from typing import Any
 
 import orjson
 
-from .errors import RegistryError
-from .registry.file import RegistryFile, Version
+from ..errors import RegistryError
+from ..registry.file import RegistryFile, Version
 
 logger = logging.getLogger(__name__)
 
