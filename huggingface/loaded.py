@@ -24,7 +24,6 @@ import torch
 from .adapters import Adapters
 from .converted.encoder import EncoderGraph
 from .converted.generator import Graph
-from .demand import Claims, asked_of
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.constraints import Constraints
 from .engine.engine import Engine
@@ -46,10 +45,11 @@ from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutO
 from .host.devices import free_bytes, indexed
 from .host.memory import drop_pages, forget_frames, mapped_files, release_freed
 from .manager.budget import PASSING
+from .modeling.demand import Claims, asked_of
+from .modeling.rotary import context
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
 from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
-from .rotary import context
 from .tasks import Head
 from .tasks.embedding import Pooling
 from .tasks.generation import generation_arguments

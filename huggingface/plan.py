@@ -21,9 +21,9 @@ from transformers.models.auto import modeling_auto as auto
 from . import files, gguf_files
 from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed
 from .headers import GGUFHeader
+from .modeling.rotary import context
 from .placement import Placement, place
 from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
-from .rotary import context
 from .tasks import HEADS, MODEL_TYPES, Head, why_no_text
 
 logger = logging.getLogger(__name__)

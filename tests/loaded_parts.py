@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from huggingface import loaded, loader
-from huggingface.demand import Claims
 from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.prepare import Preparer
+from huggingface.modeling.demand import Claims
 
 
 @dataclass

@@ -15,7 +15,6 @@ from causal_models import build
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from huggingface.adapters import Adapters, attach
-from huggingface.demand import Claims
 from huggingface.engine.batch import TransformersBatch, sequence_of
 from huggingface.engine.constraints import Constraints
 from huggingface.engine.engine import Engine
@@ -25,6 +24,7 @@ from huggingface.engine.prepare import Preparer
 from huggingface.engine.solo import Solo
 from huggingface.engine.ticket import Ticket
 from huggingface.engine.tokens import TokenTexts
+from huggingface.modeling.demand import Claims
 from huggingface.records import Chunk, EngineOptions, GenerationRequest
 from huggingface.tasks.generation import generation_arguments
 from huggingface.tasks.runner import TaskRunner

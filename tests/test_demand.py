@@ -14,12 +14,12 @@ from causal_models import build, serve
 from loaded_parts import noted_models, noted_parts
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
-from huggingface.demand import Claims, Demand, Wanted, asked_of
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.loaded import LoadedModel
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
+from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of
 from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, ModelRecord
 from huggingface.registry.registry import ModelRegistry
 

@@ -21,9 +21,9 @@ from huggingface.engine.parity import batch_runner
 from huggingface.engine.slots import SMALLEST, Lengths, SlotTable
 from huggingface.errors import InvalidRequest
 from huggingface.loaded import LoadedModel
+from huggingface.modeling.rotary import context
 from huggingface.preflight.names import Names
 from huggingface.preflight.traits import context_of
-from huggingface.rotary import context
 
 
 @dataclass

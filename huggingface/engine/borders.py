@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import rotary
+from ..modeling import rotary
 
 # Names of settings that are lengths of text, and of such that only look so.
 _LENGTHS = re.compile(

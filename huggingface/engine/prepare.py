@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from ..demand import Wanted, asked_of
 from ..errors import ContextExceeded, InvalidRequest
+from ..modeling.demand import Wanted, asked_of
 from ..records import GenerationRequest
 from .constraints import Constrained, Constraints
 from .detokenizer import Begin

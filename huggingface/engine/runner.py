@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..rotary import changing
+from ..modeling.rotary import changing
 from .adapted import Adapters, Mix, NotMixable, mix_adapters
 from .cache import Segment, SlotCache
 from .layers import NotBatchable, layer_kinds, probe

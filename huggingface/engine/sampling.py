@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..errors import LocalLLMError
-from ..steps import are_numbers, no_numbers, no_token
+from ..modeling.steps import are_numbers, no_numbers, no_token
 from .constraints import Constrained
 from .failures import typed
 

@@ -21,10 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..demand import Claims
 from ..errors import Cancelled
+from ..modeling.demand import Claims
+from ..modeling.steps import SomeToken, watched
 from ..records import Chunk, FinishReason, Timings, Token, Usage
-from ..steps import SomeToken, watched
 from .constraints import Constrained
 from .detokenizer import TextStream
 from .failures import typed

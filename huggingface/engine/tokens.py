@@ -13,8 +13,8 @@ import torch
 from llguidance import LLTokenizer
 
 from ..errors import GenerationFailed, InvalidRequest
+from ..modeling.steps import are_numbers
 from ..records import Token
-from ..steps import are_numbers
 from .detokenizer import plain_tokens, text_behind
 
 

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from .. import files, rotary
+from .. import files
 from ..adapter_files import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, NotServed
 from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from ..modeling import rotary
 from ..records import LoadOptions
 from ..tasks import Head
 from . import packages, traits

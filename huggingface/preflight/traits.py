@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from .. import rotary
 from ..headers import SAFETENSORS_TYPES, Tensor
+from ..modeling import rotary
 from ..tasks import HEADS, MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
 from .names import HEAD_TABLES, Names
 

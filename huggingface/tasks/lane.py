@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import GenerationFailed
-from ..rotary import changing
+from ..modeling.rotary import changing
 from .vocabulary import check_vocabulary, vocabulary_rows
 
 Tensors = Mapping[str, Any]

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.pipelines.base import ChunkPipeline
 
-from ..demand import Claims, asked_of
 from ..errors import Cancelled, GenerationFailed
+from ..modeling.demand import Claims, asked_of
 from .generation import stop_when
 from .inputs import refuse
 from .json_values import json_value

@@ -34,7 +34,7 @@ from .lane import Lane, Outputs, Tensors, token_count
 from .vocabulary import NoRow, check_vocabulary, field_of
 
 if TYPE_CHECKING:
-    from ..demand import Claims
+    from ..modeling.demand import Claims
     from .embedding import Pooling
 
 
@@ -215,7 +215,7 @@ class TaskRunner:
         name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
         if name == "table-question-answering":
             return json_value(self._call(name, *self._checked(name, request), cancelled))
-        from ..steps import watched
+        from ..modeling.steps import watched
         from .text2text import Text2Text
 
         with watched(self._model, self._model_id):

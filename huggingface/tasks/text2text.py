@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from ..demand import Claims, asked_of
 from ..errors import Cancelled, InvalidRequest, UnknownField
+from ..modeling.demand import Claims, asked_of
 from . import inputs as check
 from .positions import max_positions
 from .vocabulary import check_vocabulary, vocabulary_rows

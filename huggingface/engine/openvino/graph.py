@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ...rotary import changing
+from ...modeling.rotary import changing
 from ..cache import LayerShape
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
 from .library import nncf, offline_transformations, openvino

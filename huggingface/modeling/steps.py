@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from .errors import GenerationFailed, InvalidRequest
+from ..errors import GenerationFailed, InvalidRequest
 
 
 def are_numbers(scores: torch.Tensor) -> torch.Tensor:

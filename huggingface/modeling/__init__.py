@@ -1,0 +1,1 @@
+"""What a transformers model says of itself and takes, for all that compute with it."""
