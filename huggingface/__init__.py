@@ -32,11 +32,11 @@ from .api.waiting import init_waiting
 from .api.wire import JSONProvider, JSONRequest, check_query, without_slash
 from .errors import RegistryError
 from .host.memory import resident_bytes
+from .inspection.preflight import Preflight
 from .manager.budget import Budget, Limit
 from .manager.manager import ModelManager
 from .manager.preload import Warmup
 from .manager.statistics import Statistics, beside
-from .preflight import Preflight
 from .records import LoadOptions
 from .registry.registry import ModelRegistry
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import files
-from .adapter_files import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
 from .host.memory import ran_out_of_memory
+from .inspection import folder as files
+from .inspection.lora import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from . import files, hub
-from .adapter_files import read_head
+from . import hub
 from .errors import Cancelled, DiskFull, FilesMissing, HubUnreachable, LoadError, LocalLLMError
-from .headers import Tensor
 from .hub.disk import Claims, Disk
+from .inspection import folder as files
+from .inspection.headers import Tensor
+from .inspection.lora import read_head
 from .progress import Moment, Progress
 from .records import LoadOptions, ModelRecord
 

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from . import files
 from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics
-from .headers import GGUFHeader, HeaderDamaged, gguf_header
 from .host.memory import ran_out_of_memory
+from .inspection import folder as files
+from .inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from . import estimating, files
-from .adapter_files import factor_bytes
+from . import estimating
 from .adapters import attach
 from .converted import loading as by_openvino
 from .engine.products import Products
 from .errors import LocalLLMError, OutOfMemory, no_panics
-from .headers import Tensor
 from .host.memory import forget_frames
+from .inspection import folder as files
+from .inspection.headers import Tensor
+from .inspection.lora import factor_bytes
 from .loaded import LoadedModel, Memory, Setup, free
 from .plan import (
     Plan,

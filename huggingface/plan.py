@@ -18,9 +18,10 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from . import files, gguf_files
+from . import gguf_files
 from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed
-from .headers import GGUFHeader
+from .inspection import folder as files
+from .inspection.headers import GGUFHeader
 from .modeling.rotary import context
 from .placement import Placement, place
 from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord

@@ -18,10 +18,11 @@ import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from . import default_dtype, files, gguf_files, rendering
+from . import default_dtype, gguf_files, rendering
 from .engine.openvino.reserve import make_shell
 from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory, no_panics
 from .host.memory import ran_out_of_memory
+from .inspection import folder as files
 from .plan import Plan, auto_class, refusal
 from .progress import Progress
 from .quantization import quantize

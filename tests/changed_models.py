@@ -12,7 +12,8 @@ from typing import Any
 
 import tiny_models
 
-from huggingface import files, loader
+from huggingface import loader
+from huggingface.inspection import folder as files
 from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
 
 

@@ -35,7 +35,7 @@ from huggingface.errors import (
     LoadError,
     ModelUnsupported,
 )
-from huggingface.preflight import Preflight
+from huggingface.inspection.preflight import Preflight
 from huggingface.quantization import quantize
 from huggingface.records import LoadOptions, ModelRecord
 from huggingface.tasks.runner import TaskRunner

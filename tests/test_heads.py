@@ -11,7 +11,7 @@ from changed_models import copy, edit, load, text
 from loaded_parts import noted_models
 
 from huggingface.errors import FilesCorrupt, ModelUnsupported
-from huggingface.preflight import Preflight
+from huggingface.inspection.preflight import Preflight
 from huggingface.records import LoadOptions
 from huggingface.tasks import TASKS, canonical_task
 

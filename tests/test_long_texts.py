@@ -20,10 +20,10 @@ from huggingface.engine.layers import NotBatchable
 from huggingface.engine.parity import batch_runner
 from huggingface.engine.slots import SMALLEST, Lengths, SlotTable
 from huggingface.errors import InvalidRequest
+from huggingface.inspection.names import Names
+from huggingface.inspection.rules import context_of
 from huggingface.loaded import LoadedModel
 from huggingface.modeling.rotary import context
-from huggingface.preflight.names import Names
-from huggingface.preflight.traits import context_of
 
 
 @dataclass

@@ -23,10 +23,10 @@ from loaded_parts import noted_models
 from test_files import sharded
 
 from huggingface.errors import LoadError
-from huggingface.headers import GGUF_TYPES, HeaderDamaged, gguf_header, safetensors_header
-from huggingface.preflight import Preflight
-from huggingface.preflight.names import HEAD_TABLES, Names
-from huggingface.preflight.traits import context_of, count_parameters
+from huggingface.inspection.headers import GGUF_TYPES, HeaderDamaged, gguf_header, safetensors_header
+from huggingface.inspection.names import HEAD_TABLES, Names
+from huggingface.inspection.preflight import Preflight
+from huggingface.inspection.rules import context_of, count_parameters
 from huggingface.records import LoadOptions, ModelRecord
 from huggingface.tasks import MODEL_TYPES, TASKS, canonical_task
 from huggingface.tasks.positions import max_positions
@@ -136,7 +136,7 @@ def test_the_gguf_types_are_those_of_the_format() -> None:
 def test_a_look_imports_neither_torch_nor_transformers(root: Path) -> None:
     copy(root, "llama", "light/llama")
     program = (
-        "import sys; from pathlib import Path; from huggingface.preflight import Preflight\n"
+        "import sys; from pathlib import Path; from huggingface.inspection.preflight import Preflight\n"
         "from huggingface.records import LoadOptions\n"
         f"details = Preflight(LoadOptions(Path({str(root)!r}))).look_at('light/llama')\n"
         "assert details['known'] and details['parameters'], details\n"
@@ -150,7 +150,7 @@ def test_a_server_without_transformers_still_tells_what_the_files_tell(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(root, "llama", "light/alone")
-    monkeypatch.setattr("huggingface.preflight.names.find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface.inspection.names.find_spec", lambda name: None)
     details = looked(root, "light/alone")
     assert details["known"] is None
     assert details["tasks"] == []
@@ -203,7 +203,7 @@ def test_a_second_look_reads_nothing_but_the_folder(root: Path) -> None:
     """What transformers can do is read once; each look costs no more than the model's own files."""
     copy(root, "bart", "light/bart")
     program = (
-        "import sys; from pathlib import Path; from huggingface.preflight import Preflight\n"
+        "import sys; from pathlib import Path; from huggingface.inspection.preflight import Preflight\n"
         "from huggingface.records import LoadOptions\n"
         f"preflight = Preflight(LoadOptions(Path({str(root)!r})))\n"
         "preflight.look_at('light/bart')\n"
@@ -234,7 +234,7 @@ def test_weights_in_several_files_and_in_half_precision_are_counted_together(roo
 
 
 def test_buffers_and_packed_weights_count_for_what_they_are() -> None:
-    from huggingface.headers import Tensor
+    from huggingface.inspection.headers import Tensor
 
     tensors = {
         "h.0.attn.bias": Tensor("F32", (1, 1, 8, 8), 256),
@@ -405,7 +405,7 @@ def test_a_model_with_code_of_its_own_needs_trust(root: Path) -> None:
 def test_packages_that_are_not_installed_are_named(
     root: Path, name: str, file: str, changes: dict[str, Any], packages: list[str]
 ) -> None:
-    from huggingface.preflight.packages import missing
+    from huggingface.inspection.packages import missing
 
     model_id = f"packages/{name}-{'-'.join(packages) or 'none'}"
     edit(copy(root, name, model_id), file, **changes)
@@ -524,7 +524,7 @@ class Looker:
     def __init__(self, place: Place, home: str = "home", **environment: str) -> None:
         program = (
             "import sys, json; from pathlib import Path\n"
-            "from huggingface.preflight import Preflight; from huggingface.records import LoadOptions\n"
+            "from huggingface.inspection.preflight import Preflight; from huggingface.records import LoadOptions\n"
             "given = json.loads(sys.argv[2])\n"
             "preflight = Preflight(LoadOptions(Path(sys.argv[1]), **given), timeout=4)\n"
             "for line in sys.stdin: print(json.dumps(preflight.look_at(**json.loads(line))), flush=True)\n"

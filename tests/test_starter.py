@@ -407,7 +407,7 @@ def test_the_shipped_registry_holds_the_starter_model() -> None:
 
 def test_the_shipped_record_tells_what_the_starters_files_tell(starter_models_dir: Path) -> None:
     """So that its context length and abilities are known before anybody has looked."""
-    from huggingface.preflight import Preflight
+    from huggingface.inspection.preflight import Preflight
     from huggingface.records import LoadOptions
     from huggingface.registry.content import parse
 

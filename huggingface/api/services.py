@@ -15,9 +15,9 @@ from typing import cast
 from flask import current_app
 
 from ..errors import ServerFull
+from ..inspection.preflight import Preflight
 from ..manager.manager import ModelManager
 from ..manager.preload import Warmup
-from ..preflight import Preflight
 from ..records import LoadOptions
 from ..registry.registry import ModelRegistry
 from .inflight import Requests

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import transformers
 
-from .. import files
 from ..engine.layers import NotBatchable
 from ..engine.openvino import library
 from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported
 from ..host.memory import available_bytes
+from ..inspection import folder as files
 from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
 from ..progress import Progress

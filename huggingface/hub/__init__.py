@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from .. import files
 from ..errors import FilesMissing, FilesRefused, HubUnreachable
-from ..headers import Tensor
+from ..inspection import folder as files
+from ..inspection.headers import Tensor
 from ..progress import Progress
 from .disk import Claims
 from .errors import hub_errors

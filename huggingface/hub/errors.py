@@ -11,8 +11,8 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from .. import files
 from ..errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError
+from ..inspection import folder as files
 from .transfer import Damaged, Stalled
 
 _LONGEST_WAIT = 300.0  # seconds that a Hub may ask to wait before the next request; it counts in windows of that length

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .. import files
 from ..errors import DiskFull, FilesMissing, LoadError
+from ..inspection import folder as files
 from ..progress import Progress
 from .disk import Claims, Disk, NoRoom
 from .errors import damaged, is_absent, is_passing, pause_after, unknown_revision

@@ -13,8 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from ...chat.formats import find_reasoning
+from ...inspection.card import Card
 from ...manager.leases import Resident
-from ...preflight.card import Card
 from ...records import ModelRecord
 from ..services import services
 from .names import find

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import files
 from ..errors import LoadError
-from ..headers import HeaderDamaged, gguf_header
 from ..records import LoadOptions, ModelRecord
-from .look import MOST_LOCAL_HEADER, template_files, tokenizer_config
-from .source import cached_place, folder_place
-from .traits import templates_of
+from . import folder as files
+from .headers import HeaderDamaged, gguf_header
+from .report import MOST_LOCAL_HEADER, template_files, tokenizer_config
+from .rules import templates_of
+from .sources import cached_place, folder_place
 
 _MOST_LICENSE = 256 << 10  # bytes
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from . import files
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, ModelUnsupported
+from ..errors import FilesCorrupt, FilesMissing, FilesRefused, ModelUnsupported
+from . import folder as files
 from .headers import SAFETENSORS_TYPES, HeaderDamaged, Tensor, safetensors_header
 
 CONFIG, WEIGHTS, PICKLES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

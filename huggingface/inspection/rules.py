@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ..headers import SAFETENSORS_TYPES, Tensor
 from ..modeling import rotary
 from ..tasks import HEADS, MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
+from .headers import SAFETENSORS_TYPES, Tensor
 from .names import HEAD_TABLES, Names
 
 # Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they can be run on a text alone.

@@ -14,16 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from .. import files
-from ..adapter_files import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, NotServed
-from ..headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
 from ..modeling import rotary
 from ..records import LoadOptions
 from ..tasks import Head
-from . import packages, traits
+from . import folder as files
+from . import packages
+from . import rules as traits
+from .headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from .names import HEAD_TABLES, Names
-from .source import Place
+from .sources import Place
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import (
+from ..errors import (
     FilesCorrupt,
     FilesMissing,
     FilesRefused,

@@ -9,10 +9,10 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import files
 from ..errors import InvalidModelId, LoadError
-from ..headers import HeaderDamaged, gguf_header
 from ..records import check_model_id
+from . import folder as files
+from .headers import HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
 

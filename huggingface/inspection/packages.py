@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from . import folder as files
 from .names import Names
 
 # Packages by what `pip install` calls them, where the module that tells of them has another name.

@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .. import files
-from ..adapter_files import WEIGHTS
 from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed
 from ..records import LoadOptions, ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
+from . import folder as files
 from .card import Card, read_card
-from .folder import model_folders
-from .look import Look, blank, gguf_names, look_at_adapter
+from .listing import model_folders
+from .lora import WEIGHTS
 from .names import Names
-from .source import (
+from .report import Look, blank, gguf_names, look_at_adapter
+from .sources import (
     Place,
     as_load_error,
     cached_place,

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .. import files
 from ..errors import FilesMissing, HubUnreachable, LoadError
 from ..hub.errors import hub_errors, is_absent
+from . import folder as files
 
 logger = logging.getLogger(__name__)
 
