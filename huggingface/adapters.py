@@ -17,9 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory
+from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory, public
 from .host.memory import ran_out_of_memory
-from .inspection import folder as files
 from .inspection.lora import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: An
             if ran_out_of_memory(error):
                 raise OutOfMemory(f"Not enough memory for {what[0].lower()}{what[1:]}") from error
             logger.info("%s cannot be attached", what, exc_info=error)
-            raise FilesCorrupt(f"{what} cannot be used: {files.public(error, folder)}") from error
+            raise FilesCorrupt(f"{what} cannot be used: {public(error, folder)}") from error
     handle = Adapters(model_id, model, keys)
     if keys:
         handle.activate(model, None)

@@ -7,8 +7,12 @@ It must hold nothing private (no path of this machine, no token). Any thread may
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_ABSOLUTE_PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+")
 
 
 class LocalLLMError(Exception):
@@ -276,3 +280,16 @@ class RequestNotFound(LocalLLMError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"Request '{request_id}' not found")
+
+
+def public(error: BaseException, *folders: Path) -> str:
+    """An error's first line, fit for a client: file names keep their last part only.
+
+    `folders` are those whose names the error may hold; a name with a space in it is recognized only so.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    for folder in folders:
+        lines[0] = lines[0].replace(f"{folder}/", "").replace(str(folder), folder.name)
+    return _ABSOLUTE_PATH.sub("", lines[0])[:300]

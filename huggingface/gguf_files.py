@@ -14,9 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics
+from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics, public
 from .host.memory import ran_out_of_memory
-from .inspection import folder as files
 from .inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
@@ -252,15 +251,14 @@ def _refusal(model_id: str, path: Path, header: GGUFHeader, error: Exception, pa
     message = str(error)
     if isinstance(error, ImportError):
         return ModelUnsupported(
-            f"Model '{model_id}': {path.name} needs a package that is not installed: {files.public(error, path.parent)}"
+            f"Model '{model_id}': {path.name} needs a package that is not installed: {public(error, path.parent)}"
         )
     if isinstance(error, NotImplementedError) or _UNKNOWN.search(message):
         return ModelUnsupported(
             f"Model '{model_id}': transformers {transformers.__version__} does not read {part} from a GGUF file of the "
-            f"architecture '{header.values['general.architecture']}': {files.public(error, path.parent)}"
+            f"architecture '{header.values['general.architecture']}': {public(error, path.parent)}"
         )
     logger.info("%s of %s cannot be used", part, model_id, exc_info=error)
     return FilesCorrupt(
-        f"Model '{model_id}': {part} in {path.name} cannot be used; download it again "
-        f"({files.public(error, path.parent)})"
+        f"Model '{model_id}': {part} in {path.name} cannot be used; download it again ({public(error, path.parent)})"
     )

@@ -19,7 +19,7 @@ import transformers
 from transformers.models.auto import modeling_auto as auto
 
 from . import gguf_files
-from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed
+from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
 from .inspection import folder as files
 from .inspection.headers import GGUFHeader
 from .modeling.rotary import context
@@ -202,11 +202,11 @@ def refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadErr
         )
     if isinstance(error, ImportError) or _INSTALL.search(message):
         return ModelUnsupported(
-            f"Model '{model_id}': {part} needs a package that is not installed: {files.public(error, folder)}"
+            f"Model '{model_id}': {part} needs a package that is not installed: {public(error, folder)}"
         )
     logger.info("%s of %s cannot be used", part, model_id, exc_info=error)
     return FilesCorrupt(
-        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({files.public(error, folder)})"
+        f"Model '{model_id}': {part} is damaged or incomplete; download it again ({public(error, folder)})"
     )
 
 

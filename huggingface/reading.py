@@ -20,7 +20,16 @@ from transformers import modeling_gguf_pytorch_utils
 
 from . import default_dtype, gguf_files, rendering
 from .engine.openvino.reserve import make_shell
-from .errors import DeviceFailed, FilesCorrupt, FilesMissing, InvalidRequest, LocalLLMError, OutOfMemory, no_panics
+from .errors import (
+    DeviceFailed,
+    FilesCorrupt,
+    FilesMissing,
+    InvalidRequest,
+    LocalLLMError,
+    OutOfMemory,
+    no_panics,
+    public,
+)
 from .host.memory import ran_out_of_memory
 from .inspection import folder as files
 from .plan import Plan, auto_class, refusal
@@ -137,12 +146,12 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
         if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
             raise InvalidRequest(
                 f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "
-                f"{files.public(error, plan.folder)}",
+                f"{public(error, plan.folder)}",
                 "attn_implementation",
             ) from error
         if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
             raise InvalidRequest(
-                f"Invalid value for field 'device_map': {files.public(error, plan.folder)}", "device_map"
+                f"Invalid value for field 'device_map': {public(error, plan.folder)}", "device_map"
             ) from error
         raise refusal(model_id, plan.folder, error, "its weights or its config.json") from error
 
@@ -198,7 +207,7 @@ def read_pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLME
         return error
     except Exception as error:
         logger.info("the modules of a sentence-transformers model cannot be used", exc_info=error)
-        return InvalidRequest(f"This model's modules.json cannot be used: {files.public(error, folder)}")
+        return InvalidRequest(f"This model's modules.json cannot be used: {public(error, folder)}")
 
 
 def _check_map(device_map: Any, model: Any) -> None:

@@ -21,7 +21,6 @@ from hub import Repository
 from hub_place import Place, refused, works
 
 from huggingface import hub
-from huggingface.downloads import Downloads, Job
 from huggingface.errors import (
     Cancelled,
     DiskFull,
@@ -33,6 +32,7 @@ from huggingface.errors import (
     LoadError,
 )
 from huggingface.hub.disk import Disk
+from huggingface.hub.downloads import Downloads, Job
 from huggingface.progress import Progress
 from huggingface.records import LoadOptions, ModelRecord
 

@@ -12,8 +12,8 @@ from typing import Any
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ..downloads import Downloads, Job
 from ..errors import DownloadNotFound, InvalidRequest, ServerFull
+from ..hub.downloads import Downloads, Job
 from ..progress import Moment
 from . import download_schemas, schemas
 from .errors import body as failure

@@ -18,9 +18,8 @@ import transformers
 
 from ..engine.layers import NotBatchable
 from ..engine.openvino import library
-from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported
+from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported, public
 from ..host.memory import available_bytes
-from ..inspection import folder as files
 from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
 from ..progress import Progress
@@ -300,4 +299,4 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     except (NotBatchable, library.OpenVINOMissing) as error:
         raise ConversionFailed(str(error)) from error
     except OSError as error:
-        raise ConversionFailed(f"its graph cannot be written: {files.public(error, folder)}") from error
+        raise ConversionFailed(f"its graph cannot be written: {public(error, folder)}") from error

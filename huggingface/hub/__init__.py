@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from ..errors import FilesMissing, FilesRefused, HubUnreachable
+from ..hub_errors import hub_errors
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..progress import Progress
 from .disk import Claims
-from .errors import hub_errors
 from .repository import Repository, partials
 
 # What describes a model and its tokenizer, beside the weights. Where the Hub tells which files there are, those that

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from ..errors import DiskFull, FilesMissing, LoadError
-from ..inspection import folder as files
+from ..errors import DiskFull, FilesMissing, LoadError, public
+from ..hub_errors import Damaged, damaged, is_absent, is_passing, pause_after, unknown_revision
 from ..progress import Progress
 from .disk import Claims, Disk, NoRoom
-from .errors import damaged, is_absent, is_passing, pause_after, unknown_revision
-from .transfer import PARTIAL, Count, Damaged, Source, partial_of, transfer
+from .transfer import PARTIAL, Count, Source, partial_of, transfer
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -371,7 +370,7 @@ class Repository:
                 reached = there
                 if attempt >= _ATTEMPTS or not is_passing(error):
                     raise
-                logger.warning("%s of %s was not had, trying again: %s", name, self.model_id, files.public(error))
+                logger.warning("%s of %s was not had, trying again: %s", name, self.model_id, public(error))
                 self._rest(pause_after(error, attempt))
 
     def _rest(self, seconds: float) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ..hub_errors import Damaged, Stalled
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -27,21 +28,6 @@ PARTIAL = ".local-llm.part"
 _STRIDE = 1024**2  # bytes between two looks at a file that is read, and at most between two that are told of
 _TELL = 0.1  # seconds, at most, between two times that arriving bytes are told of
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-
-
-class Damaged(Exception):
-    """What arrived is not what the Hub tells of the file; it was thrown away.
-
-    `resumed` tells that a part of it was of an earlier attempt, so that a fresh one may go better.
-    """
-
-    def __init__(self, reason: str, *, resumed: bool) -> None:
-        super().__init__(reason)
-        self.resumed = resumed
-
-
-class Stalled(ConnectionError):
-    """The Hub, or its storage, sent nothing for as long as is waited for a byte."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,6 @@ _MOST_JSON = 64 << 20  # bytes of a JSON file that is no vocabulary
 _MOST_TEMPLATE = 1 << 20  # characters: the longest there are have a thirtieth of it
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_SIZE = 1024  # bytes; Git LFS keeps its pointers below
-_ABSOLUTE_PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+")
 _IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
 
 
@@ -308,19 +307,6 @@ def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:
 def relative_imports(source: str) -> list[str]:
     """The sibling modules that Python `source` imports, as transformers finds them."""
     return [first or second for first, second in _IMPORT.findall(source)]
-
-
-def public(error: BaseException, *folders: Path) -> str:
-    """An error's first line, fit for a client: file names keep their last part only.
-
-    `folders` are those whose names the error may hold; a name with a space in it is recognized only so.
-    """
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    for folder in folders:
-        lines[0] = lines[0].replace(f"{folder}/", "").replace(str(folder), folder.name)
-    return _ABSOLUTE_PATH.sub("", lines[0])[:300]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed
+from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed, public
 from ..records import LoadOptions, ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
 from . import folder as files
@@ -124,7 +124,7 @@ class Preflight:
             return {**blank(), "problem": str(error)}
         except Exception as error:
             logger.warning("%s could not be looked at", model_id, exc_info=error)
-            return {**blank(), "problem": f"Model '{model_id}' could not be looked at: {files.public(error)}"}
+            return {**blank(), "problem": f"Model '{model_id}' could not be looked at: {public(error)}"}
 
     def _adapter_problem(self, what: str, adapter_id: str, products: Mapping[str, tuple[int, ...]]) -> str | None:
         """Why a load would refuse an adapter, in the load's own words, as far as config and head tell; or None."""
@@ -144,7 +144,7 @@ class Preflight:
             return str(error)
         except Exception as error:
             logger.warning("%s could not be looked at", what, exc_info=error)
-            return f"{what} could not be looked at: {files.public(error)}"
+            return f"{what} could not be looked at: {public(error)}"
         return None
 
     def available(self) -> list[dict[str, Any]]:

@@ -14,7 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from ..errors import DependencyMissing, FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, NotServed
+from ..errors import (
+    DependencyMissing,
+    FilesCorrupt,
+    FilesMissing,
+    FilesRefused,
+    LoadError,
+    ModelUnsupported,
+    NotServed,
+    public,
+)
 from ..modeling import rotary
 from ..records import LoadOptions
 from ..tasks import Head
@@ -185,7 +194,7 @@ class Look:
         if "adapter_config.json" not in place.names:
             return
         base = _object(place, "adapter_config.json").get("base_model_name_or_path")
-        details["adapter"] = None if not isinstance(base, str) else files.public(ValueError(base))
+        details["adapter"] = None if not isinstance(base, str) else public(ValueError(base))
         if "config.json" not in place.names:
             names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in place.names]
             self._measure(names[:1], None, 0)
@@ -253,7 +262,7 @@ class Look:
         if not details["known"]:
             raise ModelUnsupported(
                 f"Model '{model_id}': transformers {names.version} does not read GGUF files of the architecture "
-                f"'{files.public(ValueError(kind))}'"
+                f"'{public(ValueError(kind))}'"
             )
 
 

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from ..errors import FilesMissing, HubUnreachable, LoadError
-from ..hub.errors import hub_errors, is_absent
-from . import folder as files
+from ..errors import FilesMissing, HubUnreachable, LoadError, public
+from ..hub_errors import hub_errors, is_absent
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def check_gguf_name(model_id: str, name: str) -> str:
     parts = PurePosixPath(name).parts
     inside = parts and not re.search(r"[\\:\0]", name) and "/" not in parts and ".." not in parts
     if not (inside and name.lower().endswith(".gguf")):
-        raise FilesMissing(f"Model '{model_id}': '{files.public(ValueError(name))}' is no GGUF file of its repository")
+        raise FilesMissing(f"Model '{model_id}': '{public(ValueError(name))}' is no GGUF file of its repository")
     return name
 
 

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..downloads import Downloads
 from ..errors import (
     Cancelled,
     ConversionFailed,
@@ -33,6 +32,7 @@ from ..errors import (
 )
 from ..host.devices import resolve_device, used_bytes
 from ..host.imports import import_library
+from ..hub.downloads import Downloads
 from ..progress import Progress
 from ..records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
 from ..registry.registry import ModelRegistry

@@ -1,4 +1,5 @@
-"""What an error of `huggingface_hub` means to the user: the one place that knows its many kinds.
+"""What an error of `huggingface_hub`, or of a transfer from the Hub, means to the user: the one place that knows its
+many kinds.
 
 Pure functions of an exception and what it came from; any thread may call them. Imports neither torch nor transformers,
 and must not know what was being done. Every result is a `LoadError` that names the model, says what to do, and holds no
@@ -11,11 +12,24 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError
-from ..inspection import folder as files
-from .transfer import Damaged, Stalled
+from .errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
 
 _LONGEST_WAIT = 300.0  # seconds that a Hub may ask to wait before the next request; it counts in windows of that length
+
+
+class Damaged(Exception):
+    """What arrived is not what the Hub tells of the file; it was thrown away.
+
+    `resumed` tells that a part of it was of an earlier attempt, so that a fresh one may go better.
+    """
+
+    def __init__(self, reason: str, *, resumed: bool) -> None:
+        super().__init__(reason)
+        self.resumed = resumed
+
+
+class Stalled(ConnectionError):
+    """The Hub, or its storage, sent nothing for as long as is waited for a byte."""
 
 
 def damaged(model_id: str, name: str, reason: str = "") -> FilesCorrupt:
@@ -141,7 +155,7 @@ def _hub_error(model_id: str, revision: str | None, error: BaseException) -> Loa
         )
     if "Consistency check failed" in str(error):
         return damaged(model_id, "a file")
-    return LoadError(f"Model '{model_id}' could not be downloaded: {files.public(error)}")
+    return LoadError(f"Model '{model_id}' could not be downloaded: {public(error)}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from . import hub
-from .errors import Cancelled, DiskFull, FilesMissing, HubUnreachable, LoadError, LocalLLMError
-from .hub.disk import Claims, Disk
-from .inspection import folder as files
-from .inspection.headers import Tensor
-from .inspection.lora import read_head
-from .progress import Moment, Progress
-from .records import LoadOptions, ModelRecord
+from .. import hub
+from ..errors import Cancelled, DiskFull, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
+from ..inspection import folder as files
+from ..inspection.headers import Tensor
+from ..inspection.lora import read_head
+from ..progress import Moment, Progress
+from ..records import LoadOptions, ModelRecord
+from .disk import Claims, Disk
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +312,7 @@ class Downloads:
             job.end(error=error)
         except BaseException as error:
             logger.exception("download of %s failed", job.model_id)
-            failure = LoadError(f"Model '{job.model_id}' could not be downloaded: {files.public(error)}")
+            failure = LoadError(f"Model '{job.model_id}' could not be downloaded: {public(error)}")
             failure.__cause__ = error
             job.end(error=failure)
 
