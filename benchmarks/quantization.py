@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import transformers
 
-from huggingface import quantization
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.parity import batch_runner
 from huggingface.engine.runner import BatchRunner, Piece
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
+from huggingface.loading import quantization
 
 HERE = Path(__file__).parent
 STARTER = HERE.parent / "data" / "models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"

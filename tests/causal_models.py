@@ -17,10 +17,10 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface.converted import generator
-from huggingface.converted.place import Place
 from huggingface.engine.openvino.reserve import make_shell
-from huggingface.loaded import Conversion, LoadedModel, Memory, Setup
+from huggingface.loading.model import Conversion, LoadedModel, Memory, Setup
+from huggingface.loading.openvino import decoder as generator
+from huggingface.loading.openvino.graph_store import Place
 from huggingface.records import EngineOptions, ModelRecord
 
 END = "<|endoftext|>"

@@ -12,8 +12,8 @@ from typing import Any
 
 import tiny_models
 
-from huggingface import loader
 from huggingface.inspection import folder as files
+from huggingface.loading import loader
 from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from huggingface import loaded, loader
 from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.prepare import Preparer
+from huggingface.loading import loader
+from huggingface.loading import model as loaded
 from huggingface.modeling.demand import Claims
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.records import GenerationRequest
 
 BORDER = 64

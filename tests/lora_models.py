@@ -14,7 +14,6 @@ import torch
 from causal_models import build
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from huggingface.adapters import Adapters, attach
 from huggingface.engine.batch import TransformersBatch, sequence_of
 from huggingface.engine.constraints import Constraints
 from huggingface.engine.engine import Engine
@@ -24,6 +23,7 @@ from huggingface.engine.prepare import Preparer
 from huggingface.engine.solo import Solo
 from huggingface.engine.ticket import Ticket
 from huggingface.engine.tokens import TokenTexts
+from huggingface.loading.lora import Adapters, attach
 from huggingface.modeling.demand import Claims
 from huggingface.records import Chunk, EngineOptions, GenerationRequest
 from huggingface.tasks.generation import generation_arguments

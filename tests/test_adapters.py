@@ -23,7 +23,6 @@ from test_slots import Lists
 from tiny_tokenizers import TEXT
 from transformers import pipeline
 
-from huggingface.adapters import attach
 from huggingface.engine.prompts import run_in_batch
 from huggingface.engine.slots import SMALLEST, SlotTable
 from huggingface.errors import (
@@ -36,7 +35,8 @@ from huggingface.errors import (
     ModelUnsupported,
 )
 from huggingface.inspection.preflight import Preflight
-from huggingface.quantization import quantize
+from huggingface.loading.lora import attach
+from huggingface.loading.quantization import quantize
 from huggingface.records import LoadOptions, ModelRecord
 from huggingface.tasks.runner import TaskRunner
 from huggingface.tasks.text_generation import TextGenerations

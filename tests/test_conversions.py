@@ -30,10 +30,10 @@ from test_task_batching import near
 import huggingface
 from app import create_app
 from config import Settings
-from huggingface import loader
-from huggingface.converted import loading
-from huggingface.converted.place import FOLDER
 from huggingface.errors import Cancelled
+from huggingface.loading import loader
+from huggingface.loading.openvino import load as loading
+from huggingface.loading.openvino.graph_store import FOLDER
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.progress import Progress

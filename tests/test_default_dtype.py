@@ -18,8 +18,8 @@ from conftest import PATIENCE
 from torch.overrides import TorchFunctionMode
 from transformers import modeling_utils
 
-from huggingface import loader
-from huggingface.default_dtype import local_dtype
+from huggingface.loading import loader
+from huggingface.loading.default_dtype import local_dtype
 from huggingface.records import LoadOptions, LoadSettings, ModelRecord
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of

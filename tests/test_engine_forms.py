@@ -22,7 +22,7 @@ from transformers import LogitsProcessorList
 from huggingface.engine.sampling import Sampler
 from huggingface.errors import InvalidRequest
 from huggingface.forms.json_schema import closed
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.records import Chunk, Constraint, GenerationRequest
 
 WORDS = TEXT.split()

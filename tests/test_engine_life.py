@@ -19,7 +19,7 @@ from huggingface.engine import engine as engine_module
 from huggingface.engine.engine import Engine
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, EngineFailed
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.records import EngineOptions, GenerationRequest
 from huggingface.tasks.runner import TaskRunner
 

@@ -21,8 +21,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from huggingface import loader
 from huggingface.errors import Cancelled
+from huggingface.loading import loader
 from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
 
 DEFAULTS = {

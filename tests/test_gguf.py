@@ -22,8 +22,8 @@ from lora_models import Served, reference, save_adapter
 from tiny_tokenizers import TEXT
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from huggingface import gguf_files
 from huggingface.errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
+from huggingface.loading import gguf as gguf_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # peft, on saving adapters
 

@@ -22,7 +22,7 @@ from huggingface.engine.slots import SMALLEST, Lengths, SlotTable
 from huggingface.errors import InvalidRequest
 from huggingface.inspection.names import Names
 from huggingface.inspection.rules import context_of
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.modeling.rotary import context
 
 

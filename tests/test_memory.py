@@ -32,7 +32,6 @@ from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from huggingface import loader
 from huggingface.engine.failures import typed
 from huggingface.errors import (
     Cancelled,
@@ -44,6 +43,7 @@ from huggingface.errors import (
     OutOfMemory,
 )
 from huggingface.host.memory import few_file_pages, ran_out_of_memory
+from huggingface.loading import loader
 from huggingface.manager.budget import Budget, Limit, parse_limits, readable
 from huggingface.manager.eviction import Idle, choose
 from huggingface.manager.leases import Places

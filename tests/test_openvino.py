@@ -35,16 +35,18 @@ from transformers import AutoModelForCausalLM
 import huggingface
 from app import create_app
 from config import Settings
-from huggingface import loader
-from huggingface.converted import generator, loading, process
-from huggingface.converted.place import FOLDER, Place
 from huggingface.engine.layers import NotBatchable, probe
 from huggingface.engine.openvino import agreement, graph, library, reserve
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.parity import room_for
 from huggingface.errors import Cancelled, ConversionFailed, InvalidRequest, OutOfMemory
-from huggingface.loaded import LoadedModel, Memory, Unlimited
+from huggingface.loading import loader
+from huggingface.loading.model import LoadedModel, Memory, Unlimited
+from huggingface.loading.openvino import decoder as generator
+from huggingface.loading.openvino import load as loading
+from huggingface.loading.openvino import subprocess as process
+from huggingface.loading.openvino.graph_store import FOLDER, Place
 from huggingface.progress import Progress
 from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
 

@@ -24,15 +24,15 @@ from task_models import CLASS_OF, HEAD_OF, Models, on_one_thread
 from test_task_batching import BATCHED, near, texts
 from test_tasks import SAME
 
-from huggingface import loader
-from huggingface.converted import encoder as converted_encoder
-from huggingface.converted.place import Place
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.openvino import encoder as encoders
 from huggingface.engine.openvino.encoder import Sample
 from huggingface.engine.openvino.reserve import Reserve, make_shell
 from huggingface.errors import InvalidRequest
-from huggingface.loaded import Conversion, LoadedModel, Setup
+from huggingface.loading import loader
+from huggingface.loading.model import Conversion, LoadedModel, Setup
+from huggingface.loading.openvino import encoder as converted_encoder
+from huggingface.loading.openvino.graph_store import Place
 from huggingface.records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
 from huggingface.tasks.embedding import find_pooling
 from huggingface.tasks.question_answering import QuestionAnswering

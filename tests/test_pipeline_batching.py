@@ -20,7 +20,7 @@ from test_engine import draw_parameters, draw_prompt, idle
 from tiny_tokenizers import TEXT
 
 from huggingface.errors import Cancelled, InvalidRequest, QueueFull
-from huggingface.loaded import LoadedModel
+from huggingface.loading.model import LoadedModel
 from huggingface.records import GenerationRequest
 
 TASK = "text-generation"

@@ -93,7 +93,7 @@ def test_the_tables_read_from_the_sources_are_those_that_transformers_has() -> N
 
 
 def test_the_heads_are_the_loaders() -> None:
-    from huggingface import plan
+    from huggingface.loading import plan
 
     for head, found in plan.HEAD_CLASSES.items():
         assert HEAD_TABLES[head][0] == found.auto_class.__name__

@@ -16,11 +16,18 @@ from conftest import ROOT, STARTER
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from huggingface import quantization
 from huggingface.engine.parity import batch_runner
 from huggingface.errors import InvalidRequest, ModelUnsupported
-from huggingface.loaded import LoadedModel, Setup
-from huggingface.quantization import SCHEMES, QuantizedLinear, predicted_bytes, quantize, quantized_bytes, tensor_bytes
+from huggingface.loading import quantization
+from huggingface.loading.model import LoadedModel, Setup
+from huggingface.loading.quantization import (
+    SCHEMES,
+    QuantizedLinear,
+    predicted_bytes,
+    quantize,
+    quantized_bytes,
+    tensor_bytes,
+)
 from huggingface.records import EngineOptions, GenerationRequest, ModelRecord
 
 Load = Callable[[str], Any]

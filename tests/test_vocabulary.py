@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import huggingface
 from app import create_app
 from config import Settings
-from huggingface.converted import loading
+from huggingface.loading.openvino import load as loading
 from huggingface.tasks.positions import max_positions
 
 API = "/api/huggingface"

@@ -43,11 +43,11 @@ from .room import Room
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from ..loaded import LoadedModel
+    from ..loading.model import LoadedModel
 
 logger = logging.getLogger(__name__)
 
-_LOADER = "huggingface.loader"
+_LOADER = "huggingface.loading.loader"
 
 _ALMOST_ALL = 0.9  # of a model's memory, that should have come back after it was let go
 _PATIENCE = 32  # looks for a moment in which nobody uses a model, before new users wait for one

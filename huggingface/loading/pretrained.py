@@ -18,9 +18,9 @@ import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from . import default_dtype, gguf_files, rendering
-from .engine.openvino.reserve import make_shell
-from .errors import (
+from .. import rendering
+from ..engine.openvino.reserve import make_shell
+from ..errors import (
     DeviceFailed,
     FilesCorrupt,
     FilesMissing,
@@ -30,14 +30,16 @@ from .errors import (
     no_panics,
     public,
 )
-from .host.memory import ran_out_of_memory
-from .inspection import folder as files
+from ..host.memory import ran_out_of_memory
+from ..inspection import folder as files
+from ..progress import Progress
+from ..records import LoadOptions
+from ..tasks import Head
+from ..tasks.embedding import Pooling, find_pooling
+from . import default_dtype
+from . import gguf as gguf_files
 from .plan import Plan, auto_class, refusal
-from .progress import Progress
 from .quantization import quantize
-from .records import LoadOptions
-from .tasks import Head
-from .tasks.embedding import Pooling, find_pooling
 
 logger = logging.getLogger(__name__)
 

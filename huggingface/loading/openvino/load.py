@@ -16,20 +16,22 @@ from typing import Any
 import torch
 import transformers
 
-from ..engine.layers import NotBatchable
-from ..engine.openvino import library
-from ..errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported, public
-from ..host.memory import available_bytes
-from ..loaded import Conversion, LoadedModel, Memory, Setup, detach
+from ...engine.layers import NotBatchable
+from ...engine.openvino import library
+from ...errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported, public
+from ...host.memory import available_bytes
+from ...progress import Progress
+from ...records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from ...tasks.reranking import note_cross_encoder
+from ..model import Conversion, LoadedModel, Memory, Setup, detach
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
-from ..progress import Progress
+from ..pretrained import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched
 from ..quantization import predicted_bytes
-from ..reading import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched
-from ..records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
-from ..tasks.reranking import note_cross_encoder
-from . import encoder, generator, process
-from .place import Place
-from .process import Wanted
+from . import decoder as generator
+from . import encoder
+from . import subprocess as process
+from .graph_store import Place
+from .subprocess import Wanted
 
 # Has a model's graph made, tells `Progress` how far that is, and waits: gives the folder of one that could not be kept
 # beside the model. It is told what tells this graph from any other.

@@ -19,16 +19,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from . import estimating
-from .adapters import attach
-from .converted import loading as by_openvino
-from .engine.products import Products
-from .errors import LocalLLMError, OutOfMemory, no_panics
-from .host.memory import forget_frames
-from .inspection import folder as files
-from .inspection.headers import Tensor
-from .inspection.lora import factor_bytes
-from .loaded import LoadedModel, Memory, Setup, free
+from ..engine.products import Products
+from ..errors import LocalLLMError, OutOfMemory, no_panics
+from ..host.memory import forget_frames
+from ..inspection import folder as files
+from ..inspection.headers import Tensor
+from ..inspection.lora import factor_bytes
+from ..progress import Progress
+from ..records import Estimate, LoadOptions, LoadSettings, ModelRecord
+from ..tasks.reranking import note_cross_encoder
+from . import estimate as estimating
+from .lora import attach
+from .model import LoadedModel, Memory, Setup, free
+from .openvino import load as by_openvino
 from .plan import (
     Plan,
     auto_class,
@@ -42,10 +45,7 @@ from .plan import (
     own_dtype,
     refusal,
 )
-from .progress import Progress
-from .reading import BUILDING, read_model, read_pooling, read_tokenizer, watched
-from .records import Estimate, LoadOptions, LoadSettings, ModelRecord
-from .tasks.reranking import note_cross_encoder
+from .pretrained import BUILDING, read_model, read_pooling, read_tokenizer, watched
 
 T = TypeVar("T")
 

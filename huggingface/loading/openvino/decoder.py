@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from ..engine.cache import LayerShape
-from ..engine.layers import NotBatchable, probe
-from ..engine.openvino import agreement
-from ..engine.openvino import graph as graphs
-from ..engine.openvino.failures import computed
-from ..engine.openvino.reserve import Reserve
-from ..engine.openvino.runner import OpenVINORunner, read_graph
-from ..engine.parity import Expected, room_for
-from ..errors import Cancelled
-from ..host.memory import few_file_pages, release_freed
-from .place import EXPECTED, Place
+from ...engine.cache import LayerShape
+from ...engine.layers import NotBatchable, probe
+from ...engine.openvino import agreement
+from ...engine.openvino import graph as graphs
+from ...engine.openvino.failures import computed
+from ...engine.openvino.reserve import Reserve
+from ...engine.openvino.runner import OpenVINORunner, read_graph
+from ...engine.parity import Expected, room_for
+from ...errors import Cancelled
+from ...host.memory import few_file_pages, release_freed
+from .graph_store import EXPECTED, Place
 
 # How far the logits of compressed weights may lie from float32's, as a share of their spread: what is worse is a fault.
 _CLOSE = {None: agreement.CLOSE, "int8": 0.15, "int4": 0.6}

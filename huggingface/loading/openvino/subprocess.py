@@ -1,4 +1,4 @@
-"""Making OpenVINO's graph of a model in a process of its own: `python -m huggingface.converted.process`.
+"""Making OpenVINO's graph of a model in a process of its own: `python -m huggingface.loading.openvino.subprocess`.
 
 Tracing a model and converting it takes all of Python's attention for many seconds, leaves memory behind in torch's
 registries, and runs compiled code on whatever a model's author wrote. None of that is for the process that serves. This
@@ -22,15 +22,15 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from ..errors import Cancelled, ConversionFailed
-from ..progress import Progress
-from ..records import LoadOptions, LoadSettings, ModelRecord
+from ...errors import Cancelled, ConversionFailed
+from ...progress import Progress
+from ...records import LoadOptions, LoadSettings, ModelRecord
 
 logger = logging.getLogger(__name__)
 
 _END = 5.0  # seconds that a process which is ending may take for it
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether anybody still waits
-_ROOT = Path(__file__).resolve().parent.parent.parent
+_ROOT = Path(__file__).resolve().parents[3]
 
 # The signals by which a process ends that did something wrong, and will again.
 _CRASHES = frozenset({-4, -6, -7, -8, -11})
@@ -56,7 +56,7 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     Raises:
         ConversionFailed: there is none. Cancelled: `progress` was cancelled.
     """
-    command = [sys.executable, "-m", "huggingface.converted.process"]
+    command = [sys.executable, "-m", "huggingface.loading.openvino.subprocess"]
     process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very module
         command,
         stdin=subprocess.PIPE,
@@ -139,7 +139,7 @@ def main() -> None:
     wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - what started this process wrote it
     threading.Thread(target=_end_with_the_other, daemon=True).start()
     _step_back(wanted)
-    from . import loading
+    from . import load as loading
 
     try:
         loading.convert(wanted, _Told(tell))

@@ -18,14 +18,14 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from . import gguf_files
-from .errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
-from .inspection import folder as files
-from .inspection.headers import GGUFHeader
-from .modeling.rotary import context
+from ..errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
+from ..inspection import folder as files
+from ..inspection.headers import GGUFHeader
+from ..modeling.rotary import context
+from ..records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from ..tasks import HEADS, MODEL_TYPES, Head, why_no_text
+from . import gguf as gguf_files
 from .placement import Placement, place
-from .records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
-from .tasks import HEADS, MODEL_TYPES, Head, why_no_text
 
 logger = logging.getLogger(__name__)
 

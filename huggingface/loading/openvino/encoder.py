@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from ..engine.layers import NotBatchable
-from ..engine.openvino import encoder as encoders
-from ..engine.openvino.encoder import Encoder, Form, Padding, Sample
-from ..engine.openvino.failures import computed
-from ..engine.openvino.graph import compress
-from ..engine.openvino.reserve import Reserve
-from ..engine.openvino.runner import read_graph
-from ..errors import Cancelled
-from ..host.memory import few_file_pages, release_freed
-from ..tasks import Head
-from ..tasks.positions import max_positions
-from .place import EXPECTED, Place
+from ...engine.layers import NotBatchable
+from ...engine.openvino import encoder as encoders
+from ...engine.openvino.encoder import Encoder, Form, Padding, Sample
+from ...engine.openvino.failures import computed
+from ...engine.openvino.graph import compress
+from ...engine.openvino.reserve import Reserve
+from ...engine.openvino.runner import read_graph
+from ...errors import Cancelled
+from ...host.memory import few_file_pages, release_freed
+from ...tasks import Head
+from ...tasks.positions import max_positions
+from .graph_store import EXPECTED, Place
 
 # What can be asked of models with these heads is asked of their forward pass alone, for rows of tokens.
 HEADS: frozenset[Head] = frozenset(

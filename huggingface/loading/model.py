@@ -21,42 +21,42 @@ from typing import Any, Protocol
 
 import torch
 
-from .adapters import Adapters
-from .converted.encoder import EncoderGraph
-from .converted.generator import Graph
-from .engine.batch import Runner, TransformersBatch, sequence_of
-from .engine.constraints import Constraints
-from .engine.engine import Engine
-from .engine.failures import typed
-from .engine.layers import NotBatchable
-from .engine.lengths import Lengths
-from .engine.openvino.encoder import Encoder
-from .engine.openvino.reserve import Reserve
-from .engine.openvino.runner import OpenVINORunner
-from .engine.parity import batch_runner
-from .engine.prepare import Preparer
-from .engine.prompts import run_in_batch
-from .engine.rotary import forget_between_passes
-from .engine.slots import first_bank
-from .engine.solo import Solo, unset
-from .engine.ticket import Ticket
-from .engine.tokens import TokenTexts
-from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
-from .host.devices import free_bytes, indexed
-from .host.memory import drop_pages, forget_frames, mapped_files, release_freed
-from .manager.budget import PASSING
-from .modeling.demand import Claims, asked_of
-from .modeling.rotary import context
+from ..engine.batch import Runner, TransformersBatch, sequence_of
+from ..engine.constraints import Constraints
+from ..engine.engine import Engine
+from ..engine.failures import typed
+from ..engine.layers import NotBatchable
+from ..engine.lengths import Lengths
+from ..engine.openvino.encoder import Encoder
+from ..engine.openvino.reserve import Reserve
+from ..engine.openvino.runner import OpenVINORunner
+from ..engine.parity import batch_runner
+from ..engine.prepare import Preparer
+from ..engine.prompts import run_in_batch
+from ..engine.rotary import forget_between_passes
+from ..engine.slots import first_bank
+from ..engine.solo import Solo, unset
+from ..engine.ticket import Ticket
+from ..engine.tokens import TokenTexts
+from ..errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
+from ..host.devices import free_bytes, indexed
+from ..host.memory import drop_pages, forget_frames, mapped_files, release_freed
+from ..manager.budget import PASSING
+from ..modeling.demand import Claims, asked_of
+from ..modeling.rotary import context
+from ..records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
+from ..tasks import Head
+from ..tasks.embedding import Pooling
+from ..tasks.generation import generation_arguments
+from ..tasks.positions import max_positions
+from ..tasks.runner import TaskRunner
+from ..tasks.text_generation import TextGenerations
+from ..tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
+from .lora import Adapters
+from .openvino.decoder import Graph
+from .openvino.encoder import EncoderGraph
 from .quantization import QuantizedLinear
 from .quantization import tensor_bytes as quantized_bytes
-from .records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
-from .tasks import Head
-from .tasks.embedding import Pooling
-from .tasks.generation import generation_arguments
-from .tasks.positions import max_positions
-from .tasks.runner import TaskRunner
-from .tasks.text_generation import TextGenerations
-from .tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 

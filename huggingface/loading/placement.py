@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .errors import DeviceMissing, InvalidRequest
-from .host.devices import resolve_device
+from ..errors import DeviceMissing, InvalidRequest
+from ..host.devices import resolve_device
+from ..records import LoadOptions, LoadSettings
 from .quantization import check
-from .records import LoadOptions, LoadSettings
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

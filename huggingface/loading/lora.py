@@ -17,9 +17,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory, public
-from .host.memory import ran_out_of_memory
-from .inspection.lora import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
+from ..errors import FilesCorrupt, InvalidRequest, LoadError, ModelUnsupported, OutOfMemory, public
+from ..host.memory import ran_out_of_memory
+from ..inspection.lora import CONFIG, REFUSED, WEIGHTS, check, check_factors, read_head
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from ..engine.layers import NotBatchable
-from ..engine.openvino.graph import constant_bytes
-from ..engine.openvino.library import openvino, versions
+from ...engine.layers import NotBatchable
+from ...engine.openvino.graph import constant_bytes
+from ...engine.openvino.library import openvino, versions
 
 T = TypeVar("T")
 

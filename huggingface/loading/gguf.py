@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from .errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics, public
-from .host.memory import ran_out_of_memory
-from .inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
+from ..errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics, public
+from ..host.memory import ran_out_of_memory
+from ..inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import InvalidRequest, ModelUnsupported
+from ..errors import InvalidRequest, ModelUnsupported
 
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
