@@ -25,9 +25,9 @@ import torch
 import transformers
 
 from huggingface.engine.layers import NotBatchable
-from huggingface.engine.parity import batch_runner
-from huggingface.engine.runner import BatchRunner, Piece
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
+from huggingface.engine.torch.parity import batch_runner
+from huggingface.engine.torch.runner import BatchRunner, Piece
 from huggingface.loading import quantization
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from huggingface.engine.openvino.reserve import make_shell
+from huggingface.engine.openvino.lazy_weights import make_shell
 from huggingface.loading.model import Conversion, LoadedModel, Memory, Setup
 from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino.graph_store import Place

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from huggingface.engine.batch import TransformersBatch
-from huggingface.engine.prepare import Preparer
+from huggingface.engine.input_processor import Preparer
 from huggingface.loading import loader
 from huggingface.loading import model as loaded
 from huggingface.modeling.demand import Claims

@@ -17,12 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from huggingface.engine.batch import TransformersBatch, sequence_of
 from huggingface.engine.constraints import Constraints
 from huggingface.engine.engine import Engine
+from huggingface.engine.generate_fallback import Solo
+from huggingface.engine.input_processor import Preparer
 from huggingface.engine.layers import NotBatchable
-from huggingface.engine.parity import batch_runner
-from huggingface.engine.prepare import Preparer
-from huggingface.engine.solo import Solo
+from huggingface.engine.logprobs import TokenTexts
 from huggingface.engine.ticket import Ticket
-from huggingface.engine.tokens import TokenTexts
+from huggingface.engine.torch.parity import batch_runner
 from huggingface.loading.lora import Adapters, attach
 from huggingface.modeling.demand import Claims
 from huggingface.records import Chunk, EngineOptions, GenerationRequest

@@ -23,7 +23,7 @@ from test_slots import Lists
 from tiny_tokenizers import TEXT
 from transformers import pipeline
 
-from huggingface.engine.prompts import run_in_batch
+from huggingface.engine.bulk import run_in_batch
 from huggingface.engine.slots import SMALLEST, SlotTable
 from huggingface.errors import (
     FilesCorrupt,

@@ -413,7 +413,7 @@ def test_an_engine_that_breaks_tells_everyone() -> None:
 
 def test_what_cannot_be_right_is_found_out() -> None:
     """A model that computes something else in a batch is not batched: the check at load compares numbers."""
-    from huggingface.engine.parity import batch_runner
+    from huggingface.engine.torch.parity import batch_runner
 
     model, _ = build("llama")
     plain = type(model.model).forward

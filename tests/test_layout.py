@@ -249,7 +249,6 @@ def test_the_api_knows_of_tasks_only_their_names_and_of_the_engine_only_its_tick
         "huggingface.tasks",
         "huggingface.engine.ticket",
         "huggingface.engine.parallel_sampling",
-        "huggingface.engine.joint",
     }
     inner = [
         found

@@ -17,8 +17,8 @@ from long_models import CHANGING, LENGTHS, ROTARY, own, served, together, tokens
 
 from huggingface.engine.borders import nearest
 from huggingface.engine.layers import NotBatchable
-from huggingface.engine.parity import batch_runner
 from huggingface.engine.slots import SMALLEST, Lengths, SlotTable
+from huggingface.engine.torch.parity import batch_runner
 from huggingface.errors import InvalidRequest
 from huggingface.inspection.names import Names
 from huggingface.inspection.rules import context_of

@@ -36,10 +36,11 @@ import huggingface
 from app import create_app
 from config import Settings
 from huggingface.engine.layers import NotBatchable, probe
-from huggingface.engine.openvino import agreement, graph, library, reserve
-from huggingface.engine.openvino.reserve import Reserve, make_shell
+from huggingface.engine.openvino import agreement, graph, library
+from huggingface.engine.openvino import lazy_weights as reserve
+from huggingface.engine.openvino.lazy_weights import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
-from huggingface.engine.parity import room_for
+from huggingface.engine.torch.parity import room_for
 from huggingface.errors import Cancelled, ConversionFailed, InvalidRequest, OutOfMemory
 from huggingface.loading import loader
 from huggingface.loading.model import LoadedModel, Memory, Unlimited

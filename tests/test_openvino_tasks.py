@@ -27,7 +27,7 @@ from test_tasks import SAME
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.openvino import encoder as encoders
 from huggingface.engine.openvino.encoder import Sample
-from huggingface.engine.openvino.reserve import Reserve, make_shell
+from huggingface.engine.openvino.lazy_weights import Reserve, make_shell
 from huggingface.errors import InvalidRequest
 from huggingface.loading import loader
 from huggingface.loading.model import Conversion, LoadedModel, Setup

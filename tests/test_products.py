@@ -11,8 +11,8 @@ from causal_models import SHAPE, build
 from loaded_parts import Findings
 from transformers import AutoModelForCausalLM
 
-from huggingface.engine.parity import batch_runner, compare, expect, some_prompts
-from huggingface.engine.products import WAYS, Way
+from huggingface.engine.torch.matmul import WAYS, Way
+from huggingface.engine.torch.parity import batch_runner, compare, expect, some_prompts
 
 # Families whose modules take views of what their products give.
 VIEWING: dict[str, tuple[str, dict[str, Any]]] = {

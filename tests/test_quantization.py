@@ -16,7 +16,7 @@ from conftest import ROOT, STARTER
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from huggingface.engine.parity import batch_runner
+from huggingface.engine.torch.parity import batch_runner
 from huggingface.errors import InvalidRequest, ModelUnsupported
 from huggingface.loading import quantization
 from huggingface.loading.model import LoadedModel, Setup

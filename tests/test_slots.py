@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from huggingface.engine.cache import LayerShape
-from huggingface.engine.openvino.blocks import BLOCK, BlockCache
-from huggingface.engine.pace import LARGEST, Pace
+from huggingface.engine.openvino.paged_cache import BLOCK, BlockCache
+from huggingface.engine.prefill_budget import LARGEST, Pace
 from huggingface.engine.scheduler import Scheduler
 from huggingface.engine.sequence import Sequence
 from huggingface.engine.slots import SMALLEST, Slot, SlotTable
 from huggingface.engine.ticket import Ticket
+from huggingface.engine.torch.cache import LayerShape
 
 
 class Lists:

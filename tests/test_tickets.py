@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from huggingface.engine.joint import JointTicket
+from huggingface.engine.parallel_sampling import JointTicket
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import GenerationFailed, QueueFull
 from huggingface.records import Chunk

@@ -235,10 +235,10 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
     from torch.profiler import profile as profiler
     from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-    from huggingface.engine.parity import batch_runner
-    from huggingface.engine.runner import Piece
     from huggingface.engine.sampling import Sampler, draw
     from huggingface.engine.slots import SlotTable
+    from huggingface.engine.torch.parity import batch_runner
+    from huggingface.engine.torch.runner import Piece
 
     folder = root / models.ORG / "large"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, scale.half)).to(scale.device).eval()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ..engine.joint import JointTicket
+from ..engine.parallel_sampling import JointTicket
 from ..errors import InvalidRequest
 from ..records import Chunk, GenerationRequest
 from .inflight import InFlight

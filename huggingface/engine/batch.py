@@ -16,14 +16,14 @@ from ..records import EngineOptions
 from .constraints import settle
 from .detokenizer import TextStream
 from .failures import typed
-from .prepare import Prepared, Settled
-from .runner import Piece
+from .input_processor import Prepared, Settled
+from .logprobs import TokenTexts
 from .sampling import Sampler, draw
 from .scheduler import Row
 from .sequence import Sequence
 from .slots import Lengths, SlotTable, Store
 from .ticket import Ticket
-from .tokens import TokenTexts
+from .torch.runner import Piece
 
 
 class Cache(Store, Protocol):

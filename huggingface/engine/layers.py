@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cache import LayerShape, layer_shapes
+from .torch.cache import LayerShape, layer_shapes
 
 # The kinds of layers that runners know, by the names that configs give them.
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..engine.cache import layer_shapes
-from ..engine.products import copies
 from ..engine.slots import first_bank
+from ..engine.torch.cache import layer_shapes
+from ..engine.torch.matmul import copies
 from ..records import EngineOptions, Estimate
 from ..tasks import Head
 from .placement import Placement

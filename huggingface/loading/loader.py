@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ..engine.products import Products
+from ..engine.torch.matmul import Products
 from ..errors import LocalLLMError, OutOfMemory, no_panics
 from ..host.memory import forget_frames
 from ..inspection import folder as files

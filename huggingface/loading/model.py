@@ -22,22 +22,22 @@ from typing import Any, Protocol
 import torch
 
 from ..engine.batch import Runner, TransformersBatch, sequence_of
+from ..engine.bulk import run_in_batch
 from ..engine.constraints import Constraints
 from ..engine.engine import Engine
 from ..engine.failures import typed
+from ..engine.generate_fallback import Solo, unset
+from ..engine.input_processor import Preparer
 from ..engine.layers import NotBatchable
 from ..engine.lengths import Lengths
+from ..engine.logprobs import TokenTexts
 from ..engine.openvino.encoder import Encoder
-from ..engine.openvino.reserve import Reserve
+from ..engine.openvino.lazy_weights import Reserve
 from ..engine.openvino.runner import OpenVINORunner
-from ..engine.parity import batch_runner
-from ..engine.prepare import Preparer
-from ..engine.prompts import run_in_batch
-from ..engine.rotary import forget_between_passes
 from ..engine.slots import first_bank
-from ..engine.solo import Solo, unset
 from ..engine.ticket import Ticket
-from ..engine.tokens import TokenTexts
+from ..engine.torch.parity import batch_runner
+from ..engine.torch.rotary import forget_between_passes
 from ..errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
 from ..host.devices import free_bytes, indexed
 from ..host.memory import drop_pages, forget_frames, mapped_files, release_freed

@@ -19,7 +19,7 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils
 
 from .. import rendering
-from ..engine.openvino.reserve import make_shell
+from ..engine.openvino.lazy_weights import make_shell
 from ..errors import (
     DeviceFailed,
     FilesCorrupt,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import Cancelled
 from ..borders import nearest, past, small
 from ..layers import NotBatchable, probe
-from ..parity import Expected, compare, expect, room_for, some_prompts
+from ..torch.parity import Expected, compare, expect, room_for, some_prompts
 from .failures import computed
 from .graph import convert, windows
 from .runner import OpenVINORunner

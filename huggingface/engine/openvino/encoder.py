@@ -26,8 +26,8 @@ from ...errors import Cancelled
 from ..layers import NotBatchable
 from . import graph as graphs
 from .failures import infer
+from .lazy_weights import Reserve, seem_whole
 from .library import openvino
-from .reserve import Reserve, seem_whole
 
 Tensors = dict[str, torch.Tensor]
 

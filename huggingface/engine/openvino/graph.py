@@ -16,10 +16,10 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ...modeling.rotary import changing
-from ..cache import LayerShape
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
+from ..torch.cache import LayerShape
+from .fuse import merge_products
 from .library import nncf, offline_transformations, openvino
-from .merging import merge_products
 
 # Which of the paged attention's inputs tells how many tokens back it sees; 0 for all of them.
 _WINDOW_INPUT = 10

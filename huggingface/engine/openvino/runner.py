@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache import LayerShape
 from ..layers import NotBatchable
-from ..runner import Piece
 from ..slots import Lengths
+from ..torch.cache import LayerShape
+from ..torch.runner import Piece
 from . import graph as graphs
-from .blocks import BLOCK, BlockCache
 from .failures import infer
+from .lazy_weights import Reserve
 from .library import openvino
-from .reserve import Reserve
+from .paged_cache import BLOCK, BlockCache
 
 
 class OpenVINORunner:

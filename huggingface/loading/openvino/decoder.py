@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ...engine.cache import LayerShape
 from ...engine.layers import NotBatchable, probe
 from ...engine.openvino import agreement
 from ...engine.openvino import graph as graphs
 from ...engine.openvino.failures import computed
-from ...engine.openvino.reserve import Reserve
+from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import OpenVINORunner, read_graph
-from ...engine.parity import Expected, room_for
+from ...engine.torch.cache import LayerShape
+from ...engine.torch.parity import Expected, room_for
 from ...errors import Cancelled
 from ...host.memory import few_file_pages, release_freed
 from .graph_store import EXPECTED, Place

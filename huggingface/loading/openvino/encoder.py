@@ -20,7 +20,7 @@ from ...engine.openvino import encoder as encoders
 from ...engine.openvino.encoder import Encoder, Form, Padding, Sample
 from ...engine.openvino.failures import computed
 from ...engine.openvino.graph import compress
-from ...engine.openvino.reserve import Reserve
+from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import read_graph
 from ...errors import Cancelled
 from ...host.memory import few_file_pages, release_freed

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from ..host.devices import free_bytes
-from ..host.memory import ran_out_of_memory, release_freed
+from ...host.devices import free_bytes
+from ...host.memory import ran_out_of_memory, release_freed
 
 # Shape of one layer's keys or values for one token: heads and width of a head.
 Shape = tuple[int, int]

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.rotary import changing
-from .adapted import Adapters, Mix, NotMixable, mix_adapters
+from ...modeling.rotary import changing
+from ..layers import NotBatchable, layer_kinds, probe
+from ..slots import Lengths, Slot
+from .attention import attend_by_segments, make_twin, wants_float_masks
 from .cache import Segment, SlotCache
-from .layers import NotBatchable, layer_kinds, probe
-from .products import Products
+from .lora import Adapters, Mix, NotMixable, mix_adapters
+from .matmul import Products
 from .rotary import ByLength
-from .slots import Lengths, Slot
-from .twin import attend_by_segments, make_twin, wants_float_masks
 
 # Which tokens (`kv`, a row of positions) a new token at position `at` sees, by the kind of layer. The same rules as in
 # transformers.masking_utils: `at` is (rows, new tokens, 1), `kv` is (length), the number is the window's or chunk's.

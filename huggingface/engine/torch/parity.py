@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import Cancelled
-from .adapted import Adapters
-from .borders import beyond, nearest, small
-from .layers import NotBatchable
+from ...errors import Cancelled
+from ..borders import beyond, nearest, small
+from ..layers import NotBatchable
+from ..slots import SMALLEST, SlotTable, Store
+from .lora import Adapters
 from .runner import BatchRunner, Piece
-from .slots import SMALLEST, SlotTable, Store
 
 logger = logging.getLogger(__name__)
 

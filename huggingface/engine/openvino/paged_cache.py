@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..cache import LayerShape, take_if_free
+from ..torch.cache import LayerShape, take_if_free
 
 BLOCK = 32  # tokens: what OpenVINO's kernels for CPUs have
 

@@ -28,9 +28,9 @@ from ..records import Chunk, FinishReason, Timings, Token, Usage
 from .constraints import Constrained
 from .detokenizer import TextStream
 from .failures import typed
-from .prepare import Prepared, blaming
+from .input_processor import Prepared, blaming
+from .logprobs import TokenTexts
 from .sampling import SeededDraws
-from .tokens import TokenTexts
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]

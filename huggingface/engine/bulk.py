@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ..errors import Cancelled, OutOfMemory, QueueFull
 from .engine import Engine
-from .prepare import Settled, fits_a_row
+from .input_processor import Settled, fits_a_row
 from .sampling import Sampler
 from .sequence import Sequence
 from .ticket import Ticket

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.rotary import borders, changing
+from ...modeling.rotary import borders, changing
 
 
 def _modules(model: Any) -> list[Any]:

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import Cancelled
-from ..host.memory import release_freed
+from ...errors import Cancelled
+from ...host.memory import release_freed
 
 # (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs), contiguous: some models take views of them.
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
