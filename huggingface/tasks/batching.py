@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, no_panics
-from .lane import Lane, Outputs, Tensors, token_count
+from .padded_batch import Lane, Outputs, Tensors, token_count
 
 # How many rows a step prepares, over all calls; and how many of one call may be waiting for their batch: enough to sort
 # them by length, and no more memory than that, however long the list is.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import GenerationFailed, InvalidRequest
-from .lane import Lane, Outputs, Tensors, token_count
+from .padded_batch import Lane, Outputs, Tensors, token_count
 
 CONFIG = "config_sentence_transformers.json"
 

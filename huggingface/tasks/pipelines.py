@@ -30,7 +30,7 @@ from ..modeling.demand import Claims, asked_of
 from .generation import stop_when
 from .inputs import refuse
 from .json_values import json_value
-from .lane import Lane, Outputs, Tensors, token_count
+from .padded_batch import Lane, Outputs, Tensors, token_count
 from .positions import max_positions
 
 

@@ -15,7 +15,7 @@ from ..errors import Cancelled, InvalidRequest, UnknownField
 from . import inputs as check
 from .context_pieces import Example, Options, Piece, pieces
 from .json_values import json_value
-from .lane import Lane, Outputs, Tensors
+from .padded_batch import Lane, Outputs, Tensors
 from .positions import max_positions
 
 if TYPE_CHECKING:

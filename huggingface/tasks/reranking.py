@@ -15,7 +15,7 @@ import torch
 
 from ..errors import GenerationFailed, InvalidRequest
 from .embedding import CONFIG, sane_length
-from .lane import Lane, Outputs, Tensors, token_count
+from .padded_batch import Lane, Outputs, Tensors, token_count
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

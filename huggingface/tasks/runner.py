@@ -30,7 +30,7 @@ from . import inputs as shapes
 from .batching import Batcher, Request, TaskCall, Work
 from .generation import generation_arguments
 from .json_values import json_value
-from .lane import Lane, Outputs, Tensors, token_count
+from .padded_batch import Lane, Outputs, Tensors, token_count
 from .vocabulary import NoRow, check_vocabulary, field_of
 
 if TYPE_CHECKING:
