@@ -13,9 +13,9 @@ from flask_openapi3 import Info, OpenAPI
 
 import huggingface
 from config import Settings, read_settings
-from huggingface.api.errors import on_invalid_body
-from huggingface.api.schemas import ErrorAnswer
-from huggingface.api.system import VERSION
+from huggingface.api.documented.schemas import ErrorAnswer
+from huggingface.api.documented.system import VERSION
+from huggingface.api.http.errors import on_invalid_body
 from huggingface.host.memory import keep_few_arenas
 from huggingface.manager.budget import parse_limits
 from huggingface.records import EngineOptions, LoadOptions

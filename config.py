@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from huggingface.api.origins import allowed_origins
+from huggingface.api.http.origins import allowed_origins
 from huggingface.manager.budget import parse_limits
 
 ROOT = Path(__file__).resolve().parent

@@ -24,8 +24,8 @@ from waitress.server import MultiSocketServer, TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest, RequestEntityTooLarge
 
-from huggingface.api.bodies import UNHELD, HeldBodies
-from huggingface.api.guard import Guard
+from huggingface.api.http.bodies import UNHELD, HeldBodies
+from huggingface.api.http.host_check import Guard
 
 logger = logging.getLogger(__name__)
 

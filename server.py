@@ -16,8 +16,8 @@ from flask import Flask
 
 from config import Settings
 from connections import Limits, listen
-from huggingface.api.bodies import EXTENSION as BODIES
-from huggingface.api.guard import EXTENSION as GUARD
+from huggingface.api.http.bodies import EXTENSION as BODIES
+from huggingface.api.http.host_check import EXTENSION as GUARD
 
 logger = logging.getLogger(__name__)
 

@@ -13,23 +13,25 @@ from pathlib import Path
 
 from flask_openapi3 import OpenAPI
 
-from .api import cache, docs, inference, models, requests, system
-from .api import downloads as download_routes
-from .api import endpoint as endpoint  # adds its routes to those of the models, as the next one
-from .api import hub_protocol as hub_protocol
-from .api import preflight as preflight_routes
 from .api.anthropic import routes as anthropic
-from .api.bodies import init_bodies
-from .api.errors import init_errors
-from .api.fields import UnknownParameters, init_ignored
-from .api.guard import init_guard
-from .api.inflight import Requests
+from .api.documented import downloads as download_routes
+from .api.documented import inference, models, requests, system
+from .api.documented import memory as cache
+from .api.documented import preflight as preflight_routes
+from .api.documented.requests import init_request_ids
+from .api.http import docs
+from .api.http.bodies import init_bodies
+from .api.http.errors import init_errors
+from .api.http.fields import UnknownParameters, init_ignored
+from .api.http.host_check import init_guard
+from .api.http.json import JSONProvider, JSONRequest, check_query, without_slash
+from .api.hub import endpoint  # noqa: F401 - adds its routes to those of the models, as the next one
+from .api.hub import protocol as hub_protocol  # noqa: F401
 from .api.ollama import routes as ollama
 from .api.openai import routes as openai
-from .api.requests import init_request_ids
-from .api.services import EXTENSION, Services
-from .api.waiting import init_waiting
-from .api.wire import JSONProvider, JSONRequest, check_query, without_slash
+from .api.requests.active import Requests
+from .api.requests.services import EXTENSION, Services
+from .api.requests.waiting import init_waiting
 from .errors import RegistryError
 from .host.memory import resident_bytes
 from .inspection.preflight import Preflight

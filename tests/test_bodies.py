@@ -16,7 +16,7 @@ import pytest
 import requests
 from conftest import PATIENCE
 
-from huggingface.api.wire import encoded
+from huggingface.api.http.json import encoded
 from huggingface.records import Timings
 
 MODEL = {"model_id": "a/b", "name": "x", "model_type": "text-generation"}
@@ -183,8 +183,8 @@ def test_a_long_body_keeps_integers_of_any_size(client: Any) -> None:
     """An integer of more than 64 bits is no float, beside however many others."""
     from flask import Flask, request
 
-    from huggingface.api.bodies import init_bodies
-    from huggingface.api.wire import JSONRequest
+    from huggingface.api.http.bodies import init_bodies
+    from huggingface.api.http.json import JSONRequest
 
     app = Flask("numbers")
     app.request_class = JSONRequest

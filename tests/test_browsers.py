@@ -27,7 +27,7 @@ from conftest import PATIENCE, ROOT, STARTER, Server
 from pydantic import ValidationError
 
 from config import Settings
-from huggingface.api.origins import LOCAL_ORIGINS, allowed_origins
+from huggingface.api.http.origins import LOCAL_ORIGINS, allowed_origins
 
 API = "/api/huggingface"
 CORS = "access-control-"

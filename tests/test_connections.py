@@ -153,7 +153,7 @@ def test_only_what_a_client_does_wears_its_connection() -> None:
     """A slow but steady body, a slow but steady reader, and a client that waits for the server lose nothing."""
     from waitress.adjustments import Adjustments
 
-    from huggingface.api.bodies import HeldBodies
+    from huggingface.api.http.bodies import HeldBodies
 
     ours, theirs = socket.socketpair()
     adj = Adjustments()

@@ -14,10 +14,10 @@ from conftest import ROOT
 from pydantic_core import PydanticUndefined
 
 from config import Settings
-from huggingface.api.effective import GENERATE_DEFAULTS
-from huggingface.api.errors import STATUS
-from huggingface.api.parameters import TASK_PARAMETERS, GenerationParameters
-from huggingface.api.system import VERSION
+from huggingface.api.documented.system import VERSION
+from huggingface.api.http.errors import STATUS
+from huggingface.api.parameters.effective import GENERATE_DEFAULTS
+from huggingface.api.parameters.schemas import TASK_PARAMETERS, GenerationParameters
 from huggingface.tasks import MODEL_TYPES, TASKS
 
 README = (ROOT / "README.md").read_text("utf-8")

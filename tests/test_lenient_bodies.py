@@ -19,7 +19,7 @@ from conftest import PATIENCE, Server
 from embedding_models import build_embedding
 from flask import Flask
 
-from huggingface.api.fields import init_ignored, note_ignored
+from huggingface.api.http.fields import init_ignored, note_ignored
 
 HEADER = "X-Local-LLM-Ignored"
 HI = [{"role": "user", "content": "where is the cat?"}]
@@ -585,7 +585,7 @@ def test_a_request_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None
         note_ignored(*(f"name{number}" for number in range(100_000)))
         return ""
 
-    with caplog.at_level("INFO", logger="huggingface.api.fields"):
+    with caplog.at_level("INFO", logger="huggingface.api.http.fields"):
         answer = app.test_client().get("/")
     [line] = caplog.messages
     assert len(line) < 1000

@@ -22,12 +22,12 @@ from hub import Repository
 from hub_place import Place
 from safetensors.numpy import load_file, save_file
 
-from huggingface.api.durations import seconds_of
+from huggingface.api.http.durations import seconds_of
+from huggingface.api.http.sse import NDJSON
 from huggingface.api.ollama import names
 from huggingface.api.ollama.chat import plain_messages
 from huggingface.api.ollama.options import OPTIONS, OptionsBody, Wanted
 from huggingface.api.ollama.schemas import OllamaTurn
-from huggingface.api.sse import NDJSON
 from huggingface.records import ModelRecord
 
 HI = [{"role": "user", "content": "where is the cat?"}]

@@ -19,8 +19,8 @@ import torch
 from conftest import PATIENCE, STARTER, Graphs, Server, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from huggingface.api.documented.system import VERSION
 from huggingface.api.openai.chat import reason_of
-from huggingface.api.system import VERSION
 from huggingface.records import Chunk
 
 pytestmark = pytest.mark.each_backend

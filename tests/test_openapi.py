@@ -14,7 +14,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
-from huggingface.api.effective import GENERATE_DEFAULTS
+from huggingface.api.parameters.effective import GENERATE_DEFAULTS
 
 METHODS = {"GET", "POST", "PUT", "DELETE", "PATCH"}
 UNDESCRIBED = {"/openapi.json", "/docs", "/docs/static/{filename}"}  # the description itself

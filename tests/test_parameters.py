@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from huggingface.api.parameters import TASK_PARAMETERS, GenerationParameters, Parameters, request_error, validate
+from huggingface.api.parameters.schemas import (
+    TASK_PARAMETERS,
+    GenerationParameters,
+    Parameters,
+    request_error,
+    validate,
+)
 from huggingface.errors import InvalidRequest, MissingField, UnknownField
 from huggingface.tasks import TASKS
 

@@ -872,7 +872,7 @@ def test_a_model_is_looked_at_whether_it_is_registered_or_not(client: Any, tiny:
 
 
 def test_the_answers_are_as_the_document_says(client: Any, tiny: Callable[[str], str]) -> None:
-    from huggingface.api.preflight_schemas import AvailableAnswer, Details, PreflightAnswer
+    from huggingface.api.documented.preflight_schemas import AvailableAnswer, Details, PreflightAnswer
 
     answer = client.get(f"/api/huggingface/models/{tiny('bart')}/preflight").get_json()
     PreflightAnswer.model_validate(answer)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from task_models import CHAT, TABLE, Models, on_one_thread
 
-from huggingface.api.parameters import TASK_PARAMETERS, CommonGeneration, validate
+from huggingface.api.parameters.schemas import TASK_PARAMETERS, CommonGeneration, validate
 from huggingface.errors import InvalidRequest
 
 

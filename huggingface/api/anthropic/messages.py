@@ -15,15 +15,15 @@ from pydantic_core import from_json
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...errors import LocalLLMError
 from ...records import Chunk, ModelRecord
-from ..effective import openai_parameters
-from ..errors import anthropic_body, status_of
-from ..generating import begin, named
-from ..lending import lent
+from ..http.errors import anthropic_body, status_of
+from ..http.sse import NAMED_SSE, Events, event_stream
 from ..openai.chat import reason_of
 from ..openai.conversation import Conversation
 from ..openai.serving import new_id
-from ..services import services
-from ..sse import NAMED_SSE, Events, event_stream
+from ..parameters.effective import openai_parameters
+from ..requests.fan_out import begin, named
+from ..requests.leasing import lent
+from ..requests.services import services
 from . import schemas
 from .turns import chat_messages, hides_thinking, wish_of
 

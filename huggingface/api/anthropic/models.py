@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ...errors import InvalidRequest
 from ...records import ModelRecord
-from ..parameters import request_error
+from ..parameters.schemas import request_error
 from .schemas import ModelsPage
 
 

@@ -9,7 +9,7 @@ from flask_openapi3 import APIBlueprint, Tag
 
 from ...errors import ModelNotFound
 from ...records import ModelRecord
-from ..services import services
+from ..requests.services import services
 from . import schemas
 from .answers import AnthropicMessage, CountAnswer, anthropic_failures
 from .messages import answer, count

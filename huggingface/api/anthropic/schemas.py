@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.bodies import Count, Drawn, Stop
 from ..openai.parts import Part, Replayed, Text, of_an_object, one_of, refuse
 

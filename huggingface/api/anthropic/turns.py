@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import InvalidRequest
 from ...records import Constraint
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from . import schemas
 

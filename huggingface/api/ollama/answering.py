@@ -20,14 +20,14 @@ from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Reas
 from ...chat.seams import Seams
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
-from ..effective import openai_parameters
-from ..errors import ollama_body, status_of
-from ..fields import note_ignored
-from ..generating import named
-from ..lending import lent
+from ..http.errors import ollama_body, status_of
+from ..http.fields import note_ignored
+from ..http.sse import NDJSON, Events, event_stream
 from ..openai.serving import Told, chat_logprobs, within
-from ..services import services
-from ..sse import NDJSON, Events, event_stream
+from ..parameters.effective import openai_parameters
+from ..requests.fan_out import named
+from ..requests.leasing import lent
+from ..requests.services import services
 from .options import NAMES, Wanted
 from .schemas import OllamaAnswering
 

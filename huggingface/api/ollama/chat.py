@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Response
 
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.chat import plain_tool
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle

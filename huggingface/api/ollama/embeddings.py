@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...records import ModelRecord
-from ..fields import note_ignored
-from ..generating import named
-from ..lending import lent
-from ..services import services
+from ..http.fields import note_ignored
+from ..requests.fan_out import named
+from ..requests.leasing import lent
+from ..requests.services import services
 from .answering import Times
 from .names import find
 from .options import OPTIONS, Wanted, refused

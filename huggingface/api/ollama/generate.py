@@ -11,7 +11,7 @@ from flask import Response
 from ...chat.parser import AnswerParser, AnswerReader
 from ...errors import InvalidRequest
 from ...records import Constraint, GenerationRequest
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle
 from .names import find

@@ -16,7 +16,7 @@ from ...chat.formats import find_reasoning
 from ...inspection.card import Card
 from ...manager.leases import Resident
 from ...records import ModelRecord
-from ..services import services
+from ..requests.services import services
 from .names import find
 from .thinking import can_think
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...errors import ModelNotFound
 from ...records import ModelRecord
-from ..services import services
+from ..requests.services import services
 
 _HOSTS = ("hf.co/", "huggingface.co/")
 _LATEST = "latest"

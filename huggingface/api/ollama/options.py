@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, create_model
 
 from ...errors import InvalidRequest
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.bodies import Stop, Stops
 from ..openai.parts import Part
 

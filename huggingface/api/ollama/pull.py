@@ -16,12 +16,12 @@ from flask import Response, request
 from ...errors import InvalidRequest, ModelExists, ModelNotFound, ModelUnsupported
 from ...progress import Progress
 from ...records import ModelRecord, check_model_id
-from ..errors import ollama_body
-from ..fields import note_ignored
-from ..generating import named
-from ..load_events import load_events
-from ..services import Services, admitted, services
-from ..sse import NDJSON, Events
+from ..http.errors import ollama_body
+from ..http.fields import note_ignored
+from ..http.load_events import load_events
+from ..http.sse import NDJSON, Events
+from ..requests.fan_out import named
+from ..requests.services import Services, admitted, services
 from .models import digest
 from .names import Name, files_of, fits, parse
 from .schemas import OllamaPullBody

@@ -11,9 +11,9 @@ from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
 from ...errors import InvalidRequest
-from ..services import services
-from ..system import VERSION
-from ..waiting import at_once
+from ..documented.system import VERSION
+from ..requests.services import services
+from ..requests.waiting import at_once
 from . import answers, schemas
 from .chat import chat
 from .embeddings import embed, embed_prompt

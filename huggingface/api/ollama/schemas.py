@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..durations import seconds_of
-from ..fields import note_ignored
+from ..http.durations import seconds_of
+from ..http.fields import note_ignored
 from ..openai.bodies import MODEL, Count, Timeout
 from ..openai.history import call_arguments
 from ..openai.parts import Part, Replayed, Text, refuse

@@ -11,7 +11,7 @@ from typing import Any
 from ...chat.formats import ReasoningTags, find_reasoning
 from ...errors import InvalidRequest
 from ...records import ChatTraits
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from ..openai.conversation import has_variable
 
 _SWITCHES = ("enable_thinking", "thinking")  # of templates that can do without; the latter is DeepSeek's and Granite's

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..schemas import streaming
+from ..documented.schemas import streaming
 
 
 class _Answer(BaseModel):

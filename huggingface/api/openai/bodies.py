@@ -6,9 +6,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..fields import note_ignored
-from ..parameters import GenerationParameters
-from ..schemas import KeepAlive
+from ..documented.schemas import KeepAlive
+from ..http.fields import note_ignored
+from ..parameters.schemas import GenerationParameters
 from .hints import Hinted, Hints, hint
 from .neighbours import Neighbours
 from .parts import Part, Text

@@ -15,12 +15,12 @@ from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part
 from ...chat.seams import Seams
 from ...errors import LocalLLMError
 from ...records import Chunk, Constraint, ModelRecord, Token
-from ..effective import openai_parameters
-from ..fields import note_ignored
-from ..generating import begin, named
-from ..lending import lent
-from ..services import services
-from ..sse import Events, event_stream
+from ..http.fields import note_ignored
+from ..http.sse import Events, event_stream
+from ..parameters.effective import openai_parameters
+from ..requests.fan_out import begin, named
+from ..requests.leasing import lent
+from ..requests.services import services
 from . import schemas
 from .conversation import Conversation, Wish
 from .history import readable

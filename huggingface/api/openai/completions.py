@@ -12,11 +12,11 @@ from flask import Response
 
 from ...errors import InvalidRequest, LocalLLMError
 from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
-from ..effective import openai_parameters
-from ..generating import begin, likelihood, named, seeded
-from ..lending import lent
-from ..services import services
-from ..sse import Events, event_stream
+from ..http.sse import Events, event_stream
+from ..parameters.effective import openai_parameters
+from ..requests.fan_out import begin, likelihood, named, seeded
+from ..requests.leasing import lent
+from ..requests.services import services
 from .chat import form_of
 from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody

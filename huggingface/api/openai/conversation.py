@@ -31,7 +31,7 @@ from ...chat.parser import AnswerParser, AnswerReader
 from ...chat.regions import RegionReader
 from ...errors import InvalidRequest
 from ...records import ChatTraits, Constraint, GenerationRequest
-from ..generating import seeded
+from ..requests.fan_out import seeded
 from .thinking import Thought
 
 # Variables of a chat template that have fields of their own, or that only this server sets.

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...errors import InvalidRequest
 from ...records import ModelRecord
-from ..fields import note_ignored
-from ..lending import lent
-from ..services import services
+from ..http.fields import note_ignored
+from ..requests.leasing import lent
+from ..requests.services import services
 from .serving import new_id
 from .text_schemas import EmbeddingBody, RerankBody
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from .parts import Part, Text
 
 _MARK = "x-ignored"  # in the API's document

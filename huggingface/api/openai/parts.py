@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from ..fields import Fields, note_ignored
+from ..http.fields import Fields, note_ignored
 
 Text = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from .bodies import Asked, Limit, StreamOptions, ToolName
 from .hints import Hinted, ResponseHints, hint
 from .parts import Elsewhere, Part, Replayed, Text, of_an_object, one_of, refuse

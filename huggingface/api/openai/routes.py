@@ -14,11 +14,11 @@ from flask_openapi3 import APIBlueprint, Tag
 from ...records import ModelRecord
 from ...tasks import MODEL_TYPES
 from ..anthropic import models as anthropic_models
-from ..endpoint import context_of
-from ..errors import speaks_anthropic
-from ..schemas import ModelPath
-from ..services import services
-from ..waiting import at_once
+from ..documented.schemas import ModelPath
+from ..http.errors import speaks_anthropic
+from ..hub.endpoint import context_of
+from ..requests.services import services
+from ..requests.waiting import at_once
 from . import schemas, text_schemas
 from .answers import (
     ChatAnswer,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, Field, field_validator, model_validator
 
-from ..fields import note_ignored
+from ..http.fields import note_ignored
 from .bodies import Limit, Penalized, ToolName
 from .hints import ChatHints
 from .parts import Part, Replayed, Text, of_an_object, one_of, refuse

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...errors import LocalLLMError
 from ...records import Chunk, Token, Usage
-from ..errors import openai_body, status_of
-from ..system import VERSION
+from ..documented.system import VERSION
+from ..http.errors import openai_body, status_of
 
 DONE = b"[DONE]"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..schemas import KeepAlive
+from ..documented.schemas import KeepAlive
 from .bodies import MODEL, Count, Penalized, Timeout
 from .hints import Asker
 from .parts import Replayed, Text, TokenId, TokenIds, refuse

@@ -1,0 +1,1 @@
+"""The documented API: its routes, each with its schemas."""

@@ -1,0 +1,141 @@
+"""Routes that run a model: `/generate` and `/pipeline`.
+
+Every view is parse, call, shape. A client that hangs up while it waits is noticed, and its work is given up.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from flask import Response
+from flask_openapi3 import APIBlueprint, Tag
+
+from ...errors import InvalidRequest, MissingField
+from ...records import Chunk, Constraint, GenerationRequest, ModelRecord
+from ..http.sse import DocumentedFraming, event_stream
+from ..parameters.effective import generation_parameters, task_parameters
+from ..requests.fan_out import named
+from ..requests.leasing import lent
+from ..requests.services import services
+from . import inference_schemas, schemas
+
+blueprint = APIBlueprint(
+    "inference",
+    __name__,
+    url_prefix="/api/huggingface",
+    abp_tags=[Tag(name="Inference", description="Generating text, and running tasks.")],
+    abp_responses={**schemas.FAILURES, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
+)
+
+
+# What a text has to be, by the fields that say so: kinds of `Constraint`.
+_FORMS: tuple[Literal["json_schema", "json_object", "regex", "choice", "grammar"], ...] = (
+    "json_schema",
+    "json_object",
+    "regex",
+    "choice",
+    "grammar",
+)
+
+
+@blueprint.post("/generate", responses={200: inference_schemas.GenerateAnswer})
+def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
+    """Generate text. The model is loaded if it is not in memory.
+
+    With `stream` the answer is server-sent events: `{"index", "text"}` for each piece of text, `{"request_id",
+    "position"}` for a place in the queue, and last this very answer, or an error's body.
+    """
+    fields = body.model_dump(exclude_unset=True)
+    source: dict[str, Any] = {name: fields.pop(name) for name in ("prompt", "messages") if name in fields}
+    if len(source) != 1:
+        raise MissingField("prompt") if not source else InvalidRequest("Give prompt or messages, not both", "messages")
+    streams, timeout, keep_alive = (fields.pop(name, None) for name in ("stream", "timeout", "keep_alive"))
+    adapter = fields.pop("adapter", None)
+    if stops := fields.pop("stop", None):
+        if fields.get("stop_strings", stops) != stops:
+            raise InvalidRequest("Invalid value for field 'stop': says something else than stop_strings", "stop")
+        fields["stop_strings"] = stops
+    forms: dict[str, Any] = {name: fields.pop(name) for name in _FORMS if name in fields}
+    if len(forms) > 1:
+        raise InvalidRequest(f"Give only one of {', '.join(forms)}", next(iter(forms)))
+    constraint = next((Constraint(kind, forms[kind]) for kind in _FORMS if kind in forms), None)
+    registry = services().registry
+    record = registry.get(fields.pop("model_id"))
+    parameters = generation_parameters(record, fields)
+    with ExitStack() as stack:
+        flight, model = stack.enter_context(lent(record, "generate", timeout, bool(streams), keep_alive))
+        with named({} if "messages" in source else {"messages": "prompt"}):
+            request = _request(record, source, parameters, bool(streams), constraint, adapter)
+            ticket = flight.attach(model.generate(request, flight.gone))
+
+        def answer(chunks: list[Chunk]) -> dict[str, Any]:
+            registry.record_use(record.model_id)
+            return _generated(record, source, chunks, forms | ({"adapter": adapter} if adapter is not None else {}))
+
+        if not streams:
+            return answer(list(flight.chunks()))
+        response = event_stream(flight, ticket, DocumentedFraming(answer))
+        response.call_on_close(stack.pop_all().close)  # only now: an error before the first token ends it here
+        return response
+
+
+@blueprint.post("/pipeline", responses={200: inference_schemas.PipelineAnswer})
+def pipeline(body: inference_schemas.PipelineBody) -> dict[str, Any]:
+    """Run a task. The model is loaded if it is not in memory."""
+    registry = services().registry
+    record = registry.get(body.model_id)
+    parameters = task_parameters(record, body.task, body.model_extra or {})
+    with lent(record, body.task, body.timeout, keep_alive=body.keep_alive) as (flight, model):
+        results = model.run(body.task, body.inputs, parameters, flight.gone, body.adapter)
+    registry.record_use(record.model_id)
+    return {
+        "success": True,
+        "results": results,
+        "model_used": record.model_id,
+        "task": body.task,
+        "inputs": body.inputs,
+        "model_info": record.summary(),
+    }
+
+
+def _request(
+    record: ModelRecord,
+    source: dict[str, Any],
+    parameters: dict[str, Any],
+    streams: bool,
+    constraint: Constraint | None,
+    adapter: str | None,
+) -> GenerationRequest:
+    """What to generate from; the prompt of a conversational model is the user's turn of a chat."""
+    if record.model_type == "conversational" and "prompt" in source:
+        source = {"messages": [{"role": "user", "content": source["prompt"]}]}
+    return GenerationRequest(parameters, **source, streams=streams, constraint=constraint, adapter=adapter)
+
+
+def _generated(
+    record: ModelRecord, source: dict[str, Any], chunks: list[Chunk], further: dict[str, Any]
+) -> dict[str, Any]:
+    """The documented answer, from the chunks of which each is its sequence's last."""
+    last = sorted((chunk for chunk in chunks if chunk.finish_reason is not None), key=lambda chunk: chunk.index)
+    texts, reasons = [chunk.whole for chunk in last], [chunk.finish_reason for chunk in last]
+    several = len(texts) > 1
+    usage, timings = last[-1].usage, last[-1].timings
+    assert usage is not None  # noqa: S101 - the last chunk of a request has it
+    return {
+        "success": True,
+        "response": texts[0],
+        **({"responses": texts} if several else {}),
+        "model_used": record.model_id,
+        **source,
+        "parameters": {**(last[-1].parameters or {}), **further},
+        "model_info": record.summary(),
+        "finish_reason": reasons[0],
+        **({"finish_reasons": reasons} if several else {}),
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        },
+        "timings": timings,  # the encoder writes it as its fields
+    }

@@ -1,0 +1,158 @@
+"""The contract on `/generate` and `/pipeline` as pydantic models. See `schemas`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ...tasks import TASKS
+from ..http.fields import Fields
+from ..parameters.effective import GENERATE_DEFAULTS
+from ..parameters.schemas import TASK_PARAMETERS, GenerationParameters, Stop, Stops
+from .model_schemas import ModelInfo
+from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streaming
+
+
+def _without_empty(stops: Any) -> Any:
+    """Stops of which the empty ones are left out."""
+    return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
+
+
+def _example(**fields: Any) -> ConfigDict:
+    """What the page at `/docs` offers to send, in place of every field that there is."""
+    body = {"model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", **fields}
+    return cast(ConfigDict, {"openapi_extra": {"example": body}})
+
+
+class Message(Strict):
+    """One turn of a chat. Programs send back what they got, so that further fields are dropped."""
+
+    drops = True
+    place = "messages"
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateBody(GenerationParameters):
+    """Text to continue, or a chat to answer, and how. Give exactly one of `prompt` and `messages`.
+
+    What is left out comes from the model's registered parameters, then from the defaults named here.
+    """
+
+    empties = frozenset({"stop"})
+
+    model_config = _example(prompt="What is the capital of France?", max_new_tokens=30)
+
+    model_id: str = Field(description=MODEL_ID_TEXT)
+    prompt: str = optional("Input text. For a conversational model it is the user's turn of a new chat.")
+    messages: list[Message] = optional("A chat, oldest turn first.", min_length=1)
+    stream: bool = optional("Send the text as it is made, as server-sent events.")
+    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
+    adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
+    stop: Annotated[Stop | Stops | Annotated[list[Stop], Field(max_length=0)], BeforeValidator(_without_empty)] = (
+        optional("The same as `stop_strings`.")
+    )
+    json_schema: dict[str, Any] = optional("The text is to be JSON of this schema. At most one of these five.")
+    json_object: Literal[True] = optional("The text is to be a JSON object.")
+    regex: str = optional("The text is to match this regular expression, whole.", min_length=1)
+    choice: list[str] = optional("The text is to be one of these.", min_length=1)
+    grammar: str = optional("The text is to be of this grammar, in llguidance's dialect of Lark.", min_length=1)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, with what is in effect where a model has nothing of its own registered."""
+        schema = super().model_json_schema(*arguments, **options)
+        for name, value in GENERATE_DEFAULTS.items():
+            schema["properties"][name]["description"] += (
+                f" Default, where the model has none registered: {json.dumps(value)}."
+            )
+        return schema
+
+
+class Usage(BaseModel):
+    """Tokens, counted by the model's own tokenizer, special ones included."""
+
+    prompt_tokens: int
+    completion_tokens: int = Field(description="Of all returned texts together.")
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Where the time went, in seconds since the request reached the model."""
+
+    queue: float = Field(description="Until it was let into the batch.")
+    first_token: float = Field(description="Until its first token was made.")
+    total: float = Field(description="Until its last token was made.")
+    tokens_per_second: float = Field(description="Tokens made, by the time after the queue.")
+
+
+class GenerateAnswer(Answer):
+    """The new text."""
+
+    model_config = streaming(
+        '`{"index": 0, "text": "…"}` for what was made, `{"request_id": "…", "position": 3}` in the queue, and last '
+        "this answer, or a failure."
+    )
+
+    response: str = Field(description="The new text only, without the prompt.")
+    responses: list[str] | None = Field(None, description="All texts, where `num_return_sequences` asks for several.")
+    model_used: str
+    prompt: str | None = Field(None, description="The prompt as sent.")
+    messages: list[Message] | None = Field(None, description="The messages as sent.")
+    parameters: dict[str, Any] = Field(description="The parameters that were in effect.")
+    model_info: ModelInfo
+    finish_reason: Literal["stop", "length"] = Field(
+        description="`stop`: an end token or a stop string came; `length`: a limit was reached."
+    )
+    finish_reasons: list[Literal["stop", "length"]] | None = Field(None, description="One for each of `responses`.")
+    usage: Usage
+    timings: Timings
+
+
+class PipelineBody(Fields):
+    """A task for a model. Every further field is a parameter of the task; one that it does not have is refused."""
+
+    model_config = ConfigDict(
+        **_example(task="text-generation", inputs="Once upon a time", max_new_tokens=30),
+        extra="allow",
+        strict=True,
+        protected_namespaces=(),
+    )
+
+    model_id: str = Field(description=MODEL_ID_TEXT)
+    task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
+    inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
+    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
+    adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
+        schema = super().model_json_schema(*arguments, **options)
+        schema["anyOf"] = []
+        for name, parameters in TASK_PARAMETERS.items():
+            fields = parameters.model_json_schema(*arguments, **options)
+            schema.setdefault("$defs", {}).update(fields.get("$defs", {}))
+            task: dict[str, Any] = {"enum": [*TASKS[name].aliases, name]}
+            if name == "translation":
+                task = {"anyOf": [task, {"pattern": "^translation_[^_]+_to_[^_]+$"}]}
+            branch = {"title": name, "properties": {"task": task, **fields["properties"]}}
+            schema["anyOf"].append({**branch, "required": ["task", *fields.get("required", [])]})
+        return schema
+
+
+class PipelineAnswer(Answer):
+    """What the task gives, as `transformers` gives it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    results: Any
+    model_used: str
+    task: str
+    inputs: Any
+    model_info: ModelInfo

@@ -1,0 +1,288 @@
+"""The contract on models as pydantic models: registering, changing, loading and unloading them.
+
+See `schemas`, which says what holds for all of them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+
+from ..http.fields import Fields
+from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streaming
+
+
+def _timestamp(value: str) -> str:
+    try:
+        date = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("must be an ISO 8601 date and time") from None
+    if date.tzinfo is not None:
+        date = date.astimezone(UTC).replace(tzinfo=None)
+    return date.isoformat(timespec="microseconds")
+
+
+def _shown(description: str) -> Any:
+    """A field of an answer that is there only where it is set."""
+    return Field(default=None, description=description)
+
+
+class Settings(Strict):
+    """How a model is loaded. What is left out is the server's choice."""
+
+    device: str | None = optional("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = optional(
+        "accelerate's: `auto`, `balanced`, `balanced_low_0`, `sequential`, or devices by module; `disk` offloads."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional(
+        "Of the weights in memory. `auto`: float32 on a CPU, else the weights' own."
+    )
+    quantization: Literal["int8", "int4"] | None = optional(
+        "A lossy form of the weights that takes less memory; none is the default."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        optional("How transformers computes attention.")
+    )
+    compile: bool | None = optional(
+        "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
+    )
+    engine: Literal["auto", "torch", "openvino"] | None = optional(
+        "What computes the model. `auto`: OpenVINO on a CPU, where it gives torch's numbers for it, else torch."
+    )
+    max_context: int | None = optional("The most tokens of one sequence.", ge=1)
+    slots: int | None = optional("The most sequences in one batch.", ge=1, le=1024)
+
+
+class Registered(Settings):
+    """What may be said of a model beyond what is documented."""
+
+    revision: str | None = optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
+    gguf_file: str | None = optional(
+        "The file of the repository or folder that holds the weights as GGUF.", min_length=1, max_length=500
+    )
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}$")], str] | None = optional(
+        "LoRA adapters by the name that requests choose one by, each an id."
+    )
+    pinned: bool | None = optional("Never take it out of memory to make room for another.")
+    keep_alive: KeepAlive | None = optional("Seconds in memory after the last use; 0 for none, -1 for ever.")
+
+
+class TypeQuery(Strict):
+    """Filter of the model list."""
+
+    type: str | None = Field(None, description="Only models of this type.")
+
+
+class NewModel(Registered):
+    """A model to register."""
+
+    model_id: str = Field(description=MODEL_ID_TEXT, examples=["microsoft/DialoGPT-medium"])
+    name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
+    model_type: str | None = Field(
+        None,
+        description="What the model is for; it may be left out where the model's config tells.",
+        examples=["conversational"],
+    )
+    description: str = Field("", description="Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Default parameters: of `/generate`, and of `/pipeline` for the model's own task.",
+        examples=[{"max_new_tokens": 100, "temperature": 0.7}],
+    )
+
+
+class ModelChanges(Registered):
+    """What to change of a registered model. A field that is left out stays as it is; null unsets a setting.
+
+    `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
+    """
+
+    nulls = frozenset(Registered.model_fields) | {"last_used", "details"}
+
+    name: str = optional("Display name.", min_length=1)
+    model_type: str = optional("What the model is for.")
+    description: str = optional("Anything that helps to tell the model from others.")
+    parameters: dict[str, Any] = optional("Replaces all default parameters.")
+    status: Literal["available", "disabled"] = optional("A disabled model is not loaded or used.")
+    last_used: Annotated[str, AfterValidator(_timestamp)] | None = optional(
+        "When the model was last used (ISO 8601, UTC), or null."
+    )
+    model_id: str = optional("Protected.")
+    added_date: str = optional("Protected.")
+    usage_count: int = optional("Protected.")
+    details: dict[str, Any] | None = optional("Protected.")
+
+
+class LoadBody(Settings):
+    """How to load."""
+
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+
+    force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
+    stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
+    keep_alive: KeepAlive | None = optional("Seconds in memory without use; -1 is for ever.")
+    wait_for_graph: StrictBool = Field(
+        False, description="Answer when OpenVINO computes the model, or it is known that torch does."
+    )
+
+
+class EmptyBody(Strict):
+    """Nothing; it may be left out."""
+
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+
+
+class EstimateQuery(Fields):
+    """Settings to estimate with, over the registered ones."""
+
+    lasts = True
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str | None = optional("As in a load.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional("As in a load.")
+    quantization: str | None = optional("As in a load.")
+    engine: Literal["auto", "torch", "openvino"] | None = optional("As in a load.")
+    slots: int | None = optional("As in a load.", ge=1, le=1024)
+
+
+class ModelInfo(BaseModel):
+    """A model in short."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    name: str
+    model_type: str
+
+
+class Model(ModelInfo):
+    """A registered model. Dates are ISO 8601 in UTC, with microseconds."""
+
+    description: str
+    parameters: dict[str, Any]
+    added_date: str
+    last_used: str | None
+    usage_count: int
+    status: Literal["available", "disabled"]
+    revision: str | None = _shown("A branch, tag or commit of its repository.")
+    gguf_file: str | None = _shown("The file that holds the weights, as GGUF.")
+    adapters: dict[str, str] | None = _shown("LoRA adapters by name.")
+    pinned: bool | None = _shown("Whether it is never taken out of memory to make room.")
+    keep_alive: float | None = _shown("Seconds in memory after the last use; -1 is for ever.")
+    device: str | None = _shown("Where it is loaded.")
+    device_map: str | dict[str, int | str] | None = _shown("accelerate's map of devices.")
+    dtype: str | None = _shown("Of the weights in memory.")
+    quantization: str | None = _shown("The lossy form of its weights.")
+    attn_implementation: str | None = _shown("How attention is computed.")
+    compile: bool | None = _shown("Whether it is compiled.")
+    engine: str | None = _shown("What computes the model.")
+    max_context: int | None = _shown("The most tokens of one sequence.")
+    slots: int | None = _shown("The most sequences in one batch.")
+    details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
+
+
+class ModelsAnswer(Answer):
+    """The registered models."""
+
+    models: list[Model]
+    count: int
+
+
+class ModelAnswer(Answer):
+    """A registered model."""
+
+    model: Model
+
+
+class ChangedAnswer(ModelAnswer):
+    """A registered model after the change."""
+
+    message: str
+
+
+class ModelsData(BaseModel):
+    """The registry's content, as its file holds it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    models: list[Model]
+    last_updated: str
+    count: int
+
+
+class RemovedAnswer(Answer):
+    """The registry without the removed model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    message: str
+    models_data: ModelsData
+
+
+class EffectiveSettings(BaseModel):
+    """How a model in memory was loaded."""
+
+    device: str | None = Field(description="Null where a device map spreads it.")
+    device_map: dict[str, str] | None
+    dtype: str
+    quantization: str | None
+    attn_implementation: str | None
+    compile: bool
+    engine: Literal["torch", "openvino"]
+    max_context: int | None = Field(description="Null for the model's own.")
+    slots: int
+
+
+class LoadedAnswer(Answer):
+    """The model is in memory."""
+
+    model_config = streaming('`{"progress": …}` while it is loaded, and last this answer, or a failure.')
+
+    message: str
+    model_info: ModelInfo
+    device: str = Field(examples=["cpu", "cuda", "cuda:1"])
+    settings: EffectiveSettings
+    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+
+
+class UnloadedAnswer(Answer):
+    """The model is not in memory any more."""
+
+    message: str
+    bytes: int = Field(description="What the model had.")
+    freed_bytes: int = Field(description="What came back, as the system tells: other work at the time is in it too.")
+
+
+class DeviceEstimate(BaseModel):
+    """Memory of one device."""
+
+    bytes: int
+    available_bytes: int | None = Field(description="What could be taken now; null where nothing tells.")
+    limit_bytes: int | None = Field(description="What models may have there, all together.")
+
+
+class EstimateAnswer(Answer):
+    """What a load would take, in bytes, told from config and headers."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    bytes: int = Field(description="All of it: weights, copies and KV cache.")
+    weights_bytes: int
+    copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")
+    kv_cache_bytes: int = Field(description="KV cache of the first generations; it grows with their number and length.")
+    kv_cache_bytes_per_token: int
+    device: str
+    dtype: str
+    quantization: str | None
+    engine: Literal["torch", "openvino"] = Field(description="What would compute it.")
+    conversion_bytes: int = Field(
+        description="Besides, for a while: what another process takes that converts the model, at its first load."
+    )
+    devices: dict[str, DeviceEstimate]
+    fits: bool = Field(description="Whether a load would succeed now, with `evicts` gone.")
+    possible: bool = Field(description="Whether it could ever fit.")
+    evicts: list[str] = Field(description="The models that would go for it.")

@@ -1,0 +1,290 @@
+"""Routes of the registered models: list, add, show, change, remove, load.
+
+Every view is parse, call, shape. Ids may hold a slash, raw or as `%2F`: both reach the routes as one path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
+
+from flask import Response, request
+from flask_openapi3 import APIBlueprint, Tag
+
+from ... import records
+from ...errors import InvalidRequest, MissingField, ModelExists, ModelNotFound
+from ...progress import Progress
+from ...tasks import MODEL_TYPES
+from ..http.load_events import load_events
+from ..parameters.effective import check_registered
+from ..requests.services import Services, admitted, services
+from ..requests.waiting import at_once
+from . import model_schemas, schemas
+
+blueprint = APIBlueprint(
+    "models",
+    __name__,
+    url_prefix="/api/huggingface",
+    abp_tags=[Tag(name="Models", description="Which models are registered, and bringing them into memory.")],
+    abp_responses={**schemas.FAILURES, **schemas.REGISTRY_FAILURES},
+)
+
+
+@blueprint.get("/models", responses={200: model_schemas.ModelsAnswer})
+@at_once
+def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
+    """List the registered models."""
+    models = [record.to_dict() for record in services().registry.list(query.type)]
+    return {"success": True, "models": models, "count": len(models)}
+
+
+@blueprint.post(
+    "/models",
+    responses={
+        200: model_schemas.ChangedAnswer,
+        **schemas.BODY_FAILURES,
+        409: schemas.ErrorAnswer,
+        422: schemas.ErrorAnswer,
+    },
+)
+def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
+    """Register a model. Nothing is downloaded or loaded yet; what its files tell is looked up and kept in `details`.
+
+    Where `model_type` is left out, it is what the model's config tells, if it does. A model that does none of this
+    server's tasks is refused.
+    """
+    records.check_model_id(body.model_id)
+    registry = services().registry
+    _check_new(body.model_id)
+    given = body.model_dump(exclude_unset=True)
+    if body.model_type is not None:
+        _check_type(body.model_type)
+        given["parameters"] = check_registered(body.model_type, body.parameters)
+    record = records.ModelRecord(**{"model_type": "", **given})
+    _check_settings(record)
+    details = services().preflight.look(record, strict=True)
+    if body.model_type is None:
+        if details["model_type"] is None:
+            error = MissingField("model_type")
+            if details["source"] is not None:
+                told = details["problem"] or "its files do not tell what it is for"
+                error.args = (f"{error}. It may be left out only where the model's files tell it: {told}",)
+            raise error
+        model_type = details["model_type"]
+        record = replace(record, model_type=model_type, parameters=check_registered(model_type, body.parameters))
+    _check_revision(record, details)
+    return _changed(registry.add(replace(record, details=details)), "added")
+
+
+def _check_revision(record: records.ModelRecord, details: Mapping[str, Any]) -> None:
+    if record.revision is not None and details["source"] == "local":
+        raise InvalidRequest(
+            f"Invalid value for field 'revision': model '{record.model_id}' has a folder in the models folder, which "
+            "is used as it is",
+            "revision",
+        )
+
+
+def _check_new(model_id: str) -> None:
+    """Refuse an id that is registered, before its files are looked for."""
+    try:
+        services().registry.get(model_id)
+    except ModelNotFound:
+        return
+    raise ModelExists(model_id)
+
+
+def _check_settings(record: records.ModelRecord) -> None:
+    """Refuse what could never be honoured, whatever the model."""
+    if record.device is not None and record.device_map is not None:
+        raise InvalidRequest("Give device or device_map, not both", "device_map")
+    if record.keep_alive is not None and -1 < record.keep_alive < 0:
+        raise InvalidRequest("Invalid value for field 'keep_alive': must be -1 (for ever), 0 or more", "keep_alive")
+    for name, adapter in (record.adapters or {}).items():
+        try:
+            records.check_model_id(adapter)
+        except InvalidRequest as error:
+            message = str(error).replace("'model_id'", f"'adapters.{name}'")
+            raise InvalidRequest(message, f"adapters.{name}") from error
+    file = record.gguf_file
+    if file is not None and (
+        not file.lower().endswith(".gguf") or "\\" in file or {"", ".", ".."} & {*file.split("/")}
+    ):
+        raise InvalidRequest(
+            "Invalid value for field 'gguf_file': must be the name of a .gguf file in the model's folder or repository",
+            "gguf_file",
+        )
+
+
+@blueprint.get("/models/<path:model_id>", responses={200: model_schemas.ModelAnswer})
+@at_once
+def get_model(path: schemas.ModelPath) -> dict[str, Any]:
+    """Show one model."""
+    return {"success": True, "model": services().registry.get(path.model_id).to_dict()}
+
+
+@blueprint.put("/models/<path:model_id>", responses={200: model_schemas.ChangedAnswer, **schemas.BODY_FAILURES})
+def update_model(path: schemas.ModelPath, body: model_schemas.ModelChanges) -> dict[str, Any]:
+    """Change a model. Fields that are left out stay; `parameters` are replaced as a whole."""
+    registry = services().registry
+    changes = body.model_dump(exclude_unset=True)
+    record = registry.get(path.model_id)
+    model_type = changes.get("model_type", record.model_type)
+    if "parameters" in changes or model_type != record.model_type:
+        _check_type(model_type)
+        kept = check_registered(model_type, changes.get("parameters", record.parameters))
+        if "parameters" in changes:
+            changes["parameters"] = kept
+    wanted = replace(record, **{name: changes[name] for name in changes if name in records.OPTIONAL_FIELDS})
+    _check_settings(wanted)
+    if wanted.revision is not None and wanted.revision != record.revision:
+        _check_revision(wanted, services().preflight.look(wanted))
+    updated = registry.update(path.model_id, changes)
+    looked_at = (record.revision, record.gguf_file, record.adapters)
+    if (wanted.revision, wanted.gguf_file, wanted.adapters) != looked_at:
+        updated = registry.describe(updated, services().preflight.look(updated))
+    return _changed(updated, "updated")
+
+
+def called(model_id: str, last: str) -> schemas.ModelPath | None:
+    """The path of a registered model whose name ends as a route does: it comes first, as nothing else shows it."""
+    whole = f"{model_id}/{last}"
+    try:
+        services().registry.get(whole)
+    except ModelNotFound:
+        return None
+    return schemas.ModelPath(model_id=whole)
+
+
+@blueprint.delete("/models/<path:model_id>", responses={200: model_schemas.RemovedAnswer, 409: schemas.ErrorAnswer})
+def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
+    """Remove a model from the registry and from memory. Its files stay."""
+    data = services().manager.remove(path.model_id)
+    return {"success": True, "message": f"Model '{path.model_id}' removed successfully", "models_data": data}
+
+
+@blueprint.post(
+    "/models/<path:model_id>/load",
+    responses={200: model_schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
+)
+def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[str, Any] | Response:
+    """Bring a model into memory; its files are downloaded if they are not here. The body may be left out.
+
+    The settings named are in effect over the registered ones until the model is unloaded. With `stream` the answer is
+    server-sent events: `{"progress"}` with the phase (download, read, ready), bytes and time left, and last this very
+    answer, or an error's body.
+    """
+    present = services()
+    manager, record = present.manager, present.registry.get(path.model_id)
+    given = body.model_dump(exclude_unset=True)
+    settings = {name: given[name] for name in records.LOAD_SETTINGS if name in given}
+    _check_settings(replace(record, keep_alive=body.keep_alive, **settings))
+
+    def load(gone: Callable[[], bool], watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+        model = manager.load(
+            record.model_id,
+            force_reload=body.force_reload,
+            settings=records.LoadSettings(**settings) if settings else None,
+            keep_alive=body.keep_alive,
+            wait_for_graph=body.wait_for_graph,
+            gone=gone,
+            watch=watch,
+        )
+        _describe(present, record, model.setup.commit)
+        return {
+            "success": True,
+            "message": f"Model '{record.model_id}' loaded successfully",
+            "model_info": record.summary(),
+            "device": model.device,
+            "settings": model.effective,
+            "engine_reason": model.engine_reason,
+        }
+
+    if not body.stream:
+        with admitted():
+            return load(request.environ.get("waitress.client_disconnected", lambda: False))
+    with ExitStack() as stack:
+        stack.enter_context(admitted())
+        return load_events(load, stack.pop_all().close)
+
+
+def _describe(present: Services, record: records.ModelRecord, commit: str | None) -> None:
+    """Note what the files tell of a model that could not be looked at before, or that has changed since."""
+    known = record.details or {}
+    if not known.get("reachable") or known.get("commit") != commit:
+        details = present.preflight.look(record)
+        if details["reachable"]:
+            with suppress(ModelNotFound):  # it was removed meanwhile
+                present.registry.describe(record, details)
+
+
+@blueprint.post(
+    "/models/<path:model_id>/unload",
+    responses={200: model_schemas.UnloadedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer},
+)
+def unload_model(path: schemas.ModelPath, body: model_schemas.EmptyBody) -> dict[str, Any]:  # noqa: ARG001 - it is checked
+    """Take a model out of memory, after those who use it are done; tells how much memory came back."""
+    services().registry.get(path.model_id)
+    unloaded = services().manager.unload(path.model_id)
+    what = "unloaded successfully" if unloaded.was_loaded else "was not in memory"
+    return {
+        "success": True,
+        "message": f"Model '{path.model_id}' {what}",
+        "bytes": unloaded.bytes,
+        "freed_bytes": unloaded.freed_bytes,
+    }
+
+
+@blueprint.get(
+    "/models/<path:model_id>/estimate", responses={200: model_schemas.EstimateAnswer, **schemas.MODEL_FAILURES}
+)
+def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) -> dict[str, Any]:
+    """Tell what a load would take, whether there is room for it, and which models would go. Nothing is loaded."""
+    if (model := called(path.model_id, "estimate")) is not None:
+        return dict(get_model(model))
+    given = query.model_dump(exclude_unset=True)
+    gone = request.environ.get("waitress.client_disconnected", lambda: False)
+    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given), gone)
+    estimate = forecast.estimate
+    return {
+        "success": True,
+        "model_id": path.model_id,
+        "bytes": estimate.total,
+        "weights_bytes": estimate.weights,
+        "copies_bytes": estimate.copies,
+        "kv_cache_bytes": estimate.kv_cache,
+        "kv_cache_bytes_per_token": estimate.token_bytes,
+        "device": estimate.device,
+        "dtype": estimate.dtype,
+        "quantization": estimate.quantization,
+        "engine": estimate.engine,
+        "conversion_bytes": estimate.conversion,
+        "devices": {
+            device: {
+                "bytes": size,
+                "available_bytes": forecast.available.get(device),
+                "limit_bytes": forecast.limits.get(device),
+            }
+            for device, size in estimate.devices.items()
+        },
+        "fits": forecast.fits,
+        "possible": forecast.possible,
+        "evicts": forecast.evicts,
+    }
+
+
+def _check_type(model_type: str) -> None:
+    if model_type not in MODEL_TYPES:
+        raise InvalidRequest(
+            f"Invalid value for field 'model_type': {model_type!r} is none of {', '.join(MODEL_TYPES)}", "model_type"
+        )
+
+
+def _changed(record: records.ModelRecord, what: str) -> dict[str, Any]:
+    return {
+        "success": True,
+        "model": record.to_dict(),
+        "message": f"Model '{record.model_id}' {what} successfully",
+    }

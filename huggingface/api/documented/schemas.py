@@ -1,0 +1,83 @@
+"""The contract as pydantic models: what is common to what bodies may hold, and to what answers hold.
+
+The rest of it is in the files beside this one whose names end alike. The routes validate with these models and the
+OpenAPI document is made from them, so the two cannot differ. Nothing here works on a model or a file. Unknown fields
+are refused, and values are not converted from other types; what a null is, `fields` says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from flask_openapi3 import MediaType, Schema
+from flask_openapi3.models.data_type import DataType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..http.durations import seconds
+from ..http.fields import Fields
+
+# Thirty years: what is kept longer, is kept for ever.
+MOST_SECONDS = 10**9
+
+MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
+
+# How long a model stays in memory after a use; text is a duration as Go and Ollama write it: `5m`, `1h30m`, `-1s`.
+KeepAlive = Annotated[
+    float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MOST_SECONDS)
+]
+
+
+class Strict(Fields):
+    """A body or query that takes what it names and nothing else, however the server is set."""
+
+    lasts = True
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """A response."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    success: Literal[True]
+
+
+def streaming(events: str) -> ConfigDict:
+    """The config of an answer that comes as server-sent events too, where `stream` asks for it; `events` says which."""
+    stream = MediaType(schema=Schema(type=DataType.STRING, description=events))
+    return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": {"text/event-stream": stream}}})
+
+
+class ErrorAnswer(BaseModel):
+    """Every failure, whatever its status."""
+
+    success: Literal[False]
+    error: str = Field(description="What went wrong and what to do about it.")
+
+
+# What routes may answer besides what they are for: any of them, those with a body, those of the registry, and those
+# that bring a model into memory.
+FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((400, 403, 500), ErrorAnswer)
+BODY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((413, 415), ErrorAnswer)
+REGISTRY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 503, 507), ErrorAnswer)
+MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422, 499, 503, 504, 507), ErrorAnswer)
+
+
+def optional(description: str, **constraints: Any) -> Any:
+    """A field that need not be given; its default stands for that, and is refused from a caller."""
+    return Field(default=None, description=description, **constraints)
+
+
+class ModelPath(BaseModel):
+    """A model in a path; a slash in the id may be written raw or as `%2F`."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str = Field(description=MODEL_ID_TEXT)
+
+
+class MessageAnswer(Answer):
+    """It is done."""
+
+    message: str

@@ -1,0 +1,173 @@
+"""Decides which web pages may use the server, and tells browsers so.
+
+A browser sends requests on behalf of any page. `Host` is a foreign name when a page's own domain was pointed at this
+machine (DNS rebinding), `Origin` is the page's, and `Sec-Fetch-Site` tells of a foreign page where a browser sends no
+origin. All are checked before any route; pages that may come in get the headers of CORS, on errors and streams too.
+Plain data after the start, for any thread. Must not know routes, beyond those that are pages for people.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import Forbidden
+
+from ..documented.requests import CLIENTS_ID, OUR_ID
+from .fields import HEADER as IGNORED
+from .origins import LOCAL_ORIGINS, AllowedOrigins, allowed_origins, read_authority, read_origin
+
+logger = logging.getLogger(__name__)
+
+EXTENSION = "local-llm-guard"
+
+_PAGES = frozenset({"/", "/docs", "/openapi.json"})  # what a link of another site may lead to
+_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_EXPOSED = ", ".join((CLIENTS_ID, OUR_ID, IGNORED, "Retry-After"))
+# What clients send at least. Further names are echoed: a page that may come in may send any header, and SDKs have many
+# of their own (`x-stainless-*`), for which there is no wildcard that all browsers know.
+_HEADERS = (
+    "accept",
+    "anthropic-beta",
+    "anthropic-version",
+    "authorization",
+    "content-type",
+    "x-api-key",
+    "x-request-id",
+)
+_TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
+_MOST_HEADERS = 64
+# What containers call the machine that they run on. Public DNS has no names below `internal`, so no page can take one.
+_CONTAINERS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
+_MAX_AGE = "3600"  # seconds; Chromium takes two hours at most
+_MOST_LOGGED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Which names the server answers to, and which pages may use it."""
+
+    names: frozenset[str]
+    origins: AllowedOrigins
+
+    def knows(self, authority: str) -> bool:
+        """Whether a `Host` header is a numeric address or a name of this server."""
+        read = read_authority(authority)
+        if read is None or not read[0]:
+            return False
+        host = read[0]
+        return host in self.names or host.endswith(".localhost") or _is_address(host)
+
+    def admits(self, origin: str, authority: str) -> bool:
+        """Whether a page of `origin` may use the server under the name in `authority`: an allowed one, or its own."""
+        read = read_origin(origin)
+        own = read is not None and read.scheme in ("http", "https")
+        same = own and read is not None and read.authority == read_authority(authority, read.scheme)
+        return (not authority or self.knows(authority)) and (same or self.origins.allows(origin))
+
+    def refusal(self) -> str | None:
+        """Why the present request is refused; None where it is not."""
+        headers = request.headers
+        authority, origin = headers.get("Host", ""), headers.get("Origin")
+        if authority and not self.knows(authority):
+            return (
+                f"This server does not answer to the name {authority[:200]!r}; "
+                "LOCAL_LLM_ALLOWED_HOSTS can add names to those that it has"
+            )
+        if origin is not None:
+            if self.admits(origin, authority):
+                return None
+            return (
+                f"Requests from web pages of the origin {origin[:200]!r} are refused; "
+                "LOCAL_LLM_ALLOWED_ORIGINS can add origins to those that are allowed"
+            )
+        if self.origins.every or not _is_of_a_foreign_page(authority):
+            return None
+        return (
+            "Requests from other sites' web pages are refused where the browser does not tell the page's origin; "
+            "fetch with CORS, from an origin that LOCAL_LLM_ALLOWED_ORIGINS allows"
+        )
+
+    def answer_headers(self, origin: str | None, authority: str) -> Iterator[tuple[str, str]]:
+        """The headers of any answer to a page of `origin`."""
+        yield "Vary", "Origin"
+        if origin is not None and self.admits(origin, authority):
+            yield "Access-Control-Allow-Origin", origin
+            yield "Access-Control-Expose-Headers", _EXPOSED
+
+
+def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str]) -> None:
+    """Refuse (403) requests to `app` under foreign names or from foreign pages, and let browsers know the others.
+
+    Numeric addresses, `localhost`, this machine's own name and what containers call it are always allowed,
+    `allowed_hosts` are names to add;
+    `origins` are patterns of origins to add to those of this machine.
+    """
+    names = {"localhost", *_CONTAINERS, socket.gethostname().lower(), *(name.lower() for name in allowed_hosts)}
+    guard = app.extensions[EXTENSION] = Guard(frozenset(names), allowed_origins([*LOCAL_ORIGINS, *origins]))
+    logged: set[str] = set()
+
+    def check() -> Response | None:
+        reason = guard.refusal()
+        if reason is not None:
+            if reason not in logged and len(logged) < _MOST_LOGGED:
+                logged.add(reason)
+                logger.warning("%s", reason)  # a refused page shows its user nothing of the answer
+            raise Forbidden(reason)
+        asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        return _preflight() if asked and "Origin" in request.headers else None
+
+    def tell(response: Response) -> Response:
+        headers = dict(guard.answer_headers(request.headers.get("Origin"), request.headers.get("Host", "")))
+        response.vary.add(headers.pop("Vary"))
+        response.headers.update(headers)
+        return response
+
+    app.before_request(check)
+    app.after_request(tell)
+
+
+def _preflight() -> Response:
+    """The answer to a browser that asks whether a page may send a request; of routes that are not there too."""
+    asked = [name.strip() for name in request.headers.get("Access-Control-Request-Headers", "").lower().split(",")]
+    further = [name for name in asked if _TOKEN.fullmatch(name)][:_MOST_HEADERS]
+    response = Response(status=204)
+    del response.headers["Content-Type"]
+    response.vary.update(("Access-Control-Request-Method", "Access-Control-Request-Headers"))
+    response.headers["Access-Control-Allow-Methods"] = _METHODS
+    response.headers["Access-Control-Allow-Headers"] = ", ".join(dict.fromkeys([*_HEADERS, *further]))
+    response.headers["Access-Control-Max-Age"] = _MAX_AGE
+    if request.headers.get("Access-Control-Request-Private-Network") == "true":
+        response.headers["Access-Control-Allow-Private-Network"] = "true"
+    return response
+
+
+def _is_of_a_foreign_page(authority: str) -> bool:
+    """Whether the present request, which tells no origin, comes from another site's page.
+
+    A form, an image or a script can be asked for like that; its page could not read the answer, but what the request
+    does would be done. A link to a page for people may be followed; a frame around one could be clicked unseen.
+    """
+    headers = request.headers
+    site = headers.get("Sec-Fetch-Site")
+    if site == "same-site":
+        read = read_authority(authority)
+        if read is not None and read[0] in ("localhost", "127.0.0.1", "[::1]"):
+            return False  # of the same host, so of this machine
+    elif site != "cross-site":
+        return False
+    followed = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
+    return not (followed and request.method in ("GET", "HEAD") and request.path in _PAGES)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""The requests that wait or run: who they are, how far they are, and giving them up.
+
+One `Requests` an app. A request is given up for one of three reasons: its client has hung up, its own timeout ran out,
+or somebody cancelled it by its id. Whoever works for it asks `gone()`. Any thread; must not know models or tensors.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...engine.ticket import Ticket
+from ...errors import Cancelled, DeadlineExceeded, LocalLLMError, RequestCancelled, RequestNotFound
+from ...records import Chunk, timestamp
+
+_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
+
+
+class InFlight:
+    """One request. `request_id` is the server's, `client_id` what the client calls it, if it does."""
+
+    def __init__(
+        self,
+        model_id: str,
+        task: str,
+        *,
+        disconnected: Callable[[], bool],
+        client_id: str | None = None,
+        timeout: float | None = None,
+        stream: bool = False,
+    ) -> None:
+        """`disconnected` tells whether the client has hung up; `timeout` is in seconds from now."""
+        self.request_id = secrets.token_hex(8)
+        self._about = {"client_request_id": client_id, "model_id": model_id, "task": task, "stream": stream}
+        self._disconnected = disconnected
+        self._timeout = timeout
+        self._date, self._started = timestamp(), time.monotonic()
+        self._cancelled = False
+        self._leased = False
+        self._ticket: Ticket | None = None
+        self.failure: LocalLLMError | None = None  # what ended it after its response had begun
+
+    def gone(self) -> bool:
+        """Whether nobody wants the answer any more."""
+        return self._cancelled or self._expired or self._disconnected()
+
+    def cancel(self) -> None:
+        """Give it up; whoever works for it notices at the next step."""
+        self._cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def leased(self) -> None:
+        """Note that it has its model."""
+        self._leased = True
+
+    def attach(self, ticket: Ticket) -> Ticket:
+        """Note what the engine gave for it."""
+        self._ticket = ticket
+        if self._cancelled:
+            ticket.cancel()
+        return ticket
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the ticket has a chunk, or an end, at most so long; tells whether it has.
+
+        Raises:
+            Cancelled: nobody wants the answer any more. The work is told, and is not waited for.
+        """
+        assert self._ticket is not None  # noqa: S101 - attached before it is waited for
+        until = time.monotonic() + seconds
+        while not self._ticket.wait(max(0.0, min(_LOOK_AGAIN, until - time.monotonic()))):
+            if self.gone():
+                self._ticket.cancel()
+                raise self.explain(Cancelled())
+            if time.monotonic() >= until:
+                return False
+        return True
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The ticket's chunks to the end.
+
+        Raises: what ended the request, if it is not for having been made whole.
+        """
+        assert self._ticket is not None  # noqa: S101 - attached before it is read
+        while True:
+            while not self.wait(60):
+                pass
+            try:
+                chunk = next(self._ticket)
+            except StopIteration:
+                return
+            except Cancelled as error:
+                raise self.explain(error) from error
+            yield chunk
+
+    def explain(self, error: Cancelled) -> Cancelled:
+        """Why it was given up, as its client is to be told."""
+        if self._cancelled:
+            return RequestCancelled(self.request_id)
+        if self._expired and self._timeout is not None:
+            return DeadlineExceeded(self._timeout)
+        return error
+
+    @property
+    def made(self) -> int:
+        """Tokens made so far."""
+        return self._ticket.made if self._ticket is not None else 0
+
+    @property
+    def position(self) -> int | None:
+        """Its place in the queue, from 1; None where it does not wait in one."""
+        return self._ticket.position if self._ticket is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `/requests` shows of it."""
+        ticket = self._ticket
+        state = "waiting" if self.position is not None else "running" if self._leased else "loading"
+        return {
+            "request_id": self.request_id,
+            **self._about,
+            "state": state,
+            "position": self.position,
+            "prompt_tokens": ticket.prompt_tokens if ticket is not None else 0,
+            "completion_tokens": ticket.made if ticket is not None else 0,
+            "started": self._date,
+            "age": round(time.monotonic() - self._started, 3),
+        }
+
+    @property
+    def _expired(self) -> bool:
+        return self._timeout is not None and time.monotonic() - self._started > self._timeout
+
+
+class Requests:
+    """All requests of an app that wait or run, by their ids."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._flights: dict[str, InFlight] = {}
+
+    @contextmanager
+    def hold(self, flight: InFlight) -> Iterator[InFlight]:
+        """List a request until the block ends, and explain to its client why it was given up, if it was.
+
+        Raises:
+            RequestCancelled, DeadlineExceeded: in place of a plain `Cancelled`.
+        """
+        with self._lock:
+            self._flights[flight.request_id] = flight
+        try:
+            yield flight
+        except Cancelled as error:
+            explained = flight.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            with self._lock:
+                del self._flights[flight.request_id]
+
+    def list(self) -> list[InFlight]:
+        """Those that wait or run, oldest first."""
+        with self._lock:
+            return list(self._flights.values())
+
+    def cancel(self, request_id: str) -> None:
+        """Give a request up.
+
+        Raises:
+            RequestNotFound: no request of that id waits or runs.
+        """
+        with self._lock:
+            flight = self._flights.get(request_id)
+        if flight is None:
+            raise RequestNotFound(request_id)
+        flight.cancel()

@@ -1,0 +1,60 @@
+"""What the routes work with: the registry, the manager, and facts about this server, kept on the Flask app.
+
+One `Services` an app; two apps in one process share nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+from flask import current_app
+
+from ...errors import ServerFull
+from ...inspection.preflight import Preflight
+from ...manager.manager import ModelManager
+from ...manager.preload import Warmup
+from ...records import LoadOptions
+from ...registry.registry import ModelRegistry
+from .active import Requests
+
+EXTENSION = "local-llm"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The services of one app. `started` is a reading of `time.monotonic`, in seconds."""
+
+    registry: ModelRegistry
+    manager: ModelManager
+    options: LoadOptions
+    requests: Requests
+    places: threading.BoundedSemaphore  # of requests that may wait for a model at once
+    preflight: Preflight
+    warmup: Warmup
+    started: float = field(default_factory=time.monotonic)
+
+
+def services() -> Services:
+    """The services of the app that serves the present request."""
+    return cast(Services, current_app.extensions[EXTENSION])
+
+
+@contextmanager
+def admitted() -> Iterator[None]:
+    """A place among the requests that wait for models, kept until the block ends.
+
+    Raises:
+        ServerFull: there is none: with one more, no thread might be left for the routes that need no model.
+    """
+    places = services().places
+    if not places.acquire(blocking=False):
+        raise ServerFull
+    try:
+        yield
+    finally:
+        places.release()
