@@ -18,7 +18,7 @@ from huggingface.api.documented.system import VERSION
 from huggingface.api.http.errors import on_invalid_body
 from huggingface.host.memory import keep_few_arenas
 from huggingface.manager.budget import parse_limits
-from huggingface.records import EngineOptions, LoadOptions
+from huggingface.types import EngineOptions, LoadOptions
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:

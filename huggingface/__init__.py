@@ -39,8 +39,8 @@ from .manager.budget import Budget, Limit
 from .manager.manager import ModelManager
 from .manager.preload import Warmup
 from .manager.statistics import Statistics, beside
-from .records import LoadOptions
 from .registry.registry import ModelRegistry
+from .types import LoadOptions
 
 logger = logging.getLogger(__name__)
 

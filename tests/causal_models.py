@@ -21,7 +21,8 @@ from huggingface.engine.openvino.lazy_weights import make_shell
 from huggingface.loading.model import Conversion, LoadedModel, Memory, Setup
 from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino.graph_store import Place
-from huggingface.records import EngineOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
+from huggingface.types import EngineOptions
 
 END = "<|endoftext|>"
 

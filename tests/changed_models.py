@@ -14,7 +14,8 @@ import tiny_models
 
 from huggingface.inspection import folder as files
 from huggingface.loading import loader
-from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
+from huggingface.types import GenerationRequest, LoadOptions
 
 
 def copy(root: Path, name: str, model_id: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from huggingface.loading.model import LoadedModel
-from huggingface.records import GenerationRequest
+from huggingface.types import GenerationRequest
 
 BORDER = 64
 LENGTHS: Sequence[tuple[int, int]] = ((12, 20), (40, 40), (60, 12), (64, 8), (65, 8), (110, 12), (230, 8), (16, 30))

@@ -25,9 +25,9 @@ from huggingface.engine.ticket import Ticket
 from huggingface.engine.torch.parity import batch_runner
 from huggingface.loading.lora import Adapters, attach
 from huggingface.modeling.demand import Claims
-from huggingface.records import Chunk, EngineOptions, GenerationRequest
 from huggingface.tasks.generation import generation_arguments
 from huggingface.tasks.runner import TaskRunner
+from huggingface.types import Chunk, EngineOptions, GenerationRequest
 
 
 def save_adapter(model: Any, folder: Path, seed: int, **config: Any) -> Path:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface.records import ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 
 SHARED_MODEL = "shared"

@@ -37,9 +37,10 @@ from huggingface.errors import (
 from huggingface.inspection.preflight import Preflight
 from huggingface.loading.lora import attach
 from huggingface.loading.quantization import quantize
-from huggingface.records import LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.tasks.runner import TaskRunner
 from huggingface.tasks.text_generation import TextGenerations
+from huggingface.types import LoadOptions
 
 pytestmark = [
     # What peft says when the tests save adapters.

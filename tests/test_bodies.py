@@ -17,7 +17,7 @@ import requests
 from conftest import PATIENCE
 
 from huggingface.api.http.json import encoded
-from huggingface.records import Timings
+from huggingface.types import Timings
 
 MODEL = {"model_id": "a/b", "name": "x", "model_type": "text-generation"}
 JSON = {"Content-Type": "application/json"}

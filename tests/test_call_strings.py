@@ -28,7 +28,7 @@ from huggingface.chat.formats import (
 from huggingface.chat.harmony import HarmonyReader
 from huggingface.chat.parser import AnswerParser, AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from huggingface.chat.seams import Seams
-from huggingface.records import ChatTraits
+from huggingface.types import ChatTraits
 
 RAW = '{"text": "one\ntwo\t\\\'it\\\' \\d \\u12 \\\n\\\\ \\"q\\" \\u00e9"}'
 MEANT = "one\ntwo\t'it' \\d \\u12 \n\\ \"q\" é"

@@ -26,7 +26,7 @@ from huggingface.chat.formats import find_reasoning, find_tool_format
 from huggingface.chat.parser import CallArguments, CallStart, Content, Part, Reasoning
 from huggingface.forms.notation import notation
 from huggingface.forms.unique import Tokens, Watch, Watched
-from huggingface.records import ChatTraits, Constraint
+from huggingface.types import ChatTraits, Constraint
 
 # Every kind of argument, by name and by reference, required or not.
 PARAMETERS: dict[str, Any] = {

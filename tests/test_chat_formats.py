@@ -38,7 +38,7 @@ from huggingface.chat.formats import (
 from huggingface.chat.grammar import Frame, answer_grammar, calls_grammar
 from huggingface.chat.parser import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
 from huggingface.forms.notation import notation
-from huggingface.records import Constraint
+from huggingface.types import Constraint
 
 THINK = ReasoningTags("<think>", "</think>")
 TOOLS = [

@@ -37,8 +37,9 @@ from huggingface.loading.openvino.graph_store import FOLDER
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.progress import Progress
-from huggingface.records import GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry
+from huggingface.types import GenerationRequest, LoadOptions
 
 API = "/api/huggingface"
 MODEL = "tiny/llama"

@@ -20,7 +20,8 @@ from transformers import modeling_utils
 
 from huggingface.loading import loader
 from huggingface.loading.default_dtype import local_dtype
-from huggingface.records import LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry.records import LoadSettings, ModelRecord
+from huggingface.types import LoadOptions
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -20,8 +20,9 @@ from huggingface.loading.model import LoadedModel
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of
-from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
+from huggingface.types import EngineOptions, GenerationRequest, LoadOptions
 
 MILLION = 1_000_000
 LIMIT = 48 * 2**20  # bytes: plenty for a tiny model, and nothing for a thousand beams

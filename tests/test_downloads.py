@@ -34,7 +34,8 @@ from huggingface.errors import (
 from huggingface.hub.disk import Disk
 from huggingface.hub.downloads import Downloads, Job
 from huggingface.progress import Progress
-from huggingface.records import LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
+from huggingface.types import LoadOptions
 
 WEIGHTS = "model.safetensors"
 MB = 1024**2

@@ -23,7 +23,7 @@ from huggingface.engine.sampling import Sampler
 from huggingface.errors import InvalidRequest
 from huggingface.forms.json_schema import closed
 from huggingface.loading.model import LoadedModel
-from huggingface.records import Chunk, Constraint, GenerationRequest
+from huggingface.types import Chunk, Constraint, GenerationRequest
 
 WORDS = TEXT.split()
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}

@@ -20,8 +20,8 @@ from huggingface.engine.engine import Engine
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, EngineFailed
 from huggingface.loading.model import LoadedModel
-from huggingface.records import EngineOptions, GenerationRequest
 from huggingface.tasks.runner import TaskRunner
+from huggingface.types import EngineOptions, GenerationRequest
 
 API = "/api/huggingface"
 GREEDY = {"do_sample": False, "max_new_tokens": 4}

@@ -20,7 +20,7 @@ from tiny_tokenizers import TEXT, byte_level
 from huggingface.errors import InvalidRequest
 from huggingface.forms.compiler import CannotConstrain, Compiler, Open, Refused
 from huggingface.forms.process import Limits
-from huggingface.records import Constraint, GenerationRequest
+from huggingface.types import Constraint, GenerationRequest
 
 CHAIN = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3000)) + '\nr3000: "a"'
 REFERENCES = {

@@ -23,7 +23,8 @@ from transformers import (
 
 from huggingface.errors import Cancelled
 from huggingface.loading import loader
-from huggingface.records import GenerationRequest, LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
+from huggingface.types import GenerationRequest, LoadOptions
 
 DEFAULTS = {
     "max_new_tokens": 100,

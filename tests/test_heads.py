@@ -12,8 +12,8 @@ from loaded_parts import noted_models
 
 from huggingface.errors import FilesCorrupt, ModelUnsupported
 from huggingface.inspection.preflight import Preflight
-from huggingface.records import LoadOptions
 from huggingface.tasks import TASKS, canonical_task
+from huggingface.types import LoadOptions
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -24,13 +25,13 @@ FOLDERS: dict[str, set[str]] = {
     "registry": set(),
     "forms": set(),
     "rendering": set(),
-    "modeling": {"host", "manager"},
+    "modeling": {"host"},
     "chat": {"forms"},
     "tasks": {"modeling", "host"},
     "engine": {"modeling", "forms", "host"},
-    "inspection": {"registry", "tasks", "modeling", "hub"},
+    "inspection": {"registry", "tasks", "modeling"},
     "hub": {"inspection", "registry"},
-    "loading": {"inspection", "registry", "engine", "tasks", "modeling", "rendering", "host", "manager"},
+    "loading": {"inspection", "registry", "engine", "tasks", "modeling", "rendering", "host"},
     "manager": {"loading", "hub", "registry", "modeling", "host"},
     "api": {"manager", "hub", "inspection", "registry", "tasks", "engine", "chat", "host"},
 }
@@ -40,43 +41,6 @@ MODULES: dict[str, set[str]] = {
     "types": {"errors"},
     "progress": {"errors"},
     "hub_errors": {"errors"},
-}
-
-# Modules on their way into a folder.
-PARTS = {
-    "adapter_files": "inspection",
-    "adapters": "loading",
-    "budget": "manager",
-    "claims": "manager",
-    "conversions": "manager",
-    "converted": "loading",
-    "default_dtype": "loading",
-    "demand": "modeling",
-    "devices": "host",
-    "downloads": "hub",
-    "estimating": "loading",
-    "eviction": "manager",
-    "files": "inspection",
-    "gguf_files": "loading",
-    "headers": "inspection",
-    "libraries": "host",
-    "loaded": "loading",
-    "loader": "loading",
-    "memory": "host",
-    "placement": "loading",
-    "places": "manager",
-    "plan": "loading",
-    "preflight": "inspection",
-    "quantization": "loading",
-    "reading": "loading",
-    "records": "types",
-    "registry_content": "registry",
-    "registry_file": "registry",
-    "room": "manager",
-    "rotary": "modeling",
-    "statistics": "manager",
-    "steps": "modeling",
-    "warmup": "manager",
 }
 
 # Where a library may be imported, as patterns of paths (`*` is any part of one); and where only inside of a function,
@@ -171,17 +135,7 @@ def all_imports() -> list[Import]:
 
 def folder_of(module: str) -> str:
     """The folder of a module of `huggingface`, or its own name where it lies beside them; the package has none."""
-    name = [*module.split("."), ""][1]
-    return PARTS.get(name, name)
-
-
-def place_of(file: str) -> str:
-    """Where a file of the program will be."""
-    parts = file.split("/")
-    name = parts[1].removesuffix(".py") if parts[0] == "huggingface" else ""
-    if name not in PARTS or PARTS[name] == parts[1]:
-        return file
-    return f"huggingface/{PARTS[name]}/{parts[-1]}" if PARTS[name] not in MODULES else f"huggingface/{PARTS[name]}.py"
+    return [*module.split("."), ""][1]
 
 
 def within(found: Import) -> bool:
@@ -204,6 +158,25 @@ def test_a_folder_imports_only_the_folders_that_the_design_allows() -> None:
     assert not wrong
 
 
+def test_every_folder_has_its_place_in_the_design() -> None:
+    package = ROOT / "huggingface"
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(FOLDERS)
+    assert {path.stem for path in package.glob("*.py")} == {"__init__", *MODULES}
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    """Neither among modules nor among folders, wherever in a file the imports are."""
+    modules, folders = TopologicalSorter[str](), TopologicalSorter[str]()
+    for found in all_imports():
+        here, there = module_name(found.file), found.module
+        if within(found) and here != there and not there.startswith(f"{here}."):
+            modules.add(here, there)
+            if folder_of(here) != folder_of(there):
+                folders.add(folder_of(here), folder_of(there))
+    modules.prepare()
+    folders.prepare()
+
+
 def test_nothing_in_the_package_imports_the_programs_around_it() -> None:
     programs = {path.stem for path in ROOT.glob("*.py")}
     inside = [found for found in all_imports() if found.file.startswith("huggingface/")]
@@ -214,9 +187,9 @@ def test_nothing_in_the_package_imports_the_programs_around_it() -> None:
 def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     wrong = []
     for found in all_imports():
-        if found.module.split(".")[0] != library or matches(place_of(found.file), LIBRARIES[library]):
+        if found.module.split(".")[0] != library or matches(found.file, LIBRARIES[library]):
             continue
-        if not (found.late and matches(place_of(found.file), LATE.get(library, ()))):
+        if not (found.late and matches(found.file, LATE.get(library, ()))):
             wrong.append(str(found))
     assert not wrong
 
@@ -226,10 +199,7 @@ def test_a_module_is_imported_by_a_computed_name_in_one_place_only() -> None:
     for file, tree in sources().items():
         for node in ast.walk(tree):
             name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-            if name in ("import_module", "__import__") and place_of(file) not in (
-                "huggingface/host/imports.py",
-                "huggingface/host/libraries.py",
-            ):
+            if name in ("import_module", "__import__") and file != "huggingface/host/imports.py":
                 wrong.append(f"{file}:{node.lineno}")
     assert not wrong
 
@@ -245,11 +215,7 @@ def test_what_loads_models_is_imported_only_when_one_is_loaded() -> None:
 
 
 def test_the_api_knows_of_tasks_only_their_names_and_of_the_engine_only_its_tickets() -> None:
-    allowed = {
-        "huggingface.tasks",
-        "huggingface.engine.ticket",
-        "huggingface.engine.parallel_sampling",
-    }
+    allowed = {"huggingface.tasks", "huggingface.engine.ticket", "huggingface.engine.parallel_sampling"}
     inner = [
         found
         for found in all_imports()
@@ -257,6 +223,16 @@ def test_the_api_knows_of_tasks_only_their_names_and_of_the_engine_only_its_tick
     ]
     assert inner
     assert not [str(found) for found in inner if found.module not in allowed]
+
+
+def test_the_leaves_import_nothing_but_the_standard_library() -> None:
+    names = ("errors", "types", "progress", "host/devices", "host/memory", "registry/records", "forms/keywords")
+    names += ("manager/budget", "manager/eviction", "inspection/headers", "tasks/__init__")
+    leaves = {f"huggingface/{name}.py" for name in names}
+    found = [found for found in all_imports() if found.file in leaves]
+    assert {item.file for item in found} == leaves
+    known = {*sys.stdlib_module_names, "huggingface"}
+    assert not [str(item) for item in found if item.module.split(".")[0] not in known]
 
 
 CHANGING = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}

@@ -73,7 +73,7 @@ def test_beams_do_not_depend_on_what_was_asked_before(rotary: Served) -> None:
 
 def test_log_probabilities_of_a_prompt_are_those_of_one_pass_over_it(rotary: Served) -> None:
     """However the prompt is read: `echo` with `logprobs`."""
-    from huggingface.records import GenerationRequest
+    from huggingface.types import GenerationRequest
 
     for seed, count in ((40, 30), (41, 150), (42, 30)):
         prompt = tokens(seed, count)

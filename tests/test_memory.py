@@ -42,15 +42,16 @@ from huggingface.errors import (
     NeverFits,
     OutOfMemory,
 )
-from huggingface.host.memory import few_file_pages, ran_out_of_memory
+from huggingface.host.memory import few_file_pages, ran_out_of_memory, readable
 from huggingface.loading import loader
-from huggingface.manager.budget import Budget, Limit, parse_limits, readable
+from huggingface.manager.budget import Budget, Limit, parse_limits
 from huggingface.manager.eviction import Idle, choose
 from huggingface.manager.leases import Places
 from huggingface.manager.manager import ModelManager
 from huggingface.manager.room import Room
-from huggingface.records import EngineOptions, Estimate, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry
+from huggingface.types import EngineOptions, Estimate, GenerationRequest, LoadOptions
 
 SIZED = 125_864_192  # bytes of a sized model with the KV cache of its first generations
 LONG = {"do_sample": False, "num_beams": 24, "min_new_tokens": 230, "max_new_tokens": 240}  # seconds on a tiny model

@@ -17,8 +17,8 @@ from task_models import HEAD_OF, TABLE, Models, on_one_thread
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from huggingface.errors import GenerationFailed, InvalidRequest
-from huggingface.records import GenerationRequest
 from huggingface.tasks.runner import TaskRunner
+from huggingface.types import GenerationRequest
 
 BROKEN = [math.nan, math.inf, -math.inf]
 WAYS: list[dict[str, Any]] = [

@@ -28,7 +28,7 @@ from huggingface.api.ollama import names
 from huggingface.api.ollama.chat import plain_messages
 from huggingface.api.ollama.options import OPTIONS, OptionsBody, Wanted
 from huggingface.api.ollama.schemas import OllamaTurn
-from huggingface.records import ModelRecord
+from huggingface.registry.records import ModelRecord
 
 HI = [{"role": "user", "content": "where is the cat?"}]
 GREEDY = {"temperature": 0, "num_predict": 12}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.api.documented.system import VERSION
 from huggingface.api.openai.chat import reason_of
-from huggingface.records import Chunk
+from huggingface.types import Chunk
 
 pytestmark = pytest.mark.each_backend
 

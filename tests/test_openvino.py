@@ -49,7 +49,8 @@ from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino import subprocess as process
 from huggingface.loading.openvino.graph_store import FOLDER, Place
 from huggingface.progress import Progress
-from huggingface.records import EngineOptions, GenerationRequest, LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry.records import LoadSettings, ModelRecord
+from huggingface.types import EngineOptions, GenerationRequest, LoadOptions
 
 WORDS = TEXT.split()
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}

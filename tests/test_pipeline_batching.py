@@ -21,7 +21,7 @@ from tiny_tokenizers import TEXT
 
 from huggingface.errors import Cancelled, InvalidRequest, QueueFull
 from huggingface.loading.model import LoadedModel
-from huggingface.records import GenerationRequest
+from huggingface.types import GenerationRequest
 
 TASK = "text-generation"
 WORDS = TEXT.split()

@@ -27,9 +27,10 @@ from huggingface.inspection.headers import GGUF_TYPES, HeaderDamaged, gguf_heade
 from huggingface.inspection.names import HEAD_TABLES, Names
 from huggingface.inspection.preflight import Preflight
 from huggingface.inspection.rules import context_of, count_parameters
-from huggingface.records import LoadOptions, ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.tasks import MODEL_TYPES, TASKS, canonical_task
 from huggingface.tasks.positions import max_positions
+from huggingface.types import LoadOptions
 
 TYPE_OF = {
     "gpt2": "text-generation",

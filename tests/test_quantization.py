@@ -28,7 +28,8 @@ from huggingface.loading.quantization import (
     quantized_bytes,
     tensor_bytes,
 )
-from huggingface.records import EngineOptions, GenerationRequest, ModelRecord
+from huggingface.registry.records import ModelRecord
+from huggingface.types import EngineOptions, GenerationRequest
 
 Load = Callable[[str], Any]
 

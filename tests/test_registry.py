@@ -22,7 +22,7 @@ from huggingface.errors import (
     RegistryError,
     UnknownField,
 )
-from huggingface.records import ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 
 

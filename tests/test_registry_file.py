@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from huggingface.errors import ModelNotFound, RegistryError, StorageFull
-from huggingface.records import ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 
 GPT2 = {"model_id": "gpt2", "name": "GPT-2", "model_type": "text-generation"}

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from registry_writer import write
 
 from huggingface.errors import ModelExists, ModelNotFound, RegistryBusy
-from huggingface.records import ModelRecord
+from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from tiny_tokenizers import TEXT, byte_level
 from huggingface.forms.compiler import Compiler, Refused
 from huggingface.forms.json_schema import closed
 from huggingface.forms.keywords import negated
-from huggingface.records import Constraint, GenerationRequest
+from huggingface.types import Constraint, GenerationRequest
 
 SNOWFLAKE = 1234567890123456789
 OLD_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"

@@ -408,8 +408,8 @@ def test_the_shipped_registry_holds_the_starter_model() -> None:
 def test_the_shipped_record_tells_what_the_starters_files_tell(starter_models_dir: Path) -> None:
     """So that its context length and abilities are known before anybody has looked."""
     from huggingface.inspection.preflight import Preflight
-    from huggingface.records import LoadOptions
     from huggingface.registry.content import parse
+    from huggingface.types import LoadOptions
 
     record = parse((ROOT / "data" / "models.json").read_bytes(), 0).records[starter.MODEL_ID]
     assert record.details == Preflight(LoadOptions(starter_models_dir, "cpu")).look(record)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from huggingface.engine.lengths import Lengths, TooLong
 from huggingface.errors import Cancelled, ContextExceeded, InvalidRequest
-from huggingface.records import GenerationRequest
+from huggingface.types import GenerationRequest
 
 WORDS = "The little harbour lay still, and nobody came to see it. "
 LONG = WORDS * (1_500_000 // len(WORDS))

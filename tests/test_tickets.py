@@ -10,7 +10,7 @@ import pytest
 from huggingface.engine.parallel_sampling import JointTicket
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import GenerationFailed, QueueFull
-from huggingface.records import Chunk
+from huggingface.types import Chunk
 
 
 def ended(text: str) -> Ticket:

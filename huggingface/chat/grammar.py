@@ -19,7 +19,7 @@ from typing import Any
 
 from ..forms.gbnf import as_lark
 from ..forms.keywords import said_otherwise
-from ..records import Constraint
+from ..types import Constraint
 from .argument_types import Argument, arguments_of, is_text, resolved, rooted
 from .formats import HARMONY, JSON, ReasoningTags, Tags, ToolFormat
 

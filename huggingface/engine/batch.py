@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import LocalLLMError
-from ..records import EngineOptions
+from ..types import EngineOptions
 from .constraints import settle
 from .detokenizer import TextStream
 from .failures import typed

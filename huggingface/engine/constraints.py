@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 
 from ..errors import InvalidRequest
 from ..forms import compiler
-from ..records import Constraint
+from ..types import Constraint
 
 
 class Constraints:

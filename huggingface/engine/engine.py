@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
 from ..host.memory import forget_frames, release_freed
-from ..records import EngineOptions, EngineStatus
+from ..types import EngineOptions, EngineStatus
 from .prefill_budget import Pace
 from .scheduler import Row, Scheduler
 from .sequence import Sequence

@@ -24,7 +24,7 @@ from transformers import (
 from ..errors import Cancelled
 from ..modeling.demand import Claims
 from ..modeling.steps import SomeToken, watched
-from ..records import Chunk, FinishReason, Timings, Token, Usage
+from ..types import Chunk, FinishReason, Timings, Token, Usage
 from .constraints import Constrained
 from .detokenizer import TextStream
 from .failures import typed

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from ..errors import ContextExceeded, InvalidRequest
 from ..modeling.demand import Wanted, asked_of
-from ..records import GenerationRequest
+from ..types import GenerationRequest
 from .constraints import Constrained, Constraints
 from .detokenizer import Begin
 from .failures import typed

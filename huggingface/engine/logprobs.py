@@ -14,7 +14,7 @@ from llguidance import LLTokenizer
 
 from ..errors import GenerationFailed, InvalidRequest
 from ..modeling.steps import are_numbers
-from ..records import Token
+from ..types import Token
 from .detokenizer import plain_tokens, text_behind
 
 

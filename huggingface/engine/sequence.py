@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..records import Chunk, FinishReason, Timings, Token, Usage
+from ..types import Chunk, FinishReason, Timings, Token, Usage
 from .slots import Slot
 from .ticket import Ticket
 

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..records import Chunk
+from ..types import Chunk
 
 
 class Ticket(Iterator[Chunk]):

@@ -154,3 +154,12 @@ def resident_bytes() -> int | None:
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
         return None
+
+
+def readable(size: float) -> str:
+    """A size for people: `1.25 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

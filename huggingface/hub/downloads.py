@@ -22,7 +22,8 @@ from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..inspection.lora import read_head
 from ..progress import Moment, Progress
-from ..records import LoadOptions, ModelRecord
+from ..registry.records import ModelRecord
+from ..types import LoadOptions
 from .disk import Claims, Disk
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
-from ..records import LoadOptions, ModelRecord
+from ..registry.records import ModelRecord
+from ..types import LoadOptions
 from . import folder as files
 from .headers import HeaderDamaged, gguf_header
 from .report import MOST_LOCAL_HEADER, template_files, tokenizer_config

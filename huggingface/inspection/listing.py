@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InvalidModelId, LoadError
-from ..records import check_model_id
+from ..registry.records import check_model_id
 from . import folder as files
 from .headers import HeaderDamaged, gguf_header
 

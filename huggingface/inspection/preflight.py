@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed, public
-from ..records import LoadOptions, ModelRecord, check_model_id
+from ..registry.records import ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
+from ..types import LoadOptions
 from . import folder as files
 from .card import Card, read_card
 from .listing import model_folders

@@ -25,8 +25,8 @@ from ..errors import (
     public,
 )
 from ..modeling import rotary
-from ..records import LoadOptions
 from ..tasks import Head
+from ..types import LoadOptions
 from . import folder as files
 from . import packages
 from . import rules as traits

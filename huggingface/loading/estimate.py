@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..engine.slots import first_bank
 from ..engine.torch.cache import layer_shapes
 from ..engine.torch.matmul import copies
-from ..records import EngineOptions, Estimate
 from ..tasks import Head
+from ..types import EngineOptions, Estimate
 from .placement import Placement
 from .quantization import predicted_bytes
 

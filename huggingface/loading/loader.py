@@ -26,8 +26,9 @@ from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..inspection.lora import factor_bytes
 from ..progress import Progress
-from ..records import Estimate, LoadOptions, LoadSettings, ModelRecord
+from ..registry.records import LoadSettings, ModelRecord
 from ..tasks.reranking import note_cross_encoder
+from ..types import Estimate, LoadOptions
 from . import estimate as estimating
 from .lora import attach
 from .model import LoadedModel, Memory, Setup, free

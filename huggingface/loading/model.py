@@ -41,10 +41,9 @@ from ..engine.torch.rotary import forget_between_passes
 from ..errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
 from ..host.devices import free_bytes, indexed
 from ..host.memory import drop_pages, forget_frames, mapped_files, release_freed
-from ..manager.budget import PASSING
 from ..modeling.demand import Claims, asked_of
 from ..modeling.rotary import context
-from ..records import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, ModelRecord, Sizes, timestamp
+from ..registry.records import ModelRecord
 from ..tasks import Head
 from ..tasks.embedding import Pooling
 from ..tasks.generation import generation_arguments
@@ -52,6 +51,7 @@ from ..tasks.positions import max_positions
 from ..tasks.runner import TaskRunner
 from ..tasks.text_generation import TextGenerations
 from ..tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
+from ..types import PASSING, ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Sizes, timestamp
 from .lora import Adapters
 from .openvino.decoder import Graph
 from .openvino.encoder import EncoderGraph

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import DeviceMissing, InvalidRequest
 from ..host.devices import resolve_device
-from ..records import LoadOptions, LoadSettings
+from ..registry.records import LoadSettings
+from ..types import LoadOptions
 from .quantization import check
 
 _DTYPES: Mapping[str, torch.dtype] = {

@@ -22,8 +22,9 @@ from ..errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, Mode
 from ..inspection import folder as files
 from ..inspection.headers import GGUFHeader
 from ..modeling.rotary import context
-from ..records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from ..registry.records import LoadSettings, ModelRecord
 from ..tasks import HEADS, MODEL_TYPES, Head, why_no_text
+from ..types import EngineOptions, LoadOptions
 from . import gguf as gguf_files
 from .placement import Placement, place
 

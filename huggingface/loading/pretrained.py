@@ -33,9 +33,9 @@ from ..errors import (
 from ..host.memory import ran_out_of_memory
 from ..inspection import folder as files
 from ..progress import Progress
-from ..records import LoadOptions
 from ..tasks import Head
 from ..tasks.embedding import Pooling, find_pooling
+from ..types import LoadOptions
 from . import default_dtype
 from . import gguf as gguf_files
 from .plan import Plan, auto_class, refusal

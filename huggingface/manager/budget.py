@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..host.devices import by_index, free_bytes, indexed
+from ..types import PASSING
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -24,7 +25,6 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _LENIENT = 0.1  # of a limit in bytes, which the process may have besides before a load is refused for it
 _KV_CACHE = "kv cache"  # the part of a model that grows
-PASSING = "generation"  # the part of an owner that comes and goes with its work: noted before it is taken, bit by bit
 _WINDOW = 60.0  # seconds for which the most that was taken besides counts: it comes and goes with the work
 
 
@@ -315,12 +315,3 @@ class Account:
     def most(self, device: str) -> int | None:
         """How many bytes the owner could have if all others went; None where nothing limits them."""
         return self._budget.most(device)
-
-
-def readable(size: float) -> str:
-    """A size for people: `1.25 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import Cancelled, ConversionFailed, LocalLLMError
+from ..host.memory import readable
 from ..progress import Moment, Progress
-from .budget import Budget, readable
+from .budget import Budget
 from .leases import LOOK_AGAIN
 
 logger = logging.getLogger(__name__)

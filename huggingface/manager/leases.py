@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Cancelled, MemoryHeld, ModelBusy
 from ..progress import Progress
-from ..records import LoadSettings
+from ..registry.records import LoadSettings
 from .budget import Account
 from .claims import Claim, Claims
 

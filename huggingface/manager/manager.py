@@ -32,11 +32,13 @@ from ..errors import (
 )
 from ..host.devices import resolve_device, used_bytes
 from ..host.imports import import_library
+from ..host.memory import readable
 from ..hub.downloads import Downloads
 from ..progress import Progress
-from ..records import Estimate, Forecast, LoadOptions, LoadSettings, ModelRecord, Unloaded
+from ..registry.records import LoadSettings, ModelRecord
 from ..registry.registry import ModelRegistry
-from .budget import Account, Budget, readable
+from ..types import Estimate, Forecast, LoadOptions, Unloaded
+from .budget import Account, Budget
 from .conversions import Conversion, Conversions
 from .leases import LOOK_AGAIN, Loading, Place, Places, Resident
 from .room import Room

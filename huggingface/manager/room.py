@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from ..errors import MemoryHeld, NeverFits
 from ..host.devices import by_index
+from ..host.memory import readable
 from ..progress import Progress
-from ..records import Estimate, Forecast
-from .budget import Budget, readable
+from ..types import Estimate, Forecast
+from .budget import Budget
 from .eviction import Idle, choose
 from .leases import LOOK_AGAIN, Places
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import InvalidRequest, OutOfMemory
-from ..manager.budget import readable
+from ..host.memory import readable
 
 _AHEAD = 256  # tokens for which memory is had before they are made
 _FLOAT = 4  # bytes: whatever a model's type, much is computed in this one

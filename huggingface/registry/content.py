@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from ..errors import InvalidModelId, InvalidRequest, ModelNotFound
-from ..records import ModelRecord, check_model_id
+from .records import ModelRecord, check_model_id
 
 
 def _is_text(value: object) -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from ..errors import RegistryBusy, RegistryError, StorageFull
-from ..records import timestamp
+from ..types import timestamp
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.005

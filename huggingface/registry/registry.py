@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import orjson
 
 from ..errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
-from ..records import ModelRecord, check_model_id, timestamp
+from ..types import timestamp
 from .content import FIELDS, Content, Corrupt, encode, parse, same_json, stored_value
 from .file import RegistryFile, Signature, Version
+from .records import ModelRecord, check_model_id
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from pydantic_core import from_json
 
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...errors import LocalLLMError
-from ...records import Chunk, ModelRecord
+from ...registry.records import ModelRecord
+from ...types import Chunk
 from ..http.errors import anthropic_body, status_of
 from ..http.sse import NAMED_SSE, Events, event_stream
 from ..openai.chat import reason_of

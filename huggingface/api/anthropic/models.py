@@ -9,7 +9,7 @@ from flask import request
 from pydantic import ValidationError
 
 from ...errors import InvalidRequest
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..parameters.schemas import request_error
 from .schemas import ModelsPage
 

@@ -8,7 +8,7 @@ from flask import Response, g
 from flask_openapi3 import APIBlueprint, Tag
 
 from ...errors import ModelNotFound
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..requests.services import services
 from . import schemas
 from .answers import AnthropicMessage, CountAnswer, anthropic_failures

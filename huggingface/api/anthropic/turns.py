@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import InvalidRequest
-from ...records import Constraint
+from ...types import Constraint
 from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from . import schemas

@@ -12,7 +12,8 @@ from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
 from ...errors import InvalidRequest, MissingField
-from ...records import Chunk, Constraint, GenerationRequest, ModelRecord
+from ...registry.records import ModelRecord
+from ...types import Chunk, Constraint, GenerationRequest
 from ..http.sse import DocumentedFraming, event_stream
 from ..parameters.effective import generation_parameters, task_parameters
 from ..requests.fan_out import named

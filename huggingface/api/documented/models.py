@@ -13,9 +13,9 @@ from typing import Any
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ... import records
 from ...errors import InvalidRequest, MissingField, ModelExists, ModelNotFound
 from ...progress import Progress
+from ...registry import records
 from ...tasks import MODEL_TYPES
 from ..http.load_events import load_events
 from ..parameters.effective import check_registered

@@ -9,8 +9,8 @@ from typing import Any
 
 from flask_openapi3 import APIBlueprint, Tag
 
-from ... import records
 from ...errors import ModelNotFound
+from ...registry import records
 from ..requests.services import services
 from . import preflight_schemas, schemas
 from .models import called, get_model

@@ -15,7 +15,7 @@ from flask import Response
 
 from ...engine.ticket import Ticket
 from ...errors import LocalLLMError
-from ...records import Chunk
+from ...types import Chunk
 from ..requests.active import InFlight
 from .errors import body, log
 from .json import encoded

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import EngineFailed, ModelDisabled
 from ...host.devices import resolve_device
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ...tasks import MODEL_TYPES
 from ..documented import models, schemas
 from ..documented.models import called, get_model

@@ -13,7 +13,7 @@ from typing import Any
 from flask import Response, jsonify
 
 from ...errors import InvalidRequest, UnknownField
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ...tasks import MODEL_TYPES, canonical_task
 from ..documented import models, schemas
 from ..http.fields import refuse_unknown

@@ -14,7 +14,8 @@ from typing import Any
 from flask import Response, jsonify
 
 from ...errors import InvalidRequest, LocalLLMError
-from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
+from ...registry.records import ModelRecord
+from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.errors import body as error_body
 from ..http.sse import Events, event_stream
 from ..parameters.effective import hub_parameters

@@ -19,7 +19,8 @@ from flask import Response
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Reasoning
 from ...chat.seams import Seams
 from ...errors import InvalidRequest, LocalLLMError
-from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
+from ...registry.records import ModelRecord
+from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.errors import ollama_body, status_of
 from ..http.fields import note_ignored
 from ..http.sse import NDJSON, Events, event_stream

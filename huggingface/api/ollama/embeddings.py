@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..http.fields import note_ignored
 from ..requests.fan_out import named
 from ..requests.leasing import lent

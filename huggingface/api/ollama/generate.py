@@ -10,7 +10,7 @@ from flask import Response
 
 from ...chat.parser import AnswerParser, AnswerReader
 from ...errors import InvalidRequest
-from ...records import Constraint, GenerationRequest
+from ...types import Constraint, GenerationRequest
 from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from .answering import Said, Source, answer, form_of, idle

@@ -15,7 +15,7 @@ from typing import Any
 from ...chat.formats import find_reasoning
 from ...inspection.card import Card
 from ...manager.leases import Resident
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..requests.services import services
 from .names import find
 from .thinking import can_think

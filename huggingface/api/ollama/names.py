@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ...errors import ModelNotFound
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..requests.services import services
 
 _HOSTS = ("hf.co/", "huggingface.co/")

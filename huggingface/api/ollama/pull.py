@@ -15,7 +15,7 @@ from flask import Response, request
 
 from ...errors import InvalidRequest, ModelExists, ModelNotFound, ModelUnsupported
 from ...progress import Progress
-from ...records import ModelRecord, check_model_id
+from ...registry.records import ModelRecord, check_model_id
 from ..http.errors import ollama_body
 from ..http.fields import note_ignored
 from ..http.load_events import load_events

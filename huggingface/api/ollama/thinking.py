@@ -10,7 +10,7 @@ from typing import Any
 
 from ...chat.formats import ReasoningTags, find_reasoning
 from ...errors import InvalidRequest
-from ...records import ChatTraits
+from ...types import ChatTraits
 from ..http.fields import note_ignored
 from ..openai.conversation import has_variable
 

@@ -14,7 +14,8 @@ from flask import Response
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Part, Reasoning
 from ...chat.seams import Seams
 from ...errors import LocalLLMError
-from ...records import Chunk, Constraint, ModelRecord, Token
+from ...registry.records import ModelRecord
+from ...types import Chunk, Constraint, Token
 from ..http.fields import note_ignored
 from ..http.sse import Events, event_stream
 from ..parameters.effective import openai_parameters

@@ -11,7 +11,8 @@ from typing import Any
 from flask import Response
 
 from ...errors import InvalidRequest, LocalLLMError
-from ...records import Chunk, Constraint, GenerationRequest, ModelRecord, Token
+from ...registry.records import ModelRecord
+from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.sse import Events, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, likelihood, named, seeded

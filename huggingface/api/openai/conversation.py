@@ -30,7 +30,7 @@ from ...chat.harmony import HarmonyReader
 from ...chat.parser import AnswerParser, AnswerReader
 from ...chat.regions import RegionReader
 from ...errors import InvalidRequest
-from ...records import ChatTraits, Constraint, GenerationRequest
+from ...types import ChatTraits, Constraint, GenerationRequest
 from ..requests.fan_out import seeded
 from .thinking import Thought
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import InvalidRequest
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..http.fields import note_ignored
 from ..requests.leasing import lent
 from ..requests.services import services

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...records import Constraint
+from ...types import Constraint
 from .hints import Hinted, hint
 from .parts import Part, TokenIds, refuse
 

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ...tasks import MODEL_TYPES
 from ..anthropic import models as anthropic_models
 from ..documented.schemas import ModelPath

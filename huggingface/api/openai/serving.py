@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import LocalLLMError
-from ...records import Chunk, Token, Usage
+from ...types import Chunk, Token, Usage
 from ..documented.system import VERSION
 from ..http.errors import openai_body, status_of
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import InvalidRequest
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ...tasks import GENERATION_TASKS, MODEL_TYPES, canonical_task
 from .schemas import TASK_PARAMETERS, GenerationParameters, Parameters, validate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...engine.ticket import Ticket
 from ...errors import Cancelled, DeadlineExceeded, LocalLLMError, RequestCancelled, RequestNotFound
-from ...records import Chunk, timestamp
+from ...types import Chunk, timestamp
 
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 

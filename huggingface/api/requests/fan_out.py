@@ -13,7 +13,7 @@ from typing import Any
 
 from ...engine.parallel_sampling import JointTicket
 from ...errors import InvalidRequest
-from ...records import Chunk, GenerationRequest
+from ...types import Chunk, GenerationRequest
 from .active import InFlight
 
 # Generations of one request that are in the queue or run at once.

@@ -10,7 +10,7 @@ from typing import Any
 from flask import g, request
 
 from ...errors import Cancelled, InvalidRequest, LoadError
-from ...records import ModelRecord
+from ...registry.records import ModelRecord
 from ..documented.requests import client_request_id
 from .active import InFlight
 from .services import admitted, services

@@ -18,8 +18,8 @@ from ...errors import ServerFull
 from ...inspection.preflight import Preflight
 from ...manager.manager import ModelManager
 from ...manager.preload import Warmup
-from ...records import LoadOptions
 from ...registry.registry import ModelRegistry
+from ...types import LoadOptions
 from .active import Requests
 
 EXTENSION = "local-llm"

@@ -21,8 +21,9 @@ from ...engine.openvino import library
 from ...errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported, public
 from ...host.memory import available_bytes
 from ...progress import Progress
-from ...records import EngineOptions, LoadOptions, LoadSettings, ModelRecord
+from ...registry.records import LoadSettings, ModelRecord
 from ...tasks.reranking import note_cross_encoder
+from ...types import EngineOptions, LoadOptions
 from ..model import Conversion, LoadedModel, Memory, Setup, detach
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
 from ..pretrained import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched

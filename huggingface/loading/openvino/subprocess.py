@@ -1,4 +1,4 @@
-"""Making OpenVINO's graph of a model in a process of its own: `python -m huggingface.loading.openvino.subprocess`.
+"""Making OpenVINO's graph of a model in a process of its own, which runs `convert`.
 
 Tracing a model and converting it takes all of Python's attention for many seconds, leaves memory behind in torch's
 registries, and runs compiled code on whatever a model's author wrote. None of that is for the process that serves. This
@@ -9,7 +9,6 @@ and ends when the other end of its input is closed.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -22,11 +21,10 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from ...errors import Cancelled, ConversionFailed
+from ...errors import ConversionFailed
 from ...progress import Progress
-from ...records import LoadOptions, LoadSettings, ModelRecord
-
-logger = logging.getLogger(__name__)
+from ...registry.records import LoadSettings, ModelRecord
+from ...types import LoadOptions
 
 _END = 5.0  # seconds that a process which is ending may take for it
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether anybody still waits
@@ -56,8 +54,8 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     Raises:
         ConversionFailed: there is none. Cancelled: `progress` was cancelled.
     """
-    command = [sys.executable, "-m", "huggingface.loading.openvino.subprocess"]
-    process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very module
+    command = [sys.executable, "-m", "huggingface.loading.openvino.convert"]
+    process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very package
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -109,66 +107,3 @@ def _read(pipe: Any, put: Callable[[bytes | None], None]) -> None:
     for line in pipe:
         put(line)
     put(None)
-
-
-class _Told(Progress):
-    """Progress that is told to the other process."""
-
-    def __init__(self, tell: Callable[..., None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def begin(self, phase: Any, total: int | None = None, done: int = 0) -> None:
-        super().begin(phase, total, done)
-        self._tell(phase=phase, total=total)
-
-    def advance(self, count: int) -> None:
-        super().advance(count)
-        self._tell(advance=count)
-
-
-def main() -> None:
-    """Make the graph that is asked for on standard input."""
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is for people
-    logging.basicConfig(level=logging.WARNING)
-
-    def tell(**message: Any) -> None:
-        print(json.dumps(message), file=told, flush=True)
-
-    wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - what started this process wrote it
-    threading.Thread(target=_end_with_the_other, daemon=True).start()
-    _step_back(wanted)
-    from . import load as loading
-
-    try:
-        loading.convert(wanted, _Told(tell))
-    except (ConversionFailed, Cancelled) as error:
-        tell(refused=str(error), final=getattr(error, "final", False))
-    except MemoryError:
-        tell(refused="there is not enough memory to convert it", final=False)
-    except Exception as error:
-        logger.exception("the conversion failed")
-        tell(refused=f"its conversion failed ({type(error).__name__})", final=False)
-    else:
-        tell(made=True)
-    told.flush()
-    os._exit(0)  # nothing is left to be done, and interpreters with threads of libraries end slowly
-
-
-def _step_back(wanted: Wanted) -> None:
-    """Have other work go first, where that is wanted; and have Linux end this process, not the one that serves, where
-    memory runs out."""
-    if wanted.nice and hasattr(os, "nice"):
-        os.nice(wanted.nice)
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
-
-
-def _end_with_the_other() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
