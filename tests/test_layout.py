@@ -291,7 +291,6 @@ OF_OTHERS = {
 }
 # What tests take of ours all the same, by their files, and why.
 OF_OURS = {
-    ("test_waiting.py", "_places"),  # a place is taken without a request that has it
     ("test_engine_life.py", "_IDLE"),  # seconds, which no test can wait for
     ("test_conversions.py", "_NICE"),  # how far whatever else runs goes before a process that a test waits for
     ("test_conversions.py", "_CONVERTING"),  # bytes, beside which a tiny model is nothing

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from functools import partial
 from typing import Any
 
@@ -122,7 +123,9 @@ def test_every_route_counts_among_those_that_may_wait_but_for_those_that_never_d
     """With all places taken each route is a 503 at once, or is one of those that answer from what they know."""
     client = small_app.test_client()
     [place] = [each for name, each in small_app.extensions.items() if name == "local-llm-waiting"]
-    assert place._places.acquire(blocking=False)
+    another, request = Context(), small_app.test_request_context()
+    another.run(request.push)
+    assert another.run(place.take)
     at_once = set()
     for rule in small_app.url_map.iter_rules():
         if rule.endpoint.endswith(".static"):
@@ -138,7 +141,7 @@ def test_every_route_counts_among_those_that_may_wait_but_for_those_that_never_d
             else:
                 assert int(answer.headers["Retry-After"]) >= 1
     assert at_once == AT_ONCE
-    place._places.release()
+    another.run(request.pop)
 
 
 def test_a_place_is_free_again_when_its_request_ends_however_it_ends(small_app: Any, tiny: Any) -> None:
