@@ -41,6 +41,7 @@ MODULES: dict[str, set[str]] = {
     "types": {"errors"},
     "progress": {"errors"},
     "hub_errors": {"errors"},
+    "served": {"engine", "types"},
 }
 
 # Where a library may be imported, as patterns of paths (`*` is any part of one); and where only inside of a function,

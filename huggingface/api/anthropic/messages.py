@@ -23,7 +23,7 @@ from ..openai.conversation import Conversation
 from ..openai.serving import new_id
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from . import schemas
 from .turns import chat_messages, hides_thinking, wish_of
@@ -43,7 +43,7 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
     registry = services().registry
     streams = bool(body.stream)
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "messages", body.timeout, streams, body.keep_alive))
+        flight, model = stack.enter_context(leased_model(record, "messages", body.timeout, streams, body.keep_alive))
         asked = body.own() | body.drawing() | {"max_new_tokens": body.max_tokens}
         if body.stop_sequences:
             asked["stop_strings"] = body.stop_sequences
@@ -78,7 +78,7 @@ def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
 
     Raises: what loading raises.
     """
-    with lent(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+    with leased_model(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         conversation = Conversation(model.chat, chat_messages(body), wish_of(body))
         hides_thinking(body, conversation)
         [request] = conversation.requests({}, 1, streams=False, logprobs=None, adapter=body.adapter)

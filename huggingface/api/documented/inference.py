@@ -17,7 +17,7 @@ from ...types import Chunk, Constraint, GenerationRequest
 from ..http.sse import DocumentedFraming, event_stream
 from ..parameters.effective import generation_parameters, task_parameters
 from ..requests.fan_out import named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from . import inference_schemas, schemas
 
@@ -65,7 +65,7 @@ def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
     record = registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "generate", timeout, bool(streams), keep_alive))
+        flight, model = stack.enter_context(leased_model(record, "generate", timeout, bool(streams), keep_alive))
         with named({} if "messages" in source else {"messages": "prompt"}):
             request = _request(record, source, parameters, bool(streams), constraint, adapter)
             ticket = flight.attach(model.generate(request, flight.gone))
@@ -87,7 +87,7 @@ def pipeline(body: inference_schemas.PipelineBody) -> dict[str, Any]:
     registry = services().registry
     record = registry.get(body.model_id)
     parameters = task_parameters(record, body.task, body.model_extra or {})
-    with lent(record, body.task, body.timeout, keep_alive=body.keep_alive) as (flight, model):
+    with leased_model(record, body.task, body.timeout, keep_alive=body.keep_alive) as (flight, model):
         results = model.run(body.task, body.inputs, parameters, flight.gone, body.adapter)
     registry.record_use(record.model_id)
     return {

@@ -20,7 +20,7 @@ from ..http.fields import refuse_unknown
 from ..parameters.effective import task_parameters
 from ..parameters.schemas import Parameters, validate
 from ..requests.fan_out import named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .schemas import PUBLISHED, TAG, ComparedTexts, HubAnswer, HubBody, HubText2Text, SomeTexts, TaskQuery
 from .text import generate_text
@@ -107,7 +107,7 @@ def _run(
         inputs = [_question(each) for each in inputs] if isinstance(inputs, list) else _question(inputs)
     with named(fields):
         parameters = task_parameters(record, task, asked, defaults)
-        with lent(record, task, None) as (flight, model):
+        with leased_model(record, task, None) as (flight, model):
             result = model.run(task, inputs, parameters, flight.gone)
     services().registry.record_use(record.model_id)
     return shape(result, isinstance(inputs, list))
@@ -197,7 +197,7 @@ def _embed(
     if name == _SIMILARITY:
         asked = [asked["source_sentence"], *asked["sentences"]]
     options = {field: wanted[field] for field in ("prompt_name", "truncate", "dimensions") if field in wanted}
-    with named(fields), lent(record, name, None) as (flight, model):
+    with named(fields), leased_model(record, name, None) as (flight, model):
         if name == _FEATURES and not model.pools:
             result = model.run(_FEATURES, asked, _token_features(record, wanted), flight.gone)
         else:

@@ -21,7 +21,7 @@ from ..http.sse import Events, event_stream
 from ..parameters.effective import hub_parameters
 from ..parameters.schemas import validate
 from ..requests.fan_out import begin, likelihood, named, seeded
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .schemas import HubBody, OneText
 
@@ -47,7 +47,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
         parameters = hub_parameters(record, _generation(wanted))
         if count > 1:
             _check_best_of(streams, parameters)
-        flight, model = stack.enter_context(lent(record, "text-generation", None, streams))
+        flight, model = stack.enter_context(leased_model(record, "text-generation", None, streams))
         alternatives = wanted.get("top_n_tokens")
         told = streams or _detailed(wanted) or count > 1
         request = GenerationRequest(

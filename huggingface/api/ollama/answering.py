@@ -27,7 +27,7 @@ from ..http.sse import NDJSON, Events, event_stream
 from ..openai.serving import Told, chat_logprobs, within
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .options import NAMES, Wanted
 from .schemas import OllamaAnswering
@@ -93,7 +93,7 @@ def answer(
     if body.truncate is not None:
         note_ignored("truncate")
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, task, body.timeout, body.streams, body.keep_alive))
+        flight, model = stack.enter_context(leased_model(record, task, body.timeout, body.streams, body.keep_alive))
         loaded = time.monotonic()
         asked = {"messages": "prompt"} if task == "generate" else {}
         with named({**NAMES, "json_schema": "format", "grammar": "format", **asked}):
@@ -132,7 +132,7 @@ def idle(record: ModelRecord, body: OllamaAnswering, task: str, said: Mapping[st
         services().manager.unload(record.model_id)
         reason = "unload"
     else:
-        with lent(record, task, body.timeout, keep_alive=body.keep_alive):
+        with leased_model(record, task, body.timeout, keep_alive=body.keep_alive):
             reason = "load"
     return {"model": body.model, "created_at": now(), **said, "done": True, "done_reason": reason}
 

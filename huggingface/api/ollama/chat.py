@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Response
 
+from ...served import ServedModel
 from ..http.fields import note_ignored
 from ..openai.chat import plain_tool
 from ..openai.conversation import Conversation, Wish
@@ -28,7 +29,7 @@ def chat(body: OllamaChatBody) -> dict[str, Any] | Response:
     if body.tool_choice == "auto" or (body.tool_choice == "none" and not body.tools):
         note_ignored("tool_choice")  # it is so anyway
 
-    def conversation(model: Any) -> Source:
+    def conversation(model: ServedModel) -> Source:
         traits = model.chat
         wish = Wish(
             form=form_of(body.format),

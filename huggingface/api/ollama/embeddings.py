@@ -13,7 +13,7 @@ from typing import Any
 from ...registry.records import ModelRecord
 from ..http.fields import note_ignored
 from ..requests.fan_out import named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .answering import Times
 from .names import find
@@ -59,7 +59,7 @@ def _vectors(
     for name in body.options.model_fields_set if body.options is not None else ():
         if name != "num_ctx" and OPTIONS[name].asks is not None:
             note_ignored(f"options.{name}")  # how tokens are drawn makes no difference to a vector
-    with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+    with leased_model(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         loaded = time.monotonic()
         if wanted.num_ctx is not None:
             longest = max((len(model.encode(text, flight.gone)) for text in texts), default=0)

@@ -10,6 +10,7 @@ from flask import Response
 
 from ...chat.parser import AnswerParser, AnswerReader
 from ...errors import InvalidRequest
+from ...served import ServedModel
 from ...types import Constraint, GenerationRequest
 from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
@@ -31,7 +32,7 @@ def generate(body: OllamaGenerateBody) -> dict[str, Any] | Response:
     messages = [{"role": "system", "content": body.system}] if body.system else []
     messages.append({"role": "user", "content": prompt})
 
-    def source(model: Any) -> Source:
+    def source(model: ServedModel) -> Source:
         traits = model.chat
         told = variables(body.think, traits, body.model)
         form = form_of(body.format)

@@ -20,7 +20,7 @@ from ..http.fields import note_ignored
 from ..http.sse import Events, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from . import schemas
 from .conversation import Conversation, Wish
@@ -38,7 +38,9 @@ def answer_chat(
     registry = services().registry
     count = body.n or 1
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "chat", body.timeout, bool(body.stream), body.keep_alive))
+        flight, model = stack.enter_context(
+            leased_model(record, "chat", body.timeout, bool(body.stream), body.keep_alive)
+        )
         form, form_field = body.form() or (form_of(body.response_format), "response_format")
         wish = Wish(
             form=form,

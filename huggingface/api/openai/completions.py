@@ -12,11 +12,12 @@ from flask import Response
 
 from ...errors import InvalidRequest, LocalLLMError
 from ...registry.records import ModelRecord
+from ...served import ServedModel
 from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.sse import Events, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, likelihood, named, seeded
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .chat import form_of
 from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logprobs, failure, new_id, now, within
@@ -41,7 +42,7 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
     registry = services().registry
     with ExitStack() as stack:
         flight, model = stack.enter_context(
-            lent(record, "completions", body.timeout, bool(body.stream), body.keep_alive)
+            leased_model(record, "completions", body.timeout, bool(body.stream), body.keep_alive)
         )
         parameters = _parameters(record, model, body)
         ranked = made > n
@@ -63,7 +64,7 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
         return response
 
 
-def _parameters(record: ModelRecord, model: Any, body: CompletionBody) -> dict[str, Any]:
+def _parameters(record: ModelRecord, model: ServedModel, body: CompletionBody) -> dict[str, Any]:
     asked = body.own() | body.penalties() | body.drawing()
     most, _ = body.limited()
     if most is not None and most >= 0:
@@ -113,7 +114,7 @@ def _request(
     )
 
 
-def _echoed(body: CompletionBody, model: Any, prompt: str | list[int]) -> str:
+def _echoed(body: CompletionBody, model: ServedModel, prompt: str | list[int]) -> str:
     """What goes before a prompt's texts."""
     if not body.echo:
         return ""

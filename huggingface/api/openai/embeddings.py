@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import InvalidRequest
 from ...registry.records import ModelRecord
 from ..http.fields import note_ignored
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from .serving import new_id
 from .text_schemas import EmbeddingBody, RerankBody
@@ -26,7 +26,7 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
     """
     given = {"truncate": body.truncate, "prompt_name": body.prompt_name, "dimensions": body.dimensions}
     parameters = {name: value for name, value in given.items() if value is not None}
-    with lent(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+    with leased_model(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         if body.input_type is not None:
             parameters |= _prompt_of(body.input_type, model.prompts)
         result = model.run("sentence-embeddings", body.input, parameters, flight.gone, body.adapter)
@@ -67,7 +67,7 @@ def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:
     """
     documents = [each if isinstance(each, str) else each.text for each in body.documents]
     parameters = {} if body.truncate is None else {"truncate": body.truncate}
-    with lent(record, "rerank", body.timeout, keep_alive=body.keep_alive) as (flight, model):
+    with leased_model(record, "rerank", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         result = model.run(
             "rerank", {"query": body.query, "documents": documents}, parameters, flight.gone, body.adapter
         )

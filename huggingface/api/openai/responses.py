@@ -19,7 +19,7 @@ from ..http.fields import note_ignored
 from ..http.sse import Events, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
-from ..requests.leasing import lent
+from ..requests.leasing import leased_model
 from ..requests.services import services
 from . import response_schemas as schemas
 from .conversation import Conversation, Wish
@@ -37,7 +37,9 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
     """
     registry = services().registry
     with ExitStack() as stack:
-        flight, model = stack.enter_context(lent(record, "responses", body.timeout, bool(body.stream), body.keep_alive))
+        flight, model = stack.enter_context(
+            leased_model(record, "responses", body.timeout, bool(body.stream), body.keep_alive)
+        )
         asked = body.own() | body.drawing()
         most, limit_field = body.limited()
         if most is not None and most >= 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...engine.parallel_sampling import JointTicket
 from ...errors import InvalidRequest
+from ...served import ServedModel
 from ...types import Chunk, GenerationRequest
 from .active import InFlight
 
@@ -20,7 +21,7 @@ from .active import InFlight
 _AT_ONCE = 32
 
 
-def begin(model: Any, flight: InFlight, requests: Sequence[GenerationRequest]) -> JointTicket:
+def begin(model: ServedModel, flight: InFlight, requests: Sequence[GenerationRequest]) -> JointTicket:
     """Queue generations, read as one: the chunks' `index` is the place in `requests`.
 
     Raises: as `LoadedModel.generate`.

@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from flask import g, request
 
 from ...errors import Cancelled, InvalidRequest, LoadError
 from ...registry.records import ModelRecord
+from ...served import ServedModel
 from ..documented.requests import client_request_id
 from .active import InFlight
 from .services import admitted, services
 
 
 @contextmanager
-def lent(
+def leased_model(
     record: ModelRecord,
     task: str,
     timeout: float | None,
     streams: bool = False,
     keep_alive: float | None = None,
-) -> Iterator[tuple[InFlight, Any]]:
+) -> Iterator[tuple[InFlight, ServedModel]]:
     """The present request, listed, and its model, loaded and kept in memory until the block ends.
 
     `timeout` is in seconds from now, `keep_alive` in seconds from the end. How it went is counted.
