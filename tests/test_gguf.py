@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:Use
 MODEL = "tiny/gguf"
 FILE = "model.gguf"
 STARTER = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any, arch: str, *, quantize: bool = False, **keys: Any) -> None:
@@ -339,3 +340,25 @@ def test_whatever_is_read_the_name_is_looked_at(name: str, folder: Path) -> None
     header = gguf_files.check(MODEL, folder, FILE)
     with pytest.raises(FilesRefused):
         READERS[name](MODEL, folder, f"../{FILE}", header)
+
+
+def test_a_name_in_capitals_is_that_of_a_gguf_file_everywhere(tmp_path: Path, start_server: Any) -> None:
+    """It is listed among the models that are there, looked at, loaded, and gives the text of the same file."""
+    model, tokenizer = build("llama")
+    texts = []
+    for name, file in (("small", FILE), ("capitals", FILE.upper())):
+        folder = tmp_path / "models" / "tiny" / name
+        folder.mkdir(parents=True)
+        write_gguf(folder / file, model, tokenizer, "llama")
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(tmp_path / "models"))
+    listed = server.call("GET", "/models/available").json()["models"]
+    assert {each["model_id"] for each in listed} == {"tiny/small", "tiny/capitals"}
+    for name, file in (("small", FILE), ("capitals", FILE.upper())):
+        body = {"model_id": f"tiny/{name}", "name": name, "model_type": "text-generation", "gguf_file": file}
+        registered = server.call("POST", "/models", json=body)
+        assert registered.status_code == 200, registered.text
+        assert registered.json()["model"]["details"]["problem"] is None
+        answer = server.call("POST", "/generate", json={**GREEDY, "model_id": f"tiny/{name}", "prompt": "The cat"})
+        assert answer.status_code == 200, answer.text
+        texts.append(answer.json()["response"])
+    assert texts[0] == texts[1] != ""
