@@ -32,7 +32,7 @@ FOLDERS: dict[str, set[str]] = {
     "inspection": {"registry", "tasks", "modeling"},
     "hub": {"inspection", "registry"},
     "loading": {"inspection", "registry", "engine", "tasks", "modeling", "rendering", "host"},
-    "manager": {"loading", "hub", "registry", "modeling", "host"},
+    "manager": {"loading", "hub", "inspection", "registry", "modeling", "host"},
     "api": {"manager", "hub", "inspection", "registry", "tasks", "engine", "chat", "host"},
 }
 # The modules beside the folders, which any folder may import; and which of these each may import.

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import (
     Cancelled,
@@ -41,6 +41,7 @@ from ..types import Estimate, Forecast, LoadOptions, Unloaded
 from .budget import Account, Budget
 from .conversions import Conversion, Conversions
 from .leases import LOOK_AGAIN, Loading, Place, Places, Resident
+from .loads import Heads, Loader
 from .room import Room
 from .statistics import Statistics
 
@@ -325,7 +326,7 @@ class ModelManager:
         wanted = (settings or LoadSettings()).over(record.settings)
         return self._room.forecast(model_id, self._estimate(loader, record, wanted))
 
-    def _estimate(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> Estimate:
+    def _estimate(self, loader: Loader, record: ModelRecord, settings: LoadSettings) -> Estimate:
         """What a load of a model would take, whether its weights are here or not.
 
         Raises: as `lease`.
@@ -345,7 +346,7 @@ class ModelManager:
             estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
         return estimate
 
-    def _refuse_at_once(self, loader: Any, record: ModelRecord, settings: LoadSettings) -> None:
+    def _refuse_at_once(self, loader: Loader, record: ModelRecord, settings: LoadSettings) -> None:
         """Refuse a model that is not here and could never fit, before it is downloaded.
 
         Raises:
@@ -731,13 +732,13 @@ class ModelManager:
         model.close()
         self.budget.forget(_replaced(model_id))
 
-    def _import_loader(self) -> Any:
+    def _import_loader(self) -> Loader:
         """The loader, ready for work; what the process has then, it has for itself.
 
         Raises:
             DependencyMissing: torch or transformers cannot be imported.
         """
-        loader = import_library(_LOADER)
+        loader = cast("Loader", import_library(_LOADER))
         with self._warming_up:
             if not self._warm:
                 loader.warm_up()
@@ -750,7 +751,12 @@ class ModelManager:
             self._import_loader()
 
     def _has_plenty(
-        self, loader: Any, record: ModelRecord, settings: LoadSettings, folder: Path, adapters: Sequence[Any]
+        self,
+        loader: Loader,
+        record: ModelRecord,
+        settings: LoadSettings,
+        folder: Path,
+        adapters: Heads,
     ) -> bool:
         """Set memory aside without a closer look, where there is far more than the model could take."""
         if record.gguf_file is not None or settings.device_map is not None or settings.quantization is not None:
