@@ -37,14 +37,27 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, results
 
 
-def wait_for_requests(server: Any, count: int) -> None:
-    """Wait until so many are at the model: running, or in its queue."""
+def at_once(server: Any, *bodies: dict[str, Any]) -> list[tuple[threading.Thread, list[Any]]]:
+    """Callers of `/generate` that all are at the model at the same time: running, or in its queue. Where the first ones
+    have ended before the last one has come, all of them are begun again, with twice the beams."""
 
     def present() -> int:
         engines = [model["engine"] for model in server.call("GET", "/cache").json()["cached_models"].values()]
         return sum(engine["running"] + engine["waiting"] for engine in engines if engine)
 
-    until(lambda: present() >= count)
+    users: list[tuple[threading.Thread, list[Any]]] = []
+    times = 1
+    while True:
+        for body in bodies:
+            longer = {**body, "num_beams": body["num_beams"] * times}
+            users.append(in_thread(partial(server.call, "POST", "/generate", json=longer)))
+            until(lambda: present() >= len(users) or any(results for _, results in users))
+        if not any(results for _, results in users):
+            return users
+        for thread, _ in users:
+            thread.join()
+        users.clear()
+        times *= 2
 
 
 def test_a_cold_model_is_loaded_once_for_all_who_ask(start_server: Any, tiny: Any) -> None:
@@ -87,14 +100,14 @@ def test_clearing_a_model_in_use_waits_for_its_users(server: Any, tiny: Any) -> 
     model_id = tiny("llama")
     server.add(model_id, "text-generation")
     body = {"model_id": model_id, "prompt": "The cat", **LONG, "num_beams": 4}  # short enough to be waited for
-    alone = server.call("POST", "/generate", json=body).json()["response"]
-    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(3)]
-    wait_for_requests(server, 3)
+    users = at_once(server, body, body, body)
     assert server.call("DELETE", "/cache", params={"model_id": model_id}).status_code == 200
     assert model_id not in server.call("GET", "/cache").json()["cached_models"]
     for thread, results in users:
-        thread.join(60)
-        assert results[0].json()["response"] == alone
+        thread.join()
+        made = results[0].json()
+        alone = server.call("POST", "/generate", json={**body, "num_beams": made["parameters"]["num_beams"]})
+        assert made["response"] == alone.json()["response"]
 
 
 def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny: Any) -> None:
@@ -104,8 +117,7 @@ def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny:
     server.add(model_id, "text-generation")
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
-    users = [in_thread(lambda: server.call("POST", "/generate", json=body)) for _ in range(4)]
-    wait_for_requests(server, 4)
+    users = at_once(server, *[body] * 4)
     for method, path, arguments in (
         ("DELETE", f"/cache?model_id={model_id}", None),
         ("DELETE", "/cache", None),
@@ -117,7 +129,7 @@ def test_a_model_in_use_for_too_long_is_refused_cleanly(start_server: Any, tiny:
         assert model_id in answer.json()["error"]
     assert not all(results for _, results in users), "the generations were to run during all of this"
     for thread, results in users:
-        thread.join(60)
+        thread.join()
         assert results[0].status_code == 200
     assert model_id in server.call("GET", "/cache").json()["cached_models"]
     assert server.call("DELETE", f"/models/{model_id}").status_code == 200
@@ -203,10 +215,8 @@ def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server
     server.add(model_id, "text-generation")
     assert server.call("POST", f"/models/{model_id}/load").status_code == 200
     body = {"model_id": model_id, "prompt": "The cat", **LONG}
-    users = []
-    for options in [{}] * 3 + [{"min_new_tokens": 1, "max_new_tokens": 8}] * 4:  # the short ones wait for the long ones
-        users.append(in_thread(partial(server.call, "POST", "/generate", json={**body, **options})))
-        wait_for_requests(server, len(users))
+    short = {**body, "min_new_tokens": 1, "max_new_tokens": 8}
+    users = at_once(server, *[body] * 3, *[short] * 4)  # the short ones wait for the long ones
     full = server.call("POST", "/generate", json=body)
     assert (full.status_code, full.json()["success"]) == (503, False)
     assert int(full.headers["Retry-After"]) >= 1
@@ -214,5 +224,5 @@ def test_requests_that_wait_for_models_leave_threads_for_the_others(start_server
         assert server.call("GET", path).status_code == 200
     assert not all(results for _, results in users), "the generations were to run during all of this"
     for thread, results in users:
-        thread.join(100)
+        thread.join()
         assert results[0].status_code == 200

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import PATIENCE
-from test_concurrency import LONG, in_thread, wait_for_requests
+from test_concurrency import LONG, at_once, in_thread
 
 import huggingface
 from app import create_app
@@ -56,8 +56,8 @@ def test_unloads_of_a_model_in_use_leave_threads_for_the_others(start_server: An
     server = start_server(LOCAL_LLM_THREADS=str(THREADS), LOCAL_LLM_BUSY_TIMEOUT="100")
     model_id = tiny("llama")
     server.add(model_id, "text-generation")
-    user = in_thread(partial(server.call, "POST", "/generate", json={"model_id": model_id, "prompt": "a", **LONG}))
-    wait_for_requests(server, 1)
+    # It is given up at the end, and must not end before.
+    [user] = at_once(server, {"model_id": model_id, "prompt": "a", **LONG, "num_beams": 96})
     calls = [
         partial(server.call, "POST", f"/models/{model_id}/unload"),
         partial(server.call, "DELETE", "/cache"),
