@@ -276,9 +276,10 @@ def test_parameters_come_from_the_request_then_the_record_then_the_model(
 ) -> None:
     """OpenAI's own defaults are the last: without any word everything is sampled."""
     folder = models_dir / "tiny/configured"
-    shutil.copytree(models_dir / tiny("llama"), folder)
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True, "top_k": 1}))
+    if not folder.exists():
+        shutil.copytree(models_dir / tiny("llama"), folder)
+        settings = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True, "top_k": 1}))
     server.add("tiny/configured", "text-generation")
 
     def ask(**options: Any) -> str:

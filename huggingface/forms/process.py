@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -40,6 +41,8 @@ NICE = 10  # others' steps need the same cores
 
 _DEEP = 20_000  # calls within calls of Python; where the stack is too small for them, the process ends
 _SHOWN = 1000  # characters of a reason
+
+_LINE = re.compile(r"at \d+\(\d+\): ")  # where in a grammar an error is
 
 _DEPTH = "it is nested too deeply, or its rules follow each other in too long a chain"
 _MEMORY = "it takes too much memory"
@@ -193,6 +196,8 @@ def _opened(tokens: LLTokenizer, kind: str, value: Any) -> LLMatcher | Watched:
         matcher = LLMatcher(tokens, grammar, log_level=0)
         if not matcher.is_error():
             return matcher if watch is None else Watched(matcher, Tokens(tokens), watch)
+    if kind != "json_schema" and isinstance(value, dict):  # the lines around it are none of the client's
+        raise ValueError(_LINE.sub("", _said(matcher.get_error()).partition("\n")[0]))
     return matcher
 
 
