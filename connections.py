@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -206,6 +207,16 @@ class Connection(HTTPChannel):  # type: ignore[misc]
             self._state, self._since = state, now
         return (now - self._since) / limit
 
+    def overdue(self, now: float) -> bool:
+        """Whether the client has used up all of its time. Where what it sent lies unread, it is the server that is
+        slow."""
+        if self.wear(now) < 1:
+            return False
+        try:
+            return self._state[0] == "unread" or not self.socket.recv(1, socket.MSG_PEEK)
+        except OSError:  # nothing is there, or nobody
+            return True
+
     def give_up(self, status: str, message: str) -> None:
         """Close the connection; a client in the middle of a request is told why, if it can take that at once."""
         if self.request is not None and not self.requests and not self.total_outbufs_len:
@@ -245,7 +256,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         if now >= self._looks_at:
             self._looks_at = now + _LOOK_AGAIN
             for connection in list(self.active_channels.values()):
-                if connection.wear(now) >= 1:
+                if connection.overdue(now):
                     connection.give_up("408 Request Timeout", "The request took too long to arrive")
         if now < self._accepts_at:
             return False
