@@ -208,8 +208,9 @@ def test_a_download_that_hangs_is_cancelled_at_once_and_a_new_one_waits_for_it(
 AGENT = """
 import sys
 from pathlib import Path
-from huggingface.downloads import Downloads
-from huggingface.records import LoadOptions, ModelRecord
+from huggingface.hub.downloads import Downloads
+from huggingface.registry.records import ModelRecord
+from huggingface.types import LoadOptions
 downloads = Downloads(LoadOptions(models_dir=Path(sys.argv[1])))
 job = downloads.start(ModelRecord(sys.argv[2], "x", "text-generation"))
 assert job.wait(60)

@@ -487,7 +487,8 @@ def test_a_conversion_ends_with_the_server(place: Callable[[str], Path], tmp_pat
     """A server that is killed leaves no process behind that goes on for nobody: it ends while it imports torch."""
     folder = place("llama")
     code = (
-        "import sys, pickle; from huggingface.converted import process; from huggingface.progress import Progress\n"
+        "import sys, pickle; from huggingface.loading.openvino import subprocess as process\n"
+        "from huggingface.progress import Progress\n"
         "process.convert(pickle.load(open(sys.argv[1], 'rb')), Progress())"
     )
     request = tmp_path / "wanted"

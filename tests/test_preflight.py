@@ -138,7 +138,7 @@ def test_a_look_imports_neither_torch_nor_transformers(root: Path) -> None:
     copy(root, "llama", "light/llama")
     program = (
         "import sys; from pathlib import Path; from huggingface.inspection.preflight import Preflight\n"
-        "from huggingface.records import LoadOptions\n"
+        "from huggingface.types import LoadOptions\n"
         f"details = Preflight(LoadOptions(Path({str(root)!r}))).look_at('light/llama')\n"
         "assert details['known'] and details['parameters'], details\n"
         "print(*(name for name in ('torch', 'transformers', 'huggingface_hub', 'tokenizers') if name in sys.modules))"
@@ -205,7 +205,7 @@ def test_a_second_look_reads_nothing_but_the_folder(root: Path) -> None:
     copy(root, "bart", "light/bart")
     program = (
         "import sys; from pathlib import Path; from huggingface.inspection.preflight import Preflight\n"
-        "from huggingface.records import LoadOptions\n"
+        "from huggingface.types import LoadOptions\n"
         f"preflight = Preflight(LoadOptions(Path({str(root)!r})))\n"
         "preflight.look_at('light/bart')\n"
         "opened = []\n"
@@ -525,7 +525,7 @@ class Looker:
     def __init__(self, place: Place, home: str = "home", **environment: str) -> None:
         program = (
             "import sys, json; from pathlib import Path\n"
-            "from huggingface.inspection.preflight import Preflight; from huggingface.records import LoadOptions\n"
+            "from huggingface.inspection.preflight import Preflight; from huggingface.types import LoadOptions\n"
             "given = json.loads(sys.argv[2])\n"
             "preflight = Preflight(LoadOptions(Path(sys.argv[1]), **given), timeout=4)\n"
             "for line in sys.stdin: print(json.dumps(preflight.look_at(**json.loads(line))), flush=True)\n"

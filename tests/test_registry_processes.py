@@ -216,8 +216,8 @@ def test_a_writer_that_another_process_keeps_out_gives_up_in_time_and_readers_do
 FORK = """
 import os, sys, threading, time
 from pathlib import Path
-from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.records import ModelRecord
+from huggingface.registry.registry import ModelRegistry
 
 registry = ModelRegistry(Path(sys.argv[1]), usage_delay=0.05)
 registry.add(ModelRecord("shared", "Shared", "text-generation"))
@@ -267,8 +267,8 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
 FORK_AMID = """
 import os, sys
 from pathlib import Path
-from huggingface.records import ModelRecord
-from huggingface.registry import ModelRegistry
+from huggingface.registry.records import ModelRecord
+from huggingface.registry.registry import ModelRegistry
 
 registry = ModelRegistry(Path(sys.argv[1]))
 registry.add(ModelRecord("first", "First", "text-generation"))
