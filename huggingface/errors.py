@@ -285,7 +285,8 @@ class RequestNotFound(LocalLLMError):
 def public(error: BaseException, *folders: Path) -> str:
     """An error's first line, fit for a client: file names keep their last part only.
 
-    `folders` are those whose names the error may hold; a name with a space in it is recognized only so.
+    `folders` are those whose names the error may hold; a name that holds a space is recognized
+    only when its folder is given.
     """
     lines = str(error).strip().splitlines()
     if not lines:

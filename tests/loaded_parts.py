@@ -83,5 +83,5 @@ class Findings(dict[Hashable, Any]):
 
 
 def laying_out() -> Findings:
-    """Findings by which weights are laid out anew for the steps of a batch, where there are enough of them."""
+    """Findings by which enough weights are copied into another layout for the steps of a batch."""
     return Findings(lambda _: {"packed": 0.0})

@@ -325,7 +325,7 @@ def test_who_cannot_grow_waits_and_goes_on_later(monkeypatch: pytest.MonkeyPatch
         put_back = itertools.count()
         slots = served.parts.batch.slots
         original = slots.grow
-        # Of several that run, one waits whenever there is no larger slot; nobody who is alone is refused one here.
+        # Of several that run, one waits whenever there is no larger slot; one that runs alone gets its slot.
         monkeypatch.setattr(slots, "grow", lambda *arguments: original(*arguments) or (next(put_back), False)[1])
         with ThreadPoolExecutor(4) as pool:
             texts = list(pool.map(lambda word: served.ask(parameters, prompt=word)[-1].whole, WORDS[:4]))

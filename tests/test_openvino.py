@@ -586,7 +586,7 @@ class Served:
     memory: Full
 
     def rest(self) -> int:
-        """Have it let go of its own weights; tells what it has copies of then."""
+        """Releases its own weights; returns the bytes of copies that remain."""
         self.loaded.engine.call(self.parts.runner.rest)
         return self.loaded.sizes.copies
 

@@ -263,7 +263,7 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
     )
 
 
-# The version that is replaced is let go of, and its file closed, when the new one is noted and its content not yet.
+# The replaced version is dropped, and its file closed, when the new one is noted and its content is not yet.
 FORK_AMID = """
 import os, sys
 from pathlib import Path

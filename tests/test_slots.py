@@ -188,7 +188,7 @@ def test_shared_blocks_that_move_are_still_shared() -> None:
     whole = table.take([-1], limit)
     assert whole is not None
     store.write(whole, list(range(limit)))
-    assert store.read(whole) == list(range(limit)), "no block is left to those who have gone"
+    assert store.read(whole) == list(range(limit)), "no block stays with a sequence that has ended"
 
 
 def test_a_prompt_that_goes_on_continues_in_its_place_and_a_branch_is_copied() -> None:

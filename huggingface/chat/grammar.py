@@ -5,7 +5,7 @@ in it, which `forms.notation` writes. A grammar here is an object of four things
 the JSON values that rules of these names stand for; `marks`, what stands right before such values: the name of a rule,
 with its text in Lark and the names of the values; and `first`, the values that the answer may begin with.
 
-What a grammar here lets a model write as a call, the readers of this room read as one whose arguments satisfy the
+What a grammar here lets a model write as a call, the readers of this folder read as one whose arguments satisfy the
 function's schema.
 """
 

@@ -189,7 +189,7 @@ def _row(
 def _settle(call: Call, index: int) -> tuple[Settled, bool]:
     """What `generate` makes of its arguments just before it starts, and whether it leaves tokens out of the attention.
 
-    See `prepare.Preparer.settle`.
+    See `input_processor.Preparer.settle`.
     """
     caught: list[tuple[Settled, bool]] = []
 

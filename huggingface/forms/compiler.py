@@ -24,7 +24,7 @@ from typing import Any
 from .process import ACCEPTING, ANSWER, COPY, ERROR, LENGTH, OPERATION, STOPPED, TAKE, Limits, receive
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from forms.process import main; main()"
-_ROOMS = Path(__file__).resolve().parent.parent  # where the process finds this room, and needs no other
+_ROOMS = Path(__file__).resolve().parent.parent  # where the process finds this folder, and needs no other
 
 
 class CannotConstrain(Exception):

@@ -20,7 +20,7 @@ _MOST_CHOICES = 10_000
 
 def notation(kind: str, value: Any, *, pruned: bool = False) -> tuple[str, Watch | None]:
     """The grammar of a form, and the values whose `uniqueItems` is still to be watched, or None; `kind` and `value` are
-    a `records.Constraint`'s. Of a `pruned` one those branches of unions are left that can be compiled.
+    a `types.Constraint`'s. Of a `pruned` one those branches of unions are left that can be compiled.
 
     Raises:
         ValueError, TypeError: the value is not of its kind. RecursionError: it is nested too deeply.

@@ -5,7 +5,7 @@ Python's other threads run. The first process knows one model's tokens; it forks
 on its memory and on the time of each step, and ends with its form. What kills one process is said to the server as a
 reason, and touches no other form.
 
-Must import nothing of the package but this room: it has to begin in a moment and to stay small.
+Must import nothing of the package but this folder: it has to begin in a moment and to stay small.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
 def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader) -> Any:
     """The tokenizer that the file describes.
 
-    Where the folder has one of its own (`files.has_tokenizer`), that is to be read instead: it says how texts are cut,
+    Where the folder has one of its own (`folder.has_tokenizer`), that is to be read instead: it says how texts are cut,
     of which a GGUF file gives no more than a name.
 
     Raises:

@@ -272,7 +272,7 @@ class Budget:
 
 
 class Account:
-    """Where one model asks for memory: see `loaded.Memory`."""
+    """Where one model asks for memory: see `loading.model.Memory`."""
 
     def __init__(self, budget: Budget, owner: str, relieve: Callable[[], bool]) -> None:
         """`owner` is its name in the budget; `relieve` has others give memory up."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 # Ollama takes JSON under any media type, and its own examples send it under curl's default, that of a form. A page of
-# another origin may send that too without asking; `guard` refuses it by its origin.
+# another origin may send that too without asking; `host_check` refuses it by its origin.
 _UNTYPED = re.compile(r"/api/(?!huggingface(/|\Z))")
 
 
@@ -121,7 +121,7 @@ def _marks(data: bytes) -> tuple[int, int]:
 
 
 def _count(data: bytes, mark: bytes) -> int:
-    """`data.count(mark)`, with the interpreter let go of in between."""
+    """`data.count(mark)`, piece by piece, so that other threads run in between."""
     if len(data) <= _PIECE:
         return data.count(mark)
     return sum(data[start : start + _PIECE].count(mark) for start in range(0, len(data), _PIECE))

@@ -130,7 +130,7 @@ _PROPERTIES = {
 
 
 def _check_blocks(compiled: Any) -> None:
-    """See that the compiled graph reads blocks as `blocks.py` holds them.
+    """See that the compiled graph reads blocks as `paged_cache.py` holds them.
 
     Raises:
         NotBatchable: on this processor they have another shape, or other numbers.

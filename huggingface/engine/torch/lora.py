@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 class Adapters(Protocol):
-    """The adapters of one model: see `adapters.Adapters`."""
+    """The adapters of one model: see `loading.lora.Adapters`."""
 
     keys: Mapping[str, str]  # what each is called in the model's layers, by the name that requests choose it by
 

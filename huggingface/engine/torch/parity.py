@@ -27,7 +27,7 @@ from .runner import BatchRunner, Piece
 logger = logging.getLogger(__name__)
 
 # Tokens. Of the first's and the third's chunks, and of what is computed together, there is one of each size for which
-# `products` may have found another way.
+# `matmul` may have found another way.
 _PROMPTS = (80, 5, 22)
 _SHORTEST = 21  # tokens of the first, where the model's context holds no more
 _NEW = 3

@@ -28,9 +28,7 @@ from ..model import Conversion, LoadedModel, Memory, Setup, detach
 from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
 from ..pretrained import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched
 from ..quantization import predicted_bytes
-from . import decoder as generator
-from . import encoder
-from . import subprocess as process
+from . import decoder, encoder, subprocess
 from .graph_store import Place
 from .subprocess import Wanted
 
@@ -125,7 +123,7 @@ def load(
     placement = plan.placement
     with ExitStack() as undo:
         place = _place(plan, options)
-        find = encoder.find if plan.head in encoder.HEADS else generator.find
+        find = encoder.find if plan.head in encoder.HEADS else decoder.find
         try:
             graph = find(place, spare)
             anew = graph is None
@@ -202,7 +200,7 @@ def make_graph(
         )
         try:
             if file_bytes(plan, options) > (CONVERTED_HERE_ASIDE if aside else CONVERTED_HERE):
-                process.convert(wanted, progress)
+                subprocess.convert(wanted, progress)
             else:
                 with BUILDING:
                     convert(wanted, progress)
@@ -280,7 +278,7 @@ def _place(plan: Plan, options: LoadOptions) -> Place:
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
-    """Make a model's graph and keep it; for any but a small model in a process of its own, see `process`.
+    """Make a model's graph and keep it; for any but a small model in a process of its own, see `subprocess`.
 
     Raises:
         ConversionFailed: OpenVINO cannot compute it, or there is no room for its graph. As `load`, besides.
@@ -298,7 +296,7 @@ def convert(wanted: Wanted, progress: Progress) -> None:
             tokenizer = read_tokenizer(plan)
             encoder.make(model, tokenizer, place, quantization, spare, lambda: progress.cancelled)
         else:
-            generator.make(model, place, quantization, spare, lambda: progress.cancelled)
+            decoder.make(model, place, quantization, spare, lambda: progress.cancelled)
     except (NotBatchable, library.OpenVINOMissing) as error:
         raise ConversionFailed(str(error)) from error
     except OSError as error:
