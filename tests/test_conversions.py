@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -396,8 +397,8 @@ def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\necho >> {tmp_path}/begun\nkill -KILL $$\n")
     program.chmod(0o755)
-    real = loading.process.sys.executable
-    monkeypatch.setattr(loading.process.sys, "executable", str(program))
+    real = sys.executable
+    monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", 0)
     manager = manage(keep_alive=0.0)
     for _ in range(3):
@@ -407,7 +408,7 @@ def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
     assert (tmp_path / "begun").read_text() == "\n"
     with manager.lease(MODEL) as model:
         assert (model.effective["engine"], model.engine_reason) == ("torch", "its conversion ended with -9")
-    monkeypatch.setattr(loading.process.sys, "executable", real)
+    monkeypatch.setattr(sys, "executable", real)
     monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)
     manager.unload(MODEL)
     assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
