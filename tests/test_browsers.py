@@ -576,13 +576,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[
 
 
 def examples() -> list[str]:
-    """README's programs for browsers."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    return re.findall(r"^```javascript\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    """The programs for browsers in the page of clients."""
+    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    return re.findall(r"^```javascript\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", range(len(examples())))
-def test_the_readmes_javascript_runs_in_a_page(pages: Pages, server: Server, model: str, number: int) -> None:
+def test_the_pages_javascript_runs_in_a_page(pages: Pages, server: Server, model: str, number: int) -> None:
     """Each example as it stands there, but for the address and the model, and `openai`'s own question back."""
     program = examples()[number].replace("http://localhost:5000", server.url).replace(STARTER, model)
     program = program.replace("new OpenAI({", "new OpenAI({ dangerouslyAllowBrowser: true,")
@@ -592,7 +592,7 @@ def test_the_readmes_javascript_runs_in_a_page(pages: Pages, server: Server, mod
     assert all(isinstance(text, str) for text in report["told"])
 
 
-def test_the_readme_shows_pages_how_to_ask_and_how_to_stream() -> None:
+def test_the_page_of_clients_shows_pages_how_to_ask_and_how_to_stream() -> None:
     fetching = [text for text in examples() if "await fetch(" in text]
     assert len(fetching) >= 2
     assert any("stream: true" in text for text in fetching)
