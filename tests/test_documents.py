@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from pydantic_core import PydanticUndefined
+from test_layout import FOLDERS
 
 from config import Settings
 from huggingface.api.documented.system import VERSION
@@ -206,6 +207,13 @@ def test_everything_at_the_top_of_the_tree_and_of_the_package_stands_in_the_arch
             continue
         name = parts[1] if parts[0] == "huggingface" else parts[0]
         assert name in layout, f"the folders in docs/architecture.md lack {path.relative_to(ROOT)}"
+
+
+def test_the_architecture_tells_who_may_import_whom() -> None:
+    lines = re.findall(r"^(\w+) +-> (.*)$", PAGES["docs/architecture.md"], re.MULTILINE)
+    assert {name: set(others.split(", ")) for name, others in lines} == {
+        name: may for name, may in FOLDERS.items() if may
+    }
 
 
 def test_the_changelog_tells_of_this_version() -> None:
