@@ -99,7 +99,7 @@ def serve(
         graph = generator.find(place)
         assert graph is not None
         size = sum(tensor.nbytes for tensor in model.parameters())
-        conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse, wanted=True)
+        conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse)
         served = make_shell(copy.deepcopy(model))
     setup = Setup(record, "causal-lm", "cpu", {}, folder=folder)
     made = EngineOptions(**options)

@@ -11,8 +11,8 @@ import pytest
 
 from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.input_processor import Preparer
-from huggingface.loading import loader
 from huggingface.loading import model as loaded
+from huggingface.loading import torch as by_torch
 from huggingface.modeling.demand import Claims
 
 
@@ -59,14 +59,14 @@ def noted_parts() -> Iterator[dict[str, Parts]]:
 @contextmanager
 def noted_models() -> Iterator[list[Any]]:
     """Notes every transformers model that a load reads meanwhile, in their order."""
-    read, noted = loader.read_model, []
+    read, noted = by_torch.read_model, []
 
     def note(*arguments: Any) -> Any:
         noted.append(read(*arguments))
         return noted[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "read_model", note)
+        patch.setattr(by_torch, "read_model", note)
         yield noted
 
 

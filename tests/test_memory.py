@@ -44,6 +44,7 @@ from huggingface.errors import (
 )
 from huggingface.host.memory import few_file_pages, ran_out_of_memory, readable
 from huggingface.loading import loader
+from huggingface.loading import torch as by_torch
 from huggingface.manager.budget import Budget, Limit, parse_limits
 from huggingface.manager.eviction import Idle, choose
 from huggingface.manager.leases import Places
@@ -1178,14 +1179,14 @@ def test_a_load_that_lacks_memory_is_tried_again_when_the_idle_models_have_gone(
 ) -> None:
     manager = manage(record(tiny("gpt2")), record(tiny("llama")))
     manager.load(tiny("gpt2"))
-    read, failures = loader.read_model, [OutOfMemory("no room")]
+    read, failures = by_torch.read_model, [OutOfMemory("no room")]
 
     def short(*arguments: Any) -> Any:
         if failures:
             raise failures.pop()
         return read(*arguments)
 
-    monkeypatch.setattr(loader, "read_model", short)
+    monkeypatch.setattr(by_torch, "read_model", short)
     manager.load(tiny("llama"))
     assert set(manager.loaded()) == {tiny("llama")}
     manager.unload(tiny("llama"))
@@ -1201,14 +1202,14 @@ def test_who_leaves_a_forced_load_does_not_end_it_for_who_asked(
 ) -> None:
     manager = manage(record(tiny("llama")))
     manager.load(tiny("llama"))
-    read, reading = loader.read_model, threading.Event()
+    read, reading = by_torch.read_model, threading.Event()
 
     def slow(*arguments: Any) -> Any:
         reading.set()
         time.sleep(1)
         return read(*arguments)
 
-    monkeypatch.setattr(loader, "read_model", slow)
+    monkeypatch.setattr(by_torch, "read_model", slow)
     with ThreadPoolExecutor(2) as pool:
         forced = pool.submit(manager.load, tiny("llama"), force_reload=True)
         assert reading.wait(10)

@@ -57,7 +57,7 @@ class Served:
         assert graph is not None
         self.graph = graph
         self.shell = make_shell(shell)
-        conversion = Conversion(graph, self._read, 1000, place.refuse, wanted=True)
+        conversion = Conversion(graph, self._read, 1000, place.refuse)
         setup = Setup(ModelRecord("tiny/served", "served", "feature-extraction"), head, "cpu", {})
         pooling = find_pooling(folder, self.model)
         self.loaded = LoadedModel(setup, self.shell, self.tokenizer, EngineOptions(), pooling, conversion=conversion)
@@ -342,7 +342,7 @@ def test_where_a_graph_gives_something_else_torch_computes(served: Callable[...,
     wrong = {**sample.outputs, "last_hidden_state": sample.outputs["last_hidden_state"] + off}
     other = converted_encoder.EncoderGraph(graph.path, None, graph.form, (Sample(sample.inputs, wrong),))
     refused: list[str] = []
-    conversion = Conversion(other, lambda: copy.deepcopy(model.model), 1000, refused.append, wanted=False)
+    conversion = Conversion(other, lambda: copy.deepcopy(model.model), 1000, refused.append)
     shell = make_shell(copy.deepcopy(model.model))
     loaded = LoadedModel(model.loaded.setup, shell, model.tokenizer, EngineOptions(), conversion=conversion)
     try:

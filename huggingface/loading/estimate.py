@@ -1,76 +1,83 @@
 """What a load would take, told before a weight is read: from the model that its config describes, built of nothing.
 
 The modules are built on torch's meta device, which holds shapes and no numbers, so that ties, heads that are left out
-and buffers count as they will. Imports torch, so it is imported with the loader. Must not know files or the manager.
+and buffers count as they will. How large its weights are there is the backend's to say. Imports torch, so it is
+imported with the loader. Must not know the manager.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..engine.slots import first_bank
 from ..engine.torch.cache import layer_shapes
-from ..engine.torch.matmul import copies
-from ..tasks import Head
-from ..types import EngineOptions, Estimate
-from .placement import Placement
-from .quantization import predicted_bytes
+from ..errors import LocalLLMError
+from ..types import Estimate, LoadOptions
+from .backend import Declined
+from .plan import Plan, auto_class, engine_options, own_dtype, refusal
+from .pretrained import BUILDING
 
 logger = logging.getLogger(__name__)
 
 _MOST_PARAMETERS = 100_000  # tensors of one model: the largest there are have some ten thousand
-_GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a model's weights, in all and on each device, and of copies of some of them."""
+
+    total: int
+    devices: Mapping[str, int]
+    copies: int = 0
 
 
 def estimate(
-    build: Callable[[], Any],
-    head: Head,
-    placement: Placement,
-    own_dtype: torch.dtype,
-    options: EngineOptions,
-    runner: Literal["torch", "openvino"] = "torch",
-) -> tuple[Estimate, int]:
-    """What the model that `build` makes would take, and of how many numbers its parameters are.
+    plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], before: Declined | None
+) -> Estimate:
+    """What a model would take that `backend` computes, whose weights `weigh` tells of the model without numbers.
 
-    `own_dtype` is that of the weights in their files, `runner` what computes it.
+    Where something is made of it meanwhile or before, `before` says what.
+
+    Raises: as `loader.load`.
     """
-    with torch.device("meta"), torch.no_grad(), _bounded():
-        model = build()
-    dtype = placement.dtype or own_dtype
-    tensors = _tensors(model, dtype)
-    weights = sum(tensors.values())
-    devices = _by_device(model, tensors, placement)
-    copied = 0
-    if runner == "openvino":
-        weights, copied = _graph_bytes(model, placement.quantization)
-        devices = {placement.device: weights}
-    elif placement.quantization is not None:
-        weights = predicted_bytes(model, placement.quantization, placement.device)
-        devices = {placement.device: weights}
-    elif head == "causal-lm" and placement.device == "cpu" and dtype is torch.float32 and placement.device_map is None:
-        copied = copies(model, options.findings)
-    token_bytes = _token_bytes(model, dtype) if head == "causal-lm" else 0
-    kv_cache = first_bank(options.kv_cache_bytes // token_bytes) * token_bytes if token_bytes else 0
-    devices[placement.device] = devices.get(placement.device, 0) + copied + kv_cache
-    told = Estimate(
-        weights=weights,
-        copies=copied,
+    built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
+    config.name_or_path = str(plan.folder)  # where code of its own is looked for
+    placement, dtype = plan.placement, plan.placement.dtype or own_dtype(plan)
+    try:
+        with BUILDING:
+            with torch.device("meta"), torch.no_grad(), _bounded():
+                model = built.from_config(config, trust_remote_code=plan.trusted)
+            weights = weigh(model)
+            token_bytes = _token_bytes(model, dtype) if plan.head == "causal-lm" else 0
+    except LocalLLMError:
+        raise
+    except Exception as error:
+        raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
+    kv_bytes = engine_options(plan, options).kv_cache_bytes
+    kv_cache = first_bank(kv_bytes // token_bytes) * token_bytes if token_bytes else 0
+    here = weights.devices.get(placement.device, 0) + weights.copies + kv_cache
+    pending = None if before is None else before.pending
+    return Estimate(
+        weights=weights.total,
+        copies=weights.copies,
         kv_cache=kv_cache,
         token_bytes=token_bytes,
         device=placement.device,
         dtype=str(dtype).removeprefix("torch."),
         quantization=placement.quantization,
-        devices=devices,
-        engine=runner,
+        devices={**weights.devices, placement.device: here},
+        engine=backend,
+        conversion=0 if pending is None else pending.size(sum(tensor.numel() for tensor in model.parameters())),
     )
-    return told, sum(tensor.numel() for tensor in model.parameters())
 
 
 @contextmanager
@@ -93,58 +100,6 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
-    """Bytes of the constants of OpenVINO's graph of a model, and of the table that is multiplied too.
-
-    A compressed matrix has a number of 16 bits to scale each of its outputs by, and one of 8 to begin at; in 4 bits, a
-    number of 16 for each 64 of an output. The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
-    """
-    table = model.get_input_embeddings().weight
-    outputs = model.get_output_embeddings()
-    last = None if outputs is None else outputs.weight
-
-    def size(tensor: torch.Tensor) -> int:
-        if quantization is None or tensor.dim() < 2:
-            return tensor.numel() * 4
-        eight = tensor.numel() + 3 * tensor.shape[0]
-        wide = tensor is table or tensor is last
-        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // _GROUP)
-
-    return sum(map(size, model.parameters())), size(table) if last is not None and last is table else 0
-
-
-def _tensors(model: Any, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each parameter and buffer, ties once; some models keep some modules in float32, as transformers does."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize < 4 else set()
-    if dtype is torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    sizes = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        width = tensor.itemsize
-        if tensor.is_floating_point():
-            width = 4 if kept & set(name.split(".")) else dtype.itemsize
-        sizes[name] = tensor.numel() * width
-    return sizes
-
-
-def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> dict[str, int]:
-    """Bytes of the weights on each device; what is offloaded to the disk takes no memory."""
-    mapping = placement.device_map
-    if mapping is None:
-        return {placement.device: sum(tensors.values())}
-    if isinstance(mapping, str):
-        from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
-
-        mapping = infer_auto_device_map(model, no_split_module_classes=getattr(model, "_no_split_modules", None))
-    sizes: dict[str, int] = {}
-    for name, size in tensors.items():
-        owners = [module for module in mapping if not module or name == module or name.startswith(f"{module}.")]
-        device = str(torch.device(mapping[max(owners, key=len)])) if owners and mapping[owners[0]] != "disk" else "disk"
-        if device != "disk":
-            sizes[device] = sizes.get(device, 0) + size
-    return sizes
 
 
 def _token_bytes(model: Any, dtype: torch.dtype) -> int:

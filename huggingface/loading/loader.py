@@ -6,16 +6,12 @@ the registry, the manager or HTTP.
 
 from __future__ import annotations
 
-import copy
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -27,26 +23,16 @@ from ..inspection.headers import Tensor
 from ..inspection.lora import factor_bytes
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
-from ..tasks.reranking import note_cross_encoder
 from ..types import Estimate, LoadOptions
-from . import estimate as estimating
-from .lora import attach
-from .model import LoadedModel, Memory, Setup, free
-from .openvino import load as by_openvino
-from .plan import (
-    Plan,
-    auto_class,
-    check_compile,
-    check_context,
-    commit,
-    effective,
-    engine_options,
-    file_bytes,
-    look,
-    own_dtype,
-    refusal,
-)
-from .pretrained import BUILDING, read_model, read_pooling, read_tokenizer, watched
+from .backend import Backend, Load, Make, choose
+from .model import LoadedModel, Memory, free
+from .openvino.load import OpenVINO, make_graph
+from .plan import check_compile, check_context, look
+from .pretrained import read_tokenizer
+from .torch import Torch
+
+# What computes a model, in the order in which `auto` asks them.
+BACKENDS: tuple[Backend, ...] = (OpenVINO(), Torch())
 
 T = TypeVar("T")
 
@@ -66,7 +52,7 @@ def load(
     adapters: Mapping[str, Path] = MappingProxyType({}),
     progress: Progress | None = None,
     memory: Memory | None = None,
-    make: by_openvino.Make | None = None,
+    make: Make | None = None,
     spare: Path | None = None,
 ) -> LoadedModel:
     """Bring a registered model, whose files are in `folder`, into memory.
@@ -81,8 +67,16 @@ def load(
         InvalidRequest: a setting that cannot be honoured, by its name.
         Cancelled: `progress` was cancelled.
     """
-    settings, progress = settings or record.settings, progress or Progress()
-    work = partial(_load, record, options, folder, settings, adapters, progress, memory, make, spare)
+    wanted, told = settings or record.settings, progress or Progress()
+
+    def work() -> LoadedModel:
+        plan = look(record, options, folder, wanted)
+        tokenizer = read_tokenizer(plan)
+        check_context(plan)
+        check_compile(plan)
+        asked = Load(plan, options, wanted, adapters, tokenizer, told, memory, make, spare)
+        return choose(BACKENDS, plan, options, adapters, lambda backend, before: backend.open(asked, before))
+
     return _on_a_thread(record.model_id, work)
 
 
@@ -104,7 +98,7 @@ def convert(
 
     def work() -> Path | None:
         plan = look(record, options, folder, settings)
-        return by_openvino.make_graph(plan, options, settings, progress, aside=aside)
+        return make_graph(plan, options, settings, progress, aside=aside)
 
     return _on_a_thread(record.model_id, work)
 
@@ -123,8 +117,13 @@ def estimate(
 
     Raises: as `load`.
     """
-    settings = settings or record.settings
-    told = _on_a_thread(record.model_id, lambda: _estimate(look(record, options, folder, settings, described), options))
+
+    def work() -> Estimate:
+        plan = look(record, options, folder, settings or record.settings, described)
+        own = record.adapters or {}
+        return choose(BACKENDS, plan, options, own, lambda backend, before: backend.estimate(plan, options, before))
+
+    told = _on_a_thread(record.model_id, work)
     factors = sum(map(factor_bytes, adapters))
     devices = {**told.devices, told.device: told.devices.get(told.device, 0) + factors}
     return replace(told, weights=told.weights + factors, devices=devices)
@@ -140,7 +139,7 @@ def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: Loa
         plan = look(record, options, folder, settings)
         check_context(plan)
         check_compile(plan)
-        by_openvino.reason_against(plan, options, record.adapters or {})
+        choose(BACKENDS, plan, options, record.adapters or {}, lambda *_: None)
 
     _on_a_thread(record.model_id, work)
 
@@ -173,91 +172,3 @@ def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:
         forget_frames(error)
         free()
         raise OutOfMemory(f"Not enough memory to load model '{model_id}'") from error
-
-
-def _estimate(plan: Plan, options: LoadOptions) -> Estimate:
-    built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
-    config.name_or_path = str(plan.folder)  # where code of its own is looked for
-
-    def build() -> Any:
-        return built.from_config(config, trust_remote_code=plan.trusted)
-
-    reason = by_openvino.reason_against(plan, options, plan.record.adapters or {})
-    wanted = plan.placement.engine == "openvino"
-    runner: Literal["torch", "openvino"] = "torch"
-    if reason is None and (wanted or by_openvino.has_graph(plan, options)):
-        runner = "openvino"
-    own, engine = own_dtype(plan), engine_options(plan, options)
-    try:
-        with BUILDING:
-            told, numbers = estimating.estimate(build, plan.head, plan.placement, own, engine, runner)
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
-    conversion = 0 if reason is not None else by_openvino.conversion_bytes(plan, options, numbers)
-    return replace(told, conversion=conversion)
-
-
-def _load(
-    record: ModelRecord,
-    options: LoadOptions,
-    folder: Path,
-    settings: LoadSettings,
-    adapters: Mapping[str, Path],
-    progress: Progress,
-    memory: Memory | None,
-    make: by_openvino.Make | None,
-    spare: Path | None,
-) -> LoadedModel:
-    plan = look(record, options, folder, settings)
-    model_id, placement = record.model_id, plan.placement
-    tokenizer = read_tokenizer(plan)
-    check_context(plan)
-    check_compile(plan)
-    reason = by_openvino.reason_against(plan, options, adapters)
-    key = None
-    if reason is None:
-        made = by_openvino.load(plan, options, settings, tokenizer, progress, memory, make, spare)
-        if isinstance(made, LoadedModel):
-            return made
-        reason = made
-        if made is None:
-            key, reason = by_openvino.graph_key(plan, options), "its graph is being made"
-    own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
-    try:
-        with BUILDING:
-            progress.begin("read", file_bytes(plan, options))
-            with watched(progress):
-                model = read_model(plan, options, own)
-            attached = attach(model_id, model, adapters, tokenizer)
-            if placement.compiles:
-                model.compile(dynamic=True)  # at its first use, which takes a while
-            pooling = read_pooling(folder, model, plan.trusted)
-        note_cross_encoder(model.config, folder)
-        setup = Setup(
-            record=record,
-            head=plan.head,
-            device=str(model.device) if placement.device_map is not None else placement.device,
-            effective=effective(plan, model, options),
-            key=_key(plan, options, adapters),
-            engine_reason=reason,
-            converts=key,
-            max_context=placement.max_context,
-            commit=commit(folder),
-            folder=own,
-        )
-        return LoadedModel(setup, model, tokenizer, engine_options(plan, options), pooling, memory, attached)
-    except BaseException:
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
-        raise
-
-
-def _key(plan: Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tuple[Any, ...]:
-    """What tells these weights, as they are loaded, from any others."""
-    folders = (plan.folder, *adapters.values())
-    paths = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    marks = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    wanted = (plan.head, str(plan.placement), plan.record.gguf_file, tuple(adapters))
-    return (marks, *wanted, options.engine.kv_cache_bytes)

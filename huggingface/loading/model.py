@@ -141,14 +141,13 @@ class Conversion:
     """A model that OpenVINO computes: its graph, and how to `read` the model itself when only that can do something.
 
     `weights` are the bytes of these. Where the graph proves to give other numbers on this machine than it did, `refuse`
-    is told why, so that it is not tried again; torch computes then, unless OpenVINO was asked for by name (`wanted`).
+    is told why, so that it is not tried again; torch computes then, unless `refuse` raises.
     """
 
     graph: Graph | EncoderGraph
     read: Callable[[], Any]
     weights: int
     refuse: Callable[[str], None]
-    wanted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +320,6 @@ class LoadedModel:
         except NotBatchable as error:
             logger.warning("%s is not computed by OpenVINO: %s", self.model_id, error)
             conversion.refuse(str(error))
-            if conversion.wanted:
-                raise InvalidRequest(
-                    f"Invalid value for field 'engine': openvino cannot compute model '{self.model_id}': {error}",
-                    "engine",
-                ) from error
             self._engine, self.engine_reason = "torch", str(error)
             forget_frames(error)  # they hold what was compiled
             self._have_weights({})

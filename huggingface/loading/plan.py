@@ -143,6 +143,12 @@ def file_bytes(plan: Plan, options: LoadOptions) -> int:
     return files.weights_bytes(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
 
 
+def file_marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells a folder's files from any others: the name, size and time of change (ns) of each."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
 def check_context(plan: Plan) -> None:
     """Refuse more tokens than the model reads."""
     asked, config = plan.placement.max_context, plan.config.get_text_config()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,21 @@ import transformers
 
 from ...engine.layers import NotBatchable
 from ...engine.openvino import library
-from ...errors import ConversionFailed, FilesMissing, InvalidRequest, ModelUnsupported, public
+from ...errors import ConversionFailed, FilesMissing, ModelUnsupported, public
 from ...host.memory import available_bytes
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
 from ...tasks.reranking import note_cross_encoder
-from ...types import EngineOptions, LoadOptions
-from ..model import Conversion, LoadedModel, Memory, Setup, detach
-from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, look, own_dtype
+from ...types import EngineOptions, Estimate, LoadOptions
+from ..backend import Declined, Load, Pending, check_named, unable, unsuited
+from ..estimate import Weights, estimate
+from ..model import Conversion, LoadedModel, Setup, detach
+from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, file_marks, look, own_dtype
 from ..pretrained import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched
 from ..quantization import predicted_bytes
 from . import decoder, encoder, subprocess
 from .graph_store import Place
 from .subprocess import Wanted
-
-# Has a model's graph made, tells `Progress` how far that is, and waits: gives the folder of one that could not be kept
-# beside the model. It is told what tells this graph from any other.
-Make = Callable[[str, Progress], Path | None]
 
 # Bytes of files up to which a model that somebody waits for is converted in this process: that is over before another
 # one has imported torch.
@@ -47,129 +46,110 @@ CONVERTED_HERE_ASIDE = 0
 # would take hours there.
 _NICE = 10
 
+_GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
+
 # Bytes that the process which converts takes besides the weights: torch, transformers and openvino.
 _CONVERTING = 600 * 10**6
 
 
-def reason_against(plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> str | None:
-    """Why torch is to compute this model, as far as that is known before a graph is made; None where OpenVINO may.
+class OpenVINO:
+    """OpenVINO as a `Backend`."""
 
-    Raises:
-        InvalidRequest: OpenVINO is asked for by name, and cannot be had for this model or with the rest of what is
-            asked for.
-        ModelUnsupported: it is asked for, and not installed.
-    """
-    placement = plan.placement
-    if placement.engine == "torch":
-        return "torch was asked for"
-    reason = None
-    if plan.head == "seq2seq-lm" or (plan.config.is_encoder_decoder and _whole(plan)):
-        reason = "it is an encoder-decoder"
-    elif plan.head not in ("causal-lm", *encoder.HEADS):
-        reason = "it reads tables"
-    elif placement.device != "cpu" or placement.device_map is not None:
-        reason = "it is not on the CPU alone"
-    elif (placement.dtype or own_dtype(plan)) is not torch.float32:
-        reason = "OpenVINO computes in float32 here, and dtype says otherwise"
-    elif adapters:
-        reason = "it has adapters"
-    elif placement.attention is not None:
-        reason = "attn_implementation is for torch"
-    elif placement.compiles:
-        reason = "compile is for torch"
-    elif placement.quantization == "int4" and placement.engine == "auto":
-        reason = "in 4 bits torch loses less"
-    if reason is not None:
-        if placement.engine == "openvino":
-            raise InvalidRequest(f"Invalid value for field 'engine': openvino cannot be had here: {reason}", "engine")
-        return reason
-    packages = ("openvino", "nncf") if placement.quantization is not None else ("openvino",)
-    lacking = [name for name in packages if not library.installed(name)]
-    if lacking and placement.engine == "openvino":
-        raise ModelUnsupported(
-            f"Model '{plan.record.model_id}' was to be computed by OpenVINO, which is not installed: pip install "
-            + " ".join(lacking)
-        )
-    if lacking:
-        return f"not installed: {' '.join(lacking)}"
-    reason = _place(plan, options).refused
-    if reason is not None and placement.engine == "openvino":
-        raise _refusal(plan, reason)
-    return reason
+    name = "openvino"
 
+    def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
+        """A kind of model, a setting, a package that is not installed, or a note that its graph cannot be had."""
+        if (reason := _rule_against(plan, adapters)) is not None:
+            return unsuited(self.name, reason)
+        packages = ("openvino", "nncf") if plan.placement.quantization is not None else ("openvino",)
+        if lacking := " ".join(name for name in packages if not library.installed(name)):
+            message = "was to be computed by OpenVINO, which is not installed: pip install"
+            error = ModelUnsupported(f"Model '{plan.record.model_id}' {message} {lacking}")
+            return Declined(f"not installed: {lacking}", error)
+        reason = _place(plan, options).refused
+        return None if reason is None else unable(self.name, plan, reason)
 
-def _refusal(plan: Plan, reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"Invalid value for field 'engine': openvino cannot compute model '{plan.record.model_id}': {reason}", "engine"
-    )
+    def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:  # noqa: ARG002 - the protocol's
+        """What its graph takes; under `auto`, only where there is one."""
+        unmade = None if _place(plan, options).present else _unmade(plan, options)
+        if unmade is not None and plan.placement.engine == "auto":
+            return unmade
+        return estimate(plan, options, self.name, partial(_weigh, plan), unmade)
 
-
-def load(
-    plan: Plan,
-    options: LoadOptions,
-    settings: LoadSettings,
-    tokenizer: Any,
-    progress: Progress,
-    memory: Memory | None,
-    make: Make | None,
-    spare: Path | None,
-) -> LoadedModel | str | None:
-    """The model with OpenVINO to compute it, why that cannot be, or None where its graph is still to be made and
-    OpenVINO was not asked for by name. `make` makes the graph where it was; without it, that is done here and now.
-
-    Raises:
-        InvalidRequest: it cannot be, and was asked for by name.
-    """
-    placement = plan.placement
-    with ExitStack() as undo:
-        place = _place(plan, options)
-        find = encoder.find if plan.head in encoder.HEADS else decoder.find
-        try:
-            graph = find(place, spare)
-            anew = graph is None
-            if anew and placement.engine == "auto":
-                return None
-            with BUILDING:
-                model = read_shell(plan, options)  # refuses what is wrong with the files
-                pooling = read_pooling(plan.folder, model, plan.trusted)
-            if anew:
-                if file_bytes(plan, options) > CONVERTED_HERE:
-                    _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
-                make = make or (lambda _, told: make_graph(plan, options, settings, told))
-                spare = make(place.key, progress)
-                if spare is not None:
-                    undo.callback(shutil.rmtree, spare, ignore_errors=True)
+    def open(self, load: Load, before: Declined | None) -> LoadedModel | Declined:  # noqa: ARG002 - the protocol's
+        """Reads the graph, and the model without its weights. Where there is no graph, `load.make` makes it if OpenVINO
+        is asked for by name; without `load.make`, that is done here and now."""
+        plan, options, spare = load.plan, load.options, load.spare
+        placement = plan.placement
+        with ExitStack() as undo:
+            place = _place(plan, options)
+            find = encoder.find if plan.head in encoder.HEADS else decoder.find
+            try:
                 graph = find(place, spare)
-            if graph is None:
-                raise NotBatchable("its graph could not be kept anywhere")
-        except (NotBatchable, ConversionFailed) as error:
-            if placement.engine == "openvino":
-                raise _refusal(plan, str(error)) from error
-            return str(error)
-        note_cross_encoder(model.config, plan.folder)
-        setup = Setup(
-            record=plan.record,
-            head=plan.head,
-            device="cpu",
-            effective=effective(plan, model, options),
-            max_context=placement.max_context,
-            commit=commit(plan.folder),
-            folder=graph.folder,
-        )
-        conversion = Conversion(
-            graph, lambda: _read_whole(plan, options), _own_bytes(plan, model), place.refuse, placement.engine != "auto"
-        )
-        loaded = LoadedModel(
-            setup, model, tokenizer, engine_options(plan, options), pooling, memory, conversion=conversion
-        )
-        with ExitStack() as failed:
-            failed.callback(loaded.close)
-            if anew:  # whether it can be computed so is not known yet
-                loaded.prepared(lambda: progress.cancelled)
-            failed.pop_all()
-        if graph.folder is not None:
-            undo.pop_all()  # it goes with the model
-        return loaded
+                anew = graph is None
+                if anew and placement.engine == "auto":
+                    return _unmade(plan, options)
+                with BUILDING:
+                    model = read_shell(plan, options)  # refuses what is wrong with the files
+                    pooling = read_pooling(plan.folder, model, plan.trusted)
+                if anew:
+                    if file_bytes(plan, options) > CONVERTED_HERE:
+                        _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
+                    make = load.make or (lambda _, told: make_graph(plan, options, load.settings, told))
+                    spare = make(place.key, load.progress)
+                    if spare is not None:
+                        undo.callback(shutil.rmtree, spare, ignore_errors=True)
+                    graph = find(place, spare)
+                if graph is None:
+                    raise NotBatchable("its graph could not be kept anywhere")
+            except (NotBatchable, ConversionFailed) as error:
+                return unable(self.name, plan, str(error))
+            note_cross_encoder(model.config, plan.folder)
+            setup = Setup(
+                record=plan.record,
+                head=plan.head,
+                device="cpu",
+                effective=effective(plan, model, options),
+                max_context=placement.max_context,
+                commit=commit(plan.folder),
+                folder=graph.folder,
+            )
+
+            def refuse(reason: str) -> None:
+                place.refuse(reason)
+                check_named(plan, unable(self.name, plan, reason))
+
+            conversion = Conversion(graph, lambda: _read_whole(plan, options), _own_bytes(plan, model), refuse)
+            made = engine_options(plan, options)
+            loaded = LoadedModel(setup, model, load.tokenizer, made, pooling, load.memory, conversion=conversion)
+            with ExitStack() as failed:
+                failed.callback(loaded.close)
+                if anew:  # whether it can be computed so is not known yet
+                    loaded.prepared(lambda: load.progress.cancelled)
+                failed.pop_all()
+            if graph.folder is not None:
+                undo.pop_all()  # it goes with the model
+            return loaded
+
+
+def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
+    """Which rule keeps OpenVINO from computing such a model, with these settings; None where none does."""
+    placement = plan.placement
+    if plan.head == "seq2seq-lm" or (plan.config.is_encoder_decoder and _whole(plan)):
+        return "it is an encoder-decoder"
+    rules = (
+        (plan.head not in ("causal-lm", *encoder.HEADS), "it reads tables"),
+        (placement.device != "cpu" or placement.device_map is not None, "it is not on the CPU alone"),
+        (
+            (placement.dtype or own_dtype(plan)) is not torch.float32,
+            "OpenVINO computes in float32 here, and dtype says otherwise",
+        ),
+        (bool(adapters), "it has adapters"),
+        (placement.attention is not None, "attn_implementation is for torch"),
+        (placement.compiles, "compile is for torch"),
+        (placement.quantization == "int4" and placement.engine == "auto", "in 4 bits torch loses less"),
+    )
+    return next((reason for applies, reason in rules if applies), None)
 
 
 def graph_key(plan: Plan, options: LoadOptions) -> str:
@@ -229,11 +209,15 @@ def _own_bytes(plan: Plan, model: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in {*model.parameters(), *model.buffers()})
 
 
-def conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
-    """Bytes that another process takes for a while to make the graph of a model of so many numbers; 0 where a graph is
-    kept, and where the model is waited for and so small that no other process makes it."""
-    if has_graph(plan, options):
-        return 0
+def _unmade(plan: Plan, options: LoadOptions) -> Declined:
+    """There is no graph yet, and OpenVINO was not asked for by name."""
+    pending = Pending(graph_key(plan, options), partial(_conversion_bytes, plan, options))
+    return Declined("its graph is being made", pending=pending)
+
+
+def _conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
+    """Bytes that another process takes for a while to make the graph of a model of so many numbers; 0 where the model
+    is waited for and so small that no other process makes it."""
     try:
         size = file_bytes(plan, options)
     except FilesMissing:  # they are still to be downloaded
@@ -242,9 +226,29 @@ def conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
     return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
 
 
-def has_graph(plan: Plan, options: LoadOptions) -> bool:
-    """Whether a model's graph is kept, so that a load has OpenVINO compute it."""
-    return _place(plan, options).present
+def _weigh(plan: Plan, model: Any) -> Weights:
+    total, table = _graph_bytes(model, plan.placement.quantization)
+    return Weights(total, {plan.placement.device: total}, table)
+
+
+def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
+    """Bytes of the constants of OpenVINO's graph of a model, and of the table that is multiplied too.
+
+    A compressed matrix has a number of 16 bits to scale each of its outputs by, and one of 8 to begin at; in 4 bits, a
+    number of 16 for each 64 of an output. The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
+    """
+    table = model.get_input_embeddings().weight
+    outputs = model.get_output_embeddings()
+    last = None if outputs is None else outputs.weight
+
+    def size(tensor: torch.Tensor) -> int:
+        if quantization is None or tensor.dim() < 2:
+            return tensor.numel() * 4
+        eight = tensor.numel() + 3 * tensor.shape[0]
+        wide = tensor is table or tensor is last
+        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // _GROUP)
+
+    return sum(map(size, model.parameters())), size(table) if last is not None and last is table else 0
 
 
 def _converting_bytes(numbers: int, quantization: str | None) -> int:
@@ -270,11 +274,9 @@ def _whole(plan: Plan) -> bool:
 
 def _place(plan: Plan, options: LoadOptions) -> Place:
     """Where the model's graph is kept."""
-    paths = sorted(path for path in plan.folder.iterdir() if path.is_file())
-    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     wanted = [plan.head, plan.record.gguf_file, plan.trusted, options.allow_pickle]
     form = "encoder" if plan.head in encoder.HEADS else ""
-    return Place(plan.folder, [marks, wanted], plan.placement.quantization, form)
+    return Place(plan.folder, [file_marks(plan.folder), wanted], plan.placement.quantization, form)
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:

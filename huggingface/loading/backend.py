@@ -1,0 +1,132 @@
+"""The backend seam: what a backend is to a load, and the one place that chooses which of them computes a model.
+
+A backend is a file of its own and a line in `loader.BACKENDS`. Must not know any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..errors import InvalidRequest, LocalLLMError, ModelUnsupported
+from ..progress import Progress
+from ..registry.records import LoadSettings
+from ..types import Estimate, LoadOptions
+from .model import LoadedModel, Memory
+from .plan import Plan
+
+T = TypeVar("T")
+
+# Has what a backend lacks for a model made, tells `Progress` how far that is, and waits: gives the folder of what could
+# not be kept beside the model. Its first argument is `Pending.key`.
+Make = Callable[[str, Progress], Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What a backend lacks for a model, and what is made while another one answers.
+
+    `key` tells it from any other; `size` gives the bytes that making it takes for a while, for a model of so many
+    numbers.
+    """
+
+    key: str
+    size: Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """Why a backend does not compute a model, and what a load that asks for it by name raises; None where only `auto`
+    finds that."""
+
+    reason: str
+    error: LocalLLMError | None = None
+    pending: Pending | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a backend opens a model with; the names are those of `loader.load`."""
+
+    plan: Plan
+    options: LoadOptions
+    settings: LoadSettings
+    adapters: Mapping[str, Path]
+    tokenizer: Any
+    progress: Progress
+    memory: Memory | None
+    make: Make | None
+    spare: Path | None
+
+
+class Backend(Protocol):
+    """What computes a model. `before` is why the one that is preferred to it does not, None where there is none."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the settings."""
+
+    def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
+        """Why it cannot compute this model, as far as that is known before weights are read; None where it may."""
+
+    def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:
+        """What the model would take, or why a load would go on to the next backend.
+
+        Raises: as `loader.load`.
+        """
+
+    def open(self, load: Load, before: Declined | None) -> LoadedModel | Declined:
+        """The model in memory, or why it cannot be computed so.
+
+        Raises: as `loader.load`.
+        """
+
+
+def choose(
+    backends: Sequence[Backend],
+    plan: Plan,
+    options: LoadOptions,
+    adapters: Mapping[str, Any],
+    use: Callable[[Backend, Declined | None], T | Declined],
+) -> T:
+    """What `use` makes of the backend that is asked for by name, or of the first that does not decline.
+
+    Raises:
+        InvalidRequest, ModelUnsupported: the one that is asked for declines. Besides, what `use` raises.
+    """
+    asked = plan.placement.engine
+    declined = None if asked == "auto" else Declined(f"{asked} was asked for")
+    for backend in backends:
+        if asked in ("auto", backend.name):
+            answer = backend.why_not(plan, options, adapters) or use(backend, declined)
+            if not isinstance(answer, Declined):
+                return answer
+            check_named(plan, answer)
+            declined = answer
+    raise ModelUnsupported(
+        f"Model '{plan.record.model_id}' is computed by none of {', '.join(backend.name for backend in backends)}"
+    )
+
+
+def check_named(plan: Plan, declined: Declined) -> None:
+    """Refuse a load that asks by name for a backend which declines.
+
+    Raises:
+        InvalidRequest, ModelUnsupported: it does.
+    """
+    if plan.placement.engine != "auto" and declined.error is not None:
+        raise declined.error
+
+
+def unsuited(name: str, reason: str) -> Declined:
+    """The backend cannot compute what is asked for: a kind of model, or a setting."""
+    message = f"Invalid value for field 'engine': {name} cannot be had here: {reason}"
+    return Declined(reason, InvalidRequest(message, "engine"))
+
+
+def unable(name: str, plan: Plan, reason: str) -> Declined:
+    """The backend was tried with this very model, and cannot compute it."""
+    message = f"Invalid value for field 'engine': {name} cannot compute model '{plan.record.model_id}': {reason}"
+    return Declined(reason, InvalidRequest(message, "engine"))
