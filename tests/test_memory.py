@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from hub_place import Place
 from loaded_parts import Findings, noted_parts
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 
 from huggingface.engine.failures import typed
@@ -408,6 +410,26 @@ def test_an_estimate_knows_whether_weights_will_be_laid_out_anew(starter_models_
     """That depends on the processor; a table of embeddings that is multiplied too lies there twice then."""
     findings = Findings(lambda _: {"packed": seconds})
     check_estimate(starter_models_dir, STARTER, EngineOptions(findings=findings))
+
+
+def test_an_estimate_reads_the_model_again_only_where_its_files_have_changed(
+    tiny: Callable[[str], str], models_dir: Path, tmp_path: Path
+) -> None:
+    """The pass that tells how much a token takes is made once for the same files, and afresh for others."""
+    folder, options = tmp_path / "model", LoadOptions(tmp_path, "cpu")
+    shutil.copytree(models_dir / tiny("llama"), folder)
+    passes: list[str] = []
+    hook = register_module_forward_pre_hook(lambda module, _: passes.append(type(module).__name__))
+    try:
+        told = [loader.estimate(record("model"), options, folder).token_bytes for _ in range(3)]
+        assert (len(set(told)), passes.count("LlamaForCausalLM")) == (1, 1)
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] *= 2
+        (folder / "config.json").write_text(json.dumps(config))
+        assert loader.estimate(record("model"), options, folder).token_bytes == 2 * told[0]
+        assert passes.count("LlamaForCausalLM") == 2
+    finally:
+        hook.remove()
 
 
 def test_an_estimate_tries_products_for_torch_alone(starter_models_dir: Path) -> None:

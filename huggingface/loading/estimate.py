@@ -23,7 +23,7 @@ from ..engine.torch.cache import layer_shapes
 from ..errors import LocalLLMError
 from ..types import Estimate, LoadOptions
 from .backend import Declined
-from .plan import Plan, auto_class, engine_options, own_dtype, refusal
+from .plan import Plan, auto_class, engine_options, file_marks, own_dtype, refusal
 from .pretrained import BUILDING
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def estimate(
             with torch.device("meta"), torch.no_grad(), _bounded():
                 model = built.from_config(config, trust_remote_code=plan.trusted)
             weights = weigh(model)
-            token_bytes = _token_bytes(model, dtype) if plan.head == "causal-lm" else 0
+            token_bytes = _known_token_bytes(plan, options, model, dtype) if plan.head == "causal-lm" else 0
     except LocalLLMError:
         raise
     except Exception as error:
@@ -100,6 +100,17 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _known_token_bytes(plan: Plan, options: LoadOptions, model: Any, dtype: torch.dtype) -> int:
+    """`_token_bytes`, kept for as long as the files stay as they are: the pass that tells them takes longer than all
+    else that an estimate does."""
+    findings, key = options.engine.findings, ("token bytes", plan.folder)
+    made_of = (file_marks(plan.folder), plan.record.gguf_file, plan.trusted, dtype, str(plan.placement))
+    known = findings.get(key)
+    if known is None or known[0] != made_of:
+        known = findings[key] = (made_of, _token_bytes(model, dtype))
+    return int(known[1])
 
 
 def _token_bytes(model: Any, dtype: torch.dtype) -> int:
