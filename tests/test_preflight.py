@@ -24,11 +24,12 @@ from test_files import sharded
 
 from huggingface.errors import LoadError
 from huggingface.inspection.headers import GGUF_TYPES, HeaderDamaged, gguf_header, safetensors_header
-from huggingface.inspection.names import HEAD_TABLES, Names
+from huggingface.inspection.heads import AUTO_CLASSES, Heads
+from huggingface.inspection.names import Names
 from huggingface.inspection.preflight import Preflight
 from huggingface.inspection.rules import context_of, count_parameters
 from huggingface.registry.records import ModelRecord
-from huggingface.tasks import MODEL_TYPES, TASKS, canonical_task
+from huggingface.tasks import HEADS, MODEL_TYPES, TASKS, canonical_task
 from huggingface.tasks.positions import max_positions
 from huggingface.types import LoadOptions
 
@@ -80,25 +81,31 @@ def looked(root: Path, model_id: str, *, gguf_file: str | None = None, **options
 def test_the_tables_read_from_the_sources_are_those_that_transformers_has() -> None:
     from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
-    names = Names()
-    for head, (auto_class, table) in HEAD_TABLES.items():
-        real = getattr(modeling_auto, table)
-        assert names.heads(head) == {
-            kind: (value,) if isinstance(value, str) else value for kind, value in real.items()
-        }
+    names, imported = Names(), Heads(vars(modeling_auto))
+    for head, auto_class in AUTO_CLASSES.items():
         assert hasattr(modeling_auto, auto_class)
+        assert names.heads.every(head) == imported.every(head)
+        for kind in configuration_auto.CONFIG_MAPPING_NAMES:
+            assert names.heads.classes(head, kind) == imported.classes(head, kind)
     assert names.configs == configuration_auto.CONFIG_MAPPING_NAMES
     assert names.corrected_tokenizers == tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     known = {kind: name for kind, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items() if name is not None}
     assert known.items() <= names.tokenizers.items()  # with a name for those, too, whose packages are not installed
 
 
-def test_the_heads_are_the_loaders() -> None:
-    from huggingface.loading import plan
+def test_the_head_of_every_architecture_is_the_same_by_the_source_and_by_the_imported_tables() -> None:
+    from transformers.models.auto import configuration_auto, modeling_auto
 
-    for head, found in plan.HEAD_CLASSES.items():
-        assert HEAD_TABLES[head][0] == found.auto_class.__name__
-        assert set(Names().heads(head)) == set(found.names)
+    read, imported = Names().heads, Heads(vars(modeling_auto))
+    picked = set()
+    for kind in configuration_auto.CONFIG_MAPPING_NAMES:
+        own = [name for head in HEADS for name in imported.classes(head, kind)]
+        for name in [*own, "OldLMHeadModel", "OldForPreTraining"]:
+            for wanted in (None, *(each.heads for each in MODEL_TYPES.values())):
+                found = read.pick(kind, [name], wanted, remote=(), encoder_decoder=False)
+                assert found == imported.pick(kind, [name], wanted, remote=(), encoder_decoder=False)
+                picked.add(found)
+    assert picked == {None, *HEADS}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart", "roberta", "t5", "llama", "xlnet", "opt", "mpnet", "bloom", "falcon"])

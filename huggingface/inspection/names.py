@@ -1,7 +1,7 @@
 """What the installed transformers knows, read from its source files without importing it, which takes seconds.
 
 Its tables are literals: which kinds of model there are, which class each head has, and what a config says of itself.
-One object reads each file once, when it is first asked for; any thread may ask. Where transformers is not installed
+One object reads each table once, when it is first asked for; any thread may ask. Where transformers is not installed
 there is nothing to read, and `installed` says so. Must not know files of models, the Hub or the registry.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import logging
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import metadata
@@ -18,39 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..tasks import Head, why_no_text
+from .heads import TABLES, Heads, Inputs
 
 logger = logging.getLogger(__name__)
-
-# Of each head: the class that loads it, and its table, as the loader has them.
-HEAD_TABLES: Mapping[Head, tuple[str, str]] = {
-    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    "sequence-classification": (
-        "AutoModelForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    ),
-    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    "table-question-answering": (
-        "AutoModelForTableQuestionAnswering",
-        "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
-    ),
-    "base": ("AutoModel", "MODEL_MAPPING_NAMES"),
-}
-
-# Of models that see or hear, by their kinds. Of some kinds AutoModelForCausalLM reads the half that writes text.
-_WHOLE = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
-
-Classes = tuple[str, ...]
 
 
 class Names:
     """The tables of the installed transformers."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._configs: dict[str, Mapping[str, Any]] = {}
         self._packages: dict[str, frozenset[str]] = {}
 
@@ -84,39 +59,19 @@ class Names:
         return {**self._pairs("auto_mappings", "CONFIG_MAPPING_NAMES"), **self._pairs(*_CONFIGURATION)}
 
     @cached_property
-    def _heads(self) -> Mapping[str, Mapping[str, Classes]]:
-        tables = [*(table for _, table in HEAD_TABLES.values()), *_WHOLE]
+    def heads(self) -> Heads:
+        """Which architectures have which head."""
         source = self._source("models/auto/modeling_auto.py")
-        return {table: {name: _classes(value) for name, value in _literal_pairs(source, table)} for table in tables}
+        return Heads({table: dict(_literal_pairs(source, table)) for table in TABLES})
 
-    def classes(self, head: Head, config_type: str) -> Classes:
-        """The architectures (class names) with this head that a kind of model has."""
-        with self._lock:
-            return self._heads[HEAD_TABLES[head][1]].get(config_type, ())
-
-    def whole(self, config_type: str) -> Classes:
-        """The architectures of a kind of model that also sees or hears, and writes text."""
-        with self._lock:
-            return tuple(name for table in _WHOLE for name in self._heads[table].get(config_type, ()))
-
-    def no_text(self, config_type: str, architecture: str) -> str | None:
-        """Why a class cannot be run on a text alone, by its source; None where it can, or that is not told there."""
+    def inputs(self, config_type: str, architecture: str) -> Inputs | None:
+        """What a class reads, by its source; None where that is not told there."""
         module = self._module(config_type)
         try:
-            with self._lock:
-                inputs = _inputs(self._source(f"models/{module}/modeling_{module}.py"), architecture)
+            return _inputs(self._source(f"models/{module}/modeling_{module}.py"), architecture)
         except (OSError, SyntaxError, ValueError) as error:
             logger.debug("the model class %s cannot be read: %s", architecture, error)
             return None
-        writes = bool(
-            self.classes("causal-lm", config_type) or self.classes("masked-lm", config_type) or self.whole(config_type)
-        )
-        return None if inputs is None else why_no_text(config_type, *inputs, writes)
-
-    def heads(self, head: Head) -> Mapping[str, Classes]:
-        """Those of every kind of model."""
-        with self._lock:
-            return self._heads[HEAD_TABLES[head][1]]
 
     @cached_property
     def tokenizers(self) -> Mapping[str, str | None]:
@@ -133,56 +88,35 @@ class Names:
     @cached_property
     def gguf(self) -> frozenset[str]:
         """The architectures of GGUF files that transformers can read."""
-        names = set()
-        for file, table in (("ggml.py", "GGUF_CONFIG_MAPPING"), ("gguf/gguf_config_mapping.py", "GGUF_CONFIG_ARCHS")):
-            value = getattr(_statement(self._source(f"integrations/{file}"), table), "value", None)
-            if isinstance(value, ast.Dict):
-                names |= {key.value for key in value.keys if isinstance(key, ast.Constant)}
-        return frozenset(str(name) for name in names) - {"general", "tokenizer", "tokenizer_config"}
+        names = self._keys("ggml", "GGUF_CONFIG_MAPPING") | self._keys("gguf/gguf_config_mapping", "GGUF_CONFIG_ARCHS")
+        return names - {"general", "tokenizer", "tokenizer_config"}
 
     @cached_property
     def gguf_by_itself(self) -> frozenset[str]:
         """Those that it reads without the package `gguf`."""
-        value = getattr(
-            _statement(self._source("integrations/gguf/gguf_conversion_mapping.py"), "GGUF_ARCHS"), "value", 0
-        )
-        keys = value.keys if isinstance(value, ast.Dict) else []
-        return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
-
-    def knows(self, config_type: str) -> bool:
-        """Whether there is such a kind of model."""
-        with self._lock:
-            return config_type in self.configs
-
-    def tokenizer(self, config_type: str) -> str | None:
-        """The tokenizer's class of this kind of model."""
-        with self._lock:
-            return self.tokenizers.get(config_type)
+        return self._keys("gguf/gguf_conversion_mapping", "GGUF_ARCHS")
 
     def is_tokenizer(self, name: str) -> bool:
         """Whether a tokenizer's class of this name is known."""
-        with self._lock:
-            plain = name.removesuffix("Fast")
-            return plain in {str(each).removesuffix("Fast") for each in self.tokenizers.values()} | _GENERIC
+        plain = name.removesuffix("Fast")
+        return plain in {str(each).removesuffix("Fast") for each in self.tokenizers.values()} | _GENERIC
 
     def reads_gguf(self, architecture: str) -> bool:
         """Whether a GGUF file of this architecture can be loaded; some go by a longer name there, some by another."""
-        with self._lock:
-            plain = architecture.replace("-", "_").replace("moe", "_moe").replace("__", "_")
-            return bool({architecture, plain} & self.gguf) or architecture.startswith(("t5", "mistral"))
+        plain = architecture.replace("-", "_").replace("moe", "_moe").replace("__", "_")
+        return bool({architecture, plain} & self.gguf) or architecture.startswith(("t5", "mistral"))
 
     # A config's class -------------------------------------------------------------------------------------------------
 
     def config_defaults(self, config_type: str) -> Mapping[str, Any]:
         """The constants in the body of a config's class: what holds where config.json is silent, and other names."""
-        with self._lock:
-            if config_type not in self._configs:
-                try:
-                    self._configs[config_type] = self._config_defaults(config_type)
-                except (OSError, SyntaxError, ValueError) as error:
-                    logger.debug("the config class of %s cannot be read: %s", config_type, error)
-                    self._configs[config_type] = {}
-            return self._configs[config_type]
+        if config_type not in self._configs:
+            try:
+                self._configs[config_type] = self._config_defaults(config_type)
+            except (OSError, SyntaxError, ValueError) as error:
+                logger.debug("the config class of %s cannot be read: %s", config_type, error)
+                self._configs[config_type] = {}
+        return self._configs[config_type]
 
     def _config_defaults(self, config_type: str) -> Mapping[str, Any]:
         name = self.configs.get(config_type)
@@ -209,14 +143,13 @@ class Names:
 
     def tokenizer_packages(self, name: str) -> frozenset[str]:
         """The packages without which a tokenizer's class cannot be used, beside transformers' own."""
-        with self._lock:
-            if name not in self._packages:
-                try:
-                    self._packages[name] = frozenset(self._tokenizer_packages(name))
-                except (OSError, SyntaxError, ValueError) as error:
-                    logger.debug("the tokenizer class %s cannot be read: %s", name, error)
-                    self._packages[name] = frozenset()
-            return self._packages[name]
+        if name not in self._packages:
+            try:
+                self._packages[name] = frozenset(self._tokenizer_packages(name))
+            except (OSError, SyntaxError, ValueError) as error:
+                logger.debug("the tokenizer class %s cannot be read: %s", name, error)
+                self._packages[name] = frozenset()
+        return self._packages[name]
 
     def _tokenizer_packages(self, name: str) -> Iterator[str]:
         for config_type in (kind for kind, tokenizer in self.tokenizers.items() if tokenizer == name):
@@ -234,6 +167,11 @@ class Names:
 
     def _source(self, path: str) -> str:
         return "" if self.folder is None else (self.folder / path).read_text(encoding="utf-8")
+
+    def _keys(self, module: str, table: str) -> frozenset[str]:
+        value = getattr(_statement(self._source(f"integrations/{module}.py"), table), "value", None)
+        keys = value.keys if isinstance(value, ast.Dict) else ()
+        return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
 
     def _pairs(self, module: str, table: str) -> dict[str, Any]:
         return dict(_literal_pairs(self._source(f"models/auto/{module}.py"), table))
@@ -286,12 +224,6 @@ def _plain(node: ast.expr) -> Any:
         return None
 
 
-def _classes(value: Any) -> Classes:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(str(each) for each in value) if isinstance(value, tuple | list) else ()
-
-
 def _strings(node: ast.AST | None) -> Iterator[str]:
     for each in ast.walk(node) if node is not None else ():
         if isinstance(each, ast.Constant) and isinstance(each.value, str):
@@ -318,7 +250,7 @@ def _class_bodies(source: str) -> dict[str, tuple[dict[str, Any], str]]:
     return found
 
 
-def _inputs(source: str, name: str) -> tuple[Any, dict[str, bool]] | None:
+def _inputs(source: str, name: str) -> Inputs | None:
     """What a model's class reads: its modalities, and the arguments of its `forward` with whether they must be given;
     None where the file does not tell the latter."""
     modalities: Any = None

@@ -97,7 +97,7 @@ def tokenizer_packages(
 ) -> set[str]:
     """What the tokenizer needs, by its config and by the files that are there."""
     declared = tokenizer.get("tokenizer_class")
-    own = declared if isinstance(declared, str) else names.tokenizer(config_type) or ""
+    own = declared if isinstance(declared, str) else names.tokenizers.get(config_type) or ""
     own = own.removesuffix("Fast")
     packages = set(names.tokenizer_packages(own))
     if own == "BertJapaneseTokenizer":

@@ -31,8 +31,9 @@ from . import folder as files
 from . import packages
 from . import rules as traits
 from .headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from .heads import AUTO_CLASSES
 from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
-from .names import HEAD_TABLES, Names
+from .names import Names
 from .sources import Place
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Look:
         if not names.installed:
             details["needs_remote_code"] = bool(config.get("auto_map"))
             raise LoadError(str(DependencyMissing()))
-        known = details["known"] = names.knows(kind)
+        known = details["known"] = kind in names.configs
         head = traits.head_of(names, config, self._wanted)
         no_text = traits.no_text(names, config, head)
         if no_text is not None:
@@ -405,12 +406,12 @@ def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any],
     kind = traits.text(config.get("model_type"))
     remote = config.get("auto_map")
     remote = remote if isinstance(remote, dict) else {}
-    if remote and not names.knows(kind):
+    if remote and kind not in names.configs:
         return True
-    if head is not None and HEAD_TABLES[head][0] in remote and not names.classes(head, kind):
+    if head is not None and AUTO_CLASSES[head] in remote and not names.heads.classes(head, kind):
         return True
     own = tokenizer.get("auto_map")
     own = own.get("AutoTokenizer") if isinstance(own, dict) else own
     declared = traits.text(tokenizer.get("tokenizer_class"))
-    known = names.tokenizer(kind) is not None or names.is_tokenizer(declared)
+    known = names.tokenizers.get(kind) is not None or names.is_tokenizer(declared)
     return bool(own) and not known and kind not in names.corrected_tokenizers

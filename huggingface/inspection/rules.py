@@ -1,19 +1,20 @@
 """What a model is, by its config, its tokenizer's config and the heads of its files: its head, its tasks, its sizes.
 
-The rules are those by which the loader picks a head and by which a loaded model tells what it can do, written for the
-words of a config instead of a model. Pure functions; any thread may call them. Must not know where files come from.
+The rules are those by which a loaded model tells what it can do, written for the words of a config instead of a model.
+Pure functions; any thread may call them. Must not know where files come from.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ..modeling import rotary
-from ..tasks import HEADS, MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
+from ..tasks import MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
 from .headers import SAFETENSORS_TYPES, Tensor
-from .names import HEAD_TABLES, Names
+from .names import Names
 
 # Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they can be run on a text alone.
 _RUNS_ON_TEXT = frozenset({"bart", "bigbird_pegasus", "fsmt", "led", "mbart", "mvp", "plbart"})
@@ -59,51 +60,23 @@ _BUFFERS = re.compile(
 
 
 def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | None = None) -> Head | None:
-    """The head that the weights have, as the loader finds it, or None where there is none that serves a task here.
-
-    Weights that do not say what they are have the first of `wanted` that their kind knows; without `wanted` it cannot
-    be told.
-    """
-    kind, architectures = text(config.get("model_type")), strings(config.get("architectures"))
-    remote = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
-    if wanted == ("base",) and names.classes("base", kind):
-        return "base"
-    order = [*(wanted or ()), *(head for head in HEADS if head not in (wanted or ()))]
-    for architecture in architectures:
-        if "masked-lm" in (wanted or ()) and architecture in names.classes("seq2seq-lm", kind):
-            return "seq2seq-lm"
-        if architecture in names.whole(kind) and names.classes("causal-lm", kind):
-            return "causal-lm"
-        for head in order:
-            if architecture in names.classes(head, kind):
-                return head
-        for head in order:
-            if HEAD_TABLES[head][0] in (remote or {}):
-                return head
-        if architecture.endswith(("ForPreTraining", "LMHeadModel")):
-            plain: tuple[Head, ...] = ("masked-lm", "causal-lm", "seq2seq-lm")
-            if wanted is not None:
-                plain = tuple(head for head in order if head in plain)
-            elif architecture.endswith("LMHeadModel"):
-                plain = ("causal-lm", "seq2seq-lm", "masked-lm")
-            for head in plain:
-                if names.classes(head, kind):
-                    return head
-    if not architectures and wanted is not None:
-        generates: tuple[Head, ...] = ("seq2seq-lm",) if is_encoder_decoder(names, config) else ()
-        return next((head for head in (*wanted, *generates) if names.classes(head, kind)), None)
-    return None
+    """The head that the weights have, as `Heads.pick` tells it."""
+    remote = config.get("auto_map")
+    return names.heads.pick(
+        text(config.get("model_type")),
+        strings(config.get("architectures")),
+        wanted,
+        remote=remote if isinstance(remote, dict) else (),
+        encoder_decoder=is_encoder_decoder(names, config),
+    )
 
 
 def no_text(names: Names, config: Mapping[str, Any], head: Head | None) -> str | None:
-    """The class that the loader would take, with why it cannot be run on a text alone; None where it can."""
-    if head is None or head in ("causal-lm", "seq2seq-lm"):
+    """The architecture, with why it cannot be run on a text alone, as `Heads.no_text` tells it."""
+    if head is None:
         return None
     kind = text(config.get("model_type"))
-    classes = names.classes(head, kind)
-    name = next((each for each in strings(config.get("architectures")) if each in classes), next(iter(classes), ""))
-    reason = names.no_text(kind, name)
-    return None if reason is None else f"{(strings(config.get('architectures')) or [name])[0]}, which {reason}"
+    return names.heads.no_text(head, kind, strings(config.get("architectures")), partial(names.inputs, kind))
 
 
 def is_encoder_decoder(names: Names, config: Mapping[str, Any]) -> bool:
@@ -118,8 +91,7 @@ def tasks_of(names: Names, config: Mapping[str, Any], head: Head, tokenizer: Map
     able = {canonical_task(name) for name in supported_tasks(head)}
     mask = has_mask(tokenizer)
     if head == "seq2seq-lm":
-        masked = {name for classes in names.heads("masked-lm").values() for name in classes}
-        if mask and set(strings(config.get("architectures"))) & masked:
+        if mask and names.heads.every("masked-lm") & set(strings(config.get("architectures"))):
             able.add("fill-mask")
         if kind in _RUNS_ON_TEXT:
             able.add("feature-extraction")

@@ -9,21 +9,21 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto import modeling_auto
 
 from ..errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
 from ..inspection import folder as files
 from ..inspection.headers import GGUFHeader
+from ..inspection.heads import AUTO_CLASSES, Heads, Inputs
 from ..modeling.rotary import context
 from ..registry.records import LoadSettings, ModelRecord
-from ..tasks import HEADS, MODEL_TYPES, Head, why_no_text
+from ..tasks import HEADS, MODEL_TYPES, Head
 from ..types import EngineOptions, LoadOptions
 from . import gguf as gguf_files
 from .placement import Placement, place
@@ -34,35 +34,7 @@ logger = logging.getLogger(__name__)
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class _HeadClass:
-    """How a head is loaded, and which architectures (class names in `config.json`) have it."""
-
-    auto_class: Any
-    names: Mapping[str, str | tuple[str, ...]]
-
-
-HEAD_CLASSES: Mapping[Head, _HeadClass] = {
-    "causal-lm": _HeadClass(transformers.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "seq2seq-lm": _HeadClass(transformers.AutoModelForSeq2SeqLM, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    "masked-lm": _HeadClass(transformers.AutoModelForMaskedLM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-    "sequence-classification": _HeadClass(
-        transformers.AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    ),
-    "token-classification": _HeadClass(
-        transformers.AutoModelForTokenClassification, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-    ),
-    "question-answering": _HeadClass(
-        transformers.AutoModelForQuestionAnswering, auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
-    ),
-    "table-question-answering": _HeadClass(
-        transformers.AutoModelForTableQuestionAnswering, auto.MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES
-    ),
-    "base": _HeadClass(transformers.AutoModel, auto.MODEL_MAPPING_NAMES),
-}
-
-# Models that see or hear, by their kinds. Of some kinds AutoModelForCausalLM reads the half that writes text.
-_WHOLE = (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+_HEADS = Heads(vars(modeling_auto))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +68,6 @@ def look(
         config = _read_config(model_id, folder, trusted)
     wanted = MODEL_TYPES[record.model_type].heads if record.model_type in MODEL_TYPES else HEADS
     head = _head(model_id, config, wanted)
-    _check_reads_text(model_id, config, head)
     return Plan(record, folder, config, head, placement, trusted, header)
 
 
@@ -218,83 +189,46 @@ def refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadErr
 
 
 def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
-    """The head that the weights have: the first of `wanted` where they have several, or do not say."""
-
-    def classes(head: Head) -> tuple[str, ...]:
-        return _names(HEAD_CLASSES[head].names, config)
-
-    order = [*wanted, *(head for head in HEADS if head not in wanted)]
-    if wanted == ("base",) and classes("base"):  # hidden states: as AutoModel reads any checkpoint, without its head
-        return "base"
-    remote = getattr(config, "auto_map", None) or {}
-    for architecture in config.architectures or ():
-        # BART is one class for filling masks and for generating; the latter's tasks include the former.
-        if "masked-lm" in wanted and architecture in classes("seq2seq-lm"):
-            return "seq2seq-lm"
-        if classes("causal-lm") and any(architecture in _names(table, config) for table in _WHOLE):
-            return "causal-lm"
-        for head in order:
-            if architecture in classes(head):
-                return head
-        for head in order:
-            if HEAD_CLASSES[head].auto_class.__name__ in remote:
-                return head
-        # Older names: a pretraining or language-model head has the weights of the plain one.
-        if architecture.endswith(("ForPreTraining", "LMHeadModel")):
-            for head in order:
-                if head in ("masked-lm", "causal-lm", "seq2seq-lm") and classes(head):
-                    return head
-    if not config.architectures:
-        generates: tuple[Head, ...] = ("seq2seq-lm",) if config.is_encoder_decoder else ()
-        for head in [*wanted, *generates]:
-            if classes(head):
-                return head
-        if not remote:
-            raise ModelUnsupported(
-                f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
-                f"and a {config.model_type} has none that fits the model's type"
-            )
-    raise NotServed(
-        f"Model '{model_id}' is a {', '.join((config.architectures or [config.model_type])[:3])}, "
-        "which does none of this server's text tasks"
-    )
-
-
-def _names(table: Mapping[str, str | tuple[str, ...]], config: Any) -> tuple[str, ...]:
-    """The classes that a table of transformers has for a kind of model."""
-    names = table.get(config.model_type, ())
-    return (names,) if isinstance(names, str) else names
-
-
-def _check_reads_text(model_id: str, config: Any, head: Head) -> None:
-    """Refuse a model that is in the tables of text models and cannot be run on a text alone.
+    """The head that the weights have: the first of `wanted` where they have several, or do not say.
 
     Raises:
-        NotServed: it is one that sees, hears, or reads pages.
+        NotServed: a model of its kind does none of this server's tasks, or cannot be run on a text alone.
+        ModelUnsupported: it cannot be told.
     """
-    if head in ("causal-lm", "seq2seq-lm"):
-        return
-    names = _names(HEAD_CLASSES[head].names, config)
-    name = next((each for each in config.architectures or () if each in names), names[0] if names else "")
+    kind, architectures = config.model_type, config.architectures or ()
+    remote = getattr(config, "auto_map", None) or {}
+    head = _HEADS.pick(kind, architectures, wanted, remote=remote, encoder_decoder=config.is_encoder_decoder)
+    if head is None:
+        if not architectures and not remote:
+            raise ModelUnsupported(
+                f"Model '{model_id}': its config.json does not name the architecture of the weights ('architectures'), "
+                f"and a {kind} has none that fits the model's type"
+            )
+        raise NotServed(
+            f"Model '{model_id}' is a {', '.join((architectures or [kind])[:3])}, "
+            "which does none of this server's text tasks"
+        )
+    if no_text := _HEADS.no_text(head, kind, architectures, _inputs):
+        raise NotServed(f"Model '{model_id}' is a {no_text}; it does none of this server's text tasks")
+    return head
+
+
+def _inputs(name: str) -> Inputs | None:
+    """What a class of transformers reads; None for one of the folder's own code."""
     model_class = getattr(transformers, name, None)
-    if model_class is None:  # of the folder's own code
-        return
-    heads: tuple[Head, ...] = ("causal-lm", "masked-lm")
-    writes = any(config.model_type in table for table in (*(HEAD_CLASSES[each].names for each in heads), *_WHOLE))
+    if model_class is None:
+        return None
     arguments = {
         each.name: each.default is each.empty
         for each in inspect.signature(model_class.forward).parameters.values()
         if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "self"
     }
-    modalities = getattr(model_class, "input_modalities", "text")
-    if reason := why_no_text(config.model_type, modalities, arguments, writes):
-        what = (config.architectures or [name])[0]
-        raise NotServed(f"Model '{model_id}' is a {what}, which {reason}; it does none of this server's text tasks")
+    return getattr(model_class, "input_modalities", "text"), arguments
 
 
 def auto_class(config: Any, head: Head) -> Any:
     """What loads the model: of T5 and its kin there are weights of the encoder alone, as in sentence-t5."""
-    encoder = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    encoder = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
     if head == "base" and encoder.endswith("EncoderModel") and encoder in (config.architectures or ()):
         return transformers.AutoModelForTextEncoding
-    return HEAD_CLASSES[head].auto_class
+    return getattr(transformers, AUTO_CLASSES[head])

@@ -7,7 +7,7 @@ transformers: whoever validates a request or describes a model imports this with
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -88,32 +88,6 @@ _NAMES: Mapping[str, str] = MappingProxyType(
     {name: task.name for task in TASKS.values() for name in (task.name, *task.aliases)}
 )
 _TRANSLATION = re.compile(r"translation_[^_\s]+_to_[^_\s]+")
-
-
-# Kinds that see or hear, and whose model cannot do without, although its inputs are told like those of one that can.
-_NEVER_ALONE = frozenset({"align", "blip", "bridgetower", "flava", "idefics", "lxmert", "vilt"})
-# Inputs that are no text.
-_FOREIGN = frozenset({"pixel_values", "input_features", "input_values", "visual_feats", "visual_pos"})
-
-
-def why_no_text(kind: str, modalities: str | Sequence[str], arguments: Mapping[str, bool], writes: bool) -> str | None:
-    """Why a kind of model cannot be run on a text alone, in words after "which"; None where it can.
-
-    `modalities` and `arguments` (each with whether it must be given) are what its class says of its inputs; `writes`
-    tells whether the kind has a language model, which is run on texts alone whatever else it reads.
-    """
-    read = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-    others = " and ".join(each for each in read if each != "text") or "other things"
-    alone = writes or kind.endswith(("_text", "_text_model"))
-    if "input_ids" not in arguments or not (alone or "text" in read):
-        return f"reads {others}, no text"
-    if "bbox" in arguments:
-        return "reads text with its places on a page"
-    if any(arguments.get(name) for name in _FOREIGN) or kind in _NEVER_ALONE:
-        return f"reads {others} together with text"
-    if not (alone or set(read) == {"text"} or "inputs_embeds" in arguments):
-        return f"reads {others} together with text"
-    return None
 
 
 def canonical_task(task: str) -> str:
