@@ -72,7 +72,7 @@ def is_passing(error: BaseException) -> bool:
 
 def pause_after(error: BaseException, attempt: int) -> float:
     """Seconds to the next attempt: as many as the Hub asks for, if it does."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     headers: Mapping[str, str] = next(
         (cause.response.headers for cause in _chain(error) if hasattr(cause, "response")), {}

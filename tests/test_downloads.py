@@ -32,7 +32,8 @@ from huggingface.errors import (
     LoadError,
 )
 from huggingface.hub.disk import Disk
-from huggingface.hub.downloads import Downloads, Job
+from huggingface.hub.downloads import Downloads
+from huggingface.hub.job import Job
 from huggingface.progress import Progress
 from huggingface.registry.records import ModelRecord
 from huggingface.types import LoadOptions

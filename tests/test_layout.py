@@ -195,6 +195,28 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     assert not wrong
 
 
+# What the program imports of other libraries although its name begins with an underscore: there is no other way.
+PRIVATE = {
+    "openvino._offline_transformations",  # for stateful and for paged attention
+    "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
+    "torch.utils._pytree",
+}
+
+
+def test_what_other_libraries_keep_to_themselves_is_not_imported() -> None:
+    found = set()
+    for tree in sources().values():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name for name in names if "._" in name}
+    assert found == PRIVATE
+
+
 def test_a_module_is_imported_by_a_computed_name_in_one_place_only() -> None:
     wrong = []
     for file, tree in sources().items():

@@ -1,8 +1,8 @@
-"""From a Hub repository to a folder of its cache that holds all a model needs; only `hub*.py` use the network.
+"""From a Hub repository to a folder of its cache that holds all a model needs.
 
 The Hub is `huggingface_hub`'s: its cache, token, offline switch and `HF_ENDPOINT`. Any thread may call this; it imports
-neither torch nor transformers. Here is which files a model or an adapter needs; `hub_repository` knows what there is,
-and `hub_transfer` brings it. A repository is taken at one commit; what an interrupted download left out, down to the
+neither torch nor transformers. Here is which files a model or an adapter needs; `repository` knows what there is, and
+`transfer` brings it. A repository is taken at one commit; what an interrupted download left out, down to the
 bytes of a file, is fetched the next time, and while the Hub cannot be asked, what is complete in the cache is used.
 Every failure is a `LoadError` that names the model, says what to do, and holds no path of this machine.
 """
@@ -19,8 +19,9 @@ from ..hub_errors import hub_errors
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..progress import Progress
+from . import cache
 from .disk import Claims
-from .repository import Repository, partials
+from .repository import Repository
 
 # What describes a model and its tokenizer, beside the weights. Where the Hub tells which files there are, those that
 # fit a pattern are fetched; where it does not, these names are tried: all that transformers' tokenizers read.
@@ -177,7 +178,7 @@ def claim_adapter(adapter_id: str, claims: Claims) -> None:
 
 def partial_bytes(model_id: str) -> int | None:
     """How many bytes lie in the cache of files that are not whole; None where there is no such file."""
-    sizes = [path.stat().st_size for path in partials(model_id) if path.exists()]
+    sizes = [path.stat().st_size for path in cache.partials(model_id) if path.exists()]
     return sum(sizes) if sizes else None
 
 
@@ -211,9 +212,9 @@ def _fetch(
             if all(path.is_relative_to(folder) for path in paths):
                 resolved(folder.name)
                 if whole:
-                    repository.keep_commit(folder)
+                    repository.keep(folder)
                 if whole and repository.online:
-                    repository.sweep()
+                    cache.sweep(repository_id)
                 return folder
     raise HubUnreachable(f"Model '{repository_id}' changed on the Hub while it was downloaded; try again")
 
@@ -306,7 +307,7 @@ def _code(repository: Repository, folder: Path, trusted: frozenset[str]) -> list
             pending += more
             seen |= more
         if source is not repository:
-            source.keep_commit(source.get("config.json").parent)
+            source.keep(source.get("config.json").parent)
     return paths
 
 

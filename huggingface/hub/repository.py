@@ -1,8 +1,8 @@
 """One repository, as the Hub shows it at one commit or as the Hub's cache has it: its files by name, and their sizes.
 
-The cache is `huggingface_hub`'s own; a file comes into it by `hub_transfer`, and `huggingface_hub` then puts it in its
-place. One thread has an object of this, any number of threads and processes have the same cache. It must not know what
-a model is made of. Errors are the library's, but for `Cancelled` and what `get` and `expect` say.
+A file comes by `transfer`, and `huggingface_hub` then puts it in its place in its `cache`. One thread has an object of
+this. It must not know what a model is made of. Errors are the library's, but for `Cancelled` and what `get` and
+`expect` say.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from ..errors import DiskFull, FilesMissing, LoadError, public
 from ..hub_errors import Damaged, damaged, is_absent, is_passing, pause_after, unknown_revision
 from ..progress import Progress
+from . import cache
 from .disk import Claims, Disk, NoRoom
-from .transfer import PARTIAL, Count, Source, partial_of, transfer
+from .transfer import Count, Source, bar, transfer
 
 if TYPE_CHECKING:
-    from huggingface_hub.file_download import HfFileMetadata
+    from huggingface_hub import HfFileMetadata
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # of one file, where the Hub stumbles; seconds between them: 1, 2
 _HEADWAY = 1024**2  # bytes of a file that came since the last stumble, and let the attempts be counted anew
 _FRESH = 60.0  # seconds in which the address of a file, which is signed for a while, is not asked for again
-_STALE = 24 * 3600.0  # seconds after which a partial file that nobody went on with is taken to be given up
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What git allows in the name of a branch or tag, as far as it could lead out of the cache's folder of references.
@@ -187,18 +188,11 @@ class Repository:
             return None, 0
         if cached and cached.stat().st_size == size:
             return size, size
-        blob = self._blob(etag)
-        if blob is None:
-            return size, 0
-        if blob.exists():
-            present = blob.stat().st_size
-            return size, present if present == size else 0
-        partial = partial_of(blob)
-        return size, min(size, partial.stat().st_size) if partial.exists() else 0
+        return size, cache.present(self.model_id, etag, size)
 
     def _claim(self, missing: Callable[[], int]) -> None:
         try:
-            self._claims.claim(self.model_id, self._storage, missing)
+            self._claims.claim(self.model_id, cache.storage(self.model_id), missing)
         except NoRoom as error:
             others = f", {_text(error.promised)} of them for what else is being downloaded" if error.promised else ""
             raise DiskFull(
@@ -242,32 +236,11 @@ class Repository:
 
         raise self._failure or OfflineModeIsEnabled("offline")
 
-    def keep_commit(self, folder: Path) -> None:
-        """Note in the cache that this commit is what the revision stands for, now that all of it is there.
-
-        So that the next load without a Hub finds it, and not one that was begun later and never completed.
-        """
+    def keep(self, folder: Path) -> None:
+        """Note in the cache that the revision stands for the commit in `folder`, now that all of it is there."""
         revision = self._revision or "main"
-        if self.commit is None or not self.online or revision == self.commit:
-            return
-        reference = self._storage / "refs" / revision
-        try:
-            if not reference.is_file() or reference.read_text(encoding="utf-8") != folder.name:
-                reference.parent.mkdir(parents=True, exist_ok=True)
-                beside = reference.with_name(f"{reference.name}.{time.monotonic_ns()}")
-                beside.write_text(folder.name, encoding="utf-8")
-                beside.replace(reference)
-        except OSError as error:  # a cache that others keep, and that is read only here
-            logger.debug("the commit of %s could not be noted: %s", self.model_id, error)
-
-    def sweep(self) -> None:
-        """Remove what is left of downloads that were given up long ago, perhaps as the file has changed since."""
-        for path in partials(self.model_id):
-            try:
-                if time.time() - path.stat().st_mtime > _STALE:
-                    path.unlink()
-            except OSError as error:
-                logger.debug("%s stays: %s", path.name, error)
+        if self.commit is not None and self.online and revision != self.commit:
+            cache.keep_commit(self.model_id, revision, folder.name)
 
     # One file --------------------------------------------------------------------------------------------------------
 
@@ -290,26 +263,26 @@ class Repository:
 
     def _download(self, name: str, *, anew: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.utils._runtime import is_xet_available
+        from huggingface_hub.utils import is_package_available
 
         metadata = self._metadata(name)
         self._asked.pop(name, None)  # should this fail, the address may be why
-        blob, count, path = self._blob(metadata.etag), self._count(name, metadata.size), self._cached(name)
+        count, path = self._count(name, metadata.size), self._cached(name)
+        blob = cache.blob(self.model_id, metadata.etag)
         if metadata.xet_file_data is not None and (metadata.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:
             # The Hub gives files so large in parts only, which `hf_xet` puts together; that cannot be resumed.
-            if not is_xet_available():
+            if constants.HF_HUB_DISABLE_XET or not is_package_available("hf_xet"):
                 raise LoadError(
                     f"Model '{self.model_id}': {name} is so large that the Hub gives it to the package hf_xet only; "
                     "install that (pip install hf_xet)"
                 )
-            hub_bar: Any = _bar(count)
+            hub_bar: Any = bar(count)
             path = Path(
                 hf_hub_download(self.model_id, name, revision=self._at, force_download=anew, tqdm_class=hub_bar)
             )
         else:
             if blob is not None and metadata.commit_hash is not None:
-                lock = self._storage.parent / ".locks" / self._storage.name / f"{blob.name}.lock"
-                transfer(self._source(name, metadata), blob, lock, count, anew=anew)
+                transfer(self._source(name, metadata), blob, cache.lock(blob), count, anew=anew)
                 if anew and path is not None:
                     path.unlink(missing_ok=True)  # where there are no links, it is the damaged file itself
             path = Path(hf_hub_download(self.model_id, name, revision=self._at))
@@ -318,12 +291,13 @@ class Repository:
 
     def _source(self, name: str, metadata: HfFileMetadata) -> Source:
         """Where the file is to be had; the token goes to the Hub only, as in `huggingface_hub`'s own downloads."""
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import _is_same_or_hub_host
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers
 
         url, headers = self._url(name), build_hf_headers()
         if metadata.xet_file_data is None and metadata.location != url:
-            if not _is_same_or_hub_host(url, metadata.location):
+            hubs = {urlsplit(each)[:2] for each in (url, constants.HUGGINGFACE_CO_URL_HOME)}
+            if urlsplit(metadata.location)[:2] not in hubs:
                 headers.pop("authorization", None)
             url = metadata.location
         entry = self._listing.get(name) if self._listing is not None else None
@@ -388,16 +362,10 @@ class Repository:
                 self._progress.expect(self._total, sum(count.there for count in self._counts.values()))
         return self._counts[name]
 
-    # The cache -------------------------------------------------------------------------------------------------------
-
     @property
     def _at(self) -> str | None:
         """The revision to ask for: the commit, once it is known."""
         return self.commit or self._revision
-
-    @property
-    def _storage(self) -> Path:
-        return storage(self.model_id)
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -405,52 +373,7 @@ class Repository:
         return hf_hub_url(self.model_id, name, revision=self._at)
 
     def _cached(self, name: str) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.model_id, name, revision=self._at)
-        return Path(path) if isinstance(path, str) else None
-
-    def _blob(self, etag: str | None) -> Path | None:
-        """Where the cache keeps what has this tag; None for one that is no file's name."""
-        if etag is None or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", etag):
-            return None
-        return self._storage / "blobs" / etag
-
-
-def storage(model_id: str) -> Path:
-    """The folder that the Hub's cache has, or would have, for the repository."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model_id, repo_type="model")
-
-
-def partials(model_id: str) -> list[Path]:
-    """The files of the repository of which only a part is here."""
-    return sorted((storage(model_id) / "blobs").glob(f"*{PARTIAL}"))
-
-
-def _bar(count: Count) -> type:
-    """What `hf_xet` reports to, in place of a bar of tqdm's."""
-
-    class Bar:
-        total: int | None = None
-
-        def __init__(self, *_: object, **__: object) -> None:
-            self.n = 0
-
-        def update(self, more: int) -> None:
-            count.set(count.there + more)
-
-        def update_transfer(self, more: int) -> None:
-            """Bytes that came; those that were put into the file are what counts."""
-
-        def set_postfix_str(self, *_: object, **__: object) -> None:
-            """Nothing is drawn."""
-
-        set_transfer_postfix_str = refresh = close = set_postfix_str
-
-    return Bar
+        return cache.find(self.model_id, name, self._at)
 
 
 def _text(size: int) -> str:

@@ -92,11 +92,34 @@ def partial_of(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}{PARTIAL}")
 
 
+def bar(count: Count) -> type:
+    """What `hf_xet` reports to, in place of a bar of tqdm's: its bytes are added to `count`."""
+
+    class Bar:
+        total: int | None = None
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.n = 0
+
+        def update(self, more: int) -> None:
+            count.set(count.there + more)
+
+        def update_transfer(self, more: int) -> None:
+            """Bytes that came; those that were put into the file are what counts."""
+
+        def set_postfix_str(self, *_: object, **__: object) -> None:
+            """Nothing is drawn."""
+
+        set_transfer_postfix_str = refresh = close = set_postfix_str
+
+    return Bar
+
+
 def _pour(source: Source, partial: _Partial, count: Count) -> None:
     """Ask for what is missing, and write it as it comes."""
     import httpx2
     from huggingface_hub import constants
-    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+    from huggingface_hub.utils import get_session, hf_raise_for_status
 
     # Compressed, a file has neither the size that is told nor bytes that can be counted from.
     headers = {**source.headers, "Accept-Encoding": "identity"}

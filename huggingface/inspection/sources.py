@@ -262,8 +262,7 @@ class _Hub:
     def _get(self, name: str, span: tuple[int, int] | None, most: int) -> bytes:
         """The file or a piece of it; the connection is closed after `most` bytes, whatever else would come."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = hf_hub_url(self.model_id, name, revision=self.commit or self._revision)
         headers = build_hf_headers()

@@ -13,7 +13,8 @@ from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
 from ...errors import DownloadNotFound, InvalidRequest, ServerFull
-from ...hub.downloads import Downloads, Job
+from ...hub.downloads import Downloads
+from ...hub.job import Job
 from ...progress import Moment
 from ..http.errors import body as failure
 from ..http.errors import log
