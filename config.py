@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto",
         pattern=r"^(auto|torch|openvino)$",
-        description="What computes models: `auto` (OpenVINO on a CPU, where it gives torch's numbers, and torch until "
+        description="The backend: `auto` (OpenVINO on a CPU, where it gives torch's numbers, and torch until "
         "its graph is made), `torch`, `openvino`.",
     )
     threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
@@ -95,13 +95,13 @@ class Settings(BaseSettings):
     memory_timeout: float = Field(
         5.0,
         ge=0,
-        description="Seconds that a load waits for the users of models that are to go for it, before it is refused.",
+        description="Seconds that a load waits for the users of models that it has to evict, before it is refused.",
     )
     keep_alive: float = Field(
         -1.0,
         ge=-1,
         le=10**9,
-        description="Seconds in memory after the last use, where nobody says otherwise; -1 is for ever.",
+        description="Seconds in memory after the last use, where request and record say nothing; -1 is for ever.",
     )
     preload: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Model ids, separated by commas, that are loaded at the start; `/ready` waits for them."
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     busy_timeout: float = Field(
         30.0,
         ge=0,
-        description="Seconds that unloading or removing a model waits for those who use it, before it is refused.",
+        description="Seconds that unloading or removing a model waits for its users, before it is refused.",
     )
     allow_pickle: bool = Field(
         False, description="Load weights from pickle files too. Unpickling runs code: only for files that you trust."
@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     )
     unknown_parameters: Literal["refuse", "ignore"] = Field(
         "refuse",
-        description="What becomes of a request with a parameter that is not known here: `refuse`, or `ignore` it and "
+        description="What happens to an unknown parameter: `refuse` the request, or `ignore` the parameter and "
         "name it in the header `X-Local-LLM-Ignored`.",
     )
     log_level: str = Field(
