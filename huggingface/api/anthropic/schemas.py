@@ -232,7 +232,7 @@ class OutputFormat(Part):
 
 
 class OutputConfig(Part):
-    """What the answer is to be like."""
+    """The form of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
@@ -298,7 +298,7 @@ class MessagesBody(Drawn):
 
 
 class CountBody(MessagesBody):
-    """A conversation whose tokens are to be counted."""
+    """A conversation whose tokens are counted."""
 
     max_tokens: Count | None = None  # type: ignore[assignment]
 

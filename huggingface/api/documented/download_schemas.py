@@ -10,11 +10,11 @@ from .schemas import Answer, Strict, streaming
 
 
 class DownloadBody(Strict):
-    """How to be told of the download."""
+    """How the download answers."""
 
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
-    stream: StrictBool = Field(False, description="Tell how far it is as server-sent events, until it is over.")
+    stream: StrictBool = Field(False, description="Send its progress as server-sent events, until it is over.")
 
 
 class Download(BaseModel):
@@ -28,7 +28,7 @@ class Download(BaseModel):
     )
     commit: str | None = Field(description="What the revision stands for, once that is known.")
     phase: Literal["waiting", "download", "ready", "failed", "cancelled", "interrupted"] = Field(
-        description="`interrupted`: an earlier run of this server began it; a new download goes on from there."
+        description="`interrupted`: an earlier run of this server began it; a new download continues from there."
     )
     bytes_done: int
     bytes_total: int | None = Field(description="Null while it is not known.")

@@ -46,7 +46,7 @@ _KEEP_ALIVE = 2.0
 def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody) -> dict[str, Any] | Response:
     """Download a model's files, from where an earlier download stopped. The body may be left out.
 
-    The answer comes when it has begun; with `stream` it tells how far it is, and the last event is that answer.
+    The answer comes when it has begun; with `stream` the events send its progress, and the last one is that answer.
     """
     record, downloads = services().registry.get(path.model_id), _downloads()
     under_way = downloads.running(path.model_id)
@@ -62,7 +62,7 @@ def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody)
 @blueprint.get("/models/<path:model_id>/download", responses={200: download_schemas.DownloadState})
 @at_once
 def show_download(path: schemas.ModelPath) -> dict[str, Any]:
-    """Show how far the latest download of a model is, or what one left that an earlier run of this server began."""
+    """Show the progress of a model's latest download, or what an earlier run of this server left of one."""
     if (model := called(path.model_id, "download")) is not None:
         return dict(get_model(model))
     record, downloads = services().registry.get(path.model_id), _downloads()
@@ -79,7 +79,7 @@ def show_download(path: schemas.ModelPath) -> dict[str, Any]:
 
 @blueprint.delete("/models/<path:model_id>/download", responses={200: schemas.MessageAnswer})
 def cancel_download(path: schemas.ModelPath) -> dict[str, Any]:
-    """Give a download up, whoever wants it. What has arrived stays, and the next one goes on from there."""
+    """Cancel a download for all of its callers. What has arrived stays, and the next one continues from there."""
     if request.get_json():
         raise InvalidRequest("DELETE takes no body here")
     if (model := called(path.model_id, "download")) is not None:

@@ -56,11 +56,11 @@ class GenerateBody(GenerationParameters):
     stop: Annotated[Stop | Stops | Annotated[list[Stop], Field(max_length=0)], BeforeValidator(_without_empty)] = (
         optional("The same as `stop_strings`.")
     )
-    json_schema: dict[str, Any] = optional("The text is to be JSON of this schema. At most one of these five.")
-    json_object: Literal[True] = optional("The text is to be a JSON object.")
-    regex: str = optional("The text is to match this regular expression, whole.", min_length=1)
-    choice: list[str] = optional("The text is to be one of these.", min_length=1)
-    grammar: str = optional("The text is to be of this grammar, in llguidance's dialect of Lark.", min_length=1)
+    json_schema: dict[str, Any] = optional("The text is JSON of this schema. At most one of these five.")
+    json_object: Literal[True] = optional("The text is a JSON object.")
+    regex: str = optional("The text matches this regular expression, whole.", min_length=1)
+    choice: list[str] = optional("The text is one of these.", min_length=1)
+    grammar: str = optional("The text follows this grammar: llguidance's dialect of Lark, or GBNF.", min_length=1)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:

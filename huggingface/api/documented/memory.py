@@ -125,7 +125,7 @@ def warm_cache(body: cache_schemas.WarmBody) -> dict[str, Any]:
 
 @blueprint.delete("/cache", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer, 409: schemas.ErrorAnswer})
 def clear_cache(query: cache_schemas.CacheQuery) -> dict[str, Any]:
-    """Take models out of memory, after those who use them are done."""
+    """Unload models after their users are done."""
     if request.get_json():
         raise InvalidRequest("DELETE takes no body here; name the model in the query: ?model_id=", "model_id")
     manager = services().manager

@@ -35,7 +35,7 @@ class EngineState(BaseModel):
     """What the engine of a model in memory is doing."""
 
     state: Literal["starting", "running", "failed"] = Field(
-        description="`starting`: how it is served best is being found out; `failed`: the next request loads it anew."
+        description="`starting`: how it is served best is being found out; `failed`: the next request loads it again."
     )
     mode: Literal["batched", "one at a time"] | None = Field(description="How generations are served.")
     reason: str | None = Field(description="Why one at a time.")
@@ -66,8 +66,8 @@ class CachedModel(BaseModel):
     devices: dict[str, int] = Field(description="Bytes by device.")
     in_use: int = Field(description="Requests that have it at this moment.")
     queue: int = Field(description="Generations that wait for a place in its batch.")
-    expires_at: str | None = Field(description="When it goes if nobody uses it (ISO 8601, UTC); null for never.")
-    pinned: bool = Field(description="It never goes to make room for another.")
+    expires_at: str | None = Field(description="When it expires if it is not used (ISO 8601, UTC); null for never.")
+    pinned: bool = Field(description="It is never evicted for another model.")
     load_seconds: float
     commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
     adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")

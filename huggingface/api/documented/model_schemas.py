@@ -56,7 +56,7 @@ class Settings(Strict):
 
 
 class Registered(Settings):
-    """What may be said of a model beyond what is documented."""
+    """What a record may hold beyond what is documented."""
 
     revision: str | None = optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
     gguf_file: str | None = optional(
@@ -65,7 +65,7 @@ class Registered(Settings):
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}$")], str] | None = optional(
         "LoRA adapters by the name that requests choose one by, each an id."
     )
-    pinned: bool | None = optional("Never take it out of memory to make room for another.")
+    pinned: bool | None = optional("Never evict it for another model.")
     keep_alive: KeepAlive | None = optional("Seconds in memory after the last use; 0 for none, -1 for ever.")
 
 
@@ -120,11 +120,11 @@ class LoadBody(Settings):
 
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
-    force_reload: StrictBool = Field(False, description="Load anew a model that is in memory already.")
-    stream: StrictBool = Field(False, description="Tell how far it is, as server-sent events.")
+    force_reload: StrictBool = Field(False, description="Load a model again that is in memory already.")
+    stream: StrictBool = Field(False, description="Send its progress, as server-sent events.")
     keep_alive: KeepAlive | None = optional("Seconds in memory without use; -1 is for ever.")
     wait_for_graph: StrictBool = Field(
-        False, description="Answer when OpenVINO computes the model, or it is known that torch does."
+        False, description="Answer when OpenVINO computes the model, or it is known that torch will."
     )
 
 
@@ -170,7 +170,7 @@ class Model(ModelInfo):
     revision: str | None = _shown("A branch, tag or commit of its repository.")
     gguf_file: str | None = _shown("The file that holds the weights, as GGUF.")
     adapters: dict[str, str] | None = _shown("LoRA adapters by name.")
-    pinned: bool | None = _shown("Whether it is never taken out of memory to make room.")
+    pinned: bool | None = _shown("Whether it is never evicted for another model.")
     keep_alive: float | None = _shown("Seconds in memory after the last use; -1 is for ever.")
     device: str | None = _shown("Where it is loaded.")
     device_map: str | dict[str, int | str] | None = _shown("accelerate's map of devices.")
@@ -253,14 +253,14 @@ class UnloadedAnswer(Answer):
 
     message: str
     bytes: int = Field(description="What the model had.")
-    freed_bytes: int = Field(description="What came back, as the system tells: other work at the time is in it too.")
+    freed_bytes: int = Field(description="What came back, as the system reports: other work at the time is in it too.")
 
 
 class DeviceEstimate(BaseModel):
     """Memory of one device."""
 
     bytes: int
-    available_bytes: int | None = Field(description="What could be taken now; null where nothing tells.")
+    available_bytes: int | None = Field(description="What could be taken now; null where that is unknown.")
     limit_bytes: int | None = Field(description="What models may have there, all together.")
 
 
@@ -283,6 +283,6 @@ class EstimateAnswer(Answer):
         description="Besides, for a while: what another process takes that converts the model, at its first load."
     )
     devices: dict[str, DeviceEstimate]
-    fits: bool = Field(description="Whether a load would succeed now, with `evicts` gone.")
+    fits: bool = Field(description="Whether a load would succeed now, after evicting `evicts`.")
     possible: bool = Field(description="Whether it could ever fit.")
-    evicts: list[str] = Field(description="The models that would go for it.")
+    evicts: list[str] = Field(description="The models that it would evict.")

@@ -170,7 +170,7 @@ def remove_model(path: schemas.ModelPath) -> dict[str, Any]:
     responses={200: model_schemas.LoadedAnswer, **schemas.BODY_FAILURES, **schemas.MODEL_FAILURES},
 )
 def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[str, Any] | Response:
-    """Bring a model into memory; its files are downloaded if they are not here. The body may be left out.
+    """Load a model; its files are downloaded if they are not on this machine. The body may be left out.
 
     The settings named are in effect over the registered ones until the model is unloaded. With `stream` the answer is
     server-sent events: `{"progress"}` with the phase (download, read, ready), bytes and time left, and last this very
@@ -225,7 +225,7 @@ def _describe(present: Services, record: records.ModelRecord, commit: str | None
     responses={200: model_schemas.UnloadedAnswer, **schemas.BODY_FAILURES, 409: schemas.ErrorAnswer},
 )
 def unload_model(path: schemas.ModelPath, body: model_schemas.EmptyBody) -> dict[str, Any]:  # noqa: ARG001 - it is checked
-    """Take a model out of memory, after those who use it are done; tells how much memory came back."""
+    """Unload a model after its users are done; the answer says how much memory came back."""
     services().registry.get(path.model_id)
     unloaded = services().manager.unload(path.model_id)
     what = "unloaded successfully" if unloaded.was_loaded else "was not in memory"
@@ -241,7 +241,7 @@ def unload_model(path: schemas.ModelPath, body: model_schemas.EmptyBody) -> dict
     "/models/<path:model_id>/estimate", responses={200: model_schemas.EstimateAnswer, **schemas.MODEL_FAILURES}
 )
 def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) -> dict[str, Any]:
-    """Tell what a load would take, whether there is room for it, and which models would go. Nothing is loaded."""
+    """Estimate what a load would take, whether it fits, and which models it would evict. Nothing is loaded."""
     if (model := called(path.model_id, "estimate")) is not None:
         return dict(get_model(model))
     given = query.model_dump(exclude_unset=True)

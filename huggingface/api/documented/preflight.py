@@ -38,7 +38,7 @@ def list_available(query: preflight_schemas.AvailableQuery) -> dict[str, Any]:
 
 @blueprint.get("/models/<path:model_id>/preflight", responses={200: preflight_schemas.PreflightAnswer})
 def look_at_model(path: schemas.ModelPath, query: preflight_schemas.PreflightQuery) -> dict[str, Any]:
-    """Tell what a model is, registered or not, from its config and the heads of its files. Looked up afresh."""
+    """Show what a model is, registered or not, from its config and the headers of its files. Looked up each time."""
     if (model := called(path.model_id, "preflight")) is not None:
         return dict(get_model(model))
     model_id = records.check_model_id(path.model_id)

@@ -35,8 +35,8 @@ class Details(BaseModel):
     architecture: str | None = Field(description="Class of the model; of a GGUF file its architecture.")
     config_type: str | None = Field(description="Kind of model: `model_type` in config.json.")
     known: bool | None = Field(description="Whether the installed transformers has this kind; null without any.")
-    model_type: str | None = Field(description="The type to register it as; null where it cannot be told.")
-    tasks: list[str] = Field(description="Tasks that it can do; none where that cannot be told.")
+    model_type: str | None = Field(description="The type to register it as; null where that is unknown.")
+    tasks: list[str] = Field(description="Tasks that it can do; none where that is unknown.")
     context_length: int | None = Field(description="Tokens that it can read.")
     parameters: int | None = Field(description="By the heads of its files.")
     weights_bytes: int | None = Field(description="Of the files of the weights.")
@@ -79,7 +79,7 @@ class AvailableModel(BaseModel):
 
     model_id: str
     registered: bool
-    model_type: str | None = Field(description="The type to register it as; null where it cannot be told.")
+    model_type: str | None = Field(description="The type to register it as; null where that is unknown.")
     name: str = Field(description="A display name to register it with.")
     bytes: int = Field(description="Of all its files.")
     gguf_files: list[str]

@@ -33,7 +33,7 @@ def list_requests() -> dict[str, Any]:
 @blueprint.delete("/requests/<request_id>", responses={200: schemas.MessageAnswer, 404: schemas.ErrorAnswer})
 @at_once
 def cancel_request(path: system_schemas.RequestPath) -> dict[str, Any]:
-    """Give a request up. Its client gets an error, and what it held is free at the next step."""
+    """Cancel a request. Its client gets an error, and what it held is free at the next step."""
     services().requests.cancel(path.request_id)
     return {"success": True, "message": f"Request '{path.request_id}' cancelled"}
 

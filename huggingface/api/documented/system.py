@@ -42,14 +42,14 @@ def show_server() -> dict[str, Any]:
 @root.get("/health", responses={200: system_schemas.HealthAnswer})
 @at_once
 def show_health() -> dict[str, Any]:
-    """Tell that the server answers."""
+    """Answer as long as the server runs."""
     return {"success": True, "status": "ok"}
 
 
 @root.get("/ready", responses={200: system_schemas.ReadyAnswer, 503: schemas.ErrorAnswer})
 @at_once
 def show_readiness() -> dict[str, Any]:
-    """Tell whether the models that are to be loaded at the start are in memory: a 503 that names them until then."""
+    """Answer 200 when the models of LOCAL_LLM_PRELOAD are in memory, and until then a 503 that names them."""
     missing = services().warmup.missing.items()
     if missing:
         texts = [f"'{name}' ({f'failed: {error}' if error else state})" for name, (state, error) in missing]

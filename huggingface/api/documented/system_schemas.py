@@ -76,7 +76,7 @@ class ModelStatistics(BaseModel):
     load_seconds: LoadTimes
     cache_hits: int = Field(description="Requests that found it in memory.")
     cache_misses: int = Field(description="Requests that had to wait for its load.")
-    evictions: int = Field(description="How often it went to make room for another.")
+    evictions: int = Field(description="How often it was evicted for another model.")
     errors: dict[str, int] = Field(description="Requests and loads that failed, by kind.")
 
 
@@ -128,7 +128,7 @@ class HealthAnswer(Answer):
 
 
 class ReadyAnswer(Answer):
-    """The models that are to be loaded at the start are in memory."""
+    """The models of LOCAL_LLM_PRELOAD are in memory."""
 
     status: Literal["ready"]
 

@@ -31,7 +31,7 @@ _MOST_STOPS = 64
 )
 @at_once
 def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
-    """Tell that a model can be asked; it need not be in memory."""
+    """Check that a model can be asked; it need not be in memory."""
     if (model := called(path.model_id, "health")) is not None:
         return dict(get_model(model))
     record = services().registry.get(path.model_id)
@@ -50,7 +50,7 @@ def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
 )
 @at_once
 def show_model_info(path: schemas.ModelPath) -> dict[str, Any]:
-    """Tell what a model is and what it takes, in TGI's words."""
+    """Show what a model is and what it takes, in TGI's words."""
     if (model := called(path.model_id, "info")) is not None:
         return dict(get_model(model))
     record = services().registry.get(path.model_id)

@@ -31,7 +31,7 @@ _MOST_TOKENS = 2**31 - 1
 
 
 class Grammar(Parameters):
-    """What the text is to be."""
+    """The form of the text."""
 
     type: Literal["json", "json_schema", "regex"]
     value: Any

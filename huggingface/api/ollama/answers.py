@@ -74,7 +74,7 @@ class OllamaRunning(_OllamaAnswer):
     size: int = Field(description="Bytes that it takes.")
     digest: str
     details: OllamaDetails
-    expires_at: str = Field(description="When it goes if it is not used; a date in the year 9999 for never.")
+    expires_at: str = Field(description="When it expires if it is not used; a date in the year 9999 for never.")
     size_vram: int = Field(description="Those of the bytes that do not lie in the CPU's memory.")
     context_length: int | None = None
 

@@ -38,7 +38,7 @@ blueprint = APIBlueprint(
 @blueprint.get("/version", responses={200: answers.OllamaVersion})
 @at_once
 def show_version() -> dict[str, Any]:
-    """Tell which version of Ollama's API this is."""
+    """Show which version of Ollama's API this is."""
     return {"version": _SPOKEN, "local_llm": VERSION}
 
 

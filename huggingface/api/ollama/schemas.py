@@ -113,7 +113,7 @@ class OllamaChosen(Part):
 
 
 class OllamaChoice(Part):
-    """The function that is to be called."""
+    """The function that must be called."""
 
     type: Literal["function"] = "function"
     name: Text | None = None
@@ -215,7 +215,7 @@ class OllamaGenerateBody(OllamaAnswering):
     """A prompt to answer; without one, the model is loaded, or unloaded where `keep_alive` is 0."""
 
     prompt: Text | None = None
-    system: Text | None = Field(None, description="What the assistant is to be like.")
+    system: Text | None = Field(None, description="The system message: how the assistant behaves.")
     raw: bool | None = Field(None, description="Take the prompt as it is, without the chat template.")
     suffix: Text | None = Field(None, description="Not served.")
     template: Text | None = Field(None, description="Not served.")
@@ -272,7 +272,7 @@ class OllamaShowBody(OllamaNamed):
 class OllamaPullBody(OllamaNamed):
     """Which model to download."""
 
-    stream: bool | None = Field(None, description="Tell how far it is, as lines of JSON. The default.")
+    stream: bool | None = Field(None, description="Send its progress, as lines of JSON. The default.")
     insecure: bool | None = Field(None, description="It makes no difference: the server's setting names the Hub.")
 
 

@@ -113,6 +113,6 @@ class ResponseHints(Hints):
 
     empties = frozenset({"metadata"})
 
-    metadata: dict[str, Any] | None = Field(None, description="It is told back.")
+    metadata: dict[str, Any] | None = Field(None, description="It is sent back.")
     background: Literal[False] | None = so_anyway()
     max_tool_calls: Any = hint("Of OpenAI's own tools, of which there are none here.", ge=0)

@@ -58,7 +58,7 @@ def schema_of(value: Any, field: str) -> Any:
 
 
 class StructuredOutputs(Hinted):
-    """vLLM's way to say what the text is to be: one of these."""
+    """vLLM's way to say which form the text has: one of these."""
 
     place = "structured_outputs"
 
@@ -100,12 +100,12 @@ class Neighbours(Part):
     stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the text besides the model's own.")
     ignore_eos: bool | None = Field(None, description="Go on behind the end of the text.")
     guided_json: dict[str, Any] | Some | None = Field(None, description="JSON schema of the text.")
-    guided_regex: Some | None = Field(None, description="The text is to match it, whole.")
-    guided_choice: Choices | None = Field(None, description="The text is to be one of these.")
+    guided_regex: Some | None = Field(None, description="The text matches it, whole.")
+    guided_choice: Choices | None = Field(None, description="The text is one of these.")
     guided_grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
     json_schema: dict[str, Any] | None = Field(None, description="JSON schema of the text.")
     grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="What the text is to be, as vLLM has it.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, as vLLM names it.")
 
     @model_validator(mode="after")
     def _said_once(self) -> Self:

@@ -127,7 +127,7 @@ class FunctionTool(Replayed):
 
 
 class NamedFunctionTool(Part):
-    """A function that is to be called."""
+    """A function that must be called."""
 
     type: Literal["function"]
     name: ToolName
@@ -166,7 +166,7 @@ else:
 
 
 class TextOptions(Hinted):
-    """What the text is to be."""
+    """The form of the text."""
 
     place = "text"
 
@@ -191,7 +191,7 @@ class ResponseBody(ResponseHints, Asked, Thinks):
     """Something to answer."""
 
     input: Text | list[Item] = Field(description="A text, or the items of a conversation.")
-    instructions: Text | None = Field(None, description="What the assistant is to be like.")
+    instructions: Text | None = Field(None, description="The system message: how the assistant behaves.")
     max_output_tokens: Limit | None = None
     text: TextOptions | None = None
     tools: list[Tool] | None = Field(None, description="Others than functions are left out.")

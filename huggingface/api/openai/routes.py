@@ -80,7 +80,7 @@ def chat_completions(body: schemas.ChatBody) -> dict[str, Any] | Response:
 
 @blueprint.post("/completions", responses={200: CompletionAnswer})
 def completions(body: text_schemas.CompletionBody) -> dict[str, Any] | Response:
-    """Continue texts, or tell how likely they are."""
+    """Continue texts, or score how likely they are."""
     return complete(services().registry.get(body.model), body)
 
 

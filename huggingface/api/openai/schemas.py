@@ -72,7 +72,7 @@ else:
 
 
 class SystemMessage(Replayed):
-    """What the assistant is to be like."""
+    """The system message: how the assistant behaves."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -171,7 +171,7 @@ class NamedFunction(Part):
 
 
 class NamedTool(Part):
-    """A tool that is to be called."""
+    """A tool that must be called."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
