@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -424,6 +425,29 @@ def test_packages_that_are_not_installed_are_named(
         assert details["install"] in details["problem"]
     if "quantization_config" in changes:
         assert details["quantized"] == changes["quantization_config"]["quant_method"]
+
+
+def test_the_packages_of_a_quantization_are_those_that_transformers_asks_for() -> None:
+    """Wherever a quantizer refuses for want of a package, preflight names one that is not installed."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from huggingface.inspection.packages import missing, quantizer_packages
+
+    names = Names()
+    for method, quantizer in AUTO_QUANTIZER_MAPPING.items():
+        made = object.__new__(quantizer)
+        made.quantization_config = MagicMock()
+        made.pre_quantized = True
+        try:
+            made.validate_environment(device_map=None)
+        except ImportError:
+            assert missing(quantizer_packages(names, method)), method
+        except Exception:  # noqa: BLE001 - it asks for a GPU, or for more of its settings
+            continue
+    assert quantizer_packages(names, "bitsandbytes") == {"accelerate", "bitsandbytes"}
+    assert quantizer_packages(names, "quanto") == {"accelerate", "optimum-quanto"}
+    assert quantizer_packages(names, "compressed-tensors") == {"compressed-tensors"}
+    assert quantizer_packages(names, "a(method") == quantizer_packages(names, None) == set()
 
 
 def test_an_adapter_names_its_base(root: Path) -> None:

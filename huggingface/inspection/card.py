@@ -15,8 +15,8 @@ from ..errors import LoadError
 from ..registry.records import ModelRecord
 from ..types import LoadOptions
 from . import folder as files
-from .headers import HeaderDamaged, gguf_header
-from .report import MOST_LOCAL_HEADER, template_files, tokenizer_config
+from .contents import gguf_head, template_files, tokenizer_config
+from .headers import HeaderDamaged
 from .rules import templates_of
 from .sources import cached_place, folder_place
 
@@ -46,8 +46,7 @@ def read_card(record: ModelRecord, options: LoadOptions) -> Card:
         if record.gguf_file is not None:
             if record.gguf_file not in place.names:
                 return Card()
-            name = record.gguf_file
-            header = gguf_header(lambda start, length: place.read(name, start, length), most=MOST_LOCAL_HEADER)
+            header = gguf_head(place, record.gguf_file)
             template = header.values.get("tokenizer.chat_template")
             texts = (template,) if isinstance(template, str) else ()
             return Card(texts, keys=header.values, license=_license(place.folder))

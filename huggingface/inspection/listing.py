@@ -12,11 +12,10 @@ from pathlib import Path
 from ..errors import InvalidModelId, LoadError
 from ..registry.records import check_model_id
 from . import folder as files
+from .contents import MOST_LOCAL_HEADER
 from .headers import HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
-
-_MOST_HEADER = 256 << 20  # bytes of a GGUF file's head
 
 
 def model_folders(models_dir: Path) -> Iterator[tuple[str, Path]]:
@@ -78,7 +77,7 @@ def _is_whole_gguf(path: Path) -> bool:
             return file.read(length)
 
     try:
-        end = gguf_header(read, most=_MOST_HEADER).end
+        end = gguf_header(read, most=MOST_LOCAL_HEADER).end
     except HeaderDamaged:
         return False
     return end is None or path.stat().st_size >= end

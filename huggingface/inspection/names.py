@@ -163,6 +163,22 @@ class Names:
                     yield from _required(ast.parse(source), name)
                 return
 
+    # A quantizer's class ----------------------------------------------------------------------------------------------
+
+    def quantizer_modules(self, method: str) -> set[str]:
+        """The modules without which weights of this quantization cannot be loaded (`quant_method` of a config)."""
+        listed, known = self._source("quantizers/auto.py"), self._source("utils/import_utils.py")
+        name = re.search(rf'"{re.escape(method)}(?:_[48]bit)?": (\w+Quantizer),', listed)
+        file = re.search(rf"from \.(\w+) import {name[1]}$", listed, re.MULTILINE) if name else None
+        source = self._source(f"quantizers/{file[1]}.py") if file else ""
+        modules = set()
+        for asked in re.findall(r"if (?:is_torch_cuda_available\(\) and )?not (is_\w+_available)\(\):\s+raise", source):
+            found = re.search(
+                rf'^def {asked}\(.*?_is_package_available\(\s*"([\w.]+)"', known, re.MULTILINE | re.DOTALL
+            )
+            modules |= {found[1]} if found else set()
+        return modules
+
     # Files ------------------------------------------------------------------------------------------------------------
 
     def _source(self, path: str) -> str:

@@ -16,20 +16,12 @@ from typing import Any
 from . import folder as files
 from .names import Names
 
-# Packages by what `pip install` calls them, where the module that tells of them has another name.
+# Packages by what `pip install` calls them, where the module that tells of them has another name than with `_` for `-`.
 _MODULES: Mapping[str, str] = {
     "protobuf": "google.protobuf",
-    "mistral-common": "mistral_common",
-    "compressed-tensors": "compressed_tensors",
-    "auto-round": "auto_round",
     "optimum-quanto": "optimum.quanto",
     "amd-quark": "quark",
     "flute-kernel": "flute",
-    "fast-hadamard-transform": "fast_hadamard_transform",
-    "spqr-quant": "spqr_quant",
-    "fbgemm-gpu": "fbgemm_gpu",
-    "unidic-lite": "unidic_lite",
-    "sudachidict-core": "sudachidict_core",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "opencv-python": "cv2",
@@ -38,34 +30,6 @@ _MODULES: Mapping[str, str] = {
     "flash-attn": "flash_attn",
 }
 _PACKAGES: Mapping[str, str] = {module: package for package, module in _MODULES.items()}
-
-# What transformers' quantizers ask for, by the method that a config names.
-_QUANTIZERS: Mapping[str, tuple[str, ...]] = {
-    "awq": ("gptqmodel", "accelerate"),
-    "gptq": ("optimum", "gptqmodel"),
-    "aqlm": ("aqlm", "accelerate"),
-    "auto-round": ("auto-round",),
-    "bitnet": ("accelerate",),
-    "bitsandbytes": ("bitsandbytes", "accelerate"),
-    "compressed-tensors": ("compressed-tensors",),
-    "eetq": ("kernels", "accelerate"),
-    "fbgemm_fp8": ("fbgemm-gpu", "accelerate"),
-    "fp8": ("accelerate",),
-    "fouroversix": ("fouroversix",),
-    "fp_quant": ("fp_quant",),
-    "higgs": ("flute-kernel", "fast-hadamard-transform", "accelerate"),
-    "hqq": ("hqq",),
-    "metal": ("kernels",),
-    "mxfp4": ("accelerate",),
-    "mxfp8": ("accelerate",),
-    "nvfp4": ("kernels",),
-    "quanto": ("optimum-quanto", "accelerate"),
-    "quark": ("amd-quark",),
-    "sinq": ("sinq",),
-    "spqr": ("spqr-quant", "accelerate"),
-    "torchao": ("torchao",),
-    "vptq": ("vptq", "accelerate"),
-}
 # What BERT's Japanese tokenizer splits words with, by the name in its config.
 _JAPANESE: Mapping[str, tuple[str, ...]] = {
     "mecab": ("fugashi",),
@@ -77,7 +41,7 @@ _DICTIONARIES: Mapping[str, str] = {"ipadic": "ipadic", "unidic_lite": "unidic-l
 
 def missing(packages: Iterable[str]) -> list[str]:
     """Those of the packages that are not installed, sorted."""
-    return sorted({package for package in packages if not _installed(_MODULES.get(package, package))})
+    return sorted({package for package in packages if not _installed(_MODULES.get(package, package.replace("-", "_")))})
 
 
 def _installed(module: str) -> bool:
@@ -87,9 +51,10 @@ def _installed(module: str) -> bool:
         return False
 
 
-def quantizer_packages(method: str | None) -> tuple[str, ...]:
+def quantizer_packages(names: Names, method: str | None) -> set[str]:
     """What loading weights of this quantization needs."""
-    return _QUANTIZERS.get(method or "", ())
+    modules = names.quantizer_modules(method) if method is not None else ()
+    return {_PACKAGES.get(module, module.replace("_", "-")) for module in modules}
 
 
 def tokenizer_packages(

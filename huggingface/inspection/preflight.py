@@ -19,10 +19,11 @@ from ..tasks import MODEL_TYPES
 from ..types import LoadOptions
 from . import folder as files
 from .card import Card, read_card
+from .contents import gguf_names
 from .listing import model_folders
 from .lora import WEIGHTS
 from .names import Names
-from .report import Look, blank, gguf_names, look_at_adapter
+from .report import Look, blank, look_at_adapter
 from .sources import (
     Place,
     as_load_error,

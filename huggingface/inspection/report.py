@@ -6,11 +6,7 @@ not know how the files are reached.
 
 from __future__ import annotations
 
-import fnmatch
-import json
-import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -27,23 +23,17 @@ from ..errors import (
 from ..modeling import rotary
 from ..tasks import Head
 from ..types import LoadOptions
+from . import contents, packages
 from . import folder as files
-from . import packages
 from . import rules as traits
-from .headers import HeaderDamaged, Tensor, gguf_header, safetensors_header
+from .headers import HeaderDamaged
 from .heads import AUTO_CLASSES
 from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from .names import Names
 from .sources import Place
 
-logger = logging.getLogger(__name__)
-
-_MOST_HEADER = 16 << 20  # bytes of one header that comes from the Hub
-MOST_LOCAL_HEADER = 256 << 20
-_AT_ONCE = 8
 _MANY = 8  # files from which on the Hub's own count of the parameters is taken, rather than each one's header
 
-_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
 _PLAIN_GGUF = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
 
 
@@ -53,9 +43,7 @@ class Look:
     def __init__(self, place: Place, options: LoadOptions, names: Names, wanted: tuple[Head, ...] | None) -> None:
         """`wanted` are the heads of the type that the model is registered as, if it is."""
         self._place, self._options, self._names, self._wanted = place, options, names, wanted
-        self.products: dict[
-            str, tuple[int, ...]
-        ] = {}  # the shapes of its weights by their names, as far as it was seen
+        self.products: dict[str, tuple[int, ...]] = {}  # the shapes of its weights by their names, as far as seen
         self.details = {**blank(), "reachable": True, "source": place.source, "commit": place.commit}
 
     def take(self, gguf_file: str | None, *, strict: bool = False) -> dict[str, Any]:
@@ -87,7 +75,7 @@ class Look:
         model_id = place.model_id
         if "model_index.json" in place.names and "config.json" not in place.names:
             raise files.diffusion(model_id)
-        if ggufs := gguf_names(place):
+        if ggufs := contents.gguf_names(place):
             details["gguf_files"] = ggufs
             if not {*files.SAFETENSORS, *files.PICKLES, "adapter_config.json"} & set(place.names):
                 raise FilesMissing(
@@ -100,8 +88,8 @@ class Look:
         details["config_type"] = kind or None
         details["quantized"], _bits = traits.quantization_of(config)
         details["embedding"] = "modules.json" in place.names
-        tokenizer = tokenizer_config(place)
-        templates = traits.templates_of(tokenizer, template_files(place))
+        tokenizer = contents.tokenizer_config(place)
+        templates = traits.templates_of(tokenizer, contents.template_files(place))
         details["chat_template"] = bool(templates)
         details["tools"] = traits.mentions_tools(templates)
         details["context_length"] = traits.context_of(names, config)
@@ -127,7 +115,7 @@ class Look:
             raise NotServed(
                 f"Model '{model_id}' is a {', '.join(architectures[:3])}, which does none of this server's text tasks"
             )
-        needed = set(packages.quantizer_packages(details["quantized"]))
+        needed = packages.quantizer_packages(names, details["quantized"])
         needed |= packages.tokenizer_packages(names, kind, tokenizer, place.names)
         if model_id in self._options.trust_remote_code:
             modules = files.code_modules(place.folder, model_id).get(model_id, [])
@@ -144,7 +132,7 @@ class Look:
                 f"Model '{model_id}': transformers {names.version} does not know this kind of model (model_type in "
                 "config.json)"
             )
-        if place.listed and not _has_tokenizer(place):
+        if place.listed and not contents.has_tokenizer(place):
             raise FilesMissing(
                 f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
             )
@@ -162,7 +150,7 @@ class Look:
             files.check(model_id, place.folder, allow_pickle=options.allow_pickle, trusted=options.trust_remote_code)
             return
         for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
-            _object(place, name)
+            contents.json_object(place, name)
         config = files.read_config(model_id, place.folder)
         known = files.weight_names(config, model_id, allow_pickle=options.allow_pickle)
         if not any(name in place.names for name in known):
@@ -173,7 +161,7 @@ class Look:
                 "(model.safetensors)"
             )
         if place.listed:
-            for name in _weight_files(place, config):
+            for name in contents.weight_files(place, config):
                 if name not in place.names:
                     raise FilesMissing(
                         f"Model '{model_id}': its repository on the Hub lacks {name}, so it cannot be loaded here"
@@ -184,7 +172,7 @@ class Look:
         place = self._place
         try:
             config = files.read_config(place.model_id, place.folder)
-            names = _weight_files(place, config)
+            names = contents.weight_files(place, config)
         except LoadError:
             return  # told of already
         self._measure(names, *traits.quantization_of(config))
@@ -194,7 +182,7 @@ class Look:
         details, place = self.details, self._place
         if "adapter_config.json" not in place.names:
             return
-        base = _object(place, "adapter_config.json").get("base_model_name_or_path")
+        base = contents.json_object(place, "adapter_config.json").get("base_model_name_or_path")
         details["adapter"] = None if not isinstance(base, str) else public(ValueError(base))
         if "config.json" not in place.names:
             names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in place.names]
@@ -208,7 +196,7 @@ class Look:
             details["parameters"] = sum(place.counted.values())
             details["dtypes"] = traits.bytes_of_counts(place.counted)
         else:
-            tensors = _tensors(place, names)
+            tensors = contents.tensors(place, names)
             self.products = {name: tensor.shape for name, tensor in tensors.items()} if quantization is None else {}
             if tensors:
                 details["parameters"] = traits.count_parameters(tensors, quantization, bits)
@@ -224,9 +212,8 @@ class Look:
         damaged = FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
         if place.listed and name not in place.names:
             raise FilesMissing(f"Model '{model_id}': there is no {name} among its files")
-        most = MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
         try:
-            header = gguf_header(lambda start, length: place.read(name, start, length), most=most)
+            header = contents.gguf_head(place, name)
         except HeaderDamaged as error:
             raise damaged from error
         kind = traits.text(header.values.get("general.architecture"))
@@ -308,97 +295,12 @@ def look_at_adapter(what: str, place: Place, products: Mapping[str, tuple[int, .
     else:
         if CONFIG not in place.names:
             raise FilesMissing(f"{what}: its folder holds no {CONFIG}; put the complete adapter there")
-        config = _object(place, CONFIG)
+        config = contents.json_object(place, CONFIG)
         check_config(what, config)
         if place.listed and WEIGHTS not in place.names:
             check_pickled(what, place.names)
-        head = _tensors(place, [WEIGHTS])
+        head = contents.tensors(place, [WEIGHTS])
     check_factors(what, config, head, products)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def _object(place: Place, name: str) -> dict[str, Any]:
-    """A JSON object among the small files; an empty one where there is no such file.
-
-    Raises:
-        FilesCorrupt: it is damaged.
-    """
-    path = place.folder / name
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise FilesCorrupt(f"Model '{place.model_id}': {name} is damaged (not JSON); download it again") from error
-    if not isinstance(value, dict):
-        raise FilesCorrupt(f"Model '{place.model_id}': {name} is damaged (not a JSON object); download it again")
-    return value
-
-
-def tokenizer_config(place: Place) -> dict[str, Any]:
-    """The tokenizer's config, and the special tokens that older ones keep beside it."""
-    config = _object(place, "tokenizer_config.json")
-    try:
-        special = _object(place, "special_tokens_map.json")
-    except FilesCorrupt:
-        special = {}
-    return {**{name: value for name, value in special.items() if name == "mask_token"}, **config}
-
-
-def template_files(place: Place) -> list[str]:
-    """The chat templates that are files of their own."""
-    found = []
-    for path in (place.folder / "chat_template.jinja", *place.folder.glob("additional_chat_templates/*.jinja")):
-        if path.is_file():
-            found.append(path.read_text(encoding="utf-8", errors="replace"))
-    inner = _object(place, "chat_template.json").get("chat_template")
-    return [*found, inner] if isinstance(inner, str) else found
-
-
-def _has_tokenizer(place: Place) -> bool:
-    names = [name for name in place.names if "/" not in name]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZER)
-
-
-def gguf_names(place: Place) -> list[str]:
-    return sorted(name for name in place.names if name.lower().endswith(".gguf"))
-
-
-def _weight_files(place: Place, config: dict[str, Any]) -> list[str]:
-    """The files of the weights: the one, or those that its index lists. Pickles too, to be named and not to be read."""
-    known = files.weight_names(config, place.model_id, allow_pickle=True)
-    first = next((name for name in known if name in place.names), None)
-    if first is None or not first.endswith(".json"):
-        return [] if first is None else [first]
-    try:
-        return files.shards(place.model_id, place.folder, first)
-    except OSError:
-        return []
-
-
-def _tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
-    """What all the heads list together; nothing where one cannot be had."""
-
-    def head(name: str) -> dict[str, Tensor] | None:
-        most = MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
-        return safetensors_header(lambda start, length: place.read(name, start, length), most=most)
-
-    if not names or not all(name.endswith(".safetensors") for name in names):
-        return {}
-    try:
-        if place.source == "hub":
-            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="preflight") as pool:
-                heads = list(pool.map(head, names))
-        else:
-            heads = [head(name) for name in names]
-    except Exception as error:  # noqa: BLE001 - what the config tells stands without them
-        logger.info("the heads of the weights of %s cannot be read: %s", place.model_id, error)
-        return {}
-    if any(found is None for found in heads):
-        return {}
-    return {name: tensor for found in heads if found is not None for name, tensor in found.items()}
 
 
 def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any], head: Head | None) -> bool:
