@@ -164,10 +164,14 @@ class Progress:
             self._changed.wait_for(lambda: self._version != version, seconds)
             return self._version, self._moment()
 
-    def phases(self, version: int) -> list[Moment]:
-        """The phases that began after `version`, as they began: a short one may be over by now."""
+    def since(self, version: int) -> tuple[int, list[Moment]]:
+        """What is new after `version` (begin with -1): phases that are over by now, as they began, and the present
+        state, with its version. Nothing where nothing has changed."""
         with self._changed:
-            return [moment for begun, moment in self._begun if begun > version]
+            if version == self._version:
+                return version, []
+            over = [moment for begun, moment in self._begun[:-1] if begun > version]
+            return self._version, [*over, self._moment()]
 
     def _moment(self) -> Moment:
         now = time.monotonic()

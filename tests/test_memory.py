@@ -637,7 +637,7 @@ def test_who_waited_for_a_load_gets_the_model_before_it_can_go_for_another(
 def waits_for_memory(manager: ModelManager, model_id: str) -> bool:
     """Whether a load of the model has found no room, and waits for it."""
     progress = manager.loading().get(model_id)
-    return progress is not None and "waiting" in [moment.phase for moment in progress.phases(-1)]
+    return progress is not None and "waiting" in [moment.phase for moment in progress.since(-1)[1]]
 
 
 def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage: Callable[..., ModelManager]) -> None:

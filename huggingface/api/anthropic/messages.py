@@ -17,14 +17,13 @@ from ...errors import LocalLLMError
 from ...registry.records import ModelRecord
 from ...types import Chunk
 from ..http.errors import anthropic_body, status_of
-from ..http.sse import NAMED_SSE, Events, event_stream
+from ..http.sse import NAMED_SSE, Events, Writer, event_stream
 from ..openai.chat import reason_of
 from ..openai.conversation import Conversation
 from ..openai.serving import new_id
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
 from ..requests.leasing import leased_model
-from ..requests.services import services
 from . import schemas
 from .turns import chat_messages, hides_thinking, wish_of
 
@@ -40,7 +39,6 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
 
     Raises: what loading and generating raise.
     """
-    registry = services().registry
     streams = bool(body.stream)
     with ExitStack() as stack:
         flight, model = stack.enter_context(leased_model(record, "messages", body.timeout, streams, body.keep_alive))
@@ -54,7 +52,7 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
             parameters = openai_parameters(record, model.own_parameters, asked)
             requests = conversation.requests(parameters, 1, streams=streams, logprobs=None, adapter=body.adapter)
             ticket = begin(model, flight, requests)
-        writer = _Writer(
+        blocks = _Blocks(
             record.model_id,
             lambda: conversation.parser(ticket.prompt_end),
             conversation,
@@ -64,13 +62,9 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
         )
         if not streams:
             for chunk in flight.chunks():
-                writer.chunk(chunk)
-            registry.record_use(record.model_id)
-            return writer.message()
-        framing = _Framing(writer, flight.request_id, lambda: registry.record_use(record.model_id))
-        response = event_stream(flight, ticket, framing, NAMED_SSE, framing.ping)
-        response.call_on_close(stack.pop_all().close)
-        return response
+                blocks.chunk(chunk)
+            return blocks.message()
+        return event_stream(flight.stream(), _Writer(blocks, flight.request_id), stack, NAMED_SSE)
 
 
 def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
         return {"input_tokens": model.count_prompt(request, flight.gone)}
 
 
-class _Writer:
+class _Blocks:
     """Makes the blocks of an answer, and the events that tell of them, as they are written."""
 
     def __init__(
@@ -203,31 +197,25 @@ def _object(arguments: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class _Framing:
+class _Writer(Writer[Chunk]):
     """The events of an answer."""
 
-    def __init__(self, writer: _Writer, request_id: str, done: Callable[[], None]) -> None:
-        self._writer = writer
+    def __init__(self, blocks: _Blocks, request_id: str) -> None:
+        self._blocks = blocks
         self._request_id = request_id
-        self._done = done
         self._begun = False
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """What a piece of the answer becomes."""
-        return [*self._begin(), *self._writer.chunk(chunk)]
+        return [*self._begin(), *self._blocks.chunk(chunk)]
 
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """That it waits."""
-        return self.ping()
-
-    def ping(self) -> Events:
+    def silence(self) -> Events:
         """That it is still at work."""
         return [*self._begin(), {"type": "ping"}]
 
     def end(self) -> Events:
         """Why it ended, and the counts."""
-        self._done()
-        yield {"type": "message_delta", "delta": self._writer.ending(), "usage": self._writer.usage()}
+        yield {"type": "message_delta", "delta": self._blocks.ending(), "usage": self._blocks.usage()}
         yield {"type": "message_stop"}
 
     def error(self, error: LocalLLMError) -> Events:
@@ -238,4 +226,4 @@ class _Framing:
         if self._begun:
             return []
         self._begun = True
-        return [{"type": "message_start", "message": self._writer.message()}]
+        return [{"type": "message_start", "message": self._blocks.message()}]

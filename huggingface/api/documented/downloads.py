@@ -6,21 +6,21 @@ A download is a job of the server, which any number of callers share: a client t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ...errors import DownloadNotFound, InvalidRequest, ServerFull
+from ...errors import DownloadNotFound, InvalidRequest, LocalLLMError
 from ...hub.downloads import Downloads
 from ...hub.job import Job
 from ...progress import Moment
 from ..http.errors import body as failure
-from ..http.errors import log
-from ..http.sse import SSE
-from ..requests.services import services
+from ..http.sse import HOLD, Events, Writer, event_stream
+from ..requests.services import admitted, services
 from ..requests.waiting import at_once
+from ..requests.work import moments
 from . import download_schemas, schemas
 from .models import called, get_model, remove_model
 
@@ -31,12 +31,6 @@ blueprint = APIBlueprint(
     abp_tags=[Tag(name="Downloads", description="Bringing the files of models here from the Hugging Face Hub.")],
     abp_responses={**schemas.FAILURES, **schemas.REGISTRY_FAILURES},
 )
-
-# Seconds. An answer is held back for so long, as most jobs find at once that there is nothing to do, or that they
-# cannot; then events come at most so often; and so often something is sent in silence.
-_HOLD = 1.0
-_BETWEEN = 0.1
-_KEEP_ALIVE = 2.0
 
 
 @blueprint.post(
@@ -52,11 +46,19 @@ def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody)
     under_way = downloads.running(path.model_id)
     job = downloads.start(record)
     _settle(job)
-    message = f"Download of model '{path.model_id}' {'is under way' if under_way else 'started'}"
+    told = moments(job, hold=0)
     if job.over:
         job.result()
-        message = f"Model '{path.model_id}' is {'downloaded' if job.brought else 'here already'}"
-    return _stream(job, message) if body.stream else _answer(job, message)
+        told, message = iter(()), f"Model '{path.model_id}' is {'downloaded' if job.brought else 'here already'}"
+    elif body.stream:
+        message = f"Model '{path.model_id}' is downloaded"
+    else:
+        message = f"Download of model '{path.model_id}' {'is under way' if under_way else 'started'}"
+    if not body.stream:
+        return _answer(job, message)
+    with ExitStack() as stack:
+        stack.enter_context(admitted())
+        return event_stream(told, _Writer(job, message), stack)
 
 
 @blueprint.get("/models/<path:model_id>/download", responses={200: download_schemas.DownloadState})
@@ -68,7 +70,7 @@ def show_download(path: schemas.ModelPath) -> dict[str, Any]:
     record, downloads = services().registry.get(path.model_id), _downloads()
     job = downloads.get(path.model_id)
     if job is not None:
-        return {"success": True, "download": _shape(job)}
+        return {"success": True, "download": _shape(job, job.progress.now())}
     left = downloads.left_behind(path.model_id)
     if left is None:
         raise DownloadNotFound(path.model_id)
@@ -95,52 +97,37 @@ def _downloads() -> Downloads:
 
 
 def _settle(job: Job) -> None:
-    """Wait a moment for a job to be over, or to have something to bring."""
-    end, version = time.monotonic() + _HOLD, -1
+    """Wait a moment for a job to be over, or to have something to bring; most have nothing to do."""
+    end, version = time.monotonic() + HOLD, -1
     while not job.over and (left := end - time.monotonic()) > 0:
         version, moment = job.progress.wait(version, left)
         if moment.total is not None and moment.done < moment.total:
             return
 
 
-def _shape(job: Job) -> dict[str, Any]:
-    ids = {"model_id": job.model_id, "revision": job.revision, "commit": job.commit}
-    return {**ids, **job.progress.now().to_dict()}
+def _shape(job: Job, moment: Moment) -> dict[str, Any]:
+    return {"model_id": job.model_id, "revision": job.revision, "commit": job.commit, **moment.to_dict()}
 
 
 def _answer(job: Job, message: str) -> dict[str, Any]:
-    return {"success": True, "message": message, "download": _shape(job)}
+    return {"success": True, "message": message, "download": _shape(job, job.progress.now())}
 
 
-def _stream(job: Job, message: str) -> Response:
-    """How far the job is as events. It has a thread of the server, so it counts among what waits for models.
+class _Writer(Writer[Moment]):
+    """The events of a download, and last `message` with how it stands."""
 
-    `message` is that of a job that is over already.
+    def __init__(self, job: Job, message: str) -> None:
+        self._job = job
+        self._message = message
 
-    Raises:
-        ServerFull: as many wait as may.
-    """
-    places = services().places
-    if not places.acquire(blocking=False):
-        raise ServerFull
-    message = message if job.over else f"Model '{job.model_id}' is downloaded"
-    response = SSE.response(_events(job, message))
-    response.call_on_close(places.release)
-    return response
+    def write(self, moment: Moment) -> Events:
+        """How far it is."""
+        yield _shape(self._job, moment)
 
+    def end(self) -> Events:
+        """The answer."""
+        yield _answer(self._job, self._message)
 
-def _events(job: Job, message: str) -> Iterator[bytes]:
-    version = -1
-    while not job.over:
-        seen, _ = job.progress.wait(version, _KEEP_ALIVE)
-        if seen == version:
-            yield SSE.silence
-        else:
-            version = seen
-            yield from SSE.encoded([_shape(job)])
-            job.wait(_BETWEEN)
-    if job.error is not None:
-        log(job.error, "a download")
-        yield from SSE.encoded([failure(str(job.error))])
-    else:
-        yield from SSE.encoded([_answer(job, message)])
+    def error(self, error: LocalLLMError) -> Events:
+        """An error's documented body."""
+        yield failure(str(error))

@@ -5,17 +5,20 @@ Every view is parse, call, shape. A client that hangs up while it waits is notic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
 from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
-from ...errors import InvalidRequest, MissingField
+from ...errors import InvalidRequest, LocalLLMError, MissingField
 from ...registry.records import ModelRecord
 from ...types import Chunk, Constraint, GenerationRequest
-from ..http.sse import DocumentedFraming, event_stream
+from ..http.errors import body as failure
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import generation_parameters, task_parameters
+from ..requests.active import InFlight
 from ..requests.fan_out import named
 from ..requests.leasing import leased_model
 from ..requests.services import services
@@ -61,24 +64,20 @@ def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
     if len(forms) > 1:
         raise InvalidRequest(f"Give only one of {', '.join(forms)}", next(iter(forms)))
     constraint = next((Constraint(kind, forms[kind]) for kind in _FORMS if kind in forms), None)
-    registry = services().registry
-    record = registry.get(fields.pop("model_id"))
+    record = services().registry.get(fields.pop("model_id"))
     parameters = generation_parameters(record, fields)
     with ExitStack() as stack:
         flight, model = stack.enter_context(leased_model(record, "generate", timeout, bool(streams), keep_alive))
         with named({} if "messages" in source else {"messages": "prompt"}):
             request = _request(record, source, parameters, bool(streams), constraint, adapter)
-            ticket = flight.attach(model.generate(request, flight.gone))
+            flight.attach(model.generate(request, flight.gone))
 
         def answer(chunks: list[Chunk]) -> dict[str, Any]:
-            registry.record_use(record.model_id)
             return _generated(record, source, chunks, forms | ({"adapter": adapter} if adapter is not None else {}))
 
         if not streams:
             return answer(list(flight.chunks()))
-        response = event_stream(flight, ticket, DocumentedFraming(answer))
-        response.call_on_close(stack.pop_all().close)  # only now: an error before the first token ends it here
-        return response
+        return event_stream(flight.stream(), _Writer(flight, answer), stack)
 
 
 @blueprint.post("/pipeline", responses={200: inference_schemas.PipelineAnswer})
@@ -140,3 +139,36 @@ def _generated(
         },
         "timings": timings,  # the encoder writes it as its fields
     }
+
+
+class _Writer(Writer[Chunk]):
+    """The events of `/generate`: pieces of text, and last the documented answer."""
+
+    def __init__(self, flight: InFlight, shape: Callable[[list[Chunk]], dict[str, Any]]) -> None:
+        """`shape` makes the answer of the sequences' last chunks."""
+        self._flight = flight
+        self._shape = shape
+        self._last: list[Chunk] = []
+        self._position: int | None = None  # that was told
+
+    def write(self, chunk: Chunk) -> Events:
+        """A piece of text by its sequence."""
+        if chunk.finish_reason is not None:
+            self._last.append(chunk)
+        if chunk.text:
+            yield {"index": chunk.index, "text": chunk.text}
+
+    def silence(self) -> Events:
+        """The place in the queue, whenever it changes."""
+        position = self._flight.position
+        if position not in (None, self._position):
+            self._position = position
+            yield {"request_id": self._flight.request_id, "position": position}
+
+    def end(self) -> Events:
+        """The answer."""
+        yield self._shape(self._last)
+
+    def error(self, error: LocalLLMError) -> Events:
+        """An error's documented body."""
+        yield failure(str(error))

@@ -13,14 +13,16 @@ from typing import Any
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
-from ...errors import InvalidRequest, MissingField, ModelExists, ModelNotFound
-from ...progress import Progress
+from ...errors import InvalidRequest, LocalLLMError, MissingField, ModelExists, ModelNotFound
+from ...progress import Moment, Progress
 from ...registry import records
 from ...tasks import MODEL_TYPES
-from ..http.load_events import load_events
+from ..http.errors import body as failure
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import check_registered
 from ..requests.services import Services, admitted, services
 from ..requests.waiting import at_once
+from ..requests.work import Work, moments
 from . import model_schemas, schemas
 
 blueprint = APIBlueprint(
@@ -207,7 +209,27 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
             return load(request.environ.get("waitress.client_disconnected", lambda: False))
     with ExitStack() as stack:
         stack.enter_context(admitted())
-        return load_events(load, stack.pop_all().close)
+        work = stack.enter_context(Work(load))
+        return event_stream(moments(work), _Writer(work), stack)
+
+
+class _Writer(Writer[Moment]):
+    """The events of a load: how far it is, and last the documented answer or error."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def write(self, moment: Moment) -> Events:
+        """A moment as it is."""
+        yield {"progress": moment.to_dict()}
+
+    def end(self) -> Events:
+        """The answer as it is."""
+        yield self._work.result()
+
+    def error(self, error: LocalLLMError) -> Events:
+        """An error's documented body."""
+        yield failure(str(error))
 
 
 def _describe(present: Services, record: records.ModelRecord, commit: str | None) -> None:

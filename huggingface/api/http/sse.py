@@ -1,33 +1,36 @@
-"""A ticket as a stream of events: server-sent ones, or lines of JSON.
+"""Event streams: the one way to send an answer bit by bit, as server-sent events or as lines of JSON.
 
-Silence is filled with what says nothing or with the protocol's own pings, which also find out dead connections. The
-response begins when there is something to tell, so that whatever goes wrong before has a status of its own. What the
-events say is the framing's business, how they are written the encoding's.
+A source gives items as they come, None in silence, and raises what ends it. A writer turns items into the events of its
+protocol, and an encoding makes bytes of those. The response begins with the first item, so that whatever goes wrong
+before has a status of its own; silence is filled, which also finds dead connections. Serves any request thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from itertools import chain, islice
+from typing import Any, Protocol, TypeVar
 
 from flask import Response
 
-from ...engine.ticket import Ticket
 from ...errors import LocalLLMError
-from ...types import Chunk
-from ..requests.active import InFlight
-from .errors import body, log
+from .errors import log
 from .json import encoded
 
-# Seconds. A request that has nothing to tell for so long, because it waits or is being read, begins its response
-# anyhow; and so often something is sent in silence.
-_HOLD = 1.0
-_KEEP_ALIVE = 2.0
+logger = logging.getLogger(__name__)
+
+# Seconds: so long a source has nothing to tell before its response begins all the same, as an error that comes by then
+# has its status; and so often it says after that that it is silent.
+HOLD = 1.0
+KEEP_ALIVE = 2.0
 
 # JSON values, or bytes where an event is no JSON.
-Events = Iterable[dict[str, Any] | bytes]
-_Encode = Callable[[Events], Iterator[bytes]]
+Events = Iterable[Mapping[str, Any] | bytes]
+Item = TypeVar("Item")
+Written = TypeVar("Written", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Encoding:
         """Each event as bytes."""
         for event in events:
             data = event if isinstance(event, bytes) else encoded(event)
-            name = f"event: {event['type']}\n".encode() if self.named and isinstance(event, dict) else b""
+            name = f"event: {event['type']}\n".encode() if self.named and not isinstance(event, bytes) else b""
             yield name + self.before + data + self.after
 
     def response(self, stream: Iterable[bytes]) -> Response:
@@ -63,101 +66,51 @@ NAMED_SSE = replace(SSE, named=True)
 NDJSON = Encoding("application/x-ndjson", b"", b"\n", b" ")
 
 
-class Framing(Protocol):
-    """The events that tell of a generation."""
+class Writer(Protocol[Written]):
+    """The events of a protocol."""
 
-    def chunk(self, chunk: Chunk) -> Events:
-        """What a piece of text becomes."""
+    def write(self, item: Written) -> Events:
+        """What an item of the source becomes."""
 
-    def position(self, request_id: str, position: int) -> Events:
-        """What tells of a place in the queue; silence is sent where that is nothing."""
+    def silence(self) -> Events:
+        """What fills a silence; where that is nothing, the encoding's own is sent."""
+        return ()
 
     def end(self) -> Events:
         """What comes when all is told."""
+        return ()
 
     def error(self, error: LocalLLMError) -> Events:
         """What ends a stream that failed."""
 
 
-class DocumentedFraming:
-    """The events of `/generate`: pieces of text, and last the documented answer."""
-
-    def __init__(self, shape: Callable[[list[Chunk]], dict[str, Any]]) -> None:
-        """`shape` makes the answer of the sequences' last chunks."""
-        self._shape = shape
-        self._last: list[Chunk] = []
-
-    def chunk(self, chunk: Chunk) -> Events:
-        """A piece of text by its sequence."""
-        if chunk.finish_reason is not None:
-            self._last.append(chunk)
-        if chunk.text:
-            yield {"index": chunk.index, "text": chunk.text}
-
-    def position(self, request_id: str, position: int) -> Events:
-        """A place in the queue by the request's id."""
-        yield {"request_id": request_id, "position": position}
-
-    def end(self) -> Events:
-        """The answer."""
-        yield self._shape(self._last)
-
-    def error(self, error: LocalLLMError) -> Events:
-        """An error's documented body."""
-        yield body(str(error))
-
-
 def event_stream(
-    flight: InFlight,
-    ticket: Ticket,
-    framing: Framing,
-    encoding: Encoding = SSE,
-    ping: Callable[[], Events] = lambda: (),
+    source: Iterator[Item | None], writer: Writer[Item], stack: ExitStack, encoding: Encoding = SSE
 ) -> Response:
-    """The response that streams `ticket`, framed by `framing`.
+    """The response that streams `source` as `writer` tells it.
 
-    `ping` gives the events that fill a silence; where there are none, the encoding's own is sent. The ticket is
-    cancelled when the response is sent or its client has gone.
+    `stack` is closed when the response is sent, or its client has gone.
 
-    Raises: what ended the request before its first token.
+    Raises: what ended the source before its first item; the stack is the caller's then.
     """
-    first = _first(flight)
-    response = encoding.response(_events(flight, first, framing, encoding, ping))
-    response.call_on_close(ticket.cancel)
+    first = list(islice(source, 1))
+    response = encoding.response(_written(chain(first, source), writer, encoding))
+    response.call_on_close(stack.pop_all().close)
     return response
 
 
-def _first(flight: InFlight) -> Chunk | None:
-    """The first chunk, or None if it takes long."""
-    return next(flight.chunks()) if flight.wait(_HOLD) else None
-
-
-def _events(
-    flight: InFlight, first: Chunk | None, framing: Framing, encoding: Encoding, ping: Callable[[], Events]
-) -> Iterator[bytes]:
+def _written(source: Iterator[Item | None], writer: Writer[Item], encoding: Encoding) -> Iterator[bytes]:
     try:
-        if first is None:
-            yield from _silence(flight, framing, encoding, ping)
-        else:
-            yield from encoding.encoded(framing.chunk(first))
-        for chunk in flight.chunks():
-            yield from encoding.encoded(framing.chunk(chunk))
-        yield from encoding.encoded(framing.end())
+        for item in source:
+            if item is None:
+                yield from list(encoding.encoded(writer.silence())) or [encoding.silence]
+            else:
+                yield from encoding.encoded(writer.write(item))
+        yield from encoding.encoded(writer.end())
     except LocalLLMError as error:
-        flight.failure = error
         log(error, "a stream")
-        yield from encoding.encoded(framing.error(error))
-
-
-def _silence(flight: InFlight, framing: Framing, encoding: Encoding, ping: Callable[[], Events]) -> Iterator[bytes]:
-    """Its place in the queue whenever that changes, and pings, or what says nothing, until a chunk or the end comes."""
-    told: int | None = None
-    while True:
-        position = flight.position
-        events: list[bytes] = []
-        if position is not None and position != told:
-            told = position
-            events = list(encoding.encoded(framing.position(flight.request_id, position)))
-        yield from events or list(encoding.encoded(ping())) or [encoding.silence]
-        if flight.wait(_KEEP_ALIVE):
-            return
+        yield from encoding.encoded(writer.error(error))
+    except Exception:
+        logger.exception("a stream failed")
+        unforeseen = LocalLLMError("Internal server error; the server's log has the details")
+        yield from encoding.encoded(writer.error(unforeseen))

@@ -6,7 +6,7 @@ Source: https://huggingface.co/docs/text-generation-inference. Must not know the
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,12 +17,11 @@ from ...errors import InvalidRequest, LocalLLMError
 from ...registry.records import ModelRecord
 from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.errors import body as error_body
-from ..http.sse import Events, event_stream
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import hub_parameters
 from ..parameters.schemas import validate
 from ..requests.fan_out import begin, likelihood, named, seeded
 from ..requests.leasing import leased_model
-from ..requests.services import services
 from .schemas import HubBody, OneText
 
 # What the engine calls otherwise.
@@ -42,7 +41,6 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
     """
     prompt = validate(OneText, {"inputs": body.inputs})["inputs"]
     count, streams, most = wanted.get("best_of", 1), bool(body.stream), wanted.get("truncate")
-    registry = services().registry
     with ExitStack() as stack, named({**_WORDS, **fields}):
         parameters = hub_parameters(record, _generation(wanted))
         if count > 1:
@@ -65,13 +63,9 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
             begin(model, flight, requests)
             made = sorted(flight.chunks(), key=lambda chunk: chunk.index)
             made.sort(key=likelihood, reverse=True)
-            registry.record_use(record.model_id)
             return jsonify([_answer(made, prompt, wanted, parameters)])
-        ticket = flight.attach(model.generate(request, flight.gone))
-        framing = _Framing(prompt, wanted, parameters, lambda: registry.record_use(record.model_id))
-        response = event_stream(flight, ticket, framing)
-        response.call_on_close(stack.pop_all().close)
-        return response
+        flight.attach(model.generate(request, flight.gone))
+        return event_stream(flight.stream(), _Writer(prompt, wanted, parameters), stack)
 
 
 def _check_best_of(streams: bool, parameters: Mapping[str, Any]) -> None:
@@ -174,20 +168,14 @@ def _answer(
     return answer
 
 
-class _Framing:
+class _Writer(Writer[Chunk]):
     """TGI's events: one for each token, the last one with the whole text.
 
     The tokens' texts add up to that text: a special token that is not part of it has none, and a character that takes
     several tokens comes with the last of them, for whoever prints them as they come.
     """
 
-    def __init__(
-        self,
-        prompt: str,
-        wanted: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        done: Callable[[], None],
-    ) -> None:
+    def __init__(self, prompt: str, wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
         self._prompt = prompt
         self._before = prompt if wanted.get("return_full_text") else ""
         self._alternatives = bool(wanted.get("top_n_tokens"))
@@ -196,9 +184,8 @@ class _Framing:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._untold = ""
         self._made = ""
-        self._done = done
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """An event for each token."""
         self._untold += chunk.text
         for place, token in enumerate(chunk.tokens, 1):
@@ -223,15 +210,6 @@ class _Framing:
         length = len(self._untold) if latest else len(own) if self._untold.startswith(own) else 0
         told, self._untold = self._untold[:length], self._untold[length:]
         return told
-
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """TGI has no word for it."""
-        return ()
-
-    def end(self) -> Events:
-        """Nothing: the last token's event was the end."""
-        self._done()
-        return ()
 
     def error(self, error: LocalLLMError) -> Events:
         """What ended it, where the clients look for it."""

@@ -18,12 +18,12 @@ from flask import Response
 
 from ...chat.parser import AnswerReader, CallArguments, CallStart, Content, Reasoning
 from ...chat.seams import Seams
-from ...errors import InvalidRequest, LocalLLMError
+from ...errors import LocalLLMError
 from ...registry.records import ModelRecord
 from ...types import Chunk, Constraint, GenerationRequest, Token
 from ..http.errors import ollama_body, status_of
 from ..http.fields import note_ignored
-from ..http.sse import NDJSON, Events, event_stream
+from ..http.sse import NDJSON, Events, Writer, event_stream
 from ..openai.serving import Told, chat_logprobs, within
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import named
@@ -88,7 +88,6 @@ def answer(
     Raises: what loading and generating raise.
     """
     begun = time.monotonic()
-    registry = services().registry
     wanted = Wanted.of(body.options)
     if body.truncate is not None:
         note_ignored("truncate")
@@ -103,23 +102,11 @@ def answer(
                 parameters, 1, streams=body.streams, logprobs=body.alternatives, adapter=body.adapter
             )
             ticket = flight.attach(model.generate(request, flight.gone))
-        try:
-            wanted.check_prompt(ticket.prompt_tokens)
-        except InvalidRequest:
-            ticket.cancel()
-            raise
-        lines = _Lines(
-            body.model,
-            shape,
-            source.parser(ticket.prompt_end),
-            Times(begun, loaded),
-            lambda: registry.record_use(record.model_id),
-        )
+        wanted.check_prompt(ticket.prompt_tokens)
+        lines = _Lines(body.model, shape, source.parser(ticket.prompt_end), Times(begun, loaded))
         if not body.streams:
             return lines.whole(list(flight.chunks()))
-        response = event_stream(flight, ticket, lines, NDJSON)
-        response.call_on_close(stack.pop_all().close)
-        return response
+        return event_stream(flight.stream(), lines, stack, NDJSON)
 
 
 def idle(record: ModelRecord, body: OllamaAnswering, task: str, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,15 +144,14 @@ class Times:
         }
 
 
-class _Lines:
-    """The lines of a stream, which is a framing of `sse`; or all of them as one."""
+class _Lines(Writer[Chunk]):
+    """The lines of a stream, or all of them as one."""
 
-    def __init__(self, name: str, shape: Shape, parser: AnswerReader, times: Times, done: Callable[[], None]) -> None:
+    def __init__(self, name: str, shape: Shape, parser: AnswerReader, times: Times) -> None:
         self._name = name
         self._shape = shape
         self._reader = _Reader(parser)
         self._times = times
-        self._done = done
         self._last: Chunk | None = None
         self._told = Told()
 
@@ -175,10 +161,9 @@ class _Lines:
         text = self._last.whole or ""
         said = self._reader.read(text, last=True)
         tokens = [token for chunk in chunks for token in chunk.tokens]
-        self._done()
         return self._line(said, within(text, tokens), self._ending())
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """A line for what a piece of text tells, if it tells something."""
         if chunk.finish_reason is not None:
             self._last = chunk
@@ -187,13 +172,8 @@ class _Lines:
         if said or tokens:
             yield self._line(said, tokens, {"done": False})
 
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """Ollama has no word for it."""
-        return ()
-
     def end(self) -> Events:
         """The counts and times."""
-        self._done()
         yield self._line(Said(), (), self._ending())
 
     def error(self, error: LocalLLMError) -> Events:

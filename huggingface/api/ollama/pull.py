@@ -1,7 +1,7 @@
 """`POST /api/pull`: this server's download of a model, told in Ollama's words; then the model is registered.
 
 A client that leaves gives its wait up, and the download with it where no other request waits for it; what has arrived
-stays. Serves any request thread, and the thread of `load_events`.
+stays. Serves any request thread, and the thread of its work.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from flask import Response, request
 
-from ...errors import InvalidRequest, ModelExists, ModelNotFound, ModelUnsupported
-from ...progress import Progress
+from ...errors import InvalidRequest, LocalLLMError, ModelExists, ModelNotFound, ModelUnsupported
+from ...progress import Moment, Progress
 from ...registry.records import ModelRecord, check_model_id
 from ..http.errors import ollama_body
 from ..http.fields import note_ignored
-from ..http.load_events import load_events
-from ..http.sse import NDJSON, Events
+from ..http.sse import NDJSON, Events, Writer, event_stream
 from ..requests.fan_out import named
 from ..requests.services import Services, admitted, services
+from ..requests.work import Work, moments
 from .models import digest
 from .names import Name, files_of, fits, parse
 from .schemas import OllamaPullBody
@@ -48,7 +48,8 @@ def pull(body: OllamaPullBody) -> dict[str, Any] | Response:
         return {"status": "success"}
     with ExitStack() as stack:
         stack.enter_context(admitted())
-        return load_events(bring, stack.pop_all().close, _Lines(name), NDJSON)
+        work = stack.enter_context(Work(bring))
+        return event_stream(moments(work), _Lines(name, work), stack, NDJSON)
 
 
 def _wanted(called: str) -> Name:
@@ -123,33 +124,34 @@ def _described(present: Services, record: ModelRecord) -> ModelRecord:
     return replace(record, model_type=details["model_type"], details=details)
 
 
-class _Lines:
-    """The lines of a pull: the framing of its events."""
+class _Lines(Writer[Moment]):
+    """The lines of a pull."""
 
-    def __init__(self, name: Name) -> None:
+    def __init__(self, name: Name, work: Work) -> None:
+        self._work = work
         self._digest = digest(ModelRecord(name.model_id, "", "", revision=name.tag))
         self._begun = False
 
-    def progress(self, moment: dict[str, Any]) -> Events:
+    def write(self, moment: Moment) -> Events:
         """How many bytes have arrived, of all files together."""
         yield from self._begin()
-        if moment["phase"] == "download" and moment["bytes_total"]:
+        if moment.phase == "download" and moment.total:
             yield {
                 "status": f"pulling {self._digest[:12]}",
                 "digest": f"sha256:{self._digest}",
-                "total": moment["bytes_total"],
-                "completed": moment["bytes_done"],
+                "total": moment.total,
+                "completed": moment.done,
             }
 
-    def result(self, result: dict[str, Any]) -> Events:
+    def end(self) -> Events:
         """That it is there, and registered."""
         yield from self._begin()
         yield {"status": "writing manifest"}
-        yield result
+        yield self._work.result()
 
-    def error(self, message: str) -> Events:
+    def error(self, error: LocalLLMError) -> Events:
         """What ended it."""
-        yield ollama_body(message, 500)
+        yield ollama_body(str(error), 500)
 
     def _begin(self) -> Events:
         if not self._begun:

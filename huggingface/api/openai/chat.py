@@ -17,11 +17,10 @@ from ...errors import LocalLLMError
 from ...registry.records import ModelRecord
 from ...types import Chunk, Constraint, Token
 from ..http.fields import note_ignored
-from ..http.sse import Events, event_stream
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
 from ..requests.leasing import leased_model
-from ..requests.services import services
 from . import schemas
 from .conversation import Conversation, Wish
 from .history import readable
@@ -35,7 +34,6 @@ def answer_chat(
 
     Raises: what loading and generating raise.
     """
-    registry = services().registry
     count = body.n or 1
     with ExitStack() as stack:
         flight, model = stack.enter_context(
@@ -73,23 +71,13 @@ def answer_chat(
         about["system_fingerprint"] = FINGERPRINT
         counted = Counted(count)
         if not body.stream:
-            answer = _whole(
+            return _whole(
                 list(flight.chunks()), conversation, ticket.prompt_end, about, body, counted, model.count_tokens
             )
-            registry.record_use(record.model_id)
-            return answer
-        framing = _Framing(
-            lambda: conversation.parser(ticket.prompt_end),
-            about,
-            body,
-            counted,
-            conversation,
-            lambda: registry.record_use(record.model_id),
-            model.count_tokens,
+        writer = _Writer(
+            lambda: conversation.parser(ticket.prompt_end), about, body, counted, conversation, model.count_tokens
         )
-        response = event_stream(flight, ticket, framing)
-        response.call_on_close(stack.pop_all().close)
-        return response
+        return event_stream(flight.stream(), writer, stack)
 
 
 # From OpenAI's words --------------------------------------------------------------------------------------------------
@@ -237,7 +225,7 @@ def message_of(parts: Sequence[Part], conversation: Conversation) -> dict[str, A
     return message
 
 
-class _Framing:
+class _Writer(Writer[Chunk]):
     """The events of a chat."""
 
     def __init__(
@@ -247,7 +235,6 @@ class _Framing:
         body: schemas.ChatBody,
         counted: Counted,
         conversation: Conversation,
-        done: Callable[[], None],
         count_tokens: Callable[[str], int],
     ) -> None:
         self._parser = parser
@@ -263,9 +250,8 @@ class _Framing:
         self._thought: dict[int, str] = defaultdict(str)
         self._count_tokens = count_tokens
         self._conversation = conversation
-        self._done = done
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """What a piece of one of the answers becomes: a delta for each kind of thing in it."""
         index = chunk.index
         self._counted.add(chunk)
@@ -312,13 +298,8 @@ class _Framing:
             return {**self._about, "choices": [choice]}
         return {**self._about, "choices": [choice], "usage": self._counted.so_far() if self._always else None}
 
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """OpenAI has no word for it."""
-        return ()
-
     def end(self) -> Events:
         """The counts, where they were asked for, and the end."""
-        self._done()
         if self._usage:
             self._counted.reasoning_tokens = sum(map(self._count_tokens, self._thought.values()))
             yield {**self._about, "choices": [], "usage": self._counted.to_dict()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,10 @@ from ...errors import InvalidRequest, LocalLLMError
 from ...registry.records import ModelRecord
 from ...served import ServedModel
 from ...types import Chunk, Constraint, GenerationRequest, Token
-from ..http.sse import Events, event_stream
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, likelihood, named, seeded
 from ..requests.leasing import leased_model
-from ..requests.services import services
 from .chat import form_of
 from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody
@@ -39,7 +38,6 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
         raise InvalidRequest(
             f"Invalid value for field 'prompt': at most {_MOST_STREAMS} texts can be streamed at once", "prompt"
         )
-    registry = services().registry
     with ExitStack() as stack:
         flight, model = stack.enter_context(
             leased_model(record, "completions", body.timeout, bool(body.stream), body.keep_alive)
@@ -52,16 +50,11 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
             for number in range(made)
         ]
         with named(_names(body)):
-            ticket = begin(model, flight, requests)
+            begin(model, flight, requests)
         shape = _Shape(body, model_name or record.model_id, [_echoed(body, model, prompt) for prompt in prompts], made)
         if not body.stream:
-            answer = shape.whole(list(flight.chunks()))
-            registry.record_use(record.model_id)
-            return answer
-        framing = _Framing(shape, lambda: registry.record_use(record.model_id))
-        response = event_stream(flight, ticket, framing)
-        response.call_on_close(stack.pop_all().close)
-        return response
+            return shape.whole(list(flight.chunks()))
+        return event_stream(flight.stream(), _Writer(shape), stack)
 
 
 def _parameters(record: ModelRecord, model: ServedModel, body: CompletionBody) -> dict[str, Any]:
@@ -186,17 +179,16 @@ class _Shape:
         return {"text": places.echo * first + text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-class _Framing:
+class _Writer(Writer[Chunk]):
     """The events of a completion."""
 
-    def __init__(self, shape: _Shape, done: Callable[[], None]) -> None:
+    def __init__(self, shape: _Shape) -> None:
         self._shape = shape
-        self._done = done
         self._places: dict[int, Places] = {}
         self._usage = bool(shape.stream_options and shape.stream_options.include_usage)
         self._always = bool(shape.stream_options and shape.stream_options.tells_always)
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """A piece of one of the texts."""
         shape, index = self._shape, chunk.index
         shape.counted.add(chunk)
@@ -210,13 +202,8 @@ class _Framing:
             del event["usage"]
         yield event
 
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """OpenAI has no word for it."""
-        return ()
-
     def end(self) -> Events:
         """The counts, where they were asked for, and the end."""
-        self._done()
         if self._usage:
             yield self._shape.answer([], self._shape.usage())
         yield DONE

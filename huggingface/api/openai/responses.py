@@ -16,11 +16,11 @@ from ...errors import InvalidRequest, LocalLLMError
 from ...registry.records import ModelRecord
 from ...types import Chunk, Constraint, Token
 from ..http.fields import note_ignored
-from ..http.sse import Events, event_stream
+from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import openai_parameters
+from ..requests.active import InFlight
 from ..requests.fan_out import begin, named
 from ..requests.leasing import leased_model
-from ..requests.services import services
 from . import response_schemas as schemas
 from .conversation import Conversation, Wish
 from .history import readable
@@ -35,7 +35,6 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
 
     Raises: what loading and generating raise.
     """
-    registry = services().registry
     with ExitStack() as stack:
         flight, model = stack.enter_context(
             leased_model(record, "responses", body.timeout, bool(body.stream), body.keep_alive)
@@ -60,7 +59,7 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
                 parameters, 1, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter
             )
             ticket = begin(model, flight, requests)
-        writer = _Writer(
+        items = _Items(
             _about(record.model_id, body, parameters),
             lambda: conversation.parser(ticket.prompt_end),
             conversation,
@@ -69,14 +68,9 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] |
         )
         if not body.stream:
             for chunk in flight.chunks():
-                for _ in writer.chunk(chunk):
-                    pass
-            registry.record_use(record.model_id)
-            return writer.response("completed")
-        framing = _Framing(writer, lambda: registry.record_use(record.model_id))
-        response = event_stream(flight, ticket, framing)
-        response.call_on_close(stack.pop_all().close)
-        return response
+                items.chunk(chunk)
+            return items.response("completed")
+        return event_stream(flight.stream(), _Writer(items, flight), stack)
 
 
 # From OpenAI's words --------------------------------------------------------------------------------------------------
@@ -178,7 +172,7 @@ def _shown_format(text: schemas.TextOptions | None) -> dict[str, Any]:
     return text.format.model_dump(by_alias=True, exclude_none=True)
 
 
-class _Writer:
+class _Items:
     """Makes the output's items of an answer, and the events that tell of them, as they are written."""
 
     def __init__(
@@ -336,40 +330,39 @@ class _Writer:
         return {"type": kind, **where, "output_index": place, **fields}
 
 
-class _Framing:
+class _Writer(Writer[Chunk]):
     """The events of a response, numbered."""
 
-    def __init__(self, writer: _Writer, done: Callable[[], None]) -> None:
-        self._writer = writer
-        self._done = done
+    def __init__(self, items: _Items, flight: InFlight) -> None:
+        self._items = items
+        self._flight = flight
         self._number = 0
         self._begun = False
 
-    def chunk(self, chunk: Chunk) -> Events:
+    def write(self, chunk: Chunk) -> Events:
         """What a piece of the answer becomes."""
-        return self._numbered([*self._begin(), *self._writer.chunk(chunk)])
+        return self._numbered([*self._begin(), *self._items.chunk(chunk)])
 
-    def position(self, request_id: str, position: int) -> Events:  # noqa: ARG002
-        """That it waits."""
-        return self._numbered(self._begin())
+    def silence(self) -> Events:
+        """That it waits in the queue."""
+        return self._numbered(self._begin() if self._flight.position is not None else [])
 
     def end(self) -> Events:
         """The whole response."""
-        self._done()
-        response = self._writer.response("completed")
+        response = self._items.response("completed")
         return self._numbered([{"type": f"response.{response['status']}", "response": response}])
 
     def error(self, error: LocalLLMError) -> Events:
         """The response as far as it came, and what ended it."""
         told = failure(error)["error"]
-        response = {**self._writer.response("failed"), "error": {"code": "server_error", "message": told["message"]}}
+        response = {**self._items.response("failed"), "error": {"code": "server_error", "message": told["message"]}}
         return self._numbered([*self._begin(), {"type": "response.failed", "response": response}])
 
     def _begin(self) -> Sequence[dict[str, Any]]:
         if self._begun:
             return []
         self._begun = True
-        response = self._writer.response("in_progress")
+        response = self._items.response("in_progress")
         return [{"type": f"response.{kind}", "response": response} for kind in ("created", "in_progress")]
 
     def _numbered(self, events: Sequence[dict[str, Any]]) -> Events:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...engine.ticket import Ticket
-from ...errors import Cancelled, DeadlineExceeded, LocalLLMError, RequestCancelled, RequestNotFound
+from ...errors import Cancelled, DeadlineExceeded, RequestCancelled, RequestNotFound
 from ...types import Chunk, timestamp
+from ..http.sse import HOLD, KEEP_ALIVE
 
 _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
@@ -32,17 +33,20 @@ class InFlight:
         client_id: str | None = None,
         timeout: float | None = None,
         stream: bool = False,
+        used: Callable[[], None] = lambda: None,
     ) -> None:
-        """`disconnected` tells whether the client has hung up; `timeout` is in seconds from now."""
+        """`disconnected` tells whether the client has hung up; `timeout` is in seconds from now. `used` is called when
+        all chunks are made."""
         self.request_id = secrets.token_hex(8)
         self._about = {"client_request_id": client_id, "model_id": model_id, "task": task, "stream": stream}
         self._disconnected = disconnected
         self._timeout = timeout
+        self._used = used
         self._date, self._started = timestamp(), time.monotonic()
         self._cancelled = False
         self._leased = False
         self._ticket: Ticket | None = None
-        self.failure: LocalLLMError | None = None  # what ended it after its response had begun
+        self.failure: Exception | None = None  # what ended its chunks
 
     def gone(self) -> bool:
         """Whether nobody wants the answer any more."""
@@ -65,38 +69,48 @@ class InFlight:
             ticket.cancel()
         return ticket
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until the ticket has a chunk, or an end, at most so long; tells whether it has.
-
-        Raises:
-            Cancelled: nobody wants the answer any more. The work is told, and is not waited for.
-        """
-        assert self._ticket is not None  # noqa: S101 - attached before it is waited for
-        until = time.monotonic() + seconds
-        while not self._ticket.wait(max(0.0, min(_LOOK_AGAIN, until - time.monotonic()))):
-            if self.gone():
-                self._ticket.cancel()
-                raise self.explain(Cancelled())
-            if time.monotonic() >= until:
-                return False
-        return True
-
     def chunks(self) -> Iterator[Chunk]:
         """The ticket's chunks to the end.
 
         Raises: what ended the request, if it is not for having been made whole.
         """
+        return (chunk for chunk in self.stream() if chunk is not None)
+
+    def stream(self) -> Iterator[Chunk | None]:
+        """The same, with None every now and then where no chunk comes."""
         assert self._ticket is not None  # noqa: S101 - attached before it is read
-        while True:
-            while not self.wait(60):
-                pass
-            try:
-                chunk = next(self._ticket)
-            except StopIteration:
-                return
-            except Cancelled as error:
-                raise self.explain(error) from error
-            yield chunk
+        patience = HOLD
+        try:
+            while True:
+                if not self._wait(self._ticket, patience):
+                    yield None
+                elif (chunk := next(self._ticket, None)) is not None:
+                    yield chunk
+                else:
+                    break
+                patience = KEEP_ALIVE
+            self._used()
+        except Cancelled as error:
+            self.failure = self.explain(error)
+            raise self.failure from error
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _wait(self, ticket: Ticket, seconds: float) -> bool:
+        """Wait until the ticket has a chunk, or an end, at most so long; tells whether it has.
+
+        Raises:
+            Cancelled: nobody wants the answer any more. The work is told, and is not waited for.
+        """
+        until = time.monotonic() + seconds
+        while not ticket.wait(max(0.0, min(_LOOK_AGAIN, until - time.monotonic()))):
+            if self.gone():
+                ticket.cancel()
+                raise Cancelled
+            if time.monotonic() >= until:
+                return False
+        return True
 
     def explain(self, error: Cancelled) -> Cancelled:
         """Why it was given up, as its client is to be told."""
@@ -105,6 +119,11 @@ class InFlight:
         if self._expired and self._timeout is not None:
             return DeadlineExceeded(self._timeout)
         return error
+
+    def release(self) -> None:
+        """Have the engine give up what is not made: the request has come to its end."""
+        if self._ticket is not None and not self._ticket.done:
+            self._ticket.cancel()
 
     @property
     def made(self) -> int:

@@ -38,6 +38,7 @@ def leased_model(
         client_id=client_request_id(),
         timeout=timeout,
         stream=streams,
+        used=lambda: present.registry.record_use(record.model_id),
     )
     g.request_id = flight.request_id
     started = time.monotonic()
@@ -50,7 +51,10 @@ def leased_model(
             manager.lease(record.model_id, flight.gone, keep_alive) as model,
         ):
             flight.leased()
-            yield flight, model
+            try:
+                yield flight, model
+            finally:
+                flight.release()
     except BaseException as error:
         failure = error
         raise
