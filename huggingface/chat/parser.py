@@ -15,17 +15,13 @@ from typing import Any, Protocol
 
 from .arguments import ArgumentsReader, JsonArguments, LaxArguments, PythonCalls, TaggedArguments
 from .calls import CallReader, longest_beginning
-from .formats import ReasoningTags, ToolFormat
+from .formats import JSON, ReasoningTags, ToolFormat
+from .heads import match_head
 
 _SPACE = " \t\r\n"
-_FENCES = ("```json", "```")
-_NAME = re.compile(r"[\w.:/-]{0,192}")
+_FENCE = re.compile(r"\A```(?:json)?[ \t\r\n]*")
 _MARK = re.compile(r"```|<[^<>\s]+>")  # of what stands behind a call's arguments
 _LETTERS = string.ascii_letters + string.digits
-
-# Mistral's newer calls up to the arguments, and what may become such.
-_HEAD = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\s\w-]*)?(?:\[ARGS\]\s*)?(?={)")
-_HEAD_PART = re.compile(r"\s*[\w.-]*\s*(?:\[[A-Z_]*(?:\][\s\w-]*(?:\[[A-Z]*\]?\s*)?)?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,8 @@ class AnswerParser:
         With `exact`, what nothing marks as a call is one only if it is an object of a name and arguments, in this
         order and with nothing else: where an answer may be JSON of another kind.
         """
-        self._format = tool_format if tools else None
+        self._format = tool_format or JSON
+        self._calls_count = tool_format is not None and bool(tools)
         self._tools = frozenset(tools or ())
         self._schemas: Mapping[str, Any] = tools if isinstance(tools, Mapping) else {}
         self._exact = exact
@@ -122,11 +119,9 @@ class AnswerParser:
 
     def finish(self) -> list[Part]:
         """What is left when nothing follows."""
-        if self._mode == self._at_start:
-            self._mode = self._in_content
         if self._mode == self._in_reasoning:
             self._tell(Reasoning(self._buffer.rstrip(_SPACE)))
-        elif self._mode == self._in_content:
+        elif self._mode in (self._at_start, self._in_content):
             self._say(self._buffer)
         elif (
             self._mode in (self._in_call, self._in_python)
@@ -148,24 +143,14 @@ class AnswerParser:
                 return True
             if self._tags.open.startswith(text):
                 return False
-        if self._format is None or not self._format.bare:
+        if not (self._calls_count and self._format.bare):
             self._mode = self._in_content
             return True
-        if not text:
+        rest = _FENCE.sub("", text) if self._format.name == "json" else text
+        if not rest or (self._format.name == "json" and "```json".startswith(text)):
             return False
-        if text[0] in ("[" if self._format.python else "{["):
-            self._begin_call(self._buffer[: len(self._buffer) - len(text)], text, listed=True)
-        elif self._format.name == "json" and any(fence.startswith(text) for fence in _FENCES):
-            return False
-        elif self._format.name == "json" and text.startswith("```"):
-            fence = next(fence for fence in _FENCES if text.startswith(fence))
-            if not text[len(fence) :].strip(_SPACE):
-                return False
-            lead = len(self._buffer) - len(text) + len(fence)
-            if text[len(fence) :].lstrip(_SPACE)[0] in "{[":
-                self._begin_call(self._buffer[:lead], self._buffer[lead:], listed=True)
-            else:
-                self._mode = self._in_content
+        if rest[0] in ("[" if self._format.python else "{["):
+            self._begin_call(self._buffer[: len(self._buffer) - len(rest)], rest, listed=True)
         else:
             self._mode = self._in_content
         return True
@@ -200,7 +185,7 @@ class AnswerParser:
         return bool(self._buffer)
 
     def _in_content(self) -> bool:
-        begin = self._format.begin if self._format is not None else ""
+        begin = self._format.begin if self._calls_count else ""
         if not begin:
             self._say(self._buffer)
             self._buffer = ""
@@ -220,7 +205,6 @@ class AnswerParser:
 
     def _in_call(self) -> bool:
         """At a call, or at what may stand between several of them."""
-        assert self._format is not None  # noqa: S101 - without one there are no calls
         if self._reader is None and self._arguments is None:
             return self._between_calls()
         text = self._buffer
@@ -286,7 +270,6 @@ class AnswerParser:
         return False
 
     def _between_calls(self) -> bool:
-        assert self._format is not None  # noqa: S101 - without one there are no calls
         closing = self._buffer.lstrip(_SPACE + (",;]}" if self._calls_here else "["))
         if not closing:
             if not self._calls_here:  # it may still turn out to be text
@@ -298,7 +281,7 @@ class AnswerParser:
             if closing.startswith(mark):
                 self._buffer = closing[len(mark) :]
                 if mark == self._format.end or self._format.name == "json":
-                    self._leave_calls()
+                    self._mode = self._in_content
                 return True
             if mark.startswith(closing):
                 self._buffer = closing
@@ -325,14 +308,13 @@ class AnswerParser:
         """No call begins here."""
         if self._calls_here:
             self._buffer = closing
-            self._leave_calls()
+            self._mode = self._in_content
         else:
             self._give_up()
         return True
 
     def _closing_marks(self) -> list[str]:
         """What may stand behind a call: what ends it, and what ends them all."""
-        assert self._format is not None  # noqa: S101 - without one there are no calls
         if self._format.name == "json":
             return ["```"]
         behind = "" if self._format.as_object else self._format.call.partition("$arguments")[2]
@@ -340,13 +322,8 @@ class AnswerParser:
 
     def _named_call(self, closing: str) -> bool:
         """A name, what stands around it, and the arguments alone."""
-        assert self._format is not None  # noqa: S101 - without one there are no calls
         form, taken = self._format, self._buffer[: len(self._buffer) - len(closing)]
-        if form.name == "mistral":
-            head = _HEAD.match(closing)
-            name, end = (head[1], head.end()) if head else ("", -1 if _HEAD_PART.fullmatch(closing) else 0)
-        else:
-            name, end = _match_head(form.call.partition("$arguments")[0], closing)
+        name, end = match_head(form, closing)
         if end < 0:  # it may still become one
             return False
         if not end:
@@ -366,11 +343,10 @@ class AnswerParser:
         self._raw, self._buffer, self._listed = raw, rest, listed
         self._calls_here = 0
         self._begun = False
-        self._python = PythonCalls() if self._format is not None and self._format.python else None
+        self._python = PythonCalls() if self._format.python else None
         self._mode = self._in_call if self._python is None else self._in_python
 
     def _start_call(self, name: str) -> bool:
-        assert self._format is not None  # noqa: S101 - without one there are no calls
         if self._listed and name not in self._tools:  # an answer that is JSON, and no call
             return False
         self._begun = True
@@ -392,9 +368,6 @@ class AnswerParser:
         self._reader = self._arguments = None
         self._say(self._raw)
         self._raw = ""
-        self._mode = self._in_content
-
-    def _leave_calls(self) -> None:
         self._mode = self._in_content
 
     # What is told ----------------------------------------------------------------------------------------------------
@@ -419,31 +392,6 @@ class AnswerParser:
         self._tell_arguments()
         parts, self._parts = self._parts, []
         return parts
-
-
-def _match_head(head: str, text: str) -> tuple[str, int]:
-    """The name in a call's head that `text` begins with, and where the head ends: 0 if it begins with none, and less
-    if it may still become one."""
-    before, _, after = head.partition("$name")
-    numbered = after.startswith(":$index")
-    at = 0
-    for piece in (before, None, after.removeprefix(":$index")):
-        if piece is None:
-            named = _NAME.match(text, at)
-            name, at = (named[0], named.end()) if named else ("", at)
-            if at == len(text):
-                return "", -1
-            if not name:
-                return "", 0
-            continue
-        wanted = piece.strip()
-        if not wanted:
-            continue
-        at += len(text[at:]) - len(text[at:].lstrip(_SPACE))
-        if not text.startswith(wanted, at):
-            return "", -1 if wanted.startswith(text[at:]) else 0
-        at += len(wanted)
-    return (re.sub(r":\d+$", "", name) if numbered else name), at
 
 
 def random_id(length: int) -> str:
