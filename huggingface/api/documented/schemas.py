@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 
 from flask_openapi3 import MediaType, Schema
 from flask_openapi3.models.data_type import DataType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from ..http.durations import seconds
 from ..http.fields import Fields
@@ -47,6 +47,17 @@ def streaming(events: str) -> ConfigDict:
     """The config of an answer that comes as server-sent events too, where `stream` asks for it; `events` says which."""
     stream = MediaType(schema=Schema(type=DataType.STRING, description=events))
     return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": {"text/event-stream": stream}}})
+
+
+def described(answer: Any, events: str | None = None) -> type[BaseModel]:
+    """A typed dict as the API's document takes it; `events` says what it comes as too, where `stream` asks for it."""
+    adapter = TypeAdapter[Any](answer)
+    fields = {
+        "__module__": answer.__module__,
+        "model_config": ConfigDict() if events is None else streaming(events),
+        "model_json_schema": classmethod(lambda _, **how: adapter.json_schema(**how)),
+    }
+    return type(answer.__name__, (BaseModel,), fields)
 
 
 class ErrorAnswer(BaseModel):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
 from pydantic import ValidationError
+from typing_extensions import TypedDict
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from ... import errors
@@ -72,7 +73,22 @@ def body(message: str) -> dict[str, Any]:
     return {"success": False, "error": message}
 
 
-def openai_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+class OpenAIError(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIFailure(TypedDict):
+    """Every failure under `/v1`."""
+
+    error: OpenAIError
+
+
+def openai_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> OpenAIFailure:
     """The body of a failure under `/v1`. Source: "Error codes", OpenAI API reference.
 
     `type` tells whose fault it is; `code` is OpenAI's where it has one for this.
@@ -142,13 +158,13 @@ def speaks_anthropic() -> bool:
 
 
 # The protocols that have a shape of their own for failures, by the paths that speak them.
-_SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError | None], dict[str, Any]]], ...] = (
+_SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError | None], Mapping[str, Any]]], ...] = (
     (re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)"), openai_body),
     (re.compile(r"/api/(?!huggingface(/|\Z))"), ollama_body),
 )
 
 
-def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:
+def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> Mapping[str, Any]:
     """The body of a failure of the present request."""
     if speaks_anthropic():  # by a header, too
         return anthropic_body(message, status, error, g.get("request_id"))

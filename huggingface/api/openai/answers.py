@@ -1,145 +1,265 @@
-"""OpenAI's answers as pydantic models: what the API's document says of them."""
+"""OpenAI's answers but Responses: typed dicts, which the writers return and the API's document describes.
+
+Sources: "Chat", "Completions" and "Embeddings", OpenAI API reference. Fields stand in the order in which they are sent.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from ..documented.schemas import streaming
+from ...types import FinishReason
+from ..documented.schemas import described
+from ..http.errors import OpenAIFailure
 
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
-
-
-class OpenAIError(_Answer):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIFailure(_Answer):
-    """Every failure under `/v1`."""
-
-    error: OpenAIError
+Fingerprint = Annotated[str, Field(description="This server and its version.")]
 
 
 def openai_failures() -> Any:
     """What any of the routes may answer besides what it is for."""
-    return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), OpenAIFailure)
+    return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), described(OpenAIFailure))
 
 
-class OpenAIModel(_Answer):
+class OpenAIModel(TypedDict):
     """A registered model."""
 
     id: str
     object: Literal["model"]
-    created: int = Field(description="When it was registered, in seconds since 1970.")
+    created: Annotated[int, Field(description="When it was registered, in seconds since 1970.")]
     owned_by: str
-    type: Literal["llm", "embeddings", "other"] = Field(description="What it is for, as LM Studio has it.")
-    max_model_len: int | None = Field(description="The most tokens of one sequence; null where it is not known.")
-    context_length: int | None = Field(description="The same.")
-    max_context_length: int | None = Field(description="The same.")
-    capabilities: dict[str, bool] = Field(description="What it can do, as Mistral has it.")
-    meta: dict[str, int | None] = Field(description="What its files tell, as llama.cpp has it.")
+    type: Annotated[Literal["llm", "embeddings", "other"], Field(description="What it is for, as LM Studio has it.")]
+    max_model_len: Annotated[
+        int | None, Field(description="The most tokens of one sequence; null where it is not known.")
+    ]
+    context_length: Annotated[int | None, Field(description="The same.")]
+    max_context_length: Annotated[int | None, Field(description="The same.")]
+    capabilities: Annotated[dict[str, bool], Field(description="What it can do, as Mistral has it.")]
+    meta: Annotated[dict[str, int | None], Field(description="What its files tell, as llama.cpp has it.")]
 
 
-class OpenAIModels(_Answer):
+class OpenAIModels(TypedDict):
     """The registered models."""
 
     object: Literal["list"]
     data: list[OpenAIModel]
 
 
-class TokenCounts(_Answer):
+class TokenCounts(TypedDict):
     """Tokens, counted by the model's own tokenizer."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: dict[str, int] | None = Field(
-        None, description="`cached_tokens`: those of the prompt that were computed already."
-    )
-    completion_tokens_details: dict[str, int] | None = Field(
-        None, description="`reasoning_tokens`: those of the reasoning, where the model thinks aloud."
-    )
+    prompt_tokens_details: NotRequired[
+        Annotated[dict[str, int], Field(description="`cached_tokens`: those of the prompt that were computed already.")]
+    ]
+    completion_tokens_details: NotRequired[
+        Annotated[
+            dict[str, int],
+            Field(description="`reasoning_tokens`: those of the reasoning, where the model thinks aloud."),
+        ]
+    ]
 
 
-class ChatMessage(_Answer):
+# Chats ----------------------------------------------------------------------------------------------------------------
+
+ChatReason = Literal["stop", "length", "tool_calls"]
+
+
+class Likelihood(TypedDict):
+    """A token that was, or could have been, made."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(Likelihood):
+    """A token, and what else it could have been."""
+
+    top_logprobs: list[Likelihood]
+
+
+class ChatLogprobs(TypedDict):
+    """The tokens of an answer."""
+
+    content: list[ChosenToken]
+    refusal: None
+
+
+class AnsweredFunction(TypedDict):
+    """What is called; the arguments are the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
+class ChatMessage(TypedDict):
     """What the assistant says."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: str | None = Field(None, description="What it thought before, where the model thinks aloud.")
-    tool_calls: list[dict[str, Any]] | None = None
+    reasoning_content: NotRequired[
+        Annotated[str, Field(description="What it thought before, where the model thinks aloud.")]
+    ]
+    tool_calls: NotRequired[list[AnsweredCall]]
 
 
-class ChatChoice(_Answer):
+class ChatChoice(TypedDict):
     """An answer."""
 
     index: int
     message: ChatMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatReason
 
 
-class ChatAnswer(_Answer):
-    """The answers to a chat. As a stream: `chat.completion.chunk` objects, and last `data: [DONE]`."""
-
-    model_config = streaming("`chat.completion.chunk` objects, and last `[DONE]`.")
+class AboutChat(TypedDict):
+    """What is the same in all that tells of an answer."""
 
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="This server and its version.")
+    system_fingerprint: Fingerprint
+
+
+class ChatAnswer(AboutChat):
+    """The answers to a chat. As a stream: `chat.completion.chunk` objects, and last `data: [DONE]`."""
+
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: TokenCounts
 
 
-class CompletionChoice(_Answer):
+class FunctionDelta(TypedDict):
+    """A piece of a call."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class CallDelta(TypedDict):
+    """A piece of the `index`-th call, the first with its id and name."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+class ChatDelta(TypedDict, total=False):
+    """A piece of an answer."""
+
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str
+    tool_calls: list[CallDelta]
+
+
+class ChatPiece(TypedDict):
+    """A piece of the `index`-th answer, the last with why it ended."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatReason | None
+
+
+class AboutChunk(AboutChat):
+    """What is the same in all events of a stream."""
+
+    object: Literal["chat.completion.chunk"]
+
+
+class ChatChunk(AboutChunk):
+    """An event of a stream."""
+
+    choices: list[ChatPiece]
+
+
+class CountedChatChunk(ChatChunk):
+    """The same where the counts were asked for."""
+
+    usage: TokenCounts | None
+
+
+# Completions ----------------------------------------------------------------------------------------------------------
+
+
+class CompletionLogprobs(TypedDict):
+    """The tokens of a text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
     """A text."""
 
     text: str
     index: int
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
 
 
-class CompletionAnswer(_Answer):
-    """The texts. As a stream: the same with pieces of them, and last `data: [DONE]`."""
+class CompletionPiece(TypedDict):
+    """A piece of a text; the last tells why it ended."""
 
-    model_config = streaming("The same object with pieces of the texts, and last `[DONE]`.")
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class AboutCompletion(TypedDict):
+    """What is the same in all that tells of texts."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="This server and its version.")
+    system_fingerprint: Fingerprint
+
+
+class CompletionChunk(AboutCompletion):
+    """An event of a stream."""
+
+    choices: list[CompletionPiece]
+
+
+class CountedCompletionChunk(CompletionChunk):
+    """The same where the counts were asked for."""
+
+    usage: TokenCounts | None
+
+
+class CompletionAnswer(AboutCompletion):
+    """The texts. As a stream: the same with pieces of them, and last `data: [DONE]`."""
+
     choices: list[CompletionChoice]
     usage: TokenCounts
 
 
-class ResponseAnswer(_Answer):
-    """A response. As a stream: its events, of which the last one holds it whole."""
-
-    model_config = {**streaming("The response's events, of which the last one holds it whole."), "extra": "allow"}
-
-    id: str
-    object: Literal["response"]
-    created_at: float
-    model: str
-    status: Literal["completed", "incomplete"]
-    output: list[dict[str, Any]]
-    usage: dict[str, Any] | None
+# Vectors and documents ------------------------------------------------------------------------------------------------
 
 
-class EmbeddedText(_Answer):
+Pooling = Literal["sentence-transformers", "mean"]
+
+
+class EmbeddedText(TypedDict):
     """A vector."""
 
     object: Literal["embedding"]
@@ -147,34 +267,37 @@ class EmbeddedText(_Answer):
     embedding: list[float] | str
 
 
-class ReadTokens(_Answer):
+class ReadTokens(TypedDict):
     """Tokens that were read."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsAnswer(_Answer):
+class EmbeddingsAnswer(TypedDict):
     """The vectors, in the order of the texts."""
 
     object: Literal["list"]
     data: list[EmbeddedText]
     model: str
     usage: ReadTokens
-    pooling: Literal["sentence-transformers", "mean"] = Field(
-        description="What made one vector of a text's: the model's own modules, or the mean of its tokens' vectors."
-    )
+    pooling: Annotated[
+        Pooling,
+        Field(
+            description="What made one vector of a text's: the model's own modules, or the mean of its tokens' vectors."
+        ),
+    ]
 
 
-class Ranked(_Answer):
+class Ranked(TypedDict):
     """A document's place."""
 
-    index: int = Field(description="Which of the documents, from 0.")
+    index: Annotated[int, Field(description="Which of the documents, from 0.")]
     relevance_score: float
-    document: dict[str, str] | None = None
+    document: NotRequired[dict[str, str]]
 
 
-class RerankAnswer(_Answer):
+class RerankAnswer(TypedDict):
     """The documents, the best first."""
 
     id: str

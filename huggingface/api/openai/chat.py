@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,14 +22,26 @@ from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, named
 from ..requests.leasing import leased_model
 from . import schemas
+from .answers import (
+    AboutChat,
+    AboutChunk,
+    AnsweredCall,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatDelta,
+    ChatMessage,
+    ChatPiece,
+    ChatReason,
+    CountedChatChunk,
+    FunctionDelta,
+)
 from .conversation import Conversation, Wish
 from .history import readable
 from .serving import DONE, FINGERPRINT, NAMES, Counted, Told, chat_logprobs, failure, new_id, now, within
 
 
-def answer_chat(
-    record: ModelRecord, body: schemas.ChatBody, model_name: str | None = None
-) -> dict[str, Any] | Response:
+def answer_chat(record: ModelRecord, body: schemas.ChatBody, model_name: str | None = None) -> ChatAnswer | Response:
     """Answer a chat. `model_name` is what the answer calls the model.
 
     Raises: what loading and generating raise.
@@ -67,8 +79,12 @@ def answer_chat(
             if (turn := _turn(body)) is not None:
                 requests = [replace(request, turn=turn) for request in requests]
             ticket = begin(model, flight, requests)
-        about: dict[str, Any] = {"id": new_id("chatcmpl-"), "created": now(), "model": model_name or record.model_id}
-        about["system_fingerprint"] = FINGERPRINT
+        about: AboutChat = {
+            "id": new_id("chatcmpl-"),
+            "created": now(),
+            "model": model_name or record.model_id,
+            "system_fingerprint": FINGERPRINT,
+        }
         counted = Counted(count)
         if not body.stream:
             return _whole(
@@ -160,16 +176,17 @@ def _whole(
     chunks: Sequence[Chunk],
     conversation: Conversation,
     prompt_end: str,
-    about: Mapping[str, Any],
+    about: AboutChat,
     body: schemas.ChatBody,
     counted: Counted,
     count_tokens: Callable[[str], int],
-) -> dict[str, Any]:
+) -> ChatAnswer:
     by_index: dict[int, list[Chunk]] = defaultdict(list)
     for chunk in chunks:
         by_index[chunk.index].append(chunk)
         counted.add(chunk)
-    choices, thought = [], []
+    choices: list[ChatChoice] = []
+    thought = []
     for index, its in sorted(by_index.items()):
         text = its[-1].whole or ""
         parser = conversation.parser(prompt_end)
@@ -189,21 +206,22 @@ def _whole(
     return {**about, "object": "chat.completion", "choices": choices, "usage": counted.to_dict()}
 
 
-def reason_of(last: Chunk, calls: Sequence[str]) -> str | None:
+def reason_of(last: Chunk, calls: Sequence[str]) -> ChatReason:
     """Why an answer ended that makes calls with these arguments: for a call's sake only if that is whole."""
-    if last.finish_reason == "length" or not calls:
-        return last.finish_reason
+    reason = last.finish_reason or "stop"
+    if reason == "length" or not calls:
+        return reason
     try:
         json.loads(calls[-1])
     except ValueError:
-        return last.finish_reason
+        return reason
     return "tool_calls"
 
 
-def message_of(parts: Sequence[Part], conversation: Conversation) -> dict[str, Any]:
+def message_of(parts: Sequence[Part], conversation: Conversation) -> ChatMessage:
     """An assistant's message. Where a call must be made, what is none is the beginning of one, and not told."""
     content, reasoning = "", ""
-    calls: list[dict[str, Any]] = []
+    calls: list[AnsweredCall] = []
     for part in map(Seams().of, parts):
         match part:
             case Content():
@@ -217,7 +235,7 @@ def message_of(parts: Sequence[Part], conversation: Conversation) -> dict[str, A
     if conversation.single_call:
         del calls[1:]
     nothing = None if calls or conversation.must_call else ""
-    message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
+    message: ChatMessage = {"role": "assistant", "content": content or nothing, "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
@@ -231,7 +249,7 @@ class _Writer(Writer[Chunk]):
     def __init__(
         self,
         parser: Callable[[], AnswerReader],
-        about: Mapping[str, Any],
+        about: AboutChat,
         body: schemas.ChatBody,
         counted: Counted,
         conversation: Conversation,
@@ -242,7 +260,7 @@ class _Writer(Writer[Chunk]):
         self._parsers: dict[int, AnswerReader] = {}
         self._seams: dict[int, Seams] = defaultdict(Seams)
         self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
-        self._about = {**about, "object": "chat.completion.chunk"}
+        self._about: AboutChunk = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._always = bool(body.stream_options and body.stream_options.tells_always)
@@ -272,7 +290,7 @@ class _Writer(Writer[Chunk]):
         if chunk.finish_reason is not None:
             yield self._event(index, {}, reason_of(chunk, self._arguments[index]))
 
-    def _delta(self, index: int, part: Part) -> dict[str, Any] | None:
+    def _delta(self, index: int, part: Part) -> ChatDelta | None:
         match part:
             case Content():
                 return None if self._conversation.must_call else {"content": part.text}
@@ -283,17 +301,17 @@ class _Writer(Writer[Chunk]):
                 return None
             case CallStart():
                 self._arguments[index].append("")
-                function = {"name": part.name, "arguments": ""}
+                function: FunctionDelta = {"name": part.name, "arguments": ""}
                 return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
             case CallArguments():
                 self._arguments[index][-1] += part.text
                 return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
     def _event(
-        self, index: int, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[Token] = ()
-    ) -> dict[str, Any]:
+        self, index: int, delta: ChatDelta, reason: ChatReason | None = None, tokens: Sequence[Token] = ()
+    ) -> ChatChunk | CountedChatChunk:
         logprobs = chat_logprobs(tokens) if tokens else None
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        choice: ChatPiece = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         if not self._usage:
             return {**self._about, "choices": [choice]}
         return {**self._about, "choices": [choice], "usage": self._counted.so_far() if self._always else None}
@@ -302,7 +320,7 @@ class _Writer(Writer[Chunk]):
         """The counts, where they were asked for, and the end."""
         if self._usage:
             self._counted.reasoning_tokens = sum(map(self._count_tokens, self._thought.values()))
-            yield {**self._about, "choices": [], "usage": self._counted.to_dict()}
+            yield CountedChatChunk(**self._about, choices=[], usage=self._counted.to_dict())
         yield DONE
 
     def error(self, error: LocalLLMError) -> Events:

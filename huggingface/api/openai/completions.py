@@ -18,6 +18,15 @@ from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import openai_parameters
 from ..requests.fan_out import begin, likelihood, named, seeded
 from ..requests.leasing import leased_model
+from .answers import (
+    AboutCompletion,
+    CompletionAnswer,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionPiece,
+    CountedCompletionChunk,
+    TokenCounts,
+)
 from .chat import form_of
 from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logprobs, failure, new_id, now, within
 from .text_schemas import CompletionBody
@@ -26,7 +35,7 @@ _DEFAULT_TOKENS = 16  # OpenAI's own
 _MOST_STREAMS = 128
 
 
-def complete(record: ModelRecord, body: CompletionBody, model_name: str | None = None) -> dict[str, Any] | Response:
+def complete(record: ModelRecord, body: CompletionBody, model_name: str | None = None) -> CompletionAnswer | Response:
     """Continue texts. `model_name` is what the answer calls the model.
 
     Raises: what loading and generating raise.
@@ -123,41 +132,43 @@ class _Shape:
         self.n = body.n or 1
         self._made = made
         self._echoes = echoes
-        self._about: dict[str, Any] = {"id": new_id("cmpl-"), "object": "text_completion", "created": now()}
-        self._about |= {"model": model_id, "system_fingerprint": FINGERPRINT}
+        self.about: AboutCompletion = {
+            "id": new_id("cmpl-"),
+            "object": "text_completion",
+            "created": now(),
+            "model": model_id,
+            "system_fingerprint": FINGERPRINT,
+        }
         self._shows_text = body.limited()[0] != 0
         self.stream_options = body.stream_options
         self.counted = Counted(made, None)
 
-    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        """A body, or an event."""
-        return {**self._about, "choices": choices, "usage": usage}
-
-    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+    def whole(self, chunks: Sequence[Chunk]) -> CompletionAnswer:
         """The answer, when all is made."""
         by_index: dict[int, list[Chunk]] = defaultdict(list)
         for chunk in chunks:
             by_index[chunk.index].append(chunk)
             self.counted.add(chunk)
-        choices = []
+        choices: list[CompletionChoice] = []
         for prompt in range(len(self._echoes)):
             texts = [_joined(by_index[prompt * self._made + number]) for number in range(self._made)]
             if self._made > self.n:
                 texts.sort(key=likelihood, reverse=True)
             for rank, chunk in enumerate(texts[: self.n]):
                 index = prompt * self.n + rank
-                choices.append(self.choice(chunk, index, chunk.finish_reason, self.places(index)))
-        return self.answer(choices, self.usage())
+                piece = self.piece(chunk, index, self.places(index))
+                choices.append({**piece, "finish_reason": chunk.finish_reason or "stop"})
+        return {**self.about, "choices": choices, "usage": self.usage()}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> TokenCounts:
         """The counts; where nothing but the prompt is wanted, no token counts as made."""
         return self._shown(self.counted.to_dict())
 
-    def usage_so_far(self) -> dict[str, Any]:
+    def usage_so_far(self) -> TokenCounts:
         """The counts up to here."""
         return self._shown(self.counted.so_far())
 
-    def _shown(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def _shown(self, usage: TokenCounts) -> TokenCounts:
         if self._shows_text:
             return usage
         return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
@@ -166,9 +177,7 @@ class _Shape:
         """Where the tokens of a text will stand."""
         return Places(self._echoes[index // self.n])
 
-    def choice(
-        self, chunk: Chunk, index: int, reason: str | None, places: Places, *, first: bool = True
-    ) -> dict[str, Any]:
+    def piece(self, chunk: Chunk, index: int, places: Places, *, first: bool = True) -> CompletionPiece:
         """A text, or a piece of one, the `first` with what is echoed."""
         text = chunk.text if self._shows_text else ""
         logprobs = None
@@ -176,7 +185,8 @@ class _Shape:
             made: Sequence[Token] = chunk.tokens if self._shows_text else ()
             offsets = places.of_prompt(chunk.prompt) + places.of_made(made)
             logprobs = completion_logprobs([*chunk.prompt, *made], offsets, self._body.logprobs)
-        return {"text": places.echo * first + text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+        told = places.echo * first + text
+        return {"text": told, "index": index, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
 
 class _Writer(Writer[Chunk]):
@@ -196,16 +206,18 @@ class _Writer(Writer[Chunk]):
         if not (first or chunk.text or chunk.tokens or chunk.finish_reason):
             return
         places = self._places.setdefault(index, shape.places(index))
-        choice = shape.choice(chunk, index, chunk.finish_reason, places, first=first)
-        event = shape.answer([choice], shape.usage_so_far() if self._always else None)
+        piece = shape.piece(chunk, index, places, first=first)
         if not self._usage:
-            del event["usage"]
-        yield event
+            event: CompletionChunk = {**shape.about, "choices": [piece]}
+            yield event
+            return
+        usage = shape.usage_so_far() if self._always else None
+        yield CountedCompletionChunk(**shape.about, choices=[piece], usage=usage)
 
     def end(self) -> Events:
         """The counts, where they were asked for, and the end."""
         if self._usage:
-            yield self._shape.answer([], self._shape.usage())
+            yield CountedCompletionChunk(**self._shape.about, choices=[], usage=self._shape.usage())
         yield DONE
 
     def error(self, error: LocalLLMError) -> Events:

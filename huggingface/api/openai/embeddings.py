@@ -15,11 +15,12 @@ from ...registry.records import ModelRecord
 from ..http.fields import note_ignored
 from ..requests.leasing import leased_model
 from ..requests.services import services
+from .answers import EmbeddingsAnswer, Pooling, Ranked, RerankAnswer
 from .serving import new_id
 from .text_schemas import EmbeddingBody, RerankBody
 
 
-def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
+def embed(record: ModelRecord, body: EmbeddingBody) -> EmbeddingsAnswer:
     """Vectors of texts.
 
     Raises: what loading and computing raise.
@@ -30,7 +31,7 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> dict[str, Any]:
         if body.input_type is not None:
             parameters |= _prompt_of(body.input_type, model.prompts)
         result = model.run("sentence-embeddings", body.input, parameters, flight.gone, body.adapter)
-        pooling = "sentence-transformers" if model.pools else "mean"
+        pooling: Pooling = "sentence-transformers" if model.pools else "mean"
     services().registry.record_use(record.model_id)
     written = _as_base64 if body.encoding_format == "base64" else list
     return {
@@ -60,7 +61,7 @@ def _prompt_of(input_type: str, prompts: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:
+def rerank(record: ModelRecord, body: RerankBody) -> RerankAnswer:
     """Documents by how well they answer a query, the best first.
 
     Raises: what loading and computing raise.
@@ -73,14 +74,15 @@ def rerank(record: ModelRecord, body: RerankBody) -> dict[str, Any]:
         )
     services().registry.record_use(record.model_id)
     ranked = sorted(enumerate(result["scores"]), key=lambda item: -item[1])
-    shown = {index: {"document": {"text": documents[index]}} if body.return_documents else {} for index, _ in ranked}
+    results = [Ranked(index=index, relevance_score=score) for index, score in ranked[: body.top_n]]
+    if body.return_documents:
+        for each in results:
+            each["document"] = {"text": documents[each["index"]]}
     return {
         "id": new_id("rerank-"),
         "object": "list",
         "model": record.model_id,
-        "results": [
-            {"index": index, "relevance_score": score, **shown[index]} for index, score in ranked[: body.top_n]
-        ],
+        "results": results,
         "usage": {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]},
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from flask import Response
 
@@ -24,13 +24,26 @@ from ..requests.leasing import leased_model
 from . import response_schemas as schemas
 from .conversation import Conversation, Wish
 from .history import readable
+from .response_answers import (
+    AboutResponse,
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputPart,
+    OutputReasoning,
+    OutputReasoningText,
+    OutputText,
+    ResponseAnswer,
+    ResponseStatus,
+    ResponseUsage,
+)
 from .serving import chat_logprobs, failure, new_id, now, within
 
 # What the engine, and chats, name otherwise.
 _NAMES = {"messages": "input"}
 
 
-def respond(record: ModelRecord, body: schemas.ResponseBody) -> dict[str, Any] | Response:
+def respond(record: ModelRecord, body: schemas.ResponseBody) -> ResponseAnswer | Response:
     """Answer.
 
     Raises: what loading and generating raise.
@@ -139,7 +152,7 @@ def _text(content: Any) -> str:
 # To OpenAI's words ----------------------------------------------------------------------------------------------------
 
 
-def _about(model_id: str, body: schemas.ResponseBody, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _about(model_id: str, body: schemas.ResponseBody, parameters: Mapping[str, Any]) -> AboutResponse:
     """What a response tells of its request."""
     chosen = body.tool_choice
     return {
@@ -177,7 +190,7 @@ class _Items:
 
     def __init__(
         self,
-        about: Mapping[str, Any],
+        about: AboutResponse,
         parser: Callable[[], AnswerReader],
         conversation: Conversation,
         count: Callable[[str], int],
@@ -191,9 +204,10 @@ class _Items:
         self._conversation = conversation
         self._logprobs = logprobs
         self._tokens: list[Token] = []
-        self._output: list[dict[str, Any]] = []
-        self._calls: dict[int, dict[str, Any]] = {}
-        self._open: dict[str, Any] | None = None
+        self._output: list[OutputItem] = []
+        self._calls: dict[int, OutputCall] = {}
+        self._open: OutputItem | None = None
+        self._text: OutputPart | None = None  # of the open item
         self._last: Chunk | None = None
 
     def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
@@ -210,13 +224,13 @@ class _Items:
             events += self._close()
         return events
 
-    def response(self, status: str) -> dict[str, Any]:
+    def response(self, status: ResponseStatus) -> ResponseAnswer:
         """The response as it is now; one that ran out of tokens is `incomplete`."""
         last = self._last
         details = None
         if status == "completed" and last is not None and last.finish_reason == "length":
             status, details = "incomplete", {"reason": "max_output_tokens"}
-        usage = None
+        usage: ResponseUsage | None = None
         if last is not None and last.usage is not None:
             read, made = last.usage.prompt_tokens, last.usage.completion_tokens
             usage = {
@@ -226,35 +240,42 @@ class _Items:
                 "output_tokens_details": {"reasoning_tokens": self._thought()},
                 "total_tokens": read + made,
             }
-        ended = {"completed_at": now()} if status == "completed" else {}
+        about = self._about.copy()
+        if status == "completed":
+            about["completed_at"] = now()
         return {
-            **self._about,
-            **ended,
+            **about,
             "status": status,
             "error": None,
             "incomplete_details": details,
-            "output": [dict(item) for item in self._output],
+            "output": [item.copy() for item in self._output],
             "usage": usage,
         }
 
     def _thought(self) -> int:
         """The tokens of the reasoning, as the model's tokenizer would write it."""
-        texts = [item["content"][0]["text"] for item in self._output if item["type"] == "reasoning"]
-        return sum(self._count(text) for text in texts)
+        parts = [part for item in self._output if item["type"] == "reasoning" for part in item["content"]]
+        return sum(self._count(part["text"]) for part in parts)
 
     def _part(self, part: Part) -> list[dict[str, Any]]:
         match part:
             case Content() if self._conversation.must_call:
                 return []
             case Content():
-                return self._write("message", "output_text", part.text)
+                return self._write("message", part.text)
             case Reasoning():
-                return self._write("reasoning", "reasoning_text", part.text)
+                return self._write("reasoning", part.text)
             case _ if self._conversation.single_call and part.index > 0:
                 return []
             case CallStart():
-                item = {"type": "function_call", "id": new_id("fc_"), "call_id": part.id, "name": part.name}
-                self._calls[part.index] = item | {"arguments": "", "status": "in_progress"}
+                self._calls[part.index] = {
+                    "type": "function_call",
+                    "id": new_id("fc_"),
+                    "call_id": part.id,
+                    "name": part.name,
+                    "arguments": "",
+                    "status": "in_progress",
+                }
                 return [*self._close(), *self._add(self._calls[part.index])]
             case CallArguments():
                 item = self._calls[part.index]
@@ -262,20 +283,20 @@ class _Items:
                 return [self._event("response.function_call_arguments.delta", item, delta=part.text)]
         return []
 
-    def _write(self, kind: str, part_type: str, text: str) -> list[dict[str, Any]]:
+    def _write(self, kind: Literal["message", "reasoning"], text: str) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if self._open is None or self._open["type"] != kind:
-            events += self._close()
-            events += self._begin_message() if kind == "message" else self._begin_reasoning()
-        assert self._open is not None  # noqa: S101 - just begun
-        part = self._open["content"][0]
+            events = [*self._close(), *(self._begin_message() if kind == "message" else self._begin_reasoning())]
+        part = self._text
+        assert part is not None  # noqa: S101 - just begun
         part["text"] += text
-        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-        return [*events, self._event(f"response.{part_type}.delta", self._open, content_index=0, delta=text, **extra)]
+        extra: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
+        delta = self._event(f"response.{part['type']}.delta", self._open, content_index=0, delta=text, **extra)
+        return [*events, delta]
 
     def _begin_message(self) -> list[dict[str, Any]]:
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        item: dict[str, Any] = {
+        part: OutputText = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item: OutputMessage = {
             "type": "message",
             "id": new_id("msg_"),
             "role": "assistant",
@@ -284,47 +305,50 @@ class _Items:
         }
         events = self._add(item)
         item["content"] = [part]
-        return [*events, self._event("response.content_part.added", item, content_index=0, part=dict(part))]
+        return [*events, self._begin_part(part)]
 
     def _begin_reasoning(self) -> list[dict[str, Any]]:
-        part = {"type": "reasoning_text", "text": ""}
-        item: dict[str, Any] = {"type": "reasoning", "id": new_id("rs_"), "summary": [], "content": []}
+        part: OutputReasoningText = {"type": "reasoning_text", "text": ""}
+        item: OutputReasoning = {"type": "reasoning", "id": new_id("rs_"), "summary": [], "content": []}
         events = self._add(item)
         item["content"] = [part]
-        return [*events, self._event("response.content_part.added", item, content_index=0, part=dict(part))]
+        return [*events, self._begin_part(part)]
 
-    def _add(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+    def _begin_part(self, part: OutputPart) -> dict[str, Any]:
+        self._text = part
+        return self._event("response.content_part.added", self._open, content_index=0, part=part.copy())
+
+    def _add(self, item: OutputItem) -> list[dict[str, Any]]:
         self._output.append(item)
         self._open = item
-        return [self._event("response.output_item.added", None, item=dict(item))]
+        return [self._event("response.output_item.added", None, item=item.copy())]
 
     def _close(self) -> list[dict[str, Any]]:
         """End the item that is being written."""
-        item, self._open = self._open, None
+        item, part = self._open, self._text
+        self._open = self._text = None
         if item is None:
             return []
         events: list[dict[str, Any]] = []
         cut = self._last is not None and self._last.finish_reason == "length"
-        if "status" in item:
+        if item["type"] != "reasoning":
             item["status"] = "incomplete" if cut else "completed"
         if item["type"] == "function_call":
-            named: dict[str, Any] = {"arguments": item["arguments"], "name": item["name"]}
+            named = {"arguments": item["arguments"], "name": item["name"]}
             events.append(self._event("response.function_call_arguments.done", item, **named))
-        else:
-            part = item["content"][0]
+        elif part is not None:
             extra: dict[str, Any] = {}
             if part["type"] == "output_text":
                 if self._logprobs and self._last is not None:
-                    told = chat_logprobs(within(self._last.whole or "", self._tokens))["content"]
-                    part["logprobs"] = told
+                    part["logprobs"] = chat_logprobs(within(self._last.whole or "", self._tokens))["content"]
                 extra = {"logprobs": part["logprobs"]}
             done = {"content_index": 0, "text": part["text"], **extra}
             events.append(self._event(f"response.{part['type']}.done", item, **done))
-            events.append(self._event("response.content_part.done", item, content_index=0, part=dict(part)))
-        events.append(self._event("response.output_item.done", None, item=dict(item)))
+            events.append(self._event("response.content_part.done", item, content_index=0, part=part.copy()))
+        events.append(self._event("response.output_item.done", None, item=item.copy()))
         return events
 
-    def _event(self, kind: str, about: Mapping[str, Any] | None, **fields: Any) -> dict[str, Any]:
+    def _event(self, kind: str, about: OutputItem | None, **fields: Any) -> dict[str, Any]:
         where = {"item_id": about["id"]} if about is not None else {}
         place = next((number for number, each in enumerate(self._output) if each is about), len(self._output) - 1)
         return {"type": kind, **where, "output_index": place, **fields}

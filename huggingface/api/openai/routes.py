@@ -14,7 +14,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from ...registry.records import ModelRecord
 from ...tasks import MODEL_TYPES
 from ..anthropic import models as anthropic_models
-from ..documented.schemas import ModelPath
+from ..documented.schemas import ModelPath, described
 from ..http.errors import speaks_anthropic
 from ..hub.endpoint import context_of
 from ..requests.services import services
@@ -27,16 +27,19 @@ from .answers import (
     OpenAIModel,
     OpenAIModels,
     RerankAnswer,
-    ResponseAnswer,
     openai_failures,
 )
 from .chat import answer_chat
 from .completions import complete
 from .embeddings import embed, rerank
+from .response_answers import ResponseAnswer
 from .response_schemas import ResponseBody
 from .responses import respond
 
 _FAILURES = openai_failures()
+_CHAT = described(ChatAnswer, "`chat.completion.chunk` objects, and last `[DONE]`.")
+_COMPLETION = described(CompletionAnswer, "The same object with pieces of the texts, and last `[DONE]`.")
+_RESPONSE = described(ResponseAnswer, "The response's events, of which the last one holds it whole.")
 
 blueprint = APIBlueprint(
     "openai",
@@ -55,68 +58,68 @@ hub_chat = APIBlueprint(
 )
 
 
-@blueprint.get("/models", responses={200: OpenAIModels})
+@blueprint.get("/models", responses={200: described(OpenAIModels)})
 @at_once
-def list_models() -> dict[str, Any]:
+def list_models() -> OpenAIModels | dict[str, Any]:
     """List the registered models; in Anthropic's shape where the header `anthropic-version` is there."""
     if speaks_anthropic():
         return anthropic_models.shown_models(services().registry.list())
     return {"object": "list", "data": [_model(record) for record in services().registry.list()]}
 
 
-@blueprint.get("/models/<path:model_id>", responses={200: OpenAIModel})
+@blueprint.get("/models/<path:model_id>", responses={200: described(OpenAIModel)})
 @at_once
-def get_model(path: ModelPath) -> dict[str, Any]:
+def get_model(path: ModelPath) -> OpenAIModel | dict[str, Any]:
     """Show one model; in Anthropic's shape where the header `anthropic-version` is there."""
     record = services().registry.get(path.model_id)
     return anthropic_models.shown_model(record) if speaks_anthropic() else _model(record)
 
 
-@blueprint.post("/chat/completions", responses={200: ChatAnswer})
-def chat_completions(body: schemas.ChatBody) -> dict[str, Any] | Response:
+@blueprint.post("/chat/completions", responses={200: _CHAT})
+def chat_completions(body: schemas.ChatBody) -> ChatAnswer | Response:
     """Answer a chat."""
     return answer_chat(services().registry.get(body.model), body)
 
 
-@blueprint.post("/completions", responses={200: CompletionAnswer})
-def completions(body: text_schemas.CompletionBody) -> dict[str, Any] | Response:
+@blueprint.post("/completions", responses={200: _COMPLETION})
+def completions(body: text_schemas.CompletionBody) -> CompletionAnswer | Response:
     """Continue texts, or score how likely they are."""
     return complete(services().registry.get(body.model), body)
 
 
-@blueprint.post("/responses", responses={200: ResponseAnswer})
-def responses(body: ResponseBody) -> dict[str, Any] | Response:
+@blueprint.post("/responses", responses={200: _RESPONSE})
+def responses(body: ResponseBody) -> ResponseAnswer | Response:
     """Answer. Nothing is kept for later requests."""
     return respond(services().registry.get(body.model), body)
 
 
-@blueprint.post("/embeddings", responses={200: EmbeddingsAnswer})
-def embeddings(body: text_schemas.EmbeddingBody) -> dict[str, Any]:
+@blueprint.post("/embeddings", responses={200: described(EmbeddingsAnswer)})
+def embeddings(body: text_schemas.EmbeddingBody) -> EmbeddingsAnswer:
     """Make vectors of texts."""
     return embed(services().registry.get(body.model), body)
 
 
-@blueprint.post("/rerank", responses={200: RerankAnswer})
-def rerank_documents(body: text_schemas.RerankBody) -> dict[str, Any]:
+@blueprint.post("/rerank", responses={200: described(RerankAnswer)})
+def rerank_documents(body: text_schemas.RerankBody) -> RerankAnswer:
     """Sort documents by how well they answer a query."""
     return rerank(services().registry.get(body.model), body)
 
 
-@hub_chat.post("/models/<path:model_id>/v1/chat/completions", responses={200: ChatAnswer})
-def hub_chat_completions(path: ModelPath, body: schemas.HubChatBody) -> dict[str, Any] | Response:
+@hub_chat.post("/models/<path:model_id>/v1/chat/completions", responses={200: _CHAT})
+def hub_chat_completions(path: ModelPath, body: schemas.HubChatBody) -> ChatAnswer | Response:
     """Answer a chat, by the model that the address names; the body's `model` is what the client calls it."""
     return answer_chat(services().registry.get(path.model_id), body, body.model or path.model_id)
 
 
-@hub_chat.post("/models/<path:model_id>/v1/completions", responses={200: CompletionAnswer})
-def hub_completions(path: ModelPath, body: text_schemas.HubCompletionBody) -> dict[str, Any] | Response:
+@hub_chat.post("/models/<path:model_id>/v1/completions", responses={200: _COMPLETION})
+def hub_completions(path: ModelPath, body: text_schemas.HubCompletionBody) -> CompletionAnswer | Response:
     """Continue texts, by the model that the address names."""
     if body.return_full_text is not None:
         body = body.model_copy(update={"echo": body.return_full_text})
     return complete(services().registry.get(path.model_id), body, body.model or path.model_id)
 
 
-def _model(record: ModelRecord) -> dict[str, Any]:
+def _model(record: ModelRecord) -> OpenAIModel:
     """A model as OpenAI shows it, and its neighbours: of what is noted in the registry, as there may be thousands."""
     created = datetime.fromisoformat(record.added_date).replace(tzinfo=UTC)
     details, context = record.details or {}, context_of(record)

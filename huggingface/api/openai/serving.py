@@ -7,12 +7,12 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ...errors import LocalLLMError
 from ...types import Chunk, Token, Usage
 from ..documented.system import VERSION
-from ..http.errors import openai_body, status_of
+from ..http.errors import OpenAIFailure, openai_body, status_of
+from .answers import ChatLogprobs, CompletionLogprobs, Likelihood, TokenCounts
 
 DONE = b"[DONE]"
 
@@ -55,15 +55,17 @@ class Counted:
         """Tokens made."""
         return sum(usage.completion_tokens for usage in self._latest.values())
 
-    def so_far(self) -> dict[str, int]:
+    def so_far(self) -> TokenCounts:
         """The counts up to here, as vLLM tells them with every piece."""
         read, made = self.prompt_tokens, self.completion_tokens
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TokenCounts:
         """OpenAI's `usage` of chats and completions."""
-        cached = sum(usage.cached_tokens for usage in self._of_each_prompt().values())
-        told: dict[str, Any] = {**self.so_far(), "prompt_tokens_details": {"cached_tokens": cached}}
+        told = self.so_far()
+        told["prompt_tokens_details"] = {
+            "cached_tokens": sum(usage.cached_tokens for usage in self._of_each_prompt().values())
+        }
         if self.reasoning_tokens is not None:
             thought = min(self.reasoning_tokens, self.completion_tokens)  # counted by its text, which may be cut
             told["completion_tokens_details"] = {"reasoning_tokens": thought}
@@ -109,10 +111,10 @@ class Told:
         return told
 
 
-def chat_logprobs(tokens: Iterable[Token]) -> dict[str, Any]:
+def chat_logprobs(tokens: Iterable[Token]) -> ChatLogprobs:
     """`logprobs` of a choice of a chat."""
 
-    def shown(token: Token) -> dict[str, Any]:
+    def shown(token: Token) -> Likelihood:
         return {"token": token_text(token), "logprob": _finite(token.logprob), "bytes": list(token.raw)}
 
     return {
@@ -172,7 +174,7 @@ class Places:
         return places
 
 
-def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternatives: int) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternatives: int) -> CompletionLogprobs:
     """`logprobs` of a choice of a completion, whose tokens begin at `offsets`, in characters of the text."""
     texts, values = [], []
     tops: list[dict[str, float] | None] = []
@@ -193,7 +195,7 @@ def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternative
     }
 
 
-def failure(error: LocalLLMError) -> dict[str, Any]:
+def failure(error: LocalLLMError) -> OpenAIFailure:
     """The event that ends a stream that failed."""
     return openai_body(str(error), status_of(error), error)
 
