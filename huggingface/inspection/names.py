@@ -8,7 +8,6 @@ there is nothing to read, and `installed` says so. Must not know files of models
 from __future__ import annotations
 
 import ast
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -19,14 +18,12 @@ from typing import Any
 
 from .heads import TABLES, Heads, Inputs
 
-logger = logging.getLogger(__name__)
-
 
 class Names:
     """The tables of the installed transformers."""
 
     def __init__(self) -> None:
-        self._configs: dict[str, Mapping[str, Any]] = {}
+        self._defaults: dict[str, Mapping[str, Any]] = {}
         self._packages: dict[str, frozenset[str]] = {}
 
     @cached_property
@@ -66,12 +63,7 @@ class Names:
 
     def inputs(self, config_type: str, architecture: str) -> Inputs | None:
         """What a class reads, by its source; None where that is not told there."""
-        module = self._module(config_type)
-        try:
-            return _inputs(self._source(f"models/{module}/modeling_{module}.py"), architecture)
-        except (OSError, SyntaxError, ValueError) as error:
-            logger.debug("the model class %s cannot be read: %s", architecture, error)
-            return None
+        return _inputs(self._own_source("modeling", config_type), architecture)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, str | None]:
@@ -110,29 +102,15 @@ class Names:
 
     def config_defaults(self, config_type: str) -> Mapping[str, Any]:
         """The constants in the body of a config's class: what holds where config.json is silent, and other names."""
-        if config_type not in self._configs:
-            try:
-                self._configs[config_type] = self._config_defaults(config_type)
-            except (OSError, SyntaxError, ValueError) as error:
-                logger.debug("the config class of %s cannot be read: %s", config_type, error)
-                self._configs[config_type] = {}
-        return self._configs[config_type]
-
-    def _config_defaults(self, config_type: str) -> Mapping[str, Any]:
         name = self.configs.get(config_type)
-        if name is None:
-            return {}
-        module = self._module(config_type)
-        classes = _class_bodies(self._source(f"models/{module}/configuration_{module}.py"))
-        found: dict[str, Any] = {}
-        while name in classes:
-            body, base = classes.pop(name)
-            found = {**body, **found}
-            name = base
-        return found
-
-    def _module(self, config_type: str) -> str:
-        return self._modules.get(config_type) or config_type.replace("-", "_")
+        if name is not None and config_type not in self._defaults:
+            classes = _class_bodies(self._own_source("configuration", config_type))
+            found: dict[str, Any] = {}
+            while name in classes:
+                body, name = classes.pop(name)
+                found = {**body, **found}
+            self._defaults[config_type] = found
+        return self._defaults.get(config_type, {})
 
     @cached_property
     def _modules(self) -> Mapping[str, str]:
@@ -144,24 +122,12 @@ class Names:
     def tokenizer_packages(self, name: str) -> frozenset[str]:
         """The packages without which a tokenizer's class cannot be used, beside transformers' own."""
         if name not in self._packages:
-            try:
-                self._packages[name] = frozenset(self._tokenizer_packages(name))
-            except (OSError, SyntaxError, ValueError) as error:
-                logger.debug("the tokenizer class %s cannot be read: %s", name, error)
-                self._packages[name] = frozenset()
+            kinds = [kind for kind, tokenizer in self.tokenizers.items() if tokenizer == name]
+            defined = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
+            source = next(filter(defined.search, (self._own_source("tokenization", kind) for kind in kinds)), "")
+            asks = re.search(r"@requires\(|requires_backends\(|ImportError", source)
+            self._packages[name] = frozenset(_required(ast.parse(source), name) if asks else ())
         return self._packages[name]
-
-    def _tokenizer_packages(self, name: str) -> Iterator[str]:
-        for config_type in (kind for kind, tokenizer in self.tokenizers.items() if tokenizer == name):
-            module = self._module(config_type)
-            path = f"models/{module}/tokenization_{module}.py"
-            if self.folder is None or not (self.folder / path).is_file():
-                continue
-            source = self._source(path)
-            if re.search(rf"^class {re.escape(name)}\b", source, re.MULTILINE):
-                if re.search(r"@requires\(|requires_backends\(|ImportError", source):
-                    yield from _required(ast.parse(source), name)
-                return
 
     # A quantizer's class ----------------------------------------------------------------------------------------------
 
@@ -180,6 +146,12 @@ class Names:
         return modules
 
     # Files ------------------------------------------------------------------------------------------------------------
+
+    def _own_source(self, part: str, config_type: str) -> str:
+        """The file with a part of a kind's own code, such as `modeling`; empty where it has none."""
+        module = self._modules.get(config_type) or config_type.replace("-", "_")
+        path = f"models/{module}/{part}_{module}.py"
+        return self._source(path) if self.folder is not None and (self.folder / path).is_file() else ""
 
     def _source(self, path: str) -> str:
         return "" if self.folder is None else (self.folder / path).read_text(encoding="utf-8")
@@ -279,7 +251,7 @@ def _inputs(source: str, name: str) -> Inputs | None:
         for entry in tree.body:
             target = entry.targets[0] if isinstance(entry, ast.Assign) else getattr(entry, "target", None)
             if isinstance(target, ast.Name) and target.id == "input_modalities" and modalities is None:
-                modalities = ast.literal_eval(entry.value)  # type: ignore[attr-defined]
+                modalities = _plain(entry.value)  # type: ignore[attr-defined]
             if isinstance(entry, ast.FunctionDef) and entry.name == "forward" and arguments is None:
                 given = [each.arg for each in entry.args.args]
                 must = len(given) - len(entry.args.defaults)

@@ -23,9 +23,8 @@ from ..errors import (
 from ..modeling import rotary
 from ..tasks import Head
 from ..types import LoadOptions
-from . import contents, packages
+from . import contents, packages, rules
 from . import folder as files
-from . import rules as traits
 from .headers import HeaderDamaged
 from .heads import AUTO_CLASSES
 from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
@@ -82,30 +81,30 @@ class Look:
                     f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:5])}"
                 )
         config = files.read_config(model_id, place.folder)
-        kind = traits.text(config.get("model_type"))
-        architectures = traits.strings(config.get("architectures"))
+        kind = rules.text(config.get("model_type"))
+        architectures = rules.strings(config.get("architectures"))
         details["architecture"] = architectures[0] if architectures else None
         details["config_type"] = kind or None
-        details["quantized"], _bits = traits.quantization_of(config)
+        details["quantized"], _bits = rules.quantization_of(config)
         details["embedding"] = "modules.json" in place.names
         tokenizer = contents.tokenizer_config(place)
-        templates = traits.templates_of(tokenizer, contents.template_files(place))
+        templates = rules.templates_of(tokenizer, contents.template_files(place))
         details["chat_template"] = bool(templates)
-        details["tools"] = traits.mentions_tools(templates)
-        details["context_length"] = traits.context_of(names, config)
+        details["tools"] = rules.mentions_tools(templates)
+        details["context_length"] = rules.context_of(names, config)
         files.check_templates(model_id, templates)
         if not names.installed:
             details["needs_remote_code"] = bool(config.get("auto_map"))
             raise LoadError(str(DependencyMissing()))
         known = details["known"] = kind in names.configs
-        head = traits.head_of(names, config, self._wanted)
-        no_text = traits.no_text(names, config, head)
+        head = rules.head_of(names, config, self._wanted)
+        no_text = rules.no_text(names, config, head)
         if no_text is not None:
             head = None
         if head is not None:
-            details["tasks"] = traits.tasks_of(names, config, head, tokenizer)
-        plain = traits.head_of(names, config) if architectures and no_text is None else head
-        details["model_type"] = traits.model_type_of(
+            details["tasks"] = rules.tasks_of(names, config, head, tokenizer)
+        plain = rules.head_of(names, config) if architectures and no_text is None else head
+        details["model_type"] = rules.model_type_of(
             model_id, config, plain, chat=bool(templates), embedding=details["embedding"]
         )
         needs_code = details["needs_remote_code"] = _needs_code(names, config, tokenizer, head)
@@ -175,7 +174,7 @@ class Look:
             names = contents.weight_files(place, config)
         except LoadError:
             return  # told of already
-        self._measure(names, *traits.quantization_of(config))
+        self._measure(names, *rules.quantization_of(config))
 
     def _adapter(self) -> None:
         """What an adapter is to be put on."""
@@ -194,13 +193,13 @@ class Look:
         details["files"] = {"count": len(names), "names": names}
         if place.counted and len(names) > _MANY:
             details["parameters"] = sum(place.counted.values())
-            details["dtypes"] = traits.bytes_of_counts(place.counted)
+            details["dtypes"] = rules.bytes_of_counts(place.counted)
         else:
             tensors = contents.tensors(place, names)
             self.products = {name: tensor.shape for name, tensor in tensors.items()} if quantization is None else {}
             if tensors:
-                details["parameters"] = traits.count_parameters(tensors, quantization, bits)
-                details["dtypes"] = traits.bytes_by_type(tensors.values())
+                details["parameters"] = rules.count_parameters(tensors, quantization, bits)
+                details["dtypes"] = rules.bytes_by_type(tensors.values())
         details["dtype"] = next(iter(details["dtypes"]), None)
         sizes = [size for name in names if (size := place.size(name)) is not None]
         details["weights_bytes"] = sum(sizes) if names and len(sizes) == len(names) else None
@@ -216,21 +215,21 @@ class Look:
             header = contents.gguf_head(place, name)
         except HeaderDamaged as error:
             raise damaged from error
-        kind = traits.text(header.values.get("general.architecture"))
+        kind = rules.text(header.values.get("general.architecture"))
         details["architecture"] = details["config_type"] = kind or None
         context = header.values.get(f"{kind}.context_length")
         said = {name: header.values.get(f"{kind}.rope.scaling.{name}") for name in ("type", "factor")}
         said["original_max_position_embeddings"] = header.values.get(f"{kind}.rope.scaling.original_context_length")
         details["context_length"] = rotary.context(context, said) if isinstance(context, int) else None
-        template = traits.text(header.values.get("tokenizer.chat_template"))
+        template = rules.text(header.values.get("tokenizer.chat_template"))
         details["chat_template"] = bool(template)
-        details["tools"] = traits.mentions_tools([template])
+        details["tools"] = rules.mentions_tools([template])
         files.check_templates(model_id, [template])
         details["files"] = {"count": 1, "names": [name]}
         details["weights_bytes"] = size = place.size(name)
         if header.tensors is not None:
             details["parameters"] = sum(tensor.count for tensor in header.tensors.values())
-            details["dtypes"] = traits.bytes_by_type(header.tensors.values())
+            details["dtypes"] = rules.bytes_by_type(header.tensors.values())
             details["dtype"] = next(iter(details["dtypes"]), None)
             details["quantized"] = "gguf" if {tensor.type for tensor in header.tensors.values()} - _PLAIN_GGUF else None
         if not names.installed:
@@ -239,8 +238,8 @@ class Look:
         if details["known"]:
             head: Head = "seq2seq-lm" if kind in ("t5", "umt5") else "causal-lm"
             head = "base" if kind == "t5encoder" else head
-            details["tasks"] = traits.tasks_of(names, {"model_type": kind}, head, {"mask_token": None})
-            details["model_type"] = traits.model_type_of(
+            details["tasks"] = rules.tasks_of(names, {"model_type": kind}, head, {"mask_token": None})
+            details["model_type"] = rules.model_type_of(
                 model_id, {"model_type": kind}, head, chat=bool(template), embedding=False
             )
         if kind not in names.gguf_by_itself:
@@ -305,7 +304,7 @@ def look_at_adapter(what: str, place: Place, products: Mapping[str, tuple[int, .
 
 def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any], head: Head | None) -> bool:
     """Whether config, model or tokenizer is of a class that transformers has not, and the folder names its own."""
-    kind = traits.text(config.get("model_type"))
+    kind = rules.text(config.get("model_type"))
     remote = config.get("auto_map")
     remote = remote if isinstance(remote, dict) else {}
     if remote and kind not in names.configs:
@@ -314,6 +313,6 @@ def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any],
         return True
     own = tokenizer.get("auto_map")
     own = own.get("AutoTokenizer") if isinstance(own, dict) else own
-    declared = traits.text(tokenizer.get("tokenizer_class"))
+    declared = rules.text(tokenizer.get("tokenizer_class"))
     known = names.tokenizers.get(kind) is not None or names.is_tokenizer(declared)
     return bool(own) and not known and kind not in names.corrected_tokenizers
