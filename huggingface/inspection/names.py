@@ -53,7 +53,7 @@ class Names:
     @cached_property
     def configs(self) -> Mapping[str, str]:
         """The config's class of each kind of model (`model_type` in config.json)."""
-        return {**self._pairs("auto_mappings", "CONFIG_MAPPING_NAMES"), **self._pairs(*_CONFIGURATION)}
+        return self._mappings("CONFIG_MAPPING_NAMES")
 
     @cached_property
     def heads(self) -> Heads:
@@ -69,24 +69,26 @@ class Names:
     def tokenizers(self) -> Mapping[str, str | None]:
         """The tokenizer's class of each kind of model."""
         corrected = dict.fromkeys(self.corrected_tokenizers, "TokenizersBackend")
-        return {**corrected, **self._pairs("tokenization_auto", "TOKENIZER_MAPPING_NAMES")}
+        return {**corrected, **self._table("models/auto/tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")}
 
     @cached_property
     def corrected_tokenizers(self) -> frozenset[str]:
         """Kinds of model whose own word about their tokenizer's class is not taken."""
         source = self._source("models/auto/tokenization_auto.py")
-        return frozenset(_strings(_statement(source, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")))
+        listed = _statements(source, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
+        return frozenset(name for statement in listed for name in _strings(statement))
 
     @cached_property
     def gguf(self) -> frozenset[str]:
         """The architectures of GGUF files that transformers can read."""
-        names = self._keys("ggml", "GGUF_CONFIG_MAPPING") | self._keys("gguf/gguf_config_mapping", "GGUF_CONFIG_ARCHS")
-        return names - {"general", "tokenizer", "tokenizer_config"}
+        old = self._table("integrations/ggml.py", "GGUF_CONFIG_MAPPING")
+        new = self._table("integrations/gguf/gguf_config_mapping.py", "GGUF_CONFIG_ARCHS")
+        return frozenset(old | new) - {"general", "tokenizer", "tokenizer_config"}
 
     @cached_property
     def gguf_by_itself(self) -> frozenset[str]:
         """Those that it reads without the package `gguf`."""
-        return self._keys("gguf/gguf_conversion_mapping", "GGUF_ARCHS")
+        return frozenset(self._table("integrations/gguf/gguf_conversion_mapping.py", "GGUF_ARCHS"))
 
     def is_tokenizer(self, name: str) -> bool:
         """Whether a tokenizer's class of this name is known."""
@@ -114,8 +116,7 @@ class Names:
 
     @cached_property
     def _modules(self) -> Mapping[str, str]:
-        table = "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
-        return {**self._pairs("auto_mappings", table), **self._pairs("configuration_auto", table)}
+        return self._mappings("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
 
     # A tokenizer's class ----------------------------------------------------------------------------------------------
 
@@ -156,17 +157,17 @@ class Names:
     def _source(self, path: str) -> str:
         return "" if self.folder is None else (self.folder / path).read_text(encoding="utf-8")
 
-    def _keys(self, module: str, table: str) -> frozenset[str]:
-        value = getattr(_statement(self._source(f"integrations/{module}.py"), table), "value", None)
-        keys = value.keys if isinstance(value, ast.Dict) else ()
-        return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
+    def _table(self, path: str, name: str) -> dict[str, Any]:
+        return dict(_literal_pairs(self._source(path), name))
 
-    def _pairs(self, module: str, table: str) -> dict[str, Any]:
-        return dict(_literal_pairs(self._source(f"models/auto/{module}.py"), table))
+    def _mappings(self, name: str) -> dict[str, Any]:
+        """A table of configs, most of which is generated and lies in a file of its own."""
+        return self._table("models/auto/auto_mappings.py", name) | self._table(
+            "models/auto/configuration_auto.py", name
+        )
 
 
 _HAS_MISTRAL = find_spec("mistral_common") is not None
-_CONFIGURATION = ("configuration_auto", "CONFIG_MAPPING_NAMES")
 # Classes that read whatever a tokenizer.json holds, and such as are always there.
 _GENERIC = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", "BloomTokenizer"}
 
@@ -176,10 +177,6 @@ def _statements(source: str, name: str) -> Iterator[ast.stmt]:
     # From the name at a line's start to the next line that is not indented and closes nothing.
     for found in re.finditer(rf"^{name}\b.*?(?=^[^\s)\]}}#]|\Z)", source, re.MULTILINE | re.DOTALL):
         yield from ast.parse(found[0]).body
-
-
-def _statement(source: str, name: str) -> ast.stmt | None:
-    return next(_statements(source, name), None)
 
 
 def _literal_pairs(source: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -212,8 +209,8 @@ def _plain(node: ast.expr) -> Any:
         return None
 
 
-def _strings(node: ast.AST | None) -> Iterator[str]:
-    for each in ast.walk(node) if node is not None else ():
+def _strings(node: ast.AST) -> Iterator[str]:
+    for each in ast.walk(node):
         if isinstance(each, ast.Constant) and isinstance(each.value, str):
             yield each.value
 
