@@ -221,8 +221,9 @@ def test_a_module_is_imported_by_a_computed_name_in_one_place_only() -> None:
     wrong = []
     for file, tree in sources().items():
         for node in ast.walk(tree):
-            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-            if name in ("import_module", "__import__") and file != "huggingface/host/imports.py":
+            if not isinstance(node, ast.Attribute | ast.Name) or file == "huggingface/host/imports.py":
+                continue
+            if (node.attr if isinstance(node, ast.Attribute) else node.id) in ("import_module", "__import__"):
                 wrong.append(f"{file}:{node.lineno}")
     assert not wrong
 
@@ -281,7 +282,7 @@ def test_no_module_keeps_state_that_changes() -> None:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
                 changed = node.func.value
             if isinstance(changed, ast.Name) and changed.id in names:
-                wrong.append(f"{file}:{node.lineno} changes {changed.id}")
+                wrong.append(f"{file}:{changed.lineno} changes {changed.id}")
     assert not wrong
 
 
@@ -324,6 +325,8 @@ BY_NAME = ("setattr", "getattr", "hasattr", "delattr")
 def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """The names that begin with one underscore and that a file takes from a module, or from an object but its own."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.expr | ast.stmt):
+            continue
         names: list[str] = []
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
             names = [node.attr]

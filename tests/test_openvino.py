@@ -295,7 +295,7 @@ def test_the_graph_is_made_once(place: Callable[[str], Path]) -> None:
 
 def phases(progress: Progress) -> list[str]:
     """The phases that a piece of work went through."""
-    return [moment.phase for moment in progress.phases(-1)]
+    return [moment.phase for moment in progress.since(-1)[1]]
 
 
 def test_other_weights_get_a_graph_of_their_own(place: Callable[[str], Path]) -> None:
