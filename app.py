@@ -1,10 +1,12 @@
-"""The application: wiring only. `create_app(settings)` gives a Flask app; `python app.py` serves one.
+"""The application: wiring only. `create_app(settings)` gives a Flask app; `python app.py`, or `local-llm` where it is
+installed, serves one.
 
 Importing this module starts nothing and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -12,7 +14,7 @@ import sys
 from flask_openapi3 import Info, OpenAPI
 
 import huggingface
-from config import Settings, read_settings
+from config import ROOT, Settings, read_settings
 from huggingface.api.documented.schemas import ErrorAnswer
 from huggingface.api.documented.system import VERSION
 from huggingface.api.http.errors import on_invalid_body
@@ -61,9 +63,17 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     return app
 
 
-def main() -> None:
-    """Serve until interrupted or told to stop (SIGTERM)."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command: serve until interrupted or stopped (SIGTERM)."""
     from server import serve
+
+    parser = argparse.ArgumentParser(
+        prog="local-llm",
+        description="Serves Hugging Face models over HTTP. Its settings are the environment variables LOCAL_LLM_*, "
+        f"or lines of {ROOT / '.env'}, such as LOCAL_LLM_PORT=5001.",
+    )
+    parser.add_argument("--version", action="version", version=f"local-llm {VERSION}")
+    parser.parse_args(arguments)
 
     settings = read_settings()
     # Read when transformers is first imported; its warnings are about arguments that this server has checked already.

@@ -16,7 +16,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from huggingface.api.http.origins import allowed_origins
 from huggingface.manager.budget import parse_limits
 
-ROOT = Path(__file__).resolve().parent
+_HERE = Path(__file__).resolve().parent
+# Where `.env` and `data/` are: a checkout has its own, wherever the server is started; an installed server uses the
+# folder in which it is started.
+ROOT = _HERE if (_HERE / "pyproject.toml").is_file() else Path.cwd()
 
 
 class Settings(BaseSettings):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic_core import PydanticUndefined
 from test_layout import FOLDERS
 
@@ -225,7 +227,6 @@ def test_the_changelog_tells_of_this_version() -> None:
 
 
 def test_the_version_is_the_same_everywhere(client: Any) -> None:
-    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
     assert client.get("/openapi.json").json["info"]["version"] == VERSION
     assert client.get("/").json["version"] == VERSION
 
@@ -246,6 +247,20 @@ def files() -> Iterator[Path]:
         parts = path.relative_to(ROOT).parts
         if path.is_file() and not set(parts) & set(made) and parts[:2] != ("data", "models"):
             yield path
+
+
+def requirements(path: Path) -> list[Requirement]:
+    """What a requirements file names itself."""
+    lines = [line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+
+
+def test_the_lock_holds_every_requirement_at_its_version_and_leaves_what_torch_pins_to_torch() -> None:
+    locked = {canonicalize_name(each.name): str(each.specifier) for each in requirements(ROOT / "requirements.lock")}
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for each in requirements(ROOT / name):
+            assert locked.get(canonicalize_name(each.name)) == str(each.specifier), f"{each}: run `make lock`"
+    assert not [name for name in locked if name.startswith(("cuda", "nvidia", "triton"))]
 
 
 def test_no_file_holds_a_path_of_somebodys_machine() -> None:

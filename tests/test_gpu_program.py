@@ -15,6 +15,7 @@ from conftest import ROOT
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_documents import requirements
 
 from benchmarks.gpu import __main__ as program
 
@@ -81,9 +82,7 @@ def test_a_section_that_is_cut_short_or_fails_is_told_as_that_and_leaves_no_proc
 
 def pins(path: Path) -> dict[str, str]:
     """The versions that a requirement file names."""
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
-    return {canonicalize_name(each.name): next(iter(each.specifier)).version for each in found}
+    return {canonicalize_name(each.name): next(iter(each.specifier)).version for each in requirements(path)}
 
 
 def test_the_wheels_are_of_this_projects_versions_and_lack_nothing_that_they_need() -> None:
