@@ -229,7 +229,7 @@ class EngineFailed(LocalLLMError):
     """What computes for the model is broken for good; the next request loads the model anew."""
 
     def __init__(self, model_id: str) -> None:
-        super().__init__(f"Model '{model_id}' failed and is out of service; the next request loads it anew")
+        super().__init__(f"Model '{model_id}' failed and is out of service; the next request loads it again")
 
 
 class QueueFull(LocalLLMError):

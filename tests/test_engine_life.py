@@ -247,7 +247,7 @@ def test_a_model_whose_engine_broke_is_loaded_anew_at_the_next_request(
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.get_json()["success"] is False
         assert model_id in answer.get_json()["error"]
-        assert "loads it anew" in answer.get_json()["error"]
+        assert "loads it again" in answer.get_json()["error"]
     assert old.failed
     until(lambda: not threads_of("llama"))
     assert client.get(f"{API}/cache").get_json()["cached_models"][model_id]["engine"]["state"] == "failed"
@@ -286,7 +286,7 @@ def test_a_device_that_fails_in_a_task_breaks_the_engine_and_all_who_wait_are_to
             assert answer.get_json()["results"] == right
         else:
             assert answer.status_code == 503, answer.get_json()
-            assert "loads it anew" in answer.get_json()["error"]
+            assert "loads it again" in answer.get_json()["error"]
     assert {answer.status_code for answer in answers} != {200}
     assert client.post(f"{API}/pipeline", json=body).get_json()["results"] == right
     assert app.extensions["local-llm"].manager.loaded()[model_id] is not old

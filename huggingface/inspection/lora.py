@@ -72,7 +72,9 @@ def check_pickled(what: str, names: Iterable[str]) -> NoReturn:
         FilesRefused: it has others. FilesMissing: it has none.
     """
     if PICKLES in names:
-        raise FilesRefused(f"{what} has pickled weights only ({PICKLES}), which can run any code; save it anew")
+        raise FilesRefused(
+            f"{what} has pickled weights only ({PICKLES}), which can run any code; save it as safetensors"
+        )
     raise FilesMissing(f"{what}: its folder holds no {WEIGHTS}; put the complete adapter there")
 
 

@@ -122,7 +122,7 @@ def check_named(plan: Plan, declined: Declined) -> None:
 
 def unsuited(name: str, reason: str) -> Declined:
     """The backend cannot compute what is asked for: a kind of model, or a setting."""
-    message = f"Invalid value for field 'engine': {name} cannot be had here: {reason}"
+    message = f"Invalid value for field 'engine': {name} is not available here: {reason}"
     return Declined(reason, InvalidRequest(message, "engine"))
 
 

@@ -66,7 +66,7 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
     if settings.quantization is not None:
         check(settings.quantization, device)
         if settings.device_map is not None:
-            raise InvalidRequest("quantization cannot be had with a device_map", "quantization")
+            raise InvalidRequest("quantization does not work with a device_map", "quantization")
     attention = settings.attn_implementation
     if attention is not None and attention not in _ATTENTION:
         raise InvalidRequest(
@@ -111,7 +111,7 @@ def _check_device(device: str, *, asked: bool) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         where = "the field 'device'" if asked else "the server's setting LOCAL_LLM_DEVICE"
-        message = f"The device '{device}' is not to be had here; choose another one in {where}"
+        message = f"Device '{device}' is not available; choose another one in {where}"
         raise (InvalidRequest(message, "device") if asked else DeviceMissing(message)) from error
 
 
@@ -131,6 +131,6 @@ def _check_map(device_map: str | Mapping[str, Any]) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
             raise InvalidRequest(
-                f"Invalid value for field 'device_map': the device '{device}' of '{module}' is not to be had here",
+                f"Invalid value for field 'device_map': device '{device}' of '{module}' is not available",
                 "device_map",
             ) from error

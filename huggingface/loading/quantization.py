@@ -82,7 +82,7 @@ def quantize(model: nn.Module, scheme: str, device: str) -> None:
     groups = list(_groups(model))
     if sum(_weight(places[0][2]).nbytes for places in groups) < _WORTH * tensor_bytes(model):
         raise ModelUnsupported(
-            f"quantization cannot be had for this kind of model ({type(model).__name__}): almost none of its "
+            f"quantization is not available for this kind of model ({type(model).__name__}): almost none of its "
             "weights are in layers that can be quantized"
         )
     whole = device == "cpu" and _whole_products_pay()

@@ -149,7 +149,7 @@ class Room:
                 if (besides := self._budget.besides(device)) > 0:
                     holders.append(f"the process itself ({readable(besides)})")
                 texts.append(
-                    f"{readable(need)} on {device} are needed and {readable(room)} are to be had; the rest is held by "
+                    f"needs {readable(need)} on {device}, {readable(room)} is available; the rest is held by "
                     + (", ".join(holders) or "other programs")
                 )
         return MemoryHeld(f"No room for model '{model_id}' now: {'; '.join(texts) or 'its memory was taken meanwhile'}")

@@ -192,7 +192,7 @@ class Claims:
             nonlocal has
             while not self._take(need - has):
                 if not self._relieve():
-                    raise OutOfMemory(f"{self._needs(asked, need)}, which is not to be had now")
+                    raise OutOfMemory(f"{self._needs(asked, need)}, which is not available now")
             has = need
 
         def reached(length: int) -> None:

@@ -76,7 +76,7 @@ def _bring(
             registered = record.gguf_file or record.revision or "no tag"
             raise InvalidRequest(
                 f"Invalid value for field 'model': '{record.model_id}' is registered with {registered}, so it cannot "
-                f"be had with '{name.tag}' too; remove it first",
+                f"be served with '{name.tag}' too; remove it first",
                 "model",
             )
         new = False

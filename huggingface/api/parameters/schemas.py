@@ -182,7 +182,7 @@ class GenerationParameters(CommonGeneration):
         le=_LARGEST,
     )
     logit_bias: dict[TokenKey, Bias] = _maybe('Added to the logits of tokens: `{"token id": bias}`.', min_length=1)
-    seed: int = _maybe("Starts the random draws, so that an answer can be had again.", ge=0, lt=2**63)
+    seed: int = _maybe("Starts the random draws, so that an answer can be repeated.", ge=0, lt=2**63)
     stop_token_ids: TokenIds = _maybe("Tokens at which generation stops besides the end-of-text tokens.")
     ignore_eos: bool = _maybe("Go on behind the end of the text, to the greatest length or another stop.")
 

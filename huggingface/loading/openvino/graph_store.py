@@ -79,7 +79,7 @@ class Place:
             _check_sizes(path, about)
             return read(path, about, None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the graph in %s cannot be used, and is made anew: %s", self._name, error)
+            logger.warning("the graph in %s cannot be used, and is made again: %s", self._name, error)
             shutil.rmtree(path, ignore_errors=True)
             return None
 
