@@ -1,6 +1,6 @@
 """The seam between those that ask and what computes: a model in memory, as requests see it.
 
-`loading.model.LoadedModel` is one; a replica on another machine may be another. Any thread may call it.
+`model.LoadedModel` is one; a replica on another machine may be another. Any thread may call it.
 """
 
 from __future__ import annotations

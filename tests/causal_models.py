@@ -18,9 +18,13 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.engine.openvino.lazy_weights import make_shell
-from huggingface.loading.model import Conversion, LoadedModel, Memory, Setup
-from huggingface.loading.openvino import decoder as generator
+from huggingface.errors import InvalidRequest
+from huggingface.loading.openvino import decoder
 from huggingface.loading.openvino.graph_store import Place
+from huggingface.loading.openvino.load import GraphCompute, Shell
+from huggingface.loading.torch import TorchCompute
+from huggingface.model import Compute, LoadedModel, Setup
+from huggingface.model_memory import Memory
 from huggingface.registry.records import ModelRecord
 from huggingface.types import EngineOptions
 
@@ -92,18 +96,24 @@ def serve(
     """The model as the server has it in memory; `model` itself stays as it is."""
     record = ModelRecord(f"tiny/{name}", name, "text-generation")
     folder = Path(tempfile.mkdtemp(prefix="graph-")) if engine == "openvino" else None
-    conversion, served = None, model
+    made = EngineOptions(**options)
+    compute: Compute = TorchCompute("causal-lm", model, findings=made.findings)
     if folder is not None:
         place = Place(folder, name, None)
-        generator.make(copy.deepcopy(model), place, None, folder)
-        graph = generator.find(place)
+        decoder.make(copy.deepcopy(model), place, None, folder)
+        graph = decoder.find(place)
         assert graph is not None
         size = sum(tensor.nbytes for tensor in model.parameters())
-        conversion = Conversion(graph, lambda: copy.deepcopy(model), size, place.refuse)
-        served = make_shell(copy.deepcopy(model))
+        shell = Shell(make_shell(copy.deepcopy(model)), lambda: copy.deepcopy(model), size)
+
+        def refuse(reason: str) -> None:
+            """As where OpenVINO is asked for by name."""
+            place.refuse(reason)
+            raise InvalidRequest(reason, "engine")
+
+        compute = GraphCompute("causal-lm", graph, shell, made.kv_cache_bytes, refuse)
     setup = Setup(record, "causal-lm", "cpu", {}, folder=folder)
-    made = EngineOptions(**options)
-    loaded = LoadedModel(setup, served, tokenizer, made, memory=memory, conversion=conversion)
+    loaded = LoadedModel(setup, compute, tokenizer, made, memory=memory)
     loaded.prepared()
     assert loaded.effective["engine"] == engine
     return loaded

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from huggingface import model as loaded
 from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.input_processor import Preparer
-from huggingface.loading import model as loaded
 from huggingface.loading import torch as by_torch
 from huggingface.modeling.demand import Claims
 

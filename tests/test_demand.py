@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
-from huggingface.loading.model import LoadedModel
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
+from huggingface.model import LoadedModel
 from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of
 from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry

@@ -20,7 +20,7 @@ from tiny_tokenizers import TEXT
 
 from huggingface.engine.layers import NotBatchable
 from huggingface.errors import Cancelled, GenerationFailed, OutOfMemory, QueueFull
-from huggingface.loading.model import LoadedModel
+from huggingface.model import LoadedModel
 from huggingface.types import Chunk, GenerationRequest
 
 WORDS = TEXT.split()

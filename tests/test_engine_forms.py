@@ -22,7 +22,7 @@ from transformers import LogitsProcessorList
 from huggingface.engine.sampling import Sampler
 from huggingface.errors import InvalidRequest
 from huggingface.forms.json_schema import closed
-from huggingface.loading.model import LoadedModel
+from huggingface.model import LoadedModel
 from huggingface.types import Chunk, Constraint, GenerationRequest
 
 WORDS = TEXT.split()

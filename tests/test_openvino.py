@@ -43,11 +43,12 @@ from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.torch.parity import room_for
 from huggingface.errors import Cancelled, ConversionFailed, InvalidRequest, OutOfMemory
 from huggingface.loading import loader
-from huggingface.loading.model import LoadedModel, Memory, Unlimited
 from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino import subprocess as process
 from huggingface.loading.openvino.graph_store import FOLDER, Place
+from huggingface.model import LoadedModel
+from huggingface.model_memory import Memory, Unlimited
 from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.types import EngineOptions, GenerationRequest, LoadOptions

@@ -30,9 +30,10 @@ from huggingface.engine.openvino.encoder import Sample
 from huggingface.engine.openvino.lazy_weights import Reserve, make_shell
 from huggingface.errors import InvalidRequest
 from huggingface.loading import loader
-from huggingface.loading.model import Conversion, LoadedModel, Setup
 from huggingface.loading.openvino import encoder as converted_encoder
 from huggingface.loading.openvino.graph_store import Place
+from huggingface.loading.openvino.load import GraphCompute, Shell
+from huggingface.model import LoadedModel, Setup
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.tasks.embedding import find_pooling
 from huggingface.tasks.question_answering import QuestionAnswering
@@ -57,10 +58,10 @@ class Served:
         assert graph is not None
         self.graph = graph
         self.shell = make_shell(shell)
-        conversion = Conversion(graph, self._read, 1000, place.refuse)
+        compute = GraphCompute(head, graph, Shell(self.shell, self._read, 1000), 0, place.refuse)
         setup = Setup(ModelRecord("tiny/served", "served", "feature-extraction"), head, "cpu", {})
         pooling = find_pooling(folder, self.model)
-        self.loaded = LoadedModel(setup, self.shell, self.tokenizer, EngineOptions(), pooling, conversion=conversion)
+        self.loaded = LoadedModel(setup, compute, self.tokenizer, EngineOptions(), pooling)
         self.loaded.prepared()
         assert self.loaded.effective["engine"] == "openvino"
 
@@ -342,9 +343,9 @@ def test_where_a_graph_gives_something_else_torch_computes(served: Callable[...,
     wrong = {**sample.outputs, "last_hidden_state": sample.outputs["last_hidden_state"] + off}
     other = converted_encoder.EncoderGraph(graph.path, None, graph.form, (Sample(sample.inputs, wrong),))
     refused: list[str] = []
-    conversion = Conversion(other, lambda: copy.deepcopy(model.model), 1000, refused.append)
-    shell = make_shell(copy.deepcopy(model.model))
-    loaded = LoadedModel(model.loaded.setup, shell, model.tokenizer, EngineOptions(), conversion=conversion)
+    shell = Shell(make_shell(copy.deepcopy(model.model)), lambda: copy.deepcopy(model.model), 1000)
+    compute = GraphCompute(model.loaded.head, other, shell, 0, refused.append)
+    loaded = LoadedModel(model.loaded.setup, compute, model.tokenizer, EngineOptions())
     try:
         loaded.prepared()
         assert loaded.effective["engine"] == "torch"

@@ -20,7 +20,7 @@ from test_engine import draw_parameters, draw_prompt, idle
 from tiny_tokenizers import TEXT
 
 from huggingface.errors import Cancelled, InvalidRequest, QueueFull
-from huggingface.loading.model import LoadedModel
+from huggingface.model import LoadedModel
 from huggingface.types import GenerationRequest
 
 TASK = "text-generation"

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from huggingface.engine.torch.parity import batch_runner
 from huggingface.errors import InvalidRequest, ModelUnsupported
 from huggingface.loading import quantization
-from huggingface.loading.model import LoadedModel, Setup
 from huggingface.loading.quantization import (
     SCHEMES,
     QuantizedLinear,
@@ -28,6 +27,8 @@ from huggingface.loading.quantization import (
     quantized_bytes,
     tensor_bytes,
 )
+from huggingface.loading.torch import TorchCompute
+from huggingface.model import LoadedModel, Setup
 from huggingface.registry.records import ModelRecord
 from huggingface.types import EngineOptions, GenerationRequest
 
@@ -334,7 +335,7 @@ def test_what_a_model_looks_at_of_a_weight_is_its_type_and_shape() -> None:
 
 def served(model: Any, tokenizer: Any, model_id: str) -> LoadedModel:
     setup = Setup(ModelRecord(model_id, model_id, "text-generation"), "causal-lm", "cpu", {})
-    return LoadedModel(setup, model, tokenizer, EngineOptions())
+    return LoadedModel(setup, TorchCompute("causal-lm", model), tokenizer, EngineOptions())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -198,6 +198,14 @@ def settle(constrained: Iterable[Constrained], seconds: float) -> None:
     compiler.settle((form.opened for each in constrained for form in each._forms), seconds)
 
 
+def constraints_of(model: Any, tokenizer: Any) -> Constraints:
+    """What constrains a model's texts; llguidance looks at the tokenizer when it is first asked."""
+    own = model.generation_config.eos_token_id if model.can_generate() else None
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    words = getattr(model.config.get_text_config(), "vocab_size", 0)  # CANINE reads characters, and has none
+    return Constraints(tokenizer, words, ends)
+
+
 def _no_tokens(reason: str) -> InvalidRequest:
     return InvalidRequest(f"This model's tokenizer cannot be constrained: {reason}")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..errors import InvalidRequest, LocalLLMError, ModelUnsupported
+from ..model import Compute
 from ..progress import Progress
 from ..registry.records import LoadSettings
 from ..types import Estimate, LoadOptions
-from .model import LoadedModel, Memory
 from .plan import Plan
 
 T = TypeVar("T")
@@ -56,13 +56,25 @@ class Load:
     adapters: Mapping[str, Path]
     tokenizer: Any
     progress: Progress
-    memory: Memory | None
     make: Make | None
     spare: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that a backend has opened.
+
+    `folder` is the model's own and goes with it. A load waits for one that is `untried` until that has computed.
+    """
+
+    compute: Compute
+    device: str
+    folder: Path | None = None
+    untried: bool = False
+
+
 class Backend(Protocol):
-    """What computes a model. `before` is why the one that is preferred to it does not, None where there is none."""
+    """What computes a model."""
 
     @property
     def name(self) -> str:
@@ -72,13 +84,14 @@ class Backend(Protocol):
         """Why it cannot compute this model, as far as that is known before weights are read; None where it may."""
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:
-        """What the model would take, or why a load would go on to the next backend.
+        """What the model would take, or why a load would go on to the next backend; `before` is why the one before it
+        does not compute the model.
 
         Raises: as `loader.load`.
         """
 
-    def open(self, load: Load, before: Declined | None) -> LoadedModel | Declined:
-        """The model in memory, or why it cannot be computed so.
+    def open(self, load: Load) -> Opened | Declined:
+        """The model, read, or why it cannot be computed so.
 
         Raises: as `loader.load`.
         """
@@ -97,14 +110,16 @@ def choose(
         InvalidRequest, ModelUnsupported: the one that is asked for declines. Besides, what `use` raises.
     """
     asked = plan.placement.engine
-    declined = None if asked == "auto" else Declined(f"{asked} was asked for")
+    declined: Declined | None = None
     for backend in backends:
-        if asked in ("auto", backend.name):
-            answer = backend.why_not(plan, options, adapters) or use(backend, declined)
-            if not isinstance(answer, Declined):
-                return answer
-            check_named(plan, answer)
-            declined = answer
+        if asked not in ("auto", backend.name):
+            declined = Declined(f"{asked} was asked for")
+            continue
+        answer = backend.why_not(plan, options, adapters) or use(backend, declined)
+        if not isinstance(answer, Declined):
+            return answer
+        check_named(plan, answer)
+        declined = answer
     raise ModelUnsupported(
         f"Model '{plan.record.model_id}' is computed by none of {', '.join(backend.name for backend in backends)}"
     )

@@ -49,19 +49,8 @@ def estimate(
 
     Raises: as `loader.load`.
     """
-    built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
-    config.name_or_path = str(plan.folder)  # where code of its own is looked for
-    placement, dtype = plan.placement, plan.placement.dtype or own_dtype(plan)
-    try:
-        with BUILDING:
-            with torch.device("meta"), torch.no_grad(), _bounded():
-                model = built.from_config(config, trust_remote_code=plan.trusted)
-            weights = weigh(model)
-            token_bytes = _known_token_bytes(plan, options, model, dtype) if plan.head == "causal-lm" else 0
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
+    dtype, placement = plan.placement.dtype or own_dtype(plan), plan.placement
+    weights, token_bytes, numbers = _known_shape(plan, options, backend, weigh, dtype)
     kv_bytes = engine_options(plan, options).kv_cache_bytes
     kv_cache = first_bank(kv_bytes // token_bytes) * token_bytes if token_bytes else 0
     here = weights.devices.get(placement.device, 0) + weights.copies + kv_cache
@@ -76,8 +65,44 @@ def estimate(
         quantization=placement.quantization,
         devices={**weights.devices, placement.device: here},
         engine=backend,
-        conversion=0 if pending is None else pending.size(sum(tensor.numel() for tensor in model.parameters())),
+        conversion=0 if pending is None else pending.size(numbers),
     )
+
+
+def _known_shape(
+    plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], dtype: torch.dtype
+) -> tuple[Weights, int, int]:
+    """`_shape`, told once for the same files and settings: building the model and a pass of it hold the interpreter for
+    a quarter of a second. Where accelerate places the layers, that depends on what is free at the moment."""
+    findings, key = options.engine.findings, ("shape", backend, plan.folder)
+    made_of = (file_marks(plan.folder), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
+    if plan.placement.device_map is not None:
+        with BUILDING:
+            return _shape(plan, weigh, dtype)
+    known = findings.get(key)
+    if known is None or known[0] != made_of:
+        with BUILDING:  # where many ask at once, one of them builds
+            known = findings.get(key)
+            if known is None or known[0] != made_of:
+                known = findings[key] = (made_of, _shape(plan, weigh, dtype))
+    shape: tuple[Weights, int, int] = known[1]
+    return shape
+
+
+def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> tuple[Weights, int, int]:
+    """What is told of the model without numbers: its weights, the bytes of one token, and how many numbers it has. One
+    thread at a time (`BUILDING`)."""
+    built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
+    config.name_or_path = str(plan.folder)  # where code of its own is looked for
+    try:
+        with torch.device("meta"), torch.no_grad(), _bounded():
+            model = built.from_config(config, trust_remote_code=plan.trusted)
+        token_bytes = _token_bytes(model, dtype) if plan.head == "causal-lm" else 0
+        return weigh(model), token_bytes, sum(tensor.numel() for tensor in model.parameters())
+    except LocalLLMError:
+        raise
+    except Exception as error:
+        raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
 
 
 @contextmanager
@@ -100,17 +125,6 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _known_token_bytes(plan: Plan, options: LoadOptions, model: Any, dtype: torch.dtype) -> int:
-    """`_token_bytes`, kept for as long as the files stay as they are: the pass that tells them takes longer than all
-    else that an estimate does."""
-    findings, key = options.engine.findings, ("token bytes", plan.folder)
-    made_of = (file_marks(plan.folder), plan.record.gguf_file, plan.trusted, dtype, str(plan.placement))
-    known = findings.get(key)
-    if known is None or known[0] != made_of:
-        known = findings[key] = (made_of, _token_bytes(model, dtype))
-    return int(known[1])
 
 
 def _token_bytes(model: Any, dtype: torch.dtype) -> int:

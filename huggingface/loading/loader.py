@@ -6,8 +6,10 @@ the registry, the manager or HTTP.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,14 +23,16 @@ from ..host.memory import forget_frames
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..inspection.lora import factor_bytes
+from ..model import LoadedModel, Setup
+from ..model_memory import Memory, free
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
+from ..tasks.reranking import note_cross_encoder
 from ..types import Estimate, LoadOptions
-from .backend import Backend, Load, Make, choose
-from .model import LoadedModel, Memory, free
+from .backend import Backend, Declined, Load, Make, Opened, choose
 from .openvino.load import OpenVINO, make_graph
-from .plan import check_compile, check_context, look
-from .pretrained import read_tokenizer
+from .plan import check_compile, check_context, commit, effective, engine_options, look
+from .pretrained import BUILDING, read_pooling, read_tokenizer
 from .torch import Torch
 
 # What computes a model, in the order in which `auto` asks them.
@@ -74,8 +78,13 @@ def load(
         tokenizer = read_tokenizer(plan)
         check_context(plan)
         check_compile(plan)
-        asked = Load(plan, options, wanted, adapters, tokenizer, told, memory, make, spare)
-        return choose(BACKENDS, plan, options, adapters, lambda backend, before: backend.open(asked, before))
+        asked = Load(plan, options, wanted, adapters, tokenizer, told, make, spare)
+
+        def open_with(backend: Backend, before: Declined | None) -> LoadedModel | Declined:
+            opened = backend.open(asked)
+            return opened if isinstance(opened, Declined) else _loaded(asked, opened, before, memory)
+
+        return choose(BACKENDS, plan, options, adapters, open_with)
 
     return _on_a_thread(record.model_id, work)
 
@@ -155,6 +164,34 @@ def rough_bytes(
     """
     size = files.weights_bytes(record.model_id, folder, allow_pickle=options.allow_pickle)
     return size * 5 // 2 + options.engine.kv_cache_bytes // 4 + sum(map(factor_bytes, adapters))
+
+
+def _loaded(load: Load, opened: Opened, before: Declined | None, memory: Memory | None) -> LoadedModel:
+    """The model that a backend has opened, in service; `before` is why the one before it does not compute it."""
+    plan, options, compute = load.plan, load.options, opened.compute
+    with ExitStack() as failed:
+        if opened.folder is not None:
+            failed.callback(shutil.rmtree, opened.folder, ignore_errors=True)
+        with BUILDING:
+            pooling = read_pooling(plan.folder, compute.model, plan.trusted)
+        note_cross_encoder(compute.model.config, plan.folder)
+        setup = Setup(
+            record=plan.record,
+            head=plan.head,
+            device=opened.device,
+            effective=effective(plan, compute.model, options),
+            engine_reason=None if before is None else before.reason,
+            converts=None if before is None or before.pending is None else before.pending.key,
+            max_context=plan.placement.max_context,
+            commit=commit(plan.folder),
+            folder=opened.folder,
+        )
+        model = LoadedModel(setup, compute, load.tokenizer, engine_options(plan, options), pooling, memory)
+        failed.callback(model.close)
+        if opened.untried:
+            model.prepared(lambda: load.progress.cancelled)
+        failed.pop_all()
+    return model
 
 
 def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:

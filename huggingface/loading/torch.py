@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..engine.layers import NotBatchable
+from ..engine.torch.lora import Adapters
 from ..engine.torch.matmul import copies
-from ..tasks.reranking import note_cross_encoder
+from ..engine.torch.parity import batch_runner
+from ..model import Serving
+from ..model_memory import ModelMemory
+from ..tasks import Head
 from ..types import Estimate, LoadOptions
-from .backend import Declined, Load
+from .backend import Declined, Load, Opened
 from .estimate import Weights, estimate
+from .lora import Adapters as Attached
 from .lora import attach
-from .model import LoadedModel, Setup
 from .placement import Placement
-from .plan import Plan, commit, effective, engine_options, file_bytes, file_marks, own_dtype
-from .pretrained import BUILDING, read_model, read_pooling, watched
-from .quantization import predicted_bytes
+from .plan import Plan, file_bytes, file_marks, own_dtype
+from .pretrained import BUILDING, read_model, watched
+from .quantization import QuantizedLinear, predicted_bytes
+from .quantization import tensor_bytes as quantized_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Torch:
@@ -37,38 +47,80 @@ class Torch:
         """What the weights take on each device, and the copies of some that make products faster."""
         return estimate(plan, options, self.name, partial(_weigh, plan, options), before)
 
-    def open(self, load: Load, before: Declined | None) -> LoadedModel:
+    def open(self, load: Load) -> Opened:
         """Reads the weights, and puts the adapters on them."""
         plan, options, placement = load.plan, load.options, load.plan.placement
-        own = Path(tempfile.mkdtemp(prefix="local-llm-")) if placement.device_map is not None else None
-        try:
+        with ExitStack() as failed:
+            folder = None
+            if placement.device_map is not None:
+                folder = Path(tempfile.mkdtemp(prefix="local-llm-"))
+                failed.callback(shutil.rmtree, folder, ignore_errors=True)
             with BUILDING:
                 load.progress.begin("read", file_bytes(plan, options))
                 with watched(load.progress):
-                    model = read_model(plan, options, own)
-                attached = attach(plan.record.model_id, model, load.adapters, load.tokenizer)
+                    model = read_model(plan, options, folder)
+                adapters = attach(plan.record.model_id, model, load.adapters, load.tokenizer)
                 if placement.compiles:
                     model.compile(dynamic=True)  # at its first use, which takes a while
-                pooling = read_pooling(plan.folder, model, plan.trusted)
-            note_cross_encoder(model.config, plan.folder)
-            setup = Setup(
-                record=plan.record,
-                head=plan.head,
-                device=str(model.device) if placement.device_map is not None else placement.device,
-                effective=effective(plan, model, options),
-                key=_key(plan, options, load.adapters),
-                engine_reason=None if before is None else before.reason,
-                converts=None if before is None or before.pending is None else before.pending.key,
-                max_context=placement.max_context,
-                commit=commit(plan.folder),
-                folder=own,
-            )
-            options_here = engine_options(plan, options)
-            return LoadedModel(setup, model, load.tokenizer, options_here, pooling, load.memory, attached)
-        except BaseException:
-            if own is not None:
-                shutil.rmtree(own, ignore_errors=True)
-            raise
+            failed.pop_all()
+        device = placement.device if folder is None else str(model.device)
+        findings, key = options.engine.findings, _key(plan, options, load.adapters)
+        return Opened(TorchCompute(plan.head, model, adapters, findings, key), device, folder)
+
+
+class TorchCompute:
+    """A model that torch computes, as a `Compute`."""
+
+    backend = Torch.name
+
+    def __init__(
+        self,
+        head: Head,
+        model: Any,
+        adapters: Adapters | None = None,
+        findings: MutableMapping[Hashable, Any] | None = None,
+        key: Hashable = None,
+    ) -> None:
+        """`findings` keep what is found out about the model under `key`, which tells its weights and settings from any
+        others."""
+        self.model = model
+        self.adapters: Adapters = adapters or Attached("", model, {})
+        self._head = head
+        self._findings = findings
+        self._key = key
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """Bytes of the model's tensors by device, each storage once."""
+        return tensor_bytes(self.model)
+
+    def serve(self, memory: ModelMemory, given_up: Callable[[], bool]) -> Serving:  # noqa: ARG002 - the protocol's
+        """In a batch, where that gives what the model itself gives; only decoders that generate text are tried."""
+        if self._head == "seq2seq-lm":
+            return Serving(self.backend, reason="it is an encoder-decoder")
+        if self._head != "causal-lm":
+            return Serving(self.backend, reason="it does not generate text")
+        try:
+            runner = batch_runner(self.model, self._findings, self._key, given_up, self.adapters)
+        except NotBatchable as error:
+            logger.info("a %s is served one request at a time: %s", type(self.model).__name__, error)
+            return Serving(self.backend, reason=str(error))
+        return Serving(self.backend, runner)
+
+
+def tensor_bytes(model: Any) -> dict[str, int]:
+    """Bytes of a model's tensors by device, each storage once."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return {str(model.device): quantized_bytes(model)}
+    seen: set[tuple[str, int]] = set()
+    sizes: dict[str, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        device = str(tensor.device)
+        key = (device, tensor.data_ptr())
+        if tensor.device.type != "meta" and key not in seen:
+            seen.add(key)
+            sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.itemsize
+    return sizes
 
 
 def _key(plan: Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tuple[Any, ...]:

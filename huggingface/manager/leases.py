@@ -22,7 +22,7 @@ from .budget import Account
 from .claims import Claim, Claims
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedModel
+    from ..model import LoadedModel
 
 LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 

@@ -1,82 +1,225 @@
-"""What the manager asks of what loads models, which is imported late: the module `loading.loader`, as mypy sees to."""
+"""Loads: from a record to a model in memory, its files and its room first.
+
+Any thread may call it. Must not know HTTP; torch only through the loader.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelDisabled, OutOfMemory
+from ..host.devices import resolve_device
+from ..hub.downloads import Downloads
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
+from ..registry.registry import ModelRegistry
 from ..types import Estimate, LoadOptions
+from .budget import Account, Budget
+from .conversions import Conversion, Conversions
+from .leases import Loading, Place, Places
+from .loader import Heads, LateLoader, Loader
+from .room import Room
+from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from ..inspection.headers import Tensor
-    from ..loading import loader
-    from ..loading.model import LoadedModel, Memory
+    from ..model import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+_PLENTY = 2  # times what a load takes at most, in which case no closer look is needed
 
 
-# Of the weights of adapters: their tensors by name.
-Heads = Iterable["Mapping[str, Tensor]"]
+class Loads:
+    """Brings models into their places."""
 
-
-class Loader(Protocol):
-    """See `loading.loader` for what each function does, and raises."""
-
-    def warm_up(self) -> None:
-        """Set up what the first load would wait for."""
-
-    def load(
+    def __init__(
         self,
-        record: ModelRecord,
+        loader: LateLoader,
         options: LoadOptions,
-        folder: Path,
-        *,
-        settings: LoadSettings | None = ...,
-        adapters: Mapping[str, Path] = ...,
-        progress: Progress | None = ...,
-        memory: Memory | None = ...,
-        make: Callable[[str, Progress], Path | None] | None = ...,
-        spare: Path | None = ...,
+        downloads: Downloads,
+        places: Places,
+        budget: Budget,
+        room: Room,
+        conversions: Conversions,
+        statistics: Statistics,
+    ) -> None:
+        self._loader = loader
+        self._options = options
+        self._downloads = downloads
+        self._places = places
+        self._budget = budget
+        self._room = room
+        self._conversions = conversions
+        self._statistics = statistics
+
+    def fill(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
+        """Fill `place`, and settle `loading` for all who wait for it; `spare` as `loader.load` has it."""
+        model, failure = None, None
+        account = Account(self._budget, record.model_id, partial(self._room.relieve, record.model_id))
+        started = time.monotonic()
+        try:
+            model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
+        except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
+            failure = error
+        seconds = time.monotonic() - started
+        with self._places.changed:
+            late = self._places.closed
+            place.model, place.account = None if late else model, account
+            place.loading = None
+            if place.model is not None:
+                place.users += loading.waiting
+                loading.model = place.model
+            place.used, place.load_seconds = time.monotonic(), seconds
+            self._places.changed.notify_all()
+        if late and model is not None:
+            model.close()
+        if failure is None:
+            loading.progress.end("ready")
+            self._statistics.loaded(record.model_id, seconds)
+            loading.done.set_result(None)
+        else:
+            cancelled = isinstance(failure, Cancelled)
+            loading.progress.end("cancelled" if cancelled else "failed", str(failure))
+            if not cancelled:
+                self._statistics.failed(record.model_id, type(failure).__name__)
+            loading.done.set_exception(failure)
+
+    def estimate(self, record: ModelRecord, settings: LoadSettings) -> Estimate:
+        """What a load of a model would take, whether its weights are here or not.
+
+        Raises: as `lease`.
+        """
+        loader = self._loader.get()
+        try:
+            folder = self._downloads.present(record)
+        except (FilesMissing, HubUnreachable):
+            if record.gguf_file is not None:
+                raise
+            folder = self._downloads.described(record)
+            heads = self._downloads.adapter_heads(record)
+            estimate: Estimate = loader.estimate(
+                record, self._options, folder, settings, described=True, adapters=heads
+            )
+        else:
+            heads = self._downloads.adapter_heads(record)
+            estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
+        return estimate
+
+    def _refuse_at_once(self, record: ModelRecord, settings: LoadSettings) -> None:
+        """Refuse a model that is not here and could never fit, before it is downloaded.
+
+        Raises:
+            NeverFits: it is so; whatever else is wrong with it, the load will say.
+        """
+        with suppress(FilesMissing, HubUnreachable):
+            self._downloads.present(record)
+            return
+        try:
+            estimate = self.estimate(record, settings)
+        except LocalLLMError:
+            return
+        self._room.lacking(record.model_id, estimate.devices)
+
+    def _read(
+        self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
     ) -> LoadedModel:
-        """Bring a model, whose files are in `folder`, into memory."""
+        model_id = record.model_id
+        loader = self._loader.get()
+        started = time.monotonic()
+        self._refuse_at_once(record, settings)
+        folder = self._downloads.folder(record, progress, lambda: progress.cancelled)
+        adapters = self._downloads.adapters(record, progress)
+        heads = self._downloads.adapter_heads(record)
+        if not self._has_plenty(loader, record, settings, folder, heads):
+            estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
+            self._room.make(model_id, estimate.devices, progress)
+            account.keep(estimate.device, estimate.kv_cache)
+        try:
+            read = partial(
+                loader.load,
+                record,
+                self._options,
+                folder,
+                settings=settings,
+                adapters=adapters,
+                progress=progress,
+                memory=account,
+                make=lambda key, told: self._conversions.wait(self._conversion(record, settings, folder, key), told),
+                spare=spare,
+            )
+            model = self._read_or_relieve(model_id, read)
+        except BaseException:
+            self._budget.forget(model_id)
+            raise
+        if (key := model.setup.converts) is not None:
+            conversion = self._conversions.add(self._conversion(record, settings, folder, key))
+            if conversion.state == "failed" and conversion.reason is not None:
+                model.engine_reason = conversion.reason
+        logger.info("loaded %s on %s in %.1f s", model_id, model.device, time.monotonic() - started)
+        return model
 
-    def convert(
+    def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, key: str) -> Conversion:
+        """What makes the graph of a model that is loaded, or is being loaded, with these settings."""
+        loader = self._loader.get()
+
+        def make(progress: Progress, aside: bool) -> Path | None:
+            made: Path | None = loader.convert(record, self._options, folder, settings, progress, aside=aside)
+            return made
+
+        def need() -> int:
+            estimate: Estimate = loader.estimate(record, self._options, folder, settings)
+            return estimate.conversion
+
+        return Conversion(record.model_id, key, make, need)
+
+    def _has_plenty(
         self,
+        loader: Loader,
         record: ModelRecord,
-        options: LoadOptions,
-        folder: Path,
         settings: LoadSettings,
-        progress: Progress,
-        *,
-        aside: bool = ...,
-    ) -> Path | None:
-        """Make OpenVINO's graph of a model; the folder of one that cannot be kept beside it."""
-
-    def estimate(
-        self,
-        record: ModelRecord,
-        options: LoadOptions,
         folder: Path,
-        settings: LoadSettings | None = ...,
-        *,
-        described: bool = ...,
-        adapters: Heads = ...,
-    ) -> Estimate:
-        """What a load would take."""
+        adapters: Heads,
+    ) -> bool:
+        """Set memory aside without a closer look, where there is far more than the model could take."""
+        if record.gguf_file is not None or settings.device_map is not None or settings.quantization is not None:
+            return False
+        device = resolve_device(settings.device or self._options.device)
+        rough = loader.rough_bytes(record, self._options, folder, adapters)
+        return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
 
-    def check(self, record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
-        """Refuse settings that a load would refuse."""
+    def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
+        """Read a model; where memory runs out all the same, once more without the others that nobody uses."""
+        try:
+            return read()
+        except OutOfMemory:
+            relieved = False
+            while self._room.relieve(model_id):
+                relieved = True
+            if not relieved:
+                raise
+            return read()
 
-    def rough_bytes(
-        self,
-        record: ModelRecord,
-        options: LoadOptions,
-        folder: Path,
-        adapters: Heads = ...,
-    ) -> int:
-        """About as many bytes as a load takes at most, told at once."""
+
+def usable(registry: ModelRegistry, model_id: str) -> ModelRecord:
+    """The record of a model that may be loaded.
+
+    Raises:
+        ModelNotFound, ModelDisabled: there is none, or it is disabled.
+    """
+    record = registry.get(model_id)
+    if record.status == "disabled":
+        raise ModelDisabled(model_id)
+    return record
 
 
-if TYPE_CHECKING:
-    _LOADER: Loader = loader
+def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
+    """Whether a model was loaded as another than it is registered as now, or its engine broke."""
+    then = model.setup.record
+    now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
+    return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed

@@ -8,54 +8,32 @@ late, the loader; nothing of HTTP, and torch only through the loader.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from ..errors import (
-    Cancelled,
-    ConversionFailed,
-    DependencyMissing,
-    FilesMissing,
-    HubUnreachable,
-    LocalLLMError,
-    ModelBusy,
-    ModelDisabled,
-    OutOfMemory,
-)
-from ..host.devices import resolve_device, used_bytes
-from ..host.imports import import_library
-from ..host.memory import readable
+from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
 from ..hub.downloads import Downloads
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
 from ..registry.registry import ModelRegistry
-from ..types import Estimate, Forecast, LoadOptions, Unloaded
-from .budget import Account, Budget
-from .conversions import Conversion, Conversions
+from ..types import Forecast, LoadOptions, Unloaded
+from .budget import Budget
+from .conversions import Conversions
+from .keep_alive import KeepAlive
 from .leases import LOOK_AGAIN, Loading, Place, Places, Resident
-from .loads import Heads, Loader
+from .loader import LateLoader
+from .loads import Loads, is_stale, usable
 from .room import Room
 from .statistics import Statistics
+from .takeover import Takeover
+from .unloading import Unloader
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedModel
-
-logger = logging.getLogger(__name__)
-
-_LOADER = "huggingface.loading.loader"
-
-_ALMOST_ALL = 0.9  # of a model's memory, that should have come back after it was let go
-_PATIENCE = 32  # looks for a moment in which nobody uses a model, before new users wait for one
-_PLENTY = 2  # times what a load takes at most, in which case nobody need look closely
-_NOTICED = 64 * 2**20  # bytes that a model has to have for the log to say that they did not
+    from ..model import LoadedModel
 
 
 class ModelManager:
@@ -83,18 +61,45 @@ class ModelManager:
         self._registry = registry
         self._options = options
         self._busy_timeout = busy_timeout
-        self._keep_alive = keep_alive
-        self._places = Places()
-        self._changed = self._places.changed
-        self._memory_timeout = memory_timeout
-        self.conversions = Conversions(self.budget, self._may_convert, self._take_over, self._stays_with_torch)
-        self._room = Room(
-            self.budget, self._places, memory_timeout, self._pinned, self._evict, self.conversions.give_way
+        self._places = places = Places()
+        self._changed = places.changed
+        self._loader = LateLoader(self.budget.begin)
+        self._unloader = unloader = Unloader(registry, places, self.budget, self.statistics)
+        self._keep_alive = KeepAlive(
+            places, keep_alive, lambda model_id: unloader.evict(model_id, "its time is up", expired=True)
         )
-        self._importing: threading.Timer | None = None
-        self._reaper: threading.Thread | None = None
-        self._warm = False
-        self._warming_up = threading.Lock()
+        self.conversions = Conversions(
+            self.budget,
+            lambda conversion: self._takeover.may_convert(conversion),
+            lambda conversion: self._takeover.take_over(conversion),
+            lambda conversion, reason: self._takeover.stays(conversion, reason),
+        )
+        self._room = Room(
+            self.budget, places, memory_timeout, unloader.pinned, unloader.evict, self.conversions.give_way
+        )
+        self._loads = Loads(
+            self._loader,
+            options,
+            self.downloads,
+            places,
+            self.budget,
+            self._room,
+            self.conversions,
+            self.statistics,
+        )
+        self._takeover = Takeover(
+            registry,
+            self._loader,
+            options,
+            self.downloads,
+            places,
+            self.budget,
+            self._room,
+            self._loads,
+            unloader,
+            self._keep_alive,
+            memory_timeout,
+        )
         self._forecasting = threading.Lock()
 
     def import_libraries(self, delay: float) -> None:
@@ -102,9 +107,7 @@ class ModelManager:
 
         Where it cannot be imported, the first load says so.
         """
-        self._importing = threading.Timer(delay, self._try_import)
-        self._importing.name = "import-libraries"
-        self._importing.start()
+        self._loader.begin(delay)
 
     # Lending ---------------------------------------------------------------------------------------------------------
 
@@ -170,13 +173,13 @@ class ModelManager:
         watch: Callable[[Progress], None],
     ) -> LoadedModel:
         if force_reload:
-            self._usable_record(model_id)
+            usable(self._registry, model_id)
             with self._places.alone(model_id, self._busy_deadline) as place:
-                record = self._usable_record(model_id)
-                self._release(model_id, place)
+                record = usable(self._registry, model_id)
+                self._unloader.release(model_id, place)
                 loading = place.loading = Loading(forced=True)
                 watch(loading.progress)
-                self._load(record, place, loading)
+                self._loads.fill(record, place, loading)
                 loading.done.result()
         with self.lease(model_id, gone, keep_alive, watch) as model:
             conversion = self.conversions.of(model_id) if wait_for_graph else None
@@ -197,13 +200,13 @@ class ModelManager:
 
         Raises: what a load with them would, as far as that is known before weights are read; nothing is changed then.
         """
-        record = self._usable_record(model_id)
+        record = usable(self._registry, model_id)
         with self._changed:
             place = self._places.of(model_id)
             before = place.overrides
         if before == settings:
             return before
-        loader = self._import_loader()
+        loader = self._loader.get()
         with suppress(FilesMissing, HubUnreachable):  # files that are not here yet say nothing
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
@@ -265,6 +268,12 @@ class ModelManager:
             self.statistics.removed(model_id)
         return content
 
+    def _clear(self, model_id: str, place: Place) -> Unloaded:
+        """Empty a place that this thread has alone, of what was asked for at the last load too."""
+        self.conversions.cancel(model_id)
+        place.overrides = LoadSettings()
+        return self._unloader.release(model_id, place)
+
     def close(self) -> None:
         """Cancel all work and empty the memory; no model is lent or loaded afterwards."""
         with self._changed:
@@ -277,16 +286,12 @@ class ModelManager:
                 if place.loading is not None:
                     place.loading.progress.cancel()
             self._changed.notify_all()
-            reaper = self._reaper
         self.downloads.close()
         for model in models:
             model.close()
         self.conversions.close()
-        if reaper is not None:
-            reaper.join()
-        if self._importing is not None:
-            self._importing.cancel()
-            self._importing.join()  # an interpreter that ends in the middle of an import may crash
+        self._keep_alive.close()
+        self._loader.close()
 
     # Looking ---------------------------------------------------------------------------------------------------------
 
@@ -296,7 +301,7 @@ class ModelManager:
 
     def residents(self) -> dict[str, Resident]:
         """The models in memory and who uses them, by id; a view of this moment."""
-        return self._places.residents(self._pinned())
+        return self._places.residents(self._unloader.pinned())
 
     def loading(self) -> dict[str, Progress]:
         """The loads under way, by id."""
@@ -322,135 +327,8 @@ class ModelManager:
 
     def _forecast(self, model_id: str, settings: LoadSettings | None) -> Forecast:
         record = self._registry.get(model_id)
-        loader = self._import_loader()
         wanted = (settings or LoadSettings()).over(record.settings)
-        return self._room.forecast(model_id, self._estimate(loader, record, wanted))
-
-    def _estimate(self, loader: Loader, record: ModelRecord, settings: LoadSettings) -> Estimate:
-        """What a load of a model would take, whether its weights are here or not.
-
-        Raises: as `lease`.
-        """
-        try:
-            folder = self.downloads.present(record)
-        except (FilesMissing, HubUnreachable):
-            if record.gguf_file is not None:
-                raise
-            folder = self.downloads.described(record)
-            heads = self.downloads.adapter_heads(record)
-            estimate: Estimate = loader.estimate(
-                record, self._options, folder, settings, described=True, adapters=heads
-            )
-        else:
-            heads = self.downloads.adapter_heads(record)
-            estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-        return estimate
-
-    def _refuse_at_once(self, loader: Loader, record: ModelRecord, settings: LoadSettings) -> None:
-        """Refuse a model that is not here and could never fit, before it is downloaded.
-
-        Raises:
-            NeverFits: it is so; whatever else is wrong with it, the load will say.
-        """
-        with suppress(FilesMissing, HubUnreachable):
-            self.downloads.present(record)
-            return
-        try:
-            estimate = self._estimate(loader, record, settings)
-        except LocalLLMError:
-            return
-        self._room.lacking(record.model_id, estimate.devices)
-
-    # Going for others -------------------------------------------------------------------------------------------------
-
-    def _pinned(self) -> frozenset[str]:
-        try:
-            return frozenset(record.model_id for record in self._registry.list() if record.pinned)
-        except LocalLLMError:  # the registry cannot be read just now: nobody loses his model for that
-            return frozenset(self._places.loaded())
-
-    def _evict(self, model_id: str, why: str, *, expired: bool = False) -> bool:
-        """Take a model out of memory if still nobody uses it, and its time still is up where it `expired`; tells
-        whether it went."""
-        with self._changed:
-            place = self._places.of(model_id)
-            if not place.idle or self._places.closed:
-                return False
-            if expired and (place.expires is None or place.expires > time.monotonic()):
-                return False
-            place.reserved = True
-        try:
-            logger.info("taking %s out of memory: %s", model_id, why)
-            place.overrides = LoadSettings()
-            self._release(model_id, place)
-            if not expired:
-                self.statistics.evicted(model_id)
-        finally:
-            self._places.free(place)
-        return True
-
-    def _clear(self, model_id: str, place: Place) -> Unloaded:
-        """Empty a place that this thread has alone, of what was asked for at the last load too."""
-        self.conversions.cancel(model_id)
-        place.overrides = LoadSettings()
-        return self._release(model_id, place)
-
-    def _release(self, model_id: str, place: Place) -> Unloaded:
-        """Empty a place that this thread has alone; tells what the model had, and what came back."""
-        with self._changed:
-            model, place.model = place.model, None
-            place.expires = None
-        if model is None:
-            return Unloaded(False, 0, 0)
-        sizes, expected = model.sizes, model.expected_back
-        resident = model.resident
-        before = {device: used_bytes(device) for device in sizes.devices}
-        self.budget.leave(model_id)
-        model.close()
-        self.budget.forget(model_id)
-        freed = 0
-        for device, used in before.items():
-            after = used_bytes(device)
-            if used is not None and after is not None:
-                freed += max(0, used - after)
-        text = f"{readable(freed)} of {readable(expected)}"
-        if resident and expected >= _NOTICED and freed < _ALMOST_ALL * expected:
-            logger.warning("unloaded %s, but only %s came back", model_id, text)
-        else:
-            logger.info("unloaded %s, %s came back", model_id, text)
-        return Unloaded(True, sizes.total, freed)
-
-    # Going by themselves ---------------------------------------------------------------------------------------------
-
-    def _let_expire(self, place: Place, record: ModelRecord, keep_alive: float | None) -> None:
-        """Have a model that nobody uses go when its time is up; with the lock held."""
-        if keep_alive is None:
-            keep_alive = record.keep_alive if record.keep_alive is not None else self._keep_alive
-        self._expire(place, None if keep_alive < 0 else place.used + keep_alive)
-
-    def _expire(self, place: Place, when: float | None) -> None:
-        """Have a model go then, a reading of `time.monotonic`, if nobody uses it; with the lock held."""
-        place.expires = when
-        if place.expires is not None and self._reaper is None and not self._places.closed:
-            self._reaper = threading.Thread(target=self._reap, name="keep-alive")
-            self._reaper.start()
-
-    def _reap(self) -> None:
-        """Take out of memory what has expired, until nothing will."""
-        while True:
-            with self._changed:
-                waiting = {name: place.expires for name, place in self._places.all() if place.expires is not None}
-                if not waiting or self._places.closed:
-                    self._reaper = None
-                    return
-                now = time.monotonic()
-                due = [name for name, expires in waiting.items() if expires <= now and self._places.of(name).idle]
-                if not due:
-                    soonest = min(waiting.values())
-                    self._changed.wait(min(soonest - now, 60.0) if soonest > now else LOOK_AGAIN)
-                    continue
-            for model_id in due:
-                self._evict(model_id, "its time is up", expired=True)
+        return self._room.forecast(model_id, self._loads.estimate(record, wanted))
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -460,7 +338,7 @@ class ModelManager:
         """The model's place, counted as in use, the model in it, and its record."""
         asked = False
         while True:
-            record = self._usable_record(model_id)  # looked up in every round: a wait may have been for its removal
+            record = usable(self._registry, model_id)  # looked up in every round: a wait may have been for its removal
             with self._changed:
                 if self._places.closed:
                     raise Cancelled("The server is shutting down")
@@ -475,7 +353,7 @@ class ModelManager:
                     if gone():
                         raise Cancelled
                     continue
-                stale = place.model is not None and _is_stale(place.model, record)
+                stale = place.model is not None and is_stale(place.model, record)
                 if place.model is not None and not stale:
                     place.users += 1
                     place.expires = None
@@ -493,7 +371,7 @@ class ModelManager:
             watch(loading.progress)
             if mine:
                 name = f"load-{model_id}"
-                threading.Thread(target=self._load, args=(record, place, loading), name=name).start()
+                threading.Thread(target=self._loads.fill, args=(record, place, loading), name=name).start()
             if not asked:
                 self.statistics.missed(model_id)
                 asked = True
@@ -501,7 +379,7 @@ class ModelManager:
             model = loading.model  # which cannot go now, except with the server
             assert model is not None  # noqa: S101 - the load has succeeded
             try:
-                if not self._places.closed and not _is_stale(model, self._usable_record(model_id)):
+                if not self._places.closed and not is_stale(model, usable(self._registry, model_id)):
                     return place, model, record
             except LocalLLMError:
                 self._leave(place, model, record)
@@ -536,268 +414,17 @@ class ModelManager:
             last = place.left(model)
             place.used = time.monotonic()
             if place.users == 0 and place.model is not None:
-                self._let_expire(place, record, keep_alive)
+                self._keep_alive.begin(place, record, keep_alive)
             self._changed.notify_all()
         if last:  # the answer is not to wait for that
             arguments = (record.model_id, model)
-            threading.Thread(target=self._close_replaced, args=arguments, name=f"close-{record.model_id}").start()
-
-    def _load(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
-        """Fill `place`, and settle `loading` for all who wait for it; `spare` as `loader.load` has it."""
-        model, failure = None, None
-        account = Account(self.budget, record.model_id, partial(self._room.relieve, record.model_id))
-        started = time.monotonic()
-        try:
-            model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
-        except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
-            failure = error
-        seconds = time.monotonic() - started
-        with self._changed:
-            late = self._places.closed
-            place.model, place.account = None if late else model, account
-            place.loading = None
-            if place.model is not None:
-                place.users += loading.waiting
-                loading.model = place.model
-            place.used, place.load_seconds = time.monotonic(), seconds
-            self._changed.notify_all()
-        if late and model is not None:
-            model.close()
-        if failure is None:
-            loading.progress.end("ready")
-            self.statistics.loaded(record.model_id, seconds)
-            loading.done.set_result(None)
-        else:
-            cancelled = isinstance(failure, Cancelled)
-            loading.progress.end("cancelled" if cancelled else "failed", str(failure))
-            if not cancelled:
-                self.statistics.failed(record.model_id, type(failure).__name__)
-            loading.done.set_exception(failure)
-
-    def _read(
-        self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
-    ) -> LoadedModel:
-        model_id = record.model_id
-        loader = self._import_loader()
-        started = time.monotonic()
-        self._refuse_at_once(loader, record, settings)
-        folder = self.downloads.folder(record, progress, lambda: progress.cancelled)
-        adapters = self.downloads.adapters(record, progress)
-        heads = self.downloads.adapter_heads(record)
-        if not self._has_plenty(loader, record, settings, folder, heads):
-            estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-            self._room.make(model_id, estimate.devices, progress)
-            account.keep(estimate.device, estimate.kv_cache)
-        try:
-            read = partial(
-                loader.load,
-                record,
-                self._options,
-                folder,
-                settings=settings,
-                adapters=adapters,
-                progress=progress,
-                memory=account,
-                make=lambda key, told: self.conversions.wait(self._conversion(record, settings, folder, key), told),
-                spare=spare,
-            )
-            model = self._read_or_relieve(model_id, read)
-        except BaseException:
-            self.budget.forget(model_id)
-            raise
-        if (key := model.setup.converts) is not None:
-            conversion = self.conversions.add(self._conversion(record, settings, folder, key))
-            if conversion.state == "failed" and conversion.reason is not None:
-                model.engine_reason = conversion.reason
-        logger.info("loaded %s on %s in %.1f s", model_id, model.device, time.monotonic() - started)
-        return model
-
-    # Graphs ----------------------------------------------------------------------------------------------------------
-
-    def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, key: str) -> Conversion:
-        """What makes the graph of a model that is loaded, or is being loaded, with these settings."""
-        loader = self._import_loader()
-
-        def make(progress: Progress, aside: bool) -> Path | None:
-            made: Path | None = loader.convert(record, self._options, folder, settings, progress, aside=aside)
-            return made
-
-        def need() -> int:
-            estimate: Estimate = loader.estimate(record, self._options, folder, settings)
-            return estimate.conversion
-
-        return Conversion(record.model_id, key, make, need)
-
-    def _may_convert(self, conversion: Conversion) -> bool:
-        """Whether a model's load is over, so that its conversion does not disturb what is measured there."""
-        with self._changed:
-            place = self._places.of(conversion.model_id)
-            return place.loading is None and (place.model is None or place.model.settles(0))
-
-    def _stays_with_torch(self, conversion: Conversion, reason: str) -> None:
-        """Say why a model has no graph."""
-        with self._changed:
-            model = self._places.of(conversion.model_id).model
-            if model is not None and model.setup.converts == conversion.key:
-                model.engine_reason = reason
-
-    def _take_over(self, conversion: Conversion) -> bool:
-        """Have a model computed by its graph from the next request on; those that torch has begun, torch ends. Where
-        there is no room for both, torch's weights go first, as soon as nobody uses them. Tells whether that is settled.
-
-        Raises: as a load does; torch goes on then.
-        """
-        model_id = conversion.model_id
-        with self._changed:
-            place = self._places.of(model_id)
-            model = place.model
-            if place.reserved or place.loading is not None:
-                return False
-        if model is None or model.setup.converts != conversion.key or model.failed:
-            return True  # the next load reads the graph
-        record = self._usable_record(model_id)
-        if _is_stale(model, record):
-            return True
-        loader, folder = self._import_loader(), self.downloads.present(record)
-        settings = place.overrides.over(record.settings)
-        account = Account(self.budget, f"{model_id} by OpenVINO", partial(self._room.relieve, model_id))
-        estimate: Estimate = loader.estimate(record, self._options, folder, replace(settings, engine="openvino"))
-        self._room.lacking(model_id, estimate.devices)
-        if not self.budget.reserve(account.owner, estimate.devices):
-            return self._reload(conversion, record)
-        after = None
-        try:
-            account.keep(estimate.device, estimate.kv_cache)
-            after = loader.load(
-                record,
-                self._options,
-                folder,
-                settings=settings,
-                progress=conversion.progress,
-                memory=account,
-                spare=conversion.spare,
-            )
-            conversion.spare = None  # it goes with the model
-            after.prepared(lambda: conversion.cancelled)
-            if after.effective["engine"] != "openvino":
-                raise ConversionFailed(after.engine_reason or "its graph cannot be found")
-            with self._changed:
-                if place.model is not model or place.reserved or self._places.closed:
-                    return place.model is None
-                assert place.account is not None  # noqa: S101 - it came with the model
-                place.account.rename(_replaced(model_id))
-                account.rename(model_id)
-                unused, after = place.replace(after, account), None
-                self._changed.notify_all()
-        finally:
-            if after is not None:
-                after.close()
-            self.budget.forget(f"{model_id} by OpenVINO")
-        logger.info("%s is computed by OpenVINO from now on", model_id)
-        if unused is not None:
-            self._close_replaced(model_id, unused)
-        return True
-
-    def _reload(self, conversion: Conversion, record: ModelRecord) -> bool:
-        """Load a model anew, by its graph, when nobody uses it. Where it is always in use, new users wait now and then
-        until those before have ended, for as long as a load may wait for them. Tells whether that is settled."""
-        conversion.tries += 1
-        patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
-        conversion.reason = "there is no room for both while it is in use"
-        try:
-            with self._places.alone(
-                record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
-            ) as place:
-                if place.model is None or place.model.setup.converts != conversion.key:
-                    return True
-                used, expires = place.used, place.expires
-                self._release(record.model_id, place)
-                loading = place.loading = Loading(forced=True)
-                self._load(record, place, loading, conversion.spare)
-                with self._changed:
-                    place.used = used
-                    if place.model is not None:
-                        self._expire(place, expires)
-        except ModelBusy:
-            return False
-        if place.model is not None:
-            if place.model.setup.converts is not None:
-                raise ConversionFailed("its graph cannot be found")
-            conversion.spare = None  # it goes with the model
-        return True
-
-    def _close_replaced(self, model_id: str, model: LoadedModel) -> None:
-        """Close a model that another has taken over from."""
-        self.budget.leave(_replaced(model_id))
-        model.close()
-        self.budget.forget(_replaced(model_id))
-
-    def _import_loader(self) -> Loader:
-        """The loader, ready for work; what the process has then, it has for itself.
-
-        Raises:
-            DependencyMissing: torch or transformers cannot be imported.
-        """
-        loader = cast("Loader", import_library(_LOADER))
-        with self._warming_up:
-            if not self._warm:
-                loader.warm_up()
-                self.budget.begin()
-                self._warm = True
-        return loader
-
-    def _try_import(self) -> None:
-        with suppress(DependencyMissing):
-            self._import_loader()
-
-    def _has_plenty(
-        self,
-        loader: Loader,
-        record: ModelRecord,
-        settings: LoadSettings,
-        folder: Path,
-        adapters: Heads,
-    ) -> bool:
-        """Set memory aside without a closer look, where there is far more than the model could take."""
-        if record.gguf_file is not None or settings.device_map is not None or settings.quantization is not None:
-            return False
-        device = resolve_device(settings.device or self._options.device)
-        rough = loader.rough_bytes(record, self._options, folder, adapters)
-        return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
-
-    def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
-        """Read a model; where memory runs out all the same, once more without the others that nobody uses."""
-        try:
-            return read()
-        except OutOfMemory:
-            relieved = False
-            while self._room.relieve(model_id):
-                relieved = True
-            if not relieved:
-                raise
-            return read()
+            threading.Thread(
+                target=self._takeover.close_replaced, args=arguments, name=f"close-{record.model_id}"
+            ).start()
 
     def _drop_stale(self, record: ModelRecord) -> None:
         """Take a model out of memory that is to be loaded anew."""
         with self._places.alone(record.model_id, self._busy_deadline) as place:
-            if place.model is not None and _is_stale(place.model, record):
+            if place.model is not None and is_stale(place.model, record):
                 self.conversions.cancel(record.model_id)
-                self._release(record.model_id, place)
-
-    def _usable_record(self, model_id: str) -> ModelRecord:
-        record = self._registry.get(model_id)
-        if record.status == "disabled":
-            raise ModelDisabled(model_id)
-        return record
-
-
-def _replaced(model_id: str) -> str:
-    """The name in the budget of a model that another has taken over from."""
-    return f"{model_id} by torch"
-
-
-def _is_stale(model: LoadedModel, record: ModelRecord) -> bool:
-    """Whether a model was loaded as another than it is registered as now, or its engine broke."""
-    then = model.setup.record
-    now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
-    return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed
+                self._unloader.release(record.model_id, place)

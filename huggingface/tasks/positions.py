@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..modeling.rotary import context
+
 # What transformers' models call the module that holds a vector for each position.
 _NAMES = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "embed_position"}
@@ -52,3 +54,18 @@ def max_positions(model: Any) -> int | None:
             return rows - module.padding_idx - 1
         return rows
     return None
+
+
+def contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
+    """How many tokens the model can read, and how many it can have in what it writes: its weights, its config or a
+    setting (`most`) say, whichever is least."""
+    reads = max_positions(model)
+    if reads is None:
+        config = model.config.get_text_config()
+        said = getattr(config, "max_position_embeddings", None)
+        # XLNet says -1: no limit
+        reads = context(said, getattr(config, "rope_parameters", None)) if said and said > 0 else None
+    writes = max_positions(model.get_decoder()) if model.config.is_encoder_decoder else reads
+    if most is None:
+        return reads, writes
+    return min(reads or most, most), min(writes or most, most)

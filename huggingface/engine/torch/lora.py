@@ -23,6 +23,9 @@ class Adapters(Protocol):
 
     keys: Mapping[str, str]  # what each is called in the model's layers, by the name that requests choose it by
 
+    def check(self, name: str | None) -> None:
+        """Refuse a name that no adapter of the model has."""
+
     def active(self, name: str | None) -> AbstractContextManager[None]:
         """Have the model itself answer as this adapter within, as the base (None) before and afterwards."""
 

@@ -5,11 +5,12 @@ Called by the loader, on its thread; `convert` in a process of its own too. Must
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,30 @@ import transformers
 
 from ...engine.layers import NotBatchable
 from ...engine.openvino import library
+from ...engine.openvino.lazy_weights import Reserve
+from ...engine.torch.lora import Adapters
 from ...errors import ConversionFailed, FilesMissing, ModelUnsupported, public
-from ...host.memory import available_bytes
+from ...host.memory import available_bytes, forget_frames
+from ...model import Serving
+from ...model_memory import ModelMemory, detach
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
-from ...tasks.reranking import note_cross_encoder
+from ...tasks import Head
 from ...types import EngineOptions, Estimate, LoadOptions
-from ..backend import Declined, Load, Pending, check_named, unable, unsuited
+from ..backend import Declined, Load, Opened, Pending, check_named, unable, unsuited
 from ..estimate import Weights, estimate
-from ..model import Conversion, LoadedModel, Setup, detach
-from ..plan import Plan, auto_class, commit, effective, engine_options, file_bytes, file_marks, look, own_dtype
-from ..pretrained import BUILDING, read_model, read_pooling, read_shell, read_tokenizer, watched
+from ..lora import Adapters as Attached
+from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype
+from ..pretrained import BUILDING, read_model, read_shell, read_tokenizer, watched
 from ..quantization import predicted_bytes
+from ..torch import TorchCompute
 from . import decoder, encoder, subprocess
+from .decoder import Graph
+from .encoder import EncoderGraph
 from .graph_store import Place
 from .subprocess import Wanted
+
+logger = logging.getLogger(__name__)
 
 # Bytes of files up to which a model that somebody waits for is converted in this process: that is over before another
 # one has imported torch.
@@ -76,7 +86,7 @@ class OpenVINO:
             return unmade
         return estimate(plan, options, self.name, partial(_weigh, plan), unmade)
 
-    def open(self, load: Load, before: Declined | None) -> LoadedModel | Declined:  # noqa: ARG002 - the protocol's
+    def open(self, load: Load) -> Opened | Declined:
         """Reads the graph, and the model without its weights. Where there is no graph, `load.make` makes it if OpenVINO
         is asked for by name; without `load.make`, that is done here and now."""
         plan, options, spare = load.plan, load.options, load.spare
@@ -91,7 +101,6 @@ class OpenVINO:
                     return _unmade(plan, options)
                 with BUILDING:
                     model = read_shell(plan, options)  # refuses what is wrong with the files
-                    pooling = read_pooling(plan.folder, model, plan.trusted)
                 if anew:
                     if file_bytes(plan, options) > CONVERTED_HERE:
                         _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
@@ -104,32 +113,75 @@ class OpenVINO:
                     raise NotBatchable("its graph could not be kept anywhere")
             except (NotBatchable, ConversionFailed) as error:
                 return unable(self.name, plan, str(error))
-            note_cross_encoder(model.config, plan.folder)
-            setup = Setup(
-                record=plan.record,
-                head=plan.head,
-                device="cpu",
-                effective=effective(plan, model, options),
-                max_context=placement.max_context,
-                commit=commit(plan.folder),
-                folder=graph.folder,
-            )
-
-            def refuse(reason: str) -> None:
-                place.refuse(reason)
-                check_named(plan, unable(self.name, plan, reason))
-
-            conversion = Conversion(graph, lambda: _read_whole(plan, options), _own_bytes(plan, model), refuse)
-            made = engine_options(plan, options)
-            loaded = LoadedModel(setup, model, load.tokenizer, made, pooling, load.memory, conversion=conversion)
-            with ExitStack() as failed:
-                failed.callback(loaded.close)
-                if anew:  # whether it can be computed so is not known yet
-                    loaded.prepared(lambda: load.progress.cancelled)
-                failed.pop_all()
             if graph.folder is not None:
                 undo.pop_all()  # it goes with the model
-            return loaded
+
+        def refuse(reason: str) -> None:
+            place.refuse(reason)
+            check_named(plan, unable(self.name, plan, reason))
+
+        shell = Shell(model, lambda: _read_whole(plan, options), _own_bytes(plan, model))
+        compute = GraphCompute(plan.head, graph, shell, options.engine.kv_cache_bytes, refuse)
+        return Opened(compute, "cpu", graph.folder, untried=anew)
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """A model without its weights, `read`, which reads it with them, and the bytes that they take then."""
+
+    model: Any
+    read: Callable[[], Any]
+    weights: int
+
+
+class GraphCompute:
+    """A model that OpenVINO computes by its graph, as a `Compute`."""
+
+    backend = OpenVINO.name
+
+    def __init__(
+        self, head: Head, graph: Graph | EncoderGraph, shell: Shell, kv_cache_bytes: int, refuse: Callable[[str], None]
+    ) -> None:
+        """Where the graph proves to give other numbers on this machine than it did, `refuse` is told why, so that it is
+        not tried again; torch computes then, unless `refuse` raises."""
+        self.model = shell.model
+        self.adapters: Adapters = Attached("", shell.model, {})
+        self._head = head
+        self._graph = graph
+        self._shell = shell
+        self._kv_cache_bytes = kv_cache_bytes
+        self._refuse = refuse
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """Bytes of the graph's."""
+        return {"cpu": self._graph.weight_bytes}
+
+    def serve(self, memory: ModelMemory, given_up: Callable[[], bool]) -> Serving:
+        """By the graph, in a batch or behind the model's own forward pass."""
+        graph = self._graph
+        reserve = Reserve(self.model, self._shell.read, memory.take_own, self._shell.weights)
+        try:
+            if isinstance(graph, EncoderGraph):
+                encoder = graph.encoder(self.model, reserve, given_up)
+                memory.set_weights({"cpu": encoder.weight_bytes})
+                return Serving(self.backend, reason="it does not generate text", encoder=encoder)
+            runner = graph.runner(self._kv_cache_bytes // graph.token_bytes, reserve, given_up)
+        except NotBatchable as error:
+            logger.warning("a %s is not computed by OpenVINO: %s", type(self.model).__name__, error)
+            self._refuse(str(error))
+            forget_frames(error)  # they hold what was compiled
+            declined = str(error)
+        else:
+            memory.set_weights({"cpu": runner.weight_bytes})
+            cache, copied = runner.cache, runner.copied_bytes  # a table is read where it lies in its file
+            return Serving(self.backend, runner, unwritten=lambda: cache.unwritten_bytes + copied)
+        memory.set_weights({})
+        reserve.fetch()
+        reserve.stay()
+        compute = TorchCompute(self._head, self.model)
+        memory.set_weights(compute.weights)
+        return replace(compute.serve(memory, given_up), declined=declined)
 
 
 def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,62 @@
+"""How long a model stays in memory after its last use, and the thread that takes it out then.
+
+Must not know the loader or HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from ..registry.records import ModelRecord
+from .leases import LOOK_AGAIN, Place, Places
+
+
+class KeepAlive:
+    """Takes models out of memory whose time is up."""
+
+    def __init__(self, places: Places, seconds: float, evict: Callable[[str], bool]) -> None:
+        """`seconds` is how long a model stays where neither its record nor a request says; -1: for ever. `evict` takes
+        one out of memory if its time still is up."""
+        self._places = places
+        self._seconds = seconds
+        self._evict = evict
+        self._reaper: threading.Thread | None = None
+
+    def begin(self, place: Place, record: ModelRecord, keep_alive: float | None) -> None:
+        """Begin a model's time, which no request uses any more; with the lock held."""
+        if keep_alive is None:
+            keep_alive = record.keep_alive if record.keep_alive is not None else self._seconds
+        self.expire(place, None if keep_alive < 0 else place.used + keep_alive)
+
+    def expire(self, place: Place, when: float | None) -> None:
+        """Have a model go then, a reading of `time.monotonic`, if nobody uses it; with the lock held."""
+        place.expires = when
+        if place.expires is not None and self._reaper is None and not self._places.closed:
+            self._reaper = threading.Thread(target=self._reap, name="keep-alive")
+            self._reaper.start()
+
+    def _reap(self) -> None:
+        """Take out of memory what has expired, until nothing will."""
+        while True:
+            with self._places.changed:
+                waiting = {name: place.expires for name, place in self._places.all() if place.expires is not None}
+                if not waiting or self._places.closed:
+                    self._reaper = None
+                    return
+                now = time.monotonic()
+                due = [name for name, expires in waiting.items() if expires <= now and self._places.of(name).idle]
+                if not due:
+                    soonest = min(waiting.values())
+                    self._places.changed.wait(min(soonest - now, 60.0) if soonest > now else LOOK_AGAIN)
+                    continue
+            for model_id in due:
+                self._evict(model_id)
+
+    def close(self) -> None:
+        """Wait for the thread, once the places are closed."""
+        with self._places.changed:
+            reaper = self._reaper
+        if reaper is not None:
+            reaper.join()

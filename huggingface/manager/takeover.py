@@ -1,0 +1,173 @@
+"""Takeovers: a model that another backend answers for is computed by its graph, once that is made.
+
+Called by the thread that makes graphs. Must not know HTTP; torch only through the loader.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..errors import ConversionFailed, ModelBusy
+from ..hub.downloads import Downloads
+from ..registry.records import ModelRecord
+from ..registry.registry import ModelRegistry
+from ..types import Estimate, LoadOptions
+from .budget import Account, Budget
+from .conversions import Conversion
+from .keep_alive import KeepAlive
+from .leases import Loading, Places
+from .loader import LateLoader
+from .loads import Loads, is_stale, usable
+from .room import Room
+from .unloading import Unloader
+
+if TYPE_CHECKING:
+    from ..model import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 32  # looks for a moment in which no request uses a model, before new ones wait for it
+
+
+class Takeover:
+    """Has models computed by their graphs."""
+
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        loader: LateLoader,
+        options: LoadOptions,
+        downloads: Downloads,
+        places: Places,
+        budget: Budget,
+        room: Room,
+        loads: Loads,
+        unloader: Unloader,
+        keep_alive: KeepAlive,
+        timeout: float,
+    ) -> None:
+        """`timeout` is how many seconds new users of a model may wait for a reload."""
+        self._registry = registry
+        self._loader = loader
+        self._options = options
+        self._downloads = downloads
+        self._places = places
+        self._budget = budget
+        self._room = room
+        self._loads = loads
+        self._unloader = unloader
+        self._keep_alive = keep_alive
+        self._memory_timeout = timeout
+
+    def may_convert(self, conversion: Conversion) -> bool:
+        """Whether a model's load is over, so that its conversion does not disturb what is measured there."""
+        with self._places.changed:
+            place = self._places.of(conversion.model_id)
+            return place.loading is None and (place.model is None or place.model.settles(0))
+
+    def stays(self, conversion: Conversion, reason: str) -> None:
+        """Say why a model has no graph."""
+        with self._places.changed:
+            model = self._places.of(conversion.model_id).model
+            if model is not None and model.setup.converts == conversion.key:
+                model.engine_reason = reason
+
+    def take_over(self, conversion: Conversion) -> bool:
+        """Have a model computed by its graph from the next request on; those that torch has begun, torch ends. Where
+        there is no room for both, torch's weights go first, as soon as nobody uses them. Tells whether that is settled.
+
+        Raises: as a load does; torch goes on then.
+        """
+        model_id = conversion.model_id
+        with self._places.changed:
+            place = self._places.of(model_id)
+            model = place.model
+            if place.reserved or place.loading is not None:
+                return False
+        if model is None or model.setup.converts != conversion.key or model.failed:
+            return True  # the next load reads the graph
+        record = usable(self._registry, model_id)
+        if is_stale(model, record):
+            return True
+        loader, folder = self._loader.get(), self._downloads.present(record)
+        settings = place.overrides.over(record.settings)
+        account = Account(self._budget, f"{model_id} by OpenVINO", partial(self._room.relieve, model_id))
+        estimate: Estimate = loader.estimate(record, self._options, folder, replace(settings, engine="openvino"))
+        self._room.lacking(model_id, estimate.devices)
+        if not self._budget.reserve(account.owner, estimate.devices):
+            return self._reload(conversion, record)
+        after = None
+        try:
+            account.keep(estimate.device, estimate.kv_cache)
+            after = loader.load(
+                record,
+                self._options,
+                folder,
+                settings=settings,
+                progress=conversion.progress,
+                memory=account,
+                spare=conversion.spare,
+            )
+            conversion.spare = None  # it goes with the model
+            after.prepared(lambda: conversion.cancelled)
+            if after.effective["engine"] != "openvino":
+                raise ConversionFailed(after.engine_reason or "its graph cannot be found")
+            with self._places.changed:
+                if place.model is not model or place.reserved or self._places.closed:
+                    return place.model is None
+                assert place.account is not None  # noqa: S101 - it came with the model
+                place.account.rename(_replaced(model_id))
+                account.rename(model_id)
+                unused, after = place.replace(after, account), None
+                self._places.changed.notify_all()
+        finally:
+            if after is not None:
+                after.close()
+            self._budget.forget(f"{model_id} by OpenVINO")
+        logger.info("%s is computed by OpenVINO from now on", model_id)
+        if unused is not None:
+            self.close_replaced(model_id, unused)
+        return True
+
+    def _reload(self, conversion: Conversion, record: ModelRecord) -> bool:
+        """Load a model anew, by its graph, when nobody uses it. Where it is always in use, new users wait now and then
+        until those before have ended, for as long as a load may wait for them. Tells whether that is settled."""
+        conversion.tries += 1
+        patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
+        conversion.reason = "there is no room for both while it is in use"
+        try:
+            with self._places.alone(
+                record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
+            ) as place:
+                if place.model is None or place.model.setup.converts != conversion.key:
+                    return True
+                used, expires = place.used, place.expires
+                self._unloader.release(record.model_id, place)
+                loading = place.loading = Loading(forced=True)
+                self._loads.fill(record, place, loading, conversion.spare)
+                with self._places.changed:
+                    place.used = used
+                    if place.model is not None:
+                        self._keep_alive.expire(place, expires)
+        except ModelBusy:
+            return False
+        if place.model is not None:
+            if place.model.setup.converts is not None:
+                raise ConversionFailed("its graph cannot be found")
+            conversion.spare = None  # it goes with the model
+        return True
+
+    def close_replaced(self, model_id: str, model: LoadedModel) -> None:
+        """Close a model that another has taken over from."""
+        self._budget.leave(_replaced(model_id))
+        model.close()
+        self._budget.forget(_replaced(model_id))
+
+
+def _replaced(model_id: str) -> str:
+    """The name in the budget of a model that another has taken over from."""
+    return f"{model_id} by torch"
