@@ -2,7 +2,7 @@
 
 The same tokens go through `generate` alone and through the batch runner in chunks, in ragged company and in several
 banks; the logits must agree at every step. Logits and not tokens: two equal logits would make a matter of chance of it.
-Called on the engine's thread. Must not know how requests look.
+Called on the thread that prepares a model. Must not know how requests look.
 """
 
 from __future__ import annotations
