@@ -642,7 +642,8 @@ def test_who_waited_for_a_load_gets_the_model_before_it_can_go_for_another(
 def waits_for_memory(manager: ModelManager, model_id: str) -> bool:
     """Whether a load of the model has found no room, and waits for it."""
     progress = manager.loading().get(model_id)
-    return progress is not None and "waiting" in [moment.phase for moment in progress.since(-1)[1]]
+    version, moments = progress.since(-1) if progress is not None else (0, [])
+    return version > 0 and "waiting" in [moment.phase for moment in moments]  # one that has not begun has none yet
 
 
 def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage: Callable[..., ModelManager]) -> None:
