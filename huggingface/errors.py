@@ -226,7 +226,7 @@ class GenerationFailed(LocalLLMError):
 
 
 class EngineFailed(LocalLLMError):
-    """What computes for the model is broken for good; the next request loads the model anew."""
+    """What computes for the model is broken for good; the next request loads the model again."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(f"Model '{model_id}' failed and is out of service; the next request loads it again")

@@ -208,7 +208,7 @@ class LoadedModel:
                 error = EngineFailed(self.model_id)
             parts.set_exception(error)
         finally:
-            self._memory.asked.settle()
+            self._memory.account.settle()
 
     def _make_parts(self, compute: Compute, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
         """Find out how the model is served, and build all that serves it."""
@@ -226,7 +226,7 @@ class LoadedModel:
             runner.cache.take = memory.take_cache
             batch = TransformersBatch(model_id, runner, texts, options)
             token_bytes = runner.cache.token_bytes
-            memory.asked.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
+            memory.account.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
         memory.unwritten = serving.unwritten
 
         def find() -> Pooling | None:
@@ -234,7 +234,7 @@ class LoadedModel:
                 raise pooling
             return pooling
 
-        adapters, relieve = compute.adapters, memory.asked.relieve
+        adapters, relieve = compute.adapters, memory.account.relieve
         claims = Claims(model_id, model, memory.take_passing, memory.most_beside, relieve)
         tasks = TaskRunner(model_id, model, tokenizer, self.head, find, adapters.active, serving.encoder, claims)
         engine = Engine(model_id, batch, tasks, options, serving.reason, relieve, lambda: use_device(self.device))
@@ -362,7 +362,7 @@ class LoadedModel:
 
     @property
     def failed(self) -> bool:
-        """Whether its engine is broken, so that it is to be loaded anew."""
+        """Whether its engine is broken, and a load replaces the model."""
         parts, done = self._made, self._done
         if done is not None:
             return done.engine.failed
@@ -391,7 +391,7 @@ class LoadedModel:
                 try:
                     parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
                 except OutOfMemory as error:
-                    if ticket.made or not self._memory.asked.relieve():
+                    if ticket.made or not self._memory.account.relieve():
                         raise
                     forget_frames(error)
                     parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
@@ -437,7 +437,7 @@ class LoadedModel:
         try:
             return self._run(parts, task, inputs, parameters, gone)
         except OutOfMemory as error:
-            if not self._memory.asked.relieve():
+            if not self._memory.account.relieve():
                 raise
             forget_frames(error)
             return self._run(parts, task, inputs, parameters, gone)

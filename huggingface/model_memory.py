@@ -71,8 +71,8 @@ class ModelMemory:
     """The bytes of one model: of its weights, of copies of some, of its KV cache, and of what comes for a while."""
 
     def __init__(self, device: str, memory: Memory | None = None) -> None:
-        """`device` is where the model computes, `memory` where it asks; without one nothing is limited."""
-        self.asked = memory or Unlimited()
+        """`device` is where the model computes, `memory` the account that it asks; without one nothing is limited."""
+        self.account = memory or Unlimited()
         # Bytes that count as the model's and do not lie in memory.
         self.unwritten: Callable[[], int] = lambda: 0
         self._device = indexed(device)
@@ -87,7 +87,7 @@ class ModelMemory:
         """Note what the weights take on each device from now on."""
         with self._counting:
             self._weights = dict(sizes)
-        self.asked.note("weights", sizes)
+        self.account.note("weights", sizes)
         self._note_peak()
 
     def set_copied(self, size: int) -> None:
@@ -95,7 +95,7 @@ class ModelMemory:
         with self._counting:
             self._copied = size
         if size:
-            self.asked.note("copies", {self._device: size})
+            self.account.note("copies", {self._device: size})
         self._note_peak()
 
     def take_cache(self, device: str, size: int) -> bool:
@@ -108,7 +108,7 @@ class ModelMemory:
 
     def take_own(self, size: int) -> bool:
         """The same for weights that are there beside a graph's for a while."""
-        if not self.asked.take("own weights", "cpu", size):
+        if not self.account.take("own weights", "cpu", size):
             return False
         with self._counting:
             self._own += size
@@ -117,7 +117,7 @@ class ModelMemory:
 
     def most_beside(self) -> int | None:
         """How many bytes there could ever be beside the weights; None where nothing limits them."""
-        most = self.asked.most(self._device)
+        most = self.account.most(self._device)
         return None if most is None else max(0, most - self._weights.get(self._device, 0) - self._copied)
 
     @property
@@ -149,7 +149,7 @@ class ModelMemory:
             self._weights = {}
 
     def _take(self, part: str, device: str, size: int) -> bool:
-        if not self.asked.take(part, device, size):
+        if not self.account.take(part, device, size):
             return False
         with self._counting:
             self._kv[device] = self._kv.get(device, 0) + size

@@ -390,6 +390,15 @@ def test_a_server_that_is_killed_while_it_converts_harms_no_later_one(
     assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
 
 
+def test_the_settings_of_a_load_outlast_a_takeover(manage: Callable[..., ModelManager], wanted: dict[str, str]) -> None:
+    """What a load asked for over the record stays in effect when the graph computes the model."""
+    manager = manage()
+    assert manager.load(MODEL, settings=LoadSettings(slots=3)).effective["slots"] == 3
+    effective = manager.load(MODEL, wait_for_graph=True).effective
+    assert (effective["engine"], effective["slots"]) == ("openvino", 3)
+    assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
+
+
 def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
     manage: Callable[..., ModelManager], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

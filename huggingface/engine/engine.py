@@ -229,7 +229,7 @@ class Engine:
 
     @property
     def failed(self) -> bool:
-        """Whether the engine is broken, and the model is to be loaded anew."""
+        """Whether the engine is broken, and a load replaces the model."""
         return self._failed
 
     def status(self) -> EngineStatus:

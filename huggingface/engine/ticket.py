@@ -63,7 +63,7 @@ class Ticket(Iterator[Chunk]):
         return self._cancelled
 
     def forward(self, put: Callable[[Chunk], None], finish: Callable[[BaseException | None], None]) -> None:
-        """Hand the chunks, and the end, to somebody else instead: those that are there now, the others as they come."""
+        """Redirects chunks and the end to callbacks: buffered ones now, the others as they come."""
         with self._changed:
             self._put, self._finish = put, finish
             while self._chunks:

@@ -284,7 +284,7 @@ def _weights(repository: Repository, folder: Path, names: Iterable[str]) -> list
     paths = [repository.get(name) for name in names]
     for path in paths:
         if path.suffix == ".safetensors" and repository.online and not files.is_whole(path):
-            repository.get(path.relative_to(folder).as_posix(), anew=True)
+            repository.get(path.relative_to(folder).as_posix(), force=True)
     return paths
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # of one file, where the Hub stumbles; seconds between them: 1, 2
-_HEADWAY = 1024**2  # bytes of a file that came since the last stumble, and let the attempts be counted anew
+_HEADWAY = 1024**2  # bytes of a file that came since the last stumble, and have the attempts counted from the start
 _FRESH = 60.0  # seconds in which the address of a file, which is signed for a while, is not asked for again
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -215,13 +215,13 @@ class Repository:
                 return None
             raise
 
-    def get(self, name: str, *, anew: bool = False) -> Path:
-        """The file in the cache; with `anew` fetched again, whatever is there.
+    def get(self, name: str, *, force: bool = False) -> Path:
+        """The file in the cache; with `force` downloaded again, even where it is there.
 
         Raises:
             FilesMissing: the repository has none. Else: whatever tells why it cannot be had.
         """
-        path = self._fetch(name, anew=True) if anew else self.find(name)
+        path = self._fetch(name, force=True) if force else self.find(name)
         if path is None:
             if not self.online:
                 self.fail()
@@ -244,24 +244,24 @@ class Repository:
 
     # One file --------------------------------------------------------------------------------------------------------
 
-    def _fetch(self, name: str, *, anew: bool = False) -> Path:
+    def _fetch(self, name: str, *, force: bool = False) -> Path:
         """Have the file in the cache; passing failures are waited out.
 
         Raises: what `is_absent` knows, where there is none.
         """
         cached = self._cached(name)
         entry = self._listing.get(name) if self._listing is not None else None
-        if cached is not None and self.commit is not None and not anew:
+        if cached is not None and self.commit is not None and not force:
             if entry is None or entry.sha256 is None or cached.stat().st_size == entry.size:
                 return cached  # at a commit: it cannot have changed
-            anew = True  # something cut it short
+            force = True  # something cut it short
         self._progress.at(name)
         try:
-            return self._patiently(name, lambda: self._download(name, anew=anew))
+            return self._patiently(name, lambda: self._download(name, force=force))
         except Damaged as error:
             raise damaged(self.model_id, name, str(error)) from error
 
-    def _download(self, name: str, *, anew: bool) -> Path:
+    def _download(self, name: str, *, force: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import is_package_available
 
@@ -278,12 +278,12 @@ class Repository:
                 )
             hub_bar: Any = bar(count)
             path = Path(
-                hf_hub_download(self.model_id, name, revision=self._at, force_download=anew, tqdm_class=hub_bar)
+                hf_hub_download(self.model_id, name, revision=self._at, force_download=force, tqdm_class=hub_bar)
             )
         else:
             if blob is not None and metadata.commit_hash is not None:
-                transfer(self._source(name, metadata), blob, cache.lock(blob), count, anew=anew)
-                if anew and path is not None:
+                transfer(self._source(name, metadata), blob, cache.lock(blob), count, force=force)
+                if force and path is not None:
                     path.unlink(missing_ok=True)  # where there are no links, it is the damaged file itself
             path = Path(hf_hub_download(self.model_id, name, revision=self._at))
         count.set(path.stat().st_size)

@@ -61,8 +61,8 @@ class Count:
             self.progress.check()
 
 
-def transfer(source: Source, blob: Path, lock: Path, count: Count, *, anew: bool = False) -> None:
-    """Bring the file to `blob`, if it is not there; with `anew` from its first byte, in place of the one that is there.
+def transfer(source: Source, blob: Path, lock: Path, count: Count, *, force: bool = False) -> None:
+    """Bring the file to `blob`, if it is not there; with `force` from its first byte, replacing the one there.
 
     Raises:
         Cancelled: nobody wants it any more. Damaged, Stalled: as their names say.
@@ -71,11 +71,11 @@ def transfer(source: Source, blob: Path, lock: Path, count: Count, *, anew: bool
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with _held(lock, blob, count):
-        if blob.exists() and not anew:
+        if blob.exists() and not force:
             count.set(blob.stat().st_size)
             return
         with _Partial(blob, count.progress) as partial:
-            if anew or (source.size is not None and partial.size > source.size):
+            if force or (source.size is not None and partial.size > source.size):
                 partial.restart()
             resumed = partial.size > 0
             count.set(partial.size)

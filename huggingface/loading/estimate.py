@@ -72,13 +72,13 @@ def estimate(
 def _known_shape(
     plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], dtype: torch.dtype
 ) -> tuple[Weights, int, int]:
-    """`_shape`, told once for the same files and settings: building the model and a pass of it hold the interpreter for
-    a quarter of a second. Where accelerate places the layers, that depends on what is free at the moment."""
-    findings, key = options.engine.findings, ("shape", backend, plan.folder)
-    made_of = (file_marks(plan.folder), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
-    if plan.placement.device_map is not None:
+    """`_shape`, computed once for the same files and settings: building the model and a pass of it hold the
+    interpreter for a quarter of a second."""
+    if plan.placement.device_map is not None:  # accelerate places the layers by what is free at the moment
         with BUILDING:
             return _shape(plan, weigh, dtype)
+    findings, key = options.engine.findings, ("shape", backend, plan.folder)
+    made_of = (file_marks(plan.folder), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
     known = findings.get(key)
     if known is None or known[0] != made_of:
         with BUILDING:  # where many ask at once, one of them builds
@@ -90,8 +90,8 @@ def _known_shape(
 
 
 def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> tuple[Weights, int, int]:
-    """What is told of the model without numbers: its weights, the bytes of one token, and how many numbers it has. One
-    thread at a time (`BUILDING`)."""
+    """The bytes of the model's weights, those of one token's keys and values, and the number of its parameters, from a
+    model on torch's meta device. One thread at a time (`BUILDING`)."""
     built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
     config.name_or_path = str(plan.folder)  # where code of its own is looked for
     try:

@@ -31,7 +31,7 @@ class KeepAlive:
         self.expire(place, None if keep_alive < 0 else place.used + keep_alive)
 
     def expire(self, place: Place, when: float | None) -> None:
-        """Have a model go then, a reading of `time.monotonic`, if nobody uses it; with the lock held."""
+        """Has the model unloaded at `when` (`time.monotonic`) unless it is in use; None: never. With the lock held."""
         place.expires = when
         if place.expires is not None and self._reaper is None and not self._places.closed:
             self._reaper = threading.Thread(target=self._reap, name="keep-alive")

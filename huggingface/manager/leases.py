@@ -121,7 +121,7 @@ class Places:
 
     @contextmanager
     def alone(self, model_id: str, deadline: float) -> Iterator[Place]:
-        """The model's place with nobody else in it: users waited for, new ones kept out until the block ends.
+        """Exclusive access to the model's place: waits for active leases to end, and blocks new ones meanwhile.
 
         Raises:
             ModelBusy: they did not end before the deadline, a reading of `time.monotonic`.

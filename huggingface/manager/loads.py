@@ -61,7 +61,7 @@ class Loads:
     def fill(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
         """Fill `place`, and settle `loading` for all who wait for it; `spare` as `loader.load` has it."""
         model, failure = None, None
-        account = Account(self._budget, record.model_id, partial(self._room.relieve, record.model_id))
+        account = self.account(record.model_id, record.model_id)
         started = time.monotonic()
         try:
             model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
@@ -90,10 +90,31 @@ class Loads:
                 self._statistics.failed(record.model_id, type(failure).__name__)
             loading.done.set_exception(failure)
 
+    def open(
+        self, record: ModelRecord, conversion: Conversion, settings: LoadSettings, account: Account
+    ) -> LoadedModel:
+        """Opens a model by the graph that a conversion has made, beside the one in its place.
+
+        Raises: as `loader.load`.
+        """
+        return self._loader.get().load(
+            record,
+            self._options,
+            self._downloads.present(record),
+            settings=settings,
+            progress=conversion.progress,
+            memory=account,
+            spare=conversion.spare,
+        )
+
+    def account(self, owner: str, model_id: str) -> Account:
+        """The account of `owner` in the budget, for which idle models other than `model_id` may go."""
+        return Account(self._budget, owner, partial(self._room.relieve, model_id))
+
     def estimate(self, record: ModelRecord, settings: LoadSettings) -> Estimate:
         """What a load of a model would take, whether its weights are here or not.
 
-        Raises: as `lease`.
+        Raises: as `ModelManager.lease`.
         """
         loader = self._loader.get()
         try:
@@ -112,10 +133,10 @@ class Loads:
         return estimate
 
     def _refuse_at_once(self, record: ModelRecord, settings: LoadSettings) -> None:
-        """Refuse a model that is not here and could never fit, before it is downloaded.
+        """Refuses a model that is not here and could never fit, before its download.
 
         Raises:
-            NeverFits: it is so; whatever else is wrong with it, the load will say.
+            NeverFits: larger than the limit. Other errors are left to the load.
         """
         with suppress(FilesMissing, HubUnreachable):
             self._downloads.present(record)
@@ -194,7 +215,7 @@ class Loads:
         return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
 
     def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
-        """Read a model; where memory runs out all the same, once more without the others that nobody uses."""
+        """Reads a model; where memory runs out all the same, evicts the idle ones and reads it once more."""
         try:
             return read()
         except OutOfMemory:

@@ -89,9 +89,6 @@ class ModelManager:
         )
         self._takeover = Takeover(
             registry,
-            self._loader,
-            options,
-            self.downloads,
             places,
             self.budget,
             self._room,
@@ -143,10 +140,10 @@ class ModelManager:
         gone: Callable[[], bool] = lambda: False,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> LoadedModel:
-        """Bring the model into memory, anew if `force_reload`, after those who use the old one are done.
+        """Brings the model into memory; with `force_reload` again, once the leases on the old one have ended.
 
         `settings` are in effect over the record's until the model is unloaded; where it is in memory with others, it
-        is loaded anew. `wait_for_graph` waits until it is computed by its graph, or known that it will not be. `watch`
+        is loaded again. `wait_for_graph` waits until it is computed by its graph, or known that it will not be. `watch`
         gets the progress of what is waited for.
 
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
@@ -423,7 +420,7 @@ class ModelManager:
             ).start()
 
     def _drop_stale(self, record: ModelRecord) -> None:
-        """Take a model out of memory that is to be loaded anew."""
+        """Takes a model out of memory that a load must replace."""
         with self._places.alone(record.model_id, self._busy_deadline) as place:
             if place.model is not None and is_stale(place.model, record):
                 self.conversions.cancel(record.model_id)

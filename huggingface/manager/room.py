@@ -1,4 +1,4 @@
-"""Room for a model in memory: how much it lacks, which others go for it, and who holds what is not to be had.
+"""Computes the shortfall of a load, evicts idle models for it, and reports what holds the rest.
 
 `Room` counts with the budget and chooses among the models that nobody uses; how one is taken out of memory is handed
 in. Any thread may call it. Must not know the registry, the loader or HTTP.

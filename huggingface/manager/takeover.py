@@ -8,19 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import ConversionFailed, ModelBusy
-from ..hub.downloads import Downloads
 from ..registry.records import ModelRecord
 from ..registry.registry import ModelRegistry
-from ..types import Estimate, LoadOptions
-from .budget import Account, Budget
+from .budget import Budget
 from .conversions import Conversion
 from .keep_alive import KeepAlive
 from .leases import Loading, Places
-from .loader import LateLoader
 from .loads import Loads, is_stale, usable
 from .room import Room
 from .unloading import Unloader
@@ -39,9 +35,6 @@ class Takeover:
     def __init__(
         self,
         registry: ModelRegistry,
-        loader: LateLoader,
-        options: LoadOptions,
-        downloads: Downloads,
         places: Places,
         budget: Budget,
         room: Room,
@@ -52,9 +45,6 @@ class Takeover:
     ) -> None:
         """`timeout` is how many seconds new users of a model may wait for a reload."""
         self._registry = registry
-        self._loader = loader
-        self._options = options
-        self._downloads = downloads
         self._places = places
         self._budget = budget
         self._room = room
@@ -93,25 +83,16 @@ class Takeover:
         record = usable(self._registry, model_id)
         if is_stale(model, record):
             return True
-        loader, folder = self._loader.get(), self._downloads.present(record)
         settings = place.overrides.over(record.settings)
-        account = Account(self._budget, f"{model_id} by OpenVINO", partial(self._room.relieve, model_id))
-        estimate: Estimate = loader.estimate(record, self._options, folder, replace(settings, engine="openvino"))
+        account = self._loads.account(f"{model_id} by OpenVINO", model_id)
+        estimate = self._loads.estimate(record, replace(settings, engine="openvino"))
         self._room.lacking(model_id, estimate.devices)
         if not self._budget.reserve(account.owner, estimate.devices):
             return self._reload(conversion, record)
         after = None
         try:
             account.keep(estimate.device, estimate.kv_cache)
-            after = loader.load(
-                record,
-                self._options,
-                folder,
-                settings=settings,
-                progress=conversion.progress,
-                memory=account,
-                spare=conversion.spare,
-            )
+            after = self._loads.open(record, conversion, settings, account)
             conversion.spare = None  # it goes with the model
             after.prepared(lambda: conversion.cancelled)
             if after.effective["engine"] != "openvino":
@@ -134,8 +115,8 @@ class Takeover:
         return True
 
     def _reload(self, conversion: Conversion, record: ModelRecord) -> bool:
-        """Load a model anew, by its graph, when nobody uses it. Where it is always in use, new users wait now and then
-        until those before have ended, for as long as a load may wait for them. Tells whether that is settled."""
+        """Reloads a model by its graph when it is idle. Where it is always in use, new leases wait now and then until
+        those before have ended, for as long as a load may wait for them. Returns whether that is settled."""
         conversion.tries += 1
         patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
         conversion.reason = "there is no room for both while it is in use"

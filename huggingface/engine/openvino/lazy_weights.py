@@ -1,4 +1,4 @@
-"""A transformers model without its weights, which are read when somebody needs them, and let go of again.
+"""A transformers model without its weights, which are loaded on demand and dropped when they are not used for a while.
 
 The graph answers nearly everything; beams, hidden states and the like need the model's own modules. Engine's thread
 only, but for the building. Must not know files: who reads is given.

@@ -96,12 +96,12 @@ class OpenVINO:
             find = encoder.find if plan.head in encoder.HEADS else decoder.find
             try:
                 graph = find(place, spare)
-                anew = graph is None
-                if anew and placement.engine == "auto":
+                missing = graph is None
+                if missing and placement.engine == "auto":
                     return _unmade(plan, options)
                 with BUILDING:
                     model = read_shell(plan, options)  # refuses what is wrong with the files
-                if anew:
+                if missing:
                     if file_bytes(plan, options) > CONVERTED_HERE:
                         _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
                     make = load.make or (lambda _, told: make_graph(plan, options, load.settings, told))
@@ -122,7 +122,7 @@ class OpenVINO:
 
         shell = Shell(model, lambda: _read_whole(plan, options), _own_bytes(plan, model))
         compute = GraphCompute(plan.head, graph, shell, options.engine.kv_cache_bytes, refuse)
-        return Opened(compute, "cpu", graph.folder, untried=anew)
+        return Opened(compute, "cpu", graph.folder, untried=missing)
 
 
 @dataclass(frozen=True, slots=True)
