@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,6 +173,26 @@ def test_the_next_form_gets_new_processes_where_the_old_ones_were_ended(compiler
     os.kill(model.pid, signal.SIGKILL)
     assert write(form, tokenizer) == "xxxxxxx"
     assert write(compiler.open("regex", "y{7}"), tokenizer) == "yyyyyyy"
+
+
+def test_a_form_that_ending_processes_never_took_is_opened_in_new_ones(
+    compiler: Compiler, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is about to end still has a socket, and what is sent into it is lost."""
+    held = compiler.open("regex", "x{7}")
+    [model, _] = processes()
+    model.suspend()
+    send = socket.send_fds
+
+    def send_and_end(*arguments: Any) -> int:
+        monkeypatch.undo()
+        sent = send(*arguments)
+        model.kill()
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", send_and_end)
+    assert write(compiler.open("regex", "y{7}"), tokenizer) == "yyyyyyy"
+    assert write(held, tokenizer) == "xxxxxxx"
 
 
 def test_a_tokenizer_that_is_not_known_is_refused() -> None:

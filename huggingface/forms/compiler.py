@@ -46,6 +46,9 @@ class State:
     error: str = ""
 
 
+_LOST = State(error="its process was ended")  # and nobody was left to say why
+
+
 class Compiler:
     """Opens forms for one model's tokens, each in a process of its own. Any thread."""
 
@@ -71,6 +74,17 @@ class Compiler:
             Refused: it cannot be compiled. CannotConstrain: this model's tokenizer cannot be used.
         """
         wanted = json.dumps([kind, value]).encode()
+        form = self._open(wanted)
+        if form.told is _LOST:  # the processes ended before they took it
+            form.close()
+            form = self._open(wanted)
+        if form.state().error:
+            form.close()
+            raise Refused(form.state().error)
+        return form
+
+    def _open(self, wanted: bytes) -> Open:
+        """A form in a process of its own, its state known: it may be why there is none."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -79,9 +93,7 @@ class Compiler:
                 with suppress(OSError):  # what is told says why
                     ours.sendall(LENGTH.pack(len(wanted)) + wanted)
                 form = Open(_Connection(ours))
-                error = form.state().error
-            if error:
-                raise Refused(error)
+                form.state()
         except BaseException:
             ours.close()
             raise
@@ -163,7 +175,7 @@ class _Connection:
         if not part:
             self.socket.close()
             while self.expected:
-                self.expected.popleft().told = State(error="its process was ended")
+                self.expected.popleft().told = _LOST
             return False
         self.got += part
         while len(self.got) >= ANSWER.size:
