@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from huggingface.api.http.origins import allowed_origins
 from huggingface.manager.budget import parse_limits
+from huggingface.types import Backend
 
 _HERE = Path(__file__).resolve().parent
 # Where `.env` and `data/` are: a checkout has its own, wherever the server is started; an installed server uses the
@@ -26,7 +27,12 @@ class Settings(BaseSettings):
     """The server's settings; a wrong value stops the start with a message that names it."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LOCAL_LLM_", env_file=ROOT / ".env", extra="ignore", frozen=True, protected_namespaces=()
+        env_prefix="LOCAL_LLM_",
+        env_file=ROOT / ".env",
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        populate_by_name=True,
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on. The default is reachable from this machine only.")
@@ -44,9 +50,9 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="Where models run: `auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.",
     )
-    engine: str = Field(
+    backend: Literal["auto", Backend] = Field(
         "auto",
-        pattern=r"^(auto|torch|openvino)$",
+        validation_alias=AliasChoices("LOCAL_LLM_BACKEND", "LOCAL_LLM_ENGINE"),  # the latter is its old name
         description="The backend: `auto` (OpenVINO on a CPU, where it gives torch's numbers, and torch until "
         "its graph is made), `torch`, `openvino`.",
     )
@@ -184,6 +190,7 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        names = ["LOCAL_LLM_" + "_".join(str(part) for part in problem["loc"]).upper() for problem in error.errors()]
+        told = ["_".join(str(part) for part in problem["loc"]).upper() for problem in error.errors()]
+        names = ["LOCAL_LLM_" + name.removeprefix("LOCAL_LLM_") for name in told]
         lines = [f"  {name}: {problem['msg']}" for name, problem in zip(names, error.errors(), strict=True)]
         sys.exit("\n".join(["Wrong setting:", *lines]))

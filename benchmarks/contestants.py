@@ -226,11 +226,11 @@ class Server(Contestant):
 
 
 class LocalLLM(Server):
-    """This server with OpenVINO, as it computes by default on a CPU; the engine is asked for by name all the same."""
+    """This server with OpenVINO, as it computes by default on a CPU; it is asked for by name all the same."""
 
     key, label = "ours", "Local LLM, OpenVINO"
     packages: tuple[str, ...] = ("torch", "transformers", "openvino", "waitress")
-    settings: ClassVar[dict[str, str]] = {"engine": "openvino"}  # of the load
+    settings: ClassVar[dict[str, str]] = {"backend": "openvino"}  # of the load
 
     def __init__(self, models_dir: Path = MODELS_DIR) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class LocalLLMTorch(LocalLLM):
 
     key, label = "ours-torch", "Local LLM, torch"
     packages = ("torch", "transformers", "waitress")
-    settings: ClassVar[dict[str, str]] = {"engine": "torch"}
+    settings: ClassVar[dict[str, str]] = {"backend": "torch"}
 
 
 class LocalLLMInt8(LocalLLM):
@@ -310,14 +310,14 @@ class LocalLLMInt8(LocalLLM):
 
     key, weights = "ours-int8", "int8"
     packages = (*LocalLLM.packages, "nncf")
-    settings: ClassVar[dict[str, str]] = {"engine": "openvino", "quantization": "int8"}
+    settings: ClassVar[dict[str, str]] = {"backend": "openvino", "quantization": "int8"}
 
 
 class LocalLLMInt4(LocalLLMInt8):
     """This server with OpenVINO and weights of 4 bits."""
 
     key, weights = "ours-int4", "int4"
-    settings: ClassVar[dict[str, str]] = {"engine": "openvino", "quantization": "int4"}
+    settings: ClassVar[dict[str, str]] = {"backend": "openvino", "quantization": "int4"}
 
 
 class _Completions(Server):

@@ -45,7 +45,7 @@ from .tasks.positions import contexts
 from .tasks.runner import TaskRunner
 from .tasks.text_generation import TextGenerations
 from .tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
-from .types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Sizes, timestamp
+from .types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Pending, Sizes, timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ class Setup:
     head: Head
     device: str
     effective: Mapping[str, Any]
-    engine_reason: str | None = None  # why a backend that is preferred to the one that computes it does not
-    converts: str | None = None  # what tells its graph from others, where another backend computes until that is made
+    backend_reason: str | None = None  # why a backend that is preferred to the one that computes it does not
+    pending: Pending | None = None  # what a backend that is preferred lacks, where another one computes meanwhile
     max_context: int | None = None
     commit: str | None = None  # of its repository, where it came from the Hub
     folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
@@ -170,7 +170,7 @@ class LoadedModel:
         self.prompts: Mapping[str, str] = pooling.prompts if isinstance(pooling, Pooling) else {}
         self._memory = ModelMemory(setup.device, memory)
         self._options = options
-        self._backend, self.engine_reason = compute.backend, setup.engine_reason
+        self._backend, self.backend_reason = compute.backend, setup.backend_reason
         self._memory.set_weights(compute.weights)
         # Of one call, so that another finds a place meanwhile.
         self._most_prompts = max(1, options.max_batch // 2)
@@ -218,7 +218,7 @@ class LoadedModel:
         rows = vocabulary_rows(model)
         guard_vocabulary(model, tokenizer)
         serving = compute.serve(memory, lambda: self._closing)
-        self._backend, self.engine_reason = serving.backend, serving.declined or self.engine_reason
+        self._backend, self.backend_reason = serving.backend, serving.declined or self.backend_reason
         constraints = constraints_of(model, tokenizer)
         texts = TokenTexts(tokenizer, lambda: constraints.tokens)
         batch, runner = None, serving.runner
@@ -262,7 +262,7 @@ class LoadedModel:
     @property
     def effective(self) -> Mapping[str, Any]:
         """The settings that are in effect, by their names."""
-        return {**self.setup.effective, "engine": self._backend}
+        return {**self.setup.effective, "backend": self._backend}
 
     @property
     def sizes(self) -> Sizes:

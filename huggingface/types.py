@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 def timestamp() -> str:
@@ -18,11 +18,16 @@ def timestamp() -> str:
     return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
+Backend = Literal["openvino", "torch"]
+# What computes models, in the order in which `auto` asks.
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How models are brought into memory: from where, onto what, and what code their files may run.
 
-    `runner` is what computes them where neither their record nor the load says: `auto`, `torch` or `openvino`.
+    `backend` computes them where neither their record nor the load names one: a name of `BACKENDS`, or `auto`.
     """
 
     models_dir: Path
@@ -30,7 +35,7 @@ class LoadOptions:
     allow_pickle: bool = False
     trust_remote_code: frozenset[str] = frozenset()
     offline: bool = False
-    runner: str = "torch"
+    backend: str = "torch"
     engine: EngineOptions = field(default_factory=lambda: EngineOptions())
 
 
@@ -217,13 +222,26 @@ class Estimate:
     dtype: str
     quantization: str | None
     devices: Mapping[str, int]
-    engine: str = "torch"
+    backend: str = "torch"
     conversion: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
         return self.weights + self.copies + self.kv_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What a backend lacks for a model, and what is made while another one answers.
+
+    `key` tells it from any other; `size` gives the bytes that making it takes for a while, for a model of so many
+    numbers.
+    """
+
+    backend: str
+    key: str
+    size: Callable[[int], int] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

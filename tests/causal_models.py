@@ -109,11 +109,11 @@ def serve(
         def refuse(reason: str) -> None:
             """As where OpenVINO is asked for by name."""
             place.refuse(reason)
-            raise InvalidRequest(reason, "engine")
+            raise InvalidRequest(reason, "backend")
 
         compute = GraphCompute("causal-lm", graph, shell, made.kv_cache_bytes, refuse)
     setup = Setup(record, "causal-lm", "cpu", {}, folder=folder)
     loaded = LoadedModel(setup, compute, tokenizer, made, memory=memory)
     loaded.prepared()
-    assert loaded.effective["engine"] == engine
+    assert loaded.effective["backend"] == engine
     return loaded

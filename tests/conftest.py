@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in [name for name in os.environ if name.startswith("LOCAL_LLM_")]:
     del os.environ[_name]
 # Making the graphs of tiny models takes longer than most tests: those marked `each_backend` run with OpenVINO too.
-os.environ["LOCAL_LLM_ENGINE"] = "torch"
+os.environ["LOCAL_LLM_BACKEND"] = "torch"
 
 import tiny_models
 
@@ -82,7 +82,7 @@ class Graphs:
 
     def __init__(self, directory: Path, models_dir: Path) -> None:
         registry = directory / "models.json"
-        settings = Settings(_env_file=None, registry=registry, models_dir=models_dir, device="cpu", engine="auto")
+        settings = Settings(_env_file=None, registry=registry, models_dir=models_dir, device="cpu", backend="auto")
         self._app = create_app(settings)
         self._made: set[tuple[str, str]] = set()
 
@@ -93,7 +93,7 @@ class Graphs:
         self._made.add((model_id, model_type))
         client, path = self._app.test_client(), f"/api/huggingface/models/{model_id}"
         # Asked for by name, a small model's graph is made in this process, and at once.
-        body = {"model_id": model_id, "name": model_id, "model_type": model_type, "engine": "openvino"}
+        body = {"model_id": model_id, "name": model_id, "model_type": model_type, "backend": "openvino"}
         if client.post("/api/huggingface/models", json=body).status_code == 200:
             client.post(f"{path}/load")
             assert client.delete(path).status_code == 200
@@ -165,7 +165,7 @@ class Server:
             "LOCAL_LLM_REGISTRY": str(self.registry),
             "LOCAL_LLM_MODELS_DIR": str(models_dir),
             "LOCAL_LLM_DEVICE": "cpu",
-            "LOCAL_LLM_ENGINE": "auto" if graphs else "torch",
+            "LOCAL_LLM_BACKEND": "auto" if graphs else "torch",
             "LOCAL_LLM_IMPORT_AT_START": "false",
             "PYTHONUNBUFFERED": "1",
             **environment,

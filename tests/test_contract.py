@@ -176,11 +176,13 @@ def test_a_load_says_what_was_loaded_and_where(api: Server, backend: str) -> Non
             "quantization": None,
             "attn_implementation": "sdpa",
             "compile": False,
-            "engine": backend,
+            "backend": backend,
+            "engine": backend,  # its old name
             "max_context": None,
             "slots": 64,
         },
-        "engine_reason": "torch was asked for" if backend == "torch" else None,  # beyond the document
+        "backend_reason": "torch was asked for" if backend == "torch" else None,  # beyond the document
+        "engine_reason": "torch was asked for" if backend == "torch" else None,  # its old name
     }
 
 

@@ -33,8 +33,11 @@ from app import create_app
 from config import Settings
 from huggingface.errors import Cancelled
 from huggingface.loading import loader
+from huggingface.loading.backend import Declined
 from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino.graph_store import FOLDER
+from huggingface.loading.openvino.load import OpenVINO
+from huggingface.loading.plan import look
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.progress import Progress
@@ -103,7 +106,7 @@ def app(models: Path, tmp_path: Path) -> Iterator[Any]:
 def start(models: Path, folder: Path, **settings: Any) -> Any:
     """An app on a models folder, its registry in `folder`."""
     registry = folder / "models.json"
-    app = create_app(Settings(_env_file=None, registry=registry, models_dir=models, engine="auto", **settings))
+    app = create_app(Settings(_env_file=None, registry=registry, models_dir=models, backend="auto", **settings))
     body = {"model_id": MODEL, "name": "llama", "model_type": "text-generation"}
     assert app.test_client().post(f"{API}/models", json=body).status_code in (200, 409)
     return app
@@ -119,7 +122,7 @@ def manage(tmp_path: Path, models: Path) -> Iterator[Callable[..., ModelManager]
         for record in records or (ModelRecord(MODEL, "llama", "text-generation"),):
             registry.add(record)
         budget = Budget({"*": Limit(bytes=limit)} if limit else None)
-        made.append(ModelManager(registry, LoadOptions(models, "cpu", runner="auto"), budget=budget, **options))
+        made.append(ModelManager(registry, LoadOptions(models, "cpu", backend="auto"), budget=budget, **options))
         return made[-1]
 
     yield make
@@ -141,7 +144,7 @@ def answer(manager: ModelManager, prompt: str = PROMPTS[0], **fields: Any) -> tu
     """What computes the model, and the text of an answer."""
     with manager.lease(MODEL, **fields) as model:
         made = list(model.generate(GenerationRequest({"do_sample": False, "max_new_tokens": 12}, prompt=prompt)))
-        return model.effective["engine"], made[-1].whole or ""
+        return model.effective["backend"], made[-1].whole or ""
 
 
 def cache(app: Any) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def cache(app: Any) -> dict[str, Any]:
 def engine(app: Any) -> tuple[str, str | None]:
     """What computes the model, and why."""
     there = cache(app)["cached_models"][MODEL]
-    return there["settings"]["engine"], there["engine_reason"]
+    return there["settings"]["backend"], there["backend_reason"]
 
 
 def until(what: Callable[[], Any]) -> Any:
@@ -184,12 +187,12 @@ def test_torch_answers_while_the_graph_is_made_and_the_graph_answers_afterwards(
     before = cache(app)
     assert before["memory"]["cpu"]["bytes"] >= shown["bytes"] + before["cached_models"][MODEL]["weights_bytes"]
     loaded = load(app)
-    assert (loaded["settings"]["engine"], loaded["engine_reason"]) == ("torch", "its graph is being made")
+    assert (loaded["settings"]["backend"], loaded["backend_reason"]) == ("torch", "its graph is being made")
     estimate = app.test_client().get(f"{API}/models/{MODEL}/estimate").json
-    assert (estimate["engine"], estimate["conversion_bytes"]) == ("torch", shown["bytes"])
+    assert (estimate["backend"], estimate["conversion_bytes"]) == ("torch", shown["bytes"])
     held.release()
     loaded = load(app, wait_for_graph=True)
-    assert (loaded["settings"]["engine"], loaded["engine_reason"]) == ("openvino", None)
+    assert (loaded["settings"]["backend"], loaded["backend_reason"]) == ("openvino", None)
     assert engine(app) == ("openvino", None)
     assert generate(app).json["response"] == wanted[PROMPTS[0]]
     after = cache(app)
@@ -248,7 +251,7 @@ def test_the_events_of_a_load_tell_of_the_conversion_that_it_waits_for(app: Any)
     events = [json.loads(line[6:]) for line in answer.data.split(b"\n") if line.startswith(b"data: ")]
     phases = list(dict.fromkeys(event["progress"]["phase"] for event in events if "progress" in event))
     assert "convert" in phases
-    assert events[-1]["settings"]["engine"] == "openvino"
+    assert events[-1]["settings"]["backend"] == "openvino"
 
 
 def test_who_has_begun_with_torch_ends_with_torch_and_memory_comes_back_after_that(
@@ -262,11 +265,11 @@ def test_who_has_begun_with_torch_ends_with_torch_and_memory_comes_back_after_th
         held.release()
         until(lambda: manager.loaded()[MODEL] is not model)
         assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
-        assert manager.budget.held(f"{MODEL} by torch") == torchs
+        assert manager.budget.held(f"{MODEL} before") == torchs
         assert manager.residents()[MODEL].users == 1
         made = list(model.generate(GenerationRequest({"do_sample": False, "max_new_tokens": 12}, prompt=PROMPTS[1])))
         assert made[-1].whole == wanted[PROMPTS[1]]
-    until(lambda: not manager.budget.held(f"{MODEL} by torch"))
+    until(lambda: not manager.budget.held(f"{MODEL} before"))
     until(lambda: model.status is None)
     assert manager.budget.held() == manager.budget.held(MODEL)
     assert manager.residents()[MODEL].expires_at is not None
@@ -287,7 +290,7 @@ def test_a_model_that_embeds_is_taken_over_too(manage: Callable[..., ModelManage
     manager = manage(ModelRecord(name, "embeds", "feature-extraction"))
     for computes in ("torch", "openvino"):
         with manager.lease(name) as model:
-            assert (model.effective["engine"], model.engine_reason) == (
+            assert (model.effective["backend"], model.backend_reason) == (
                 computes,
                 "its graph is being made" if computes == "torch" else None,
             )
@@ -303,7 +306,7 @@ def test_clients_that_leave_do_not_end_the_conversion(
     named: str, manage: Callable[..., ModelManager], held: FileLock, models: Path
 ) -> None:
     """However short their patience, the graph is there when it is made; asked for by name or not."""
-    manager = manage(ModelRecord(MODEL, "llama", "text-generation", engine=named))
+    manager = manage(ModelRecord(MODEL, "llama", "text-generation", backend=named))
     seen = []
     for _ in range(2):
         with pytest.raises(Cancelled):
@@ -313,7 +316,7 @@ def test_clients_that_leave_do_not_end_the_conversion(
     assert graphs(models) == []
     held.release()
     until(lambda: not manager.conversions.shown())
-    assert manager.load(MODEL).effective["engine"] == "openvino"
+    assert manager.load(MODEL).effective["backend"] == "openvino"
 
 
 def test_a_model_that_goes_by_itself_is_converted_all_the_same(
@@ -348,7 +351,7 @@ def test_what_takes_the_model_away_ends_its_conversion(
     elif how == "remove":
         manager.remove(MODEL)
     elif how == "other settings":
-        manager.load(MODEL, settings=LoadSettings(engine="torch"))
+        manager.load(MODEL, settings=LoadSettings(backend="torch"))
     else:
         manager.close()
     assert conversion.settled.done()
@@ -367,25 +370,28 @@ def test_a_load_anew_goes_on_with_the_conversion_that_is_under_way(
     manager.load(MODEL, force_reload=True)
     assert manager.conversions.of(MODEL) is conversion
     held.release()
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
 
 
 def test_a_server_that_is_killed_while_it_converts_harms_no_later_one(
     models: Path, start_server: Callable[..., Server], manage: Callable[..., ModelManager], wanted: dict[str, str]
 ) -> None:
     """What it had written goes, and the next one makes the graph."""
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(models), LOCAL_LLM_ENGINE="auto")
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(models), LOCAL_LLM_BACKEND="auto")
     server.add(MODEL, "text-generation")
     body = {"model_id": MODEL, "prompt": PROMPTS[0], **GREEDY}
     assert server.call("POST", "/generate", json=body).json()["response"] == wanted[PROMPTS[0]]
     until(lambda: psutil.Process(server.process.pid).children())
     server.stop(signal.SIGKILL)
-    model, options = ModelRecord(MODEL, "llama", "text-generation"), LoadOptions(models, "cpu", runner="auto")
-    name = Path(loading.graph_key(loading.look(model, options, models / MODEL, LoadSettings()), options)).name
+    model, options = ModelRecord(MODEL, "llama", "text-generation"), LoadOptions(models, "cpu", backend="auto")
+    lacks = OpenVINO().estimate(look(model, options, models / MODEL, LoadSettings()), options, None)
+    assert isinstance(lacks, Declined)
+    assert lacks.pending is not None
+    name = Path(lacks.pending.key).name
     (models / MODEL / FOLDER / f".{name}.01234567.tmp").mkdir(parents=True)
     manager = manage()
     assert answer(manager) == ("torch", wanted[PROMPTS[0]])
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
     assert graphs(models) == [name]
     assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
 
@@ -395,7 +401,7 @@ def test_the_settings_of_a_load_outlast_a_takeover(manage: Callable[..., ModelMa
     manager = manage()
     assert manager.load(MODEL, settings=LoadSettings(slots=3)).effective["slots"] == 3
     effective = manager.load(MODEL, wait_for_graph=True).effective
-    assert (effective["engine"], effective["slots"]) == ("openvino", 3)
+    assert (effective["backend"], effective["slots"]) == ("openvino", 3)
     assert answer(manager) == ("openvino", wanted[PROMPTS[0]])
 
 
@@ -416,11 +422,11 @@ def test_a_conversion_that_failed_is_said_and_not_begun_at_every_load(
         until(lambda: manager.conversions.shown()[MODEL].state == "failed")
     assert (tmp_path / "begun").read_text() == "\n"
     with manager.lease(MODEL) as model:
-        assert (model.effective["engine"], model.engine_reason) == ("torch", "its conversion ended with -9")
+        assert (model.effective["backend"], model.backend_reason) == ("torch", "its conversion ended with -9")
     monkeypatch.setattr(sys, "executable", real)
     monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)
     manager.unload(MODEL)
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
     assert len(graphs(models)) == 1
 
 
@@ -449,7 +455,7 @@ def test_a_conversion_that_can_never_fit_is_not_begun_and_says_why(
     until(lambda: manager.conversions.shown()[MODEL].state == "failed")
     reason = manager.conversions.shown()[MODEL].reason
     assert "models may have 300 MB" in (reason or "")
-    assert manager.load(MODEL).engine_reason == reason
+    assert manager.load(MODEL).backend_reason == reason
     assert answer(manager)[0] == "torch"
     assert not (models / MODEL / FOLDER).exists()
 
@@ -469,7 +475,7 @@ def test_a_conversion_waits_for_memory_and_begins_when_there_is_some(
     manager.budget.forget("another")
     until(lambda: conversion.state == "converting")
     held.release()
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
 
 
 def test_a_load_that_lacks_memory_has_that_of_a_conversion(
@@ -478,7 +484,7 @@ def test_a_load_that_lacks_memory_has_that_of_a_conversion(
     """A model that somebody asks for comes before a graph that nobody waits for."""
     other = tiny_models.build(models, "gpt2")
     first = ModelRecord(MODEL, "llama", "text-generation", pinned=True)
-    manager = manage(first, ModelRecord(other, "other", "text-generation", engine="torch"), limit=900_000_000)
+    manager = manage(first, ModelRecord(other, "other", "text-generation", backend="torch"), limit=900_000_000)
     answer(manager)
     conversion = manager.conversions.of(MODEL)
     assert conversion is not None
@@ -492,7 +498,7 @@ def test_a_load_that_lacks_memory_has_that_of_a_conversion(
     manager.unload(other)
     manager.budget.forget("another")
     held.release()
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
 
 
 def test_where_both_do_not_fit_torch_goes_first_when_nobody_uses_it(
@@ -505,9 +511,9 @@ def test_where_both_do_not_fit_torch_goes_first_when_nobody_uses_it(
     """A model in use stays with torch, and says why; then the graph is opened, and callers wait for that."""
     monkeypatch.setattr(loading, "_CONVERTING", 0)
     model = ModelRecord(MODEL, "llama", "text-generation")
-    options = LoadOptions(models, "cpu", runner="auto")
+    options = LoadOptions(models, "cpu", backend="auto")
     by_torch = loader.estimate(model, options, models / MODEL)
-    by_graph = loader.estimate(model, options, models / MODEL, LoadSettings(engine="openvino"))
+    by_graph = loader.estimate(model, options, models / MODEL, LoadSettings(backend="openvino"))
     assert by_torch.conversion < by_graph.total
     manager = manage(limit=by_torch.total + by_graph.total - 1000, keep_alive=1000.0)
     with manager.lease(MODEL) as before:
@@ -544,13 +550,13 @@ def test_a_server_uses_the_graph_that_another_one_made_meanwhile(
     until(lambda: conversion.state == "converting")
     twin = tmp_path / "twin" / MODEL
     shutil.copytree(models / MODEL, twin, ignore=shutil.ignore_patterns(".lock"))
-    model, options = ModelRecord(MODEL, "llama", "text-generation"), LoadOptions(twin.parent.parent, runner="auto")
-    loader.convert(model, options, twin, LoadSettings(), Progress())
+    model, options = ModelRecord(MODEL, "llama", "text-generation"), LoadOptions(twin.parent.parent, backend="auto")
+    loader.convert(model, options, twin, LoadSettings(), Progress(), backend="openvino")
     [made] = [path for path in (twin / FOLDER).iterdir() if path.is_dir()]
     made.rename(models / MODEL / FOLDER / made.name)
     before = (models / MODEL / FOLDER / made.name / "graph.bin").stat()
     held.release()
-    assert manager.load(MODEL, wait_for_graph=True).effective["engine"] == "openvino"
+    assert manager.load(MODEL, wait_for_graph=True).effective["backend"] == "openvino"
     after = (models / MODEL / FOLDER / made.name / "graph.bin").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert graphs(models) == [made.name]

@@ -39,7 +39,7 @@ def manage(tmp_path: Path, models_dir: Path) -> Iterator[Callable[..., ModelMana
         for record in records:
             registry.add(record)
         budget = Budget({"cpu": Limit(bytes=LIMIT)}, free=lambda _: None)
-        options = LoadOptions(models_dir, "cpu", runner="torch", engine=EngineOptions(kv_cache_bytes=2**20))
+        options = LoadOptions(models_dir, "cpu", backend="torch", engine=EngineOptions(kv_cache_bytes=2**20))
         made.append(ModelManager(registry, options, memory_timeout=0.5, budget=budget))
         return made[-1]
 

@@ -439,11 +439,11 @@ def tried(options: LoadOptions) -> list[Any]:
 
 def test_an_estimate_tries_products_for_torch_alone(starter_models_dir: Path) -> None:
     """OpenVINO has products of its own; for torch a load then finds what the estimate has found out."""
-    options = LoadOptions(starter_models_dir, "cpu", runner="auto")
+    options = LoadOptions(starter_models_dir, "cpu", backend="auto")
     model, folder = record(STARTER, "auto"), starter_models_dir / STARTER
-    assert loader.estimate(model, options, folder, LoadSettings(engine="openvino")).engine == "openvino"
+    assert loader.estimate(model, options, folder, LoadSettings(backend="openvino")).backend == "openvino"
     assert not tried(options)
-    assert loader.estimate(model, options, folder, LoadSettings(engine="torch")).engine == "torch"
+    assert loader.estimate(model, options, folder, LoadSettings(backend="torch")).backend == "torch"
     assert options.engine.findings
 
 
@@ -663,7 +663,7 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
     for model_id in ids:
         sized_models.build(sized, model_id, initializer_range=0.05)  # with larger ones rounding is much of the logits
     settings = {"LOCAL_LLM_MODELS_DIR": str(sized), "LOCAL_LLM_MEMORY_BUDGET": str(budget)}
-    server = start_server(**settings, LOCAL_LLM_ENGINE=engine)
+    server = start_server(**settings, LOCAL_LLM_BACKEND=engine)
     for model_id in ids:
         server.add(model_id, "text-generation")
     server.call("GET", f"/models/{ids[0]}/estimate")  # imports what loads need
@@ -848,7 +848,15 @@ def test_settings_of_a_load_are_in_effect_until_the_unload_and_shown(start_serve
     server.add(model_id, "text-generation", slots=3)
     asked = {"dtype": "bfloat16", "attn_implementation": "eager", "max_context": 64}
     answer = server.call("POST", f"/models/{model_id}/load", json=asked).json()
-    given = {"slots": 3, "quantization": None, "compile": False, "device": "cpu", "device_map": None, "engine": "torch"}
+    given = {
+        "slots": 3,
+        "quantization": None,
+        "compile": False,
+        "device": "cpu",
+        "device_map": None,
+        "backend": "torch",
+        "engine": "torch",
+    }
     effective = given | asked
     assert answer["settings"] == effective
     shown = cached(server)[model_id]

@@ -85,7 +85,7 @@ def place(root: Path, tmp_path: Path) -> Callable[[str], Path]:
 def app(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An app as it is by default: OpenVINO where that can be had."""
     registry = tmp_path_factory.mktemp("registry") / "models.json"
-    app = create_app(Settings(_env_file=None, registry=registry, models_dir=root, device="cpu", engine="auto"))
+    app = create_app(Settings(_env_file=None, registry=registry, models_dir=root, device="cpu", backend="auto"))
     for name in ("llama", "gpt2", "gemma2-eager", "mamba"):
         body = {"model_id": f"tiny/{name}", "name": name, "model_type": "text-generation"}
         assert app.test_client().post(f"{API}/models", json=body).json["success"]
@@ -126,15 +126,15 @@ class Tight(Unlimited):
 def load(folder: Path, progress: Progress | None = None, memory: Memory | None = None, **settings: Any) -> LoadedModel:
     """A model of that folder as the server has it, once its graph is made or known not to be."""
     record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
-    options = LoadOptions(folder.parent.parent, "cpu", runner="auto", engine=EngineOptions(max_batch=8))
+    options = LoadOptions(folder.parent.parent, "cpu", backend="auto", engine=EngineOptions(max_batch=8))
     wanted, progress = LoadSettings(**settings), progress or Progress()
     loaded = loader.load(record, options, folder, settings=wanted, progress=progress, memory=memory)
-    if loaded.setup.converts is not None:
-        assert loaded.effective["engine"] == "torch"
+    if loaded.setup.pending is not None:
+        assert loaded.effective["backend"] == "torch"
         try:
-            spare = loader.convert(record, options, folder, wanted, progress)
+            spare = loader.convert(record, options, folder, wanted, progress, backend="openvino")
         except ConversionFailed as error:
-            loaded.engine_reason = str(error)
+            loaded.backend_reason = str(error)
         else:
             loaded.close()
             loaded = loader.load(
@@ -165,12 +165,12 @@ def test_a_cpu_has_openvino_where_that_gives_torchs_numbers(app: Any, root: Path
         answer = client.post(f"{API}/models/tiny/{name}/load", json={"wait_for_graph": True})
         assert answer.status_code == 200, answer.json
         engine = "openvino" if name == "llama" else "torch"
-        assert answer.json["settings"]["engine"] == engine
+        assert answer.json["settings"]["backend"] == engine
         there = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
-        assert there["settings"]["engine"] == engine
-        assert (there["engine_reason"] is None) == (engine == "openvino")
+        assert there["settings"]["backend"] == engine
+        assert (there["backend_reason"] is None) == (engine == "openvino")
     reasons = client.get(f"{API}/cache").json["cached_models"]
-    assert "code of its own" in reasons["tiny/gemma2-eager"]["engine_reason"]
+    assert "code of its own" in reasons["tiny/gemma2-eager"]["backend_reason"]
     model, tokenizer = causal_models.build("llama")
     inputs = tokenizer("The cat", return_tensors="pt")
     made = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
@@ -190,23 +190,48 @@ def test_openvino_by_name_is_had_or_refused(app: Any) -> None:
         ("llama", {"attn_implementation": "eager"}, "attn_implementation"),
         ("llama", {"device_map": "auto"}, "CPU"),
     ):
-        answer = client.post(f"{API}/models/tiny/{name}/load", json={"engine": "openvino", **settings})
+        answer = client.post(f"{API}/models/tiny/{name}/load", json={"backend": "openvino", **settings})
         assert answer.status_code == 400, answer.json
-        assert "'engine'" in answer.json["error"], answer.json
+        assert "'backend'" in answer.json["error"], answer.json
         assert reason in answer.json["error"], answer.json
-    refused = client.post(f"{API}/models/tiny/llama/load", json={"engine": "tensorflow"})
+    refused = client.post(f"{API}/models/tiny/llama/load", json={"backend": "tensorflow"})
     assert refused.status_code == 400
-    assert "engine" in refused.json["error"]
+    assert "backend" in refused.json["error"]
+
+
+def test_the_backend_may_be_given_under_its_old_name(app: Any) -> None:
+    """In every request that takes it; answers show both names."""
+    client = app.test_client()
+    path = f"{API}/models/tiny/llama"
+    changed = client.put(path, json={"engine": "torch"}).json["model"]
+    assert (changed["backend"], changed["engine"]) == ("torch", "torch")
+    assert client.get(path).json["model"] == changed
+    for name in ("engine", "backend"):
+        loaded = client.post(f"{path}/load", json={name: "openvino", "force_reload": True}).json
+        assert (loaded["settings"]["backend"], loaded["settings"]["engine"]) == ("openvino", "openvino")
+        assert (loaded["backend_reason"], loaded["engine_reason"]) == (None, None)
+        estimate = client.get(f"{path}/estimate?{name}=torch").json
+        assert (estimate["backend"], estimate["engine"]) == ("torch", "torch")
+        refused = client.post(f"{path}/load", json={name: "tensorflow"})
+        assert refused.status_code == 400
+        assert f"'{name}'" in refused.json["error"]
+    both = client.post(f"{path}/load", json={"backend": "torch", "engine": "openvino"})
+    assert both.status_code == 400
+    assert both.json["error"] == "Invalid value for field 'engine': is not that of 'backend', which means the same"
+    same = client.post(f"{path}/load", json={"backend": "torch", "engine": "torch"})
+    assert same.status_code == 200
+    assert client.put(path, json={"engine": None}).status_code == 200
+    assert "backend" not in client.get(path).json["model"]
 
 
 def test_an_engine_that_cannot_be_had_leaves_the_model_as_it_is(app: Any) -> None:
     """A load that is refused takes nothing out of memory, be it for what it asks for besides or for what is noted."""
     client = app.test_client()
     for name, settings in (("llama", {"dtype": "bfloat16"}), ("gemma2-eager", {})):
-        settled = {"engine": "auto", "wait_for_graph": True}
+        settled = {"backend": "auto", "wait_for_graph": True}
         assert client.post(f"{API}/models/tiny/{name}/load", json=settled).status_code == 200
         before = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
-        answer = client.post(f"{API}/models/tiny/{name}/load", json={"engine": "openvino", **settings})
+        answer = client.post(f"{API}/models/tiny/{name}/load", json={"backend": "openvino", **settings})
         assert answer.status_code == 400, answer.json
         there = client.get(f"{API}/cache").json["cached_models"][f"tiny/{name}"]
         assert (there["loaded_at"], there["settings"]) == (before["loaded_at"], before["settings"])
@@ -215,15 +240,15 @@ def test_an_engine_that_cannot_be_had_leaves_the_model_as_it_is(app: Any) -> Non
 def test_torch_by_name_is_had(app: Any) -> None:
     """The reference is there for whoever wants it, in a load or in the record."""
     client = app.test_client()
-    answer = client.post(f"{API}/models/tiny/llama/load", json={"engine": "torch", "force_reload": True})
-    assert answer.json["settings"]["engine"] == "torch"
+    answer = client.post(f"{API}/models/tiny/llama/load", json={"backend": "torch", "force_reload": True})
+    assert answer.json["settings"]["backend"] == "torch"
     there = client.get(f"{API}/cache").json["cached_models"]["tiny/llama"]
-    assert there["engine_reason"] == "torch was asked for"
-    assert client.put(f"{API}/models/tiny/llama", json={"engine": "openvino"}).status_code == 200
+    assert there["backend_reason"] == "torch was asked for"
+    assert client.put(f"{API}/models/tiny/llama", json={"backend": "openvino"}).status_code == 200
     assert client.post(f"{API}/models/tiny/llama/unload").status_code == 200
     answer = client.post(f"{API}/models/tiny/llama/load")
-    assert answer.json["settings"]["engine"] == "openvino"
-    assert client.put(f"{API}/models/tiny/llama", json={"engine": None}).status_code == 200
+    assert answer.json["settings"]["backend"] == "openvino"
+    assert client.put(f"{API}/models/tiny/llama", json={"backend": None}).status_code == 200
 
 
 def test_without_the_package_torch_computes(place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,15 +256,15 @@ def test_without_the_package_torch_computes(place: Callable[[str], Path], monkey
     folder = place("llama")
     monkeypatch.setattr(library, "installed", lambda name="openvino": False)
     loaded = load(folder)
-    assert loaded.effective["engine"] == "torch"
-    assert loaded.engine_reason == "not installed: openvino"
+    assert loaded.effective["backend"] == "torch"
+    assert loaded.backend_reason == "not installed: openvino"
     loaded.close()
     loaded = load(folder, quantization="int4")
-    assert loaded.effective["engine"] == "torch"
-    assert loaded.engine_reason == "in 4 bits torch loses less"
+    assert loaded.effective["backend"] == "torch"
+    assert loaded.backend_reason == "in 4 bits torch loses less"
     loaded.close()
     with pytest.raises(Exception, match="pip install openvino"):
-        load(folder, engine="openvino")
+        load(folder, backend="openvino")
 
 
 def test_adapters_are_left_to_torch(place: Callable[[str], Path], tmp_path: Path) -> None:
@@ -248,15 +273,15 @@ def test_adapters_are_left_to_torch(place: Callable[[str], Path], tmp_path: Path
     model, _ = causal_models.build("llama")
     adapter = save_adapter(model, tmp_path / "adapter", 1, target_modules=["q_proj"])
     record = ModelRecord("tiny/llama", "llama", "text-generation", adapters={"one": "org/adapter"})
-    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    options = LoadOptions(folder.parent.parent, "cpu", backend="auto")
     loaded = loader.load(record, options, folder, adapters={"one": adapter})
-    assert loaded.effective["engine"] == "torch"
-    assert loaded.engine_reason == "it has adapters"
+    assert loaded.effective["backend"] == "torch"
+    assert loaded.backend_reason == "it has adapters"
     loaded.close()
     told = loader.estimate(record, options, folder)
-    assert (told.engine, told.conversion) == ("torch", 0)
+    assert (told.backend, told.conversion) == ("torch", 0)
     with pytest.raises(InvalidRequest, match="adapters"):
-        loader.load(record, options, folder, settings=LoadSettings(engine="openvino"), adapters={"one": adapter})
+        loader.load(record, options, folder, settings=LoadSettings(backend="openvino"), adapters={"one": adapter})
 
 
 def test_rotary_embeddings_that_change_are_left_to_torch() -> None:
@@ -276,10 +301,10 @@ def test_the_graph_is_made_once(place: Callable[[str], Path]) -> None:
     """The first load converts and says so; the next one reads what is kept, and gives the same."""
     folder, first, second = place("llama"), Progress(), Progress()
     record = ModelRecord("tiny/llama", "llama", "text-generation")
-    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    options = LoadOptions(folder.parent.parent, "cpu", backend="auto")
     assert loader.estimate(record, options, folder).conversion > 0
     loaded = load(folder, first)
-    assert loaded.effective["engine"] == "openvino"
+    assert loaded.effective["backend"] == "openvino"
     assert loader.estimate(record, options, folder).conversion == 0
     whole = text(loaded)
     loaded.close()
@@ -343,7 +368,7 @@ def test_a_damaged_graph_is_made_anew(damage: Callable[[Path], None], place: Cal
     loaded.close()
     damage(kept(folder)[0])
     loaded = load(folder)
-    assert (loaded.effective["engine"], text(loaded)) == ("openvino", whole)
+    assert (loaded.effective["backend"], text(loaded)) == ("openvino", whole)
     loaded.close()
 
 
@@ -360,16 +385,16 @@ def test_a_graph_that_gives_other_numbers_is_not_used(place: Callable[[str], Pat
     sizes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     memory = Tight(int(1.3 * sizes))
     loaded = load(folder, memory=memory)
-    assert loaded.effective["engine"] == "torch"
-    assert "from torch's" in (loaded.engine_reason or "")
+    assert loaded.effective["backend"] == "torch"
+    assert "from torch's" in (loaded.backend_reason or "")
     assert text(loaded) == whole
     assert loaded.sizes.weights == pytest.approx(sizes, rel=0.05)
     assert loaded.sizes.copies == 0
     assert memory.held == {"weights": loaded.sizes.weights, "own weights": 0}, "the graph's are not there any more"
     loaded.close()
     assert [path.name for path in there.iterdir()] == ["about.json"], "it is noted, and not tried at every load"
-    with pytest.raises(InvalidRequest, match="'engine'"):
-        load(folder, engine="openvino")
+    with pytest.raises(InvalidRequest, match="'backend'"):
+        load(folder, backend="openvino")
 
 
 def test_where_nothing_can_be_kept_the_graph_goes_with_the_model(place: Callable[[str], Path]) -> None:
@@ -377,7 +402,7 @@ def test_where_nothing_can_be_kept_the_graph_goes_with_the_model(place: Callable
     folder = place("llama")
     (folder / FOLDER).write_text("a file stands where the folder would be")
     loaded = load(folder)
-    assert loaded.effective["engine"] == "openvino"
+    assert loaded.effective["backend"] == "openvino"
     own = loaded.setup.folder
     assert own is not None
     assert (own / "graph.bin").is_file()
@@ -421,7 +446,7 @@ def test_what_was_not_completed_is_never_read_and_goes_in_time(place: Callable[[
 
 def wanted(folder: Path, tmp_path: Path) -> process.Wanted:
     record = ModelRecord(f"tiny/{folder.name}", folder.name, "text-generation")
-    options = LoadOptions(folder.parent.parent, "cpu", runner="auto")
+    options = LoadOptions(folder.parent.parent, "cpu", backend="auto")
     return process.Wanted(record, options, folder, LoadSettings(), tmp_path)
 
 
@@ -440,8 +465,8 @@ def test_a_conversion_that_crashes_harms_nobody(
         process.convert(wanted(folder, tmp_path), Progress())
     assert not failed.value.final, "whoever killed it, lack of memory perhaps, may not do so again"
     loaded = load(folder)
-    assert loaded.effective["engine"] == "torch"
-    assert "-9" in (loaded.engine_reason or "")
+    assert loaded.effective["backend"] == "torch"
+    assert "-9" in (loaded.backend_reason or "")
     loaded.close()
 
 
@@ -453,7 +478,7 @@ def test_without_memory_for_a_conversion_openvino_is_refused(
     folder = place("llama")
     monkeypatch.setattr(loading, "available_bytes", lambda: 10**6)
     with pytest.raises(InvalidRequest, match="1000000 are free"):
-        load(folder, engine="openvino")
+        load(folder, backend="openvino")
     assert not kept(folder)
 
 
@@ -541,18 +566,18 @@ def test_compressed_weights_take_less_and_mean_the_same(scheme: str, place: Call
     folder = place("llama")
     with torch.inference_mode():
         logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[20, 30, 40]])).logits[0]
-    whole = load(folder, engine="torch")
+    whole = load(folder, backend="torch")
     size = whole.sizes.weights
     whole.close()
     record = ModelRecord("tiny/llama", "llama", "text-generation")
-    options = LoadOptions(folder.parent.parent, "cpu", runner="openvino")
+    options = LoadOptions(folder.parent.parent, "cpu", backend="openvino")
     estimate = loader.estimate(record, options, folder, LoadSettings(quantization=scheme))
-    loaded = load(folder, quantization=scheme, engine="openvino")
-    assert loaded.effective["engine"] == "openvino"
+    loaded = load(folder, quantization=scheme, backend="openvino")
+    assert loaded.effective["backend"] == "openvino"
     assert loaded.effective["quantization"] == scheme
     sizes = loaded.sizes
     assert sizes.weights < size * (0.35 if scheme == "int8" else 0.3)
-    assert (estimate.engine, estimate.quantization) == ("openvino", scheme)
+    assert (estimate.backend, estimate.quantization) == ("openvino", scheme)
     assert estimate.weights == pytest.approx(sizes.weights, rel=0.1)
     alone = [text(loaded, prompt) for prompt in WORDS[:6]]
     tickets = [loaded.generate(GenerationRequest(GREEDY, prompt=prompt)) for prompt in WORDS[:6]]
@@ -762,14 +787,14 @@ def test_a_load_tells_that_it_converts(place: Callable[[str], Path], start_serve
     """The events of a load name the conversion; the next server reads what the first has kept."""
     folder = place("gpt2")
     for told in (True, False):
-        server = start_server(LOCAL_LLM_MODELS_DIR=str(folder.parent.parent), LOCAL_LLM_ENGINE="openvino")
+        server = start_server(LOCAL_LLM_MODELS_DIR=str(folder.parent.parent), LOCAL_LLM_BACKEND="openvino")
         server.add("tiny/gpt2", "text-generation")
         estimate = server.call("GET", "/models/tiny/gpt2/estimate").json()
         answer = server.call("POST", "/models/tiny/gpt2/load", json={"stream": True}, stream=True)
         events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: {")]
         assert ("convert" in {event["progress"]["phase"] for event in events if "progress" in event}) is told
         there = server.call("GET", "/cache").json()["cached_models"]["tiny/gpt2"]
-        assert there["settings"]["engine"] == estimate["engine"] == "openvino"
+        assert there["settings"]["backend"] == estimate["backend"] == "openvino"
         assert estimate["weights_bytes"] == pytest.approx(there["weights_bytes"], rel=0.1)
         assert estimate["bytes"] == pytest.approx(
             there["bytes"] - there["kv_cache_bytes"] + estimate["kv_cache_bytes"], rel=0.1

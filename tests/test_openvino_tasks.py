@@ -63,7 +63,7 @@ class Served:
         pooling = find_pooling(folder, self.model)
         self.loaded = LoadedModel(setup, compute, self.tokenizer, EngineOptions(), pooling)
         self.loaded.prepared()
-        assert self.loaded.effective["engine"] == "openvino"
+        assert self.loaded.effective["backend"] == "openvino"
 
     def _read(self) -> Any:
         self.whole += 1
@@ -348,8 +348,8 @@ def test_where_a_graph_gives_something_else_torch_computes(served: Callable[...,
     loaded = LoadedModel(model.loaded.setup, compute, model.tokenizer, EngineOptions())
     try:
         loaded.prepared()
-        assert loaded.effective["engine"] == "torch"
-        assert [loaded.engine_reason] == refused
+        assert loaded.effective["backend"] == "torch"
+        assert [loaded.backend_reason] == refused
         assert "outputs lie 2e-05 from torch's" in refused[0]
         answer = loaded.run("feature-extraction", "the cat", {})
         assert near(answer, models.upstream("bert-embed", "feature-extraction", "the cat"))
@@ -424,12 +424,12 @@ def test_what_openvino_does_not_compute_is_left_to_torch_unless_it_is_asked_for_
 ) -> None:
     model_id = models.build(name)
     record = ModelRecord(model_id, name, model_type)
-    options = LoadOptions(models.directory, runner="auto")
+    options = LoadOptions(models.directory, backend="auto")
     with pytest.raises(InvalidRequest, match=reason):
-        loader.load(record, options, models.directory / model_id, settings=LoadSettings(engine="openvino"))
+        loader.load(record, options, models.directory / model_id, settings=LoadSettings(backend="openvino"))
     loaded = loader.load(record, options, models.directory / model_id)
     try:
-        assert (loaded.effective["engine"], loaded.engine_reason) == ("torch", reason)
+        assert (loaded.effective["backend"], loaded.backend_reason) == ("torch", reason)
     finally:
         loaded.close()
 
@@ -438,7 +438,7 @@ def test_a_second_load_reads_the_graph_and_no_weights(models: Models, tmp_path: 
     """By the loader, as the server does it: the weights' file holds nothing but zeros by then."""
     folder = tmp_path / "tiny" / "sorter"
     shutil.copytree(models.directory / models.build("distilbert-sst2"), folder)
-    record = ModelRecord("tiny/sorter", "sorter", "sentiment-analysis", engine="openvino")
+    record = ModelRecord("tiny/sorter", "sorter", "sentiment-analysis", backend="openvino")
     options = LoadOptions(tmp_path)
     inputs = texts(9)
     wanted = [models.upstream("distilbert-sst2", "text-classification", text)[0] for text in inputs]
@@ -446,7 +446,7 @@ def test_a_second_load_reads_the_graph_and_no_weights(models: Models, tmp_path: 
     def answers() -> Any:
         loaded = loader.load(record, options, folder)
         try:
-            assert (loaded.effective["engine"], loaded.engine_reason) == ("openvino", None)
+            assert (loaded.effective["backend"], loaded.backend_reason) == ("openvino", None)
             return loaded.run("text-classification", inputs, {})
         finally:
             loaded.close()

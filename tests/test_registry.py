@@ -347,6 +347,19 @@ def test_uses_that_cannot_be_written_are_kept_and_tried_again(path, open_registr
     until(lambda: json.loads(path.read_bytes())["models"][0]["usage_count"] == 2)
 
 
+def test_a_setting_that_was_renamed_is_read_under_its_old_name_and_written_under_its_new_one(path, open_registry):
+    """Where a file has both, the new one counts."""
+    renamed = record("gpt2", backend="torch").to_dict()
+    old = {("engine" if name == "backend" else name): value for name, value in renamed.items()}
+    both = {**renamed, "model_id": "distilgpt2", "engine": "openvino"}
+    path.write_text(json.dumps({"models": [old, both]}))
+    registry = open_registry()
+    assert [each.backend for each in registry.list()] == ["torch", "torch"]
+    registry.update("gpt2", {"description": "changed"})
+    for written in json.loads(path.read_bytes())["models"]:
+        assert (written["backend"], written.get("engine")) == ("torch", None)
+
+
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 

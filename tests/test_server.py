@@ -218,6 +218,7 @@ def test_a_second_server_on_the_port_says_so(start_server: Any) -> None:
         ("LOCAL_LLM_PORT", "70000"),
         ("LOCAL_LLM_THREADS", "none"),
         ("LOCAL_LLM_DEVICE", "toaster"),
+        ("LOCAL_LLM_BACKEND", "abacus"),
         ("LOCAL_LLM_LOG_LEVEL", "LOUD"),
         ("LOCAL_LLM_HOST", "no-such-host.invalid"),
     ],
@@ -267,4 +268,8 @@ def test_settings_come_from_the_environment_over_a_file_over_the_defaults(
     settings = Settings(_env_file=file)
     assert (settings.port, settings.threads, settings.host) == (5002, 9, "127.0.0.1")
     assert settings.trust_remote_code == {"a/b", "c"}
+    monkeypatch.delenv("LOCAL_LLM_BACKEND", raising=False)
+    for name, backend in (("LOCAL_LLM_ENGINE", "openvino"), ("LOCAL_LLM_BACKEND", "torch")):  # the old name goes last
+        monkeypatch.setenv(name, backend)
+        assert Settings(_env_file=file).backend == backend
     assert Settings.model_config["env_file"] == ROOT / ".env"

@@ -42,7 +42,7 @@ def larger(root: Path, name: str, model_id: str, **roles: str) -> str:
 def api(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(loading, "CONVERTED_HERE_ASIDE", loading.CONVERTED_HERE)  # which is quicker
     settings = Settings(
-        _env_file=None, registry=tmp_path / "r.json", models_dir=tmp_path, device="cpu", engine=request.param
+        _env_file=None, registry=tmp_path / "r.json", models_dir=tmp_path, device="cpu", backend=request.param
     )
     app = create_app(settings)
     yield app.test_client

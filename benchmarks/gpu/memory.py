@@ -82,7 +82,7 @@ class App:
 
         self._folder = TemporaryDirectory()
         named = {"registry": Path(self._folder.name) / "models.json", "models_dir": root, "device": device}
-        self.app = create_app(Settings(_env_file=None, **{**named, "engine": "torch", **settings}))
+        self.app = create_app(Settings(_env_file=None, **{**named, "backend": "torch", **settings}))
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
         """The status and the JSON answer of one call, from any thread."""

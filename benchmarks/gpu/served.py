@@ -38,7 +38,7 @@ class Served:
             "registry": str(Path(self._folder.name) / "models.json"),
             "models_dir": str(models),
             "device": device,
-            "engine": "torch",  # on a CPU too: what is tried is torch's side
+            "backend": "torch",  # on a CPU too: what is tried is torch's side
             "import_at_start": "false",
             "log_level": "WARNING",
             **settings,

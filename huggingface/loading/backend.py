@@ -1,6 +1,6 @@
 """The backend seam: what a backend is to a load, and the one place that chooses which of them computes a model.
 
-A backend is a file of its own and a line in `loader.BACKENDS`. Must not know any of them.
+A backend is a file of its own, a name in `types.Backend`, and a line in `loader`. Must not know any of them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,14 @@ from ..errors import InvalidRequest, LocalLLMError, ModelUnsupported
 from ..model import Compute
 from ..progress import Progress
 from ..registry.records import LoadSettings
-from ..types import Estimate, LoadOptions
+from ..types import Estimate, LoadOptions, Pending
 from .plan import Plan
 
 T = TypeVar("T")
 
 # Has what a backend lacks for a model made, tells `Progress` how far that is, and waits: gives the folder of what could
-# not be kept beside the model. Its first argument is `Pending.key`.
-Make = Callable[[str, Progress], Path | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """What a backend lacks for a model, and what is made while another one answers.
-
-    `key` tells it from any other; `size` gives the bytes that making it takes for a while, for a model of so many
-    numbers.
-    """
-
-    key: str
-    size: Callable[[int], int]
+# not be kept beside the model.
+Make = Callable[[Pending, Progress], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +84,16 @@ class Backend(Protocol):
         Raises: as `loader.load`.
         """
 
+    def convert(
+        self, plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool
+    ) -> Path | None:
+        """Make what it lacks for a model (`Declined.pending`), unless that is there; other work goes first where it is
+        made `aside`. Returns the folder of what cannot be kept beside the model: it is the caller's.
+
+        Raises:
+            ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled.
+        """
+
 
 def choose(
     backends: Sequence[Backend],
@@ -109,7 +107,7 @@ def choose(
     Raises:
         InvalidRequest, ModelUnsupported: the one that is asked for declines. Besides, what `use` raises.
     """
-    asked = plan.placement.engine
+    asked = plan.placement.backend
     declined: Declined | None = None
     for backend in backends:
         if asked not in ("auto", backend.name):
@@ -131,17 +129,17 @@ def check_named(plan: Plan, declined: Declined) -> None:
     Raises:
         InvalidRequest, ModelUnsupported: it does.
     """
-    if plan.placement.engine != "auto" and declined.error is not None:
+    if plan.placement.backend != "auto" and declined.error is not None:
         raise declined.error
 
 
 def unsuited(name: str, reason: str) -> Declined:
     """The backend cannot compute what is asked for: a kind of model, or a setting."""
-    message = f"Invalid value for field 'engine': {name} is not available here: {reason}"
-    return Declined(reason, InvalidRequest(message, "engine"))
+    message = f"Invalid value for field 'backend': {name} is not available here: {reason}"
+    return Declined(reason, InvalidRequest(message, "backend"))
 
 
 def unable(name: str, plan: Plan, reason: str) -> Declined:
     """The backend was tried with this very model, and cannot compute it."""
-    message = f"Invalid value for field 'engine': {name} cannot compute model '{plan.record.model_id}': {reason}"
-    return Declined(reason, InvalidRequest(message, "engine"))
+    message = f"Invalid value for field 'backend': {name} cannot compute model '{plan.record.model_id}': {reason}"
+    return Declined(reason, InvalidRequest(message, "backend"))

@@ -64,7 +64,7 @@ def estimate(
         dtype=str(dtype).removeprefix("torch."),
         quantization=placement.quantization,
         devices={**weights.devices, placement.device: here},
-        engine=backend,
+        backend=backend,
         conversion=0 if pending is None else pending.size(numbers),
     )
 

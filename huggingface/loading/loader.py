@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -28,15 +28,18 @@ from ..model_memory import Memory, free
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
 from ..tasks.reranking import note_cross_encoder
+from ..types import BACKENDS as NAMES
+from ..types import Backend as Name
 from ..types import Estimate, LoadOptions
 from .backend import Backend, Declined, Load, Make, Opened, choose
-from .openvino.load import OpenVINO, make_graph
+from .openvino.load import OpenVINO
 from .plan import check_compile, check_context, commit, effective, engine_options, look
 from .pretrained import BUILDING, read_pooling, read_tokenizer
 from .torch import Torch
 
 # What computes a model, in the order in which `auto` asks them.
-BACKENDS: tuple[Backend, ...] = (OpenVINO(), Torch())
+_BACKENDS: Mapping[Name, Backend] = {"openvino": OpenVINO(), "torch": Torch()}
+BACKENDS = tuple(_BACKENDS[name] for name in NAMES)
 
 T = TypeVar("T")
 
@@ -62,9 +65,9 @@ def load(
     """Bring a registered model, whose files are in `folder`, into memory.
 
     `settings` are those in effect; without them the record's. `adapters` are the folders of its adapters by their
-    names. `memory` is where it asks for memory later on. `make` has OpenVINO's graph made where that is asked for by
-    name; where it is not, torch computes as long as there is none (`Setup.converts`). `spare` is the folder of a graph
-    that could not be kept beside the model, and goes with the loaded one.
+    names. `memory` is where it asks for memory later on. `make` has a graph made where its backend is asked for by
+    name; where it is not, another backend computes as long as there is none (`Setup.pending`). `spare` is the folder of
+    a graph that could not be kept beside the model, and goes with the loaded one.
 
     Raises:
         LoadError: one of its kinds, with a message that names the model and says what to do.
@@ -96,10 +99,10 @@ def convert(
     settings: LoadSettings,
     progress: Progress,
     *,
+    backend: str,
     aside: bool = False,
 ) -> Path | None:
-    """Make OpenVINO's graph of a model, unless it is there; other work goes first where it is made `aside`. Returns the
-    folder of one that cannot be kept beside the model: it is the caller's.
+    """Make what `backend` lacks for a model, as `Backend.convert` does.
 
     Raises:
         ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled. As `load`, besides.
@@ -107,7 +110,7 @@ def convert(
 
     def work() -> Path | None:
         plan = look(record, options, folder, settings)
-        return make_graph(plan, options, settings, progress, aside=aside)
+        return _BACKENDS[cast(Name, backend)].convert(plan, options, settings, progress, aside=aside)
 
     return _on_a_thread(record.model_id, work)
 
@@ -180,8 +183,8 @@ def _loaded(load: Load, opened: Opened, before: Declined | None, memory: Memory 
             head=plan.head,
             device=opened.device,
             effective=effective(plan, compute.model, options),
-            engine_reason=None if before is None else before.reason,
-            converts=None if before is None or before.pending is None else before.pending.key,
+            backend_reason=None if before is None else before.reason,
+            pending=None if before is None else before.pending,
             max_context=plan.placement.max_context,
             commit=commit(plan.folder),
             folder=opened.folder,

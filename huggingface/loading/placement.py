@@ -15,7 +15,7 @@ import torch
 from ..errors import DeviceMissing, InvalidRequest
 from ..host.devices import resolve_device
 from ..registry.records import LoadSettings
-from ..types import LoadOptions
+from ..types import BACKENDS, LoadOptions
 from .quantization import check
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -27,8 +27,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # flex_attention on a CPU ended the whole process here, and flash attention is for GPUs.
 _ON_CPU = ("eager", "sdpa")
-# What computes a model's tokens; `auto` is OpenVINO where that can be had, and else torch.
-_ENGINES = ("auto", "torch", "openvino")
 # What transformers has code of its own for; any other name would be fetched from the Hub and run.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -43,7 +41,7 @@ class Placement:
     quantization: str | None
     attention: str | None
     compiles: bool
-    engine: str
+    backend: str
     max_context: int | None
     slots: int | None
 
@@ -92,18 +90,19 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
         settings.quantization,
         attention,
         bool(settings.compile),
-        _engine(settings, options),
+        _backend(settings, options),
         settings.max_context,
         settings.slots,
     )
 
 
-def _engine(settings: LoadSettings, options: LoadOptions) -> str:
-    if settings.engine is not None and settings.engine not in _ENGINES:
+def _backend(settings: LoadSettings, options: LoadOptions) -> str:
+    name = settings.backend or options.backend
+    if name not in ("auto", *BACKENDS):
         raise InvalidRequest(
-            f"Invalid value for field 'engine': '{settings.engine}' is none of {', '.join(_ENGINES)}", "engine"
+            f"Invalid value for field 'backend': '{name}' is none of auto, {', '.join(BACKENDS)}", "backend"
         )
-    return settings.engine or options.runner
+    return name
 
 
 def _check_device(device: str, *, asked: bool) -> None:

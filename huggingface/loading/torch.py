@@ -47,6 +47,9 @@ class Torch:
         """What the weights take on each device, and the copies of some that make products faster."""
         return estimate(plan, options, self.name, partial(_weigh, plan, options), before)
 
+    def convert(self, *_: object, aside: bool) -> None:
+        """Nothing: it reads the weights as they are."""
+
     def open(self, load: Load) -> Opened:
         """Reads the weights, and puts the adapters on them."""
         plan, options, placement = load.plan, load.options, load.plan.placement

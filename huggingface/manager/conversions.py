@@ -20,6 +20,7 @@ from typing import Literal
 from ..errors import Cancelled, ConversionFailed, LocalLLMError
 from ..host.memory import readable
 from ..progress import Moment, Progress
+from ..types import Pending
 from .budget import Budget
 from .leases import LOOK_AGAIN
 
@@ -47,12 +48,12 @@ class Conversion:
     """
 
     def __init__(
-        self, model_id: str, key: str, make: Callable[[Progress, bool], Path | None], need: Callable[[], int]
+        self, model_id: str, pending: Pending, make: Callable[[Progress, bool], Path | None], need: Callable[[], int]
     ) -> None:
-        """`key` tells the graph from any other. `make` makes it, and is told whether other work goes first; `need`
+        """`pending` is what is made. `make` makes it, and is told whether other work goes first; `need`
         tells how many bytes of memory that takes."""
         self.model_id = model_id
-        self.key = key
+        self.pending = pending
         self.make = make
         self.need = need
         self.progress = Progress()  # of this try
@@ -150,7 +151,7 @@ class Conversions:
         """The conversion that makes this graph: one under way, one that failed but for where it is to be tried `again`,
         or this one; with the lock held."""
         present = self.of(conversion.model_id)
-        if present is not None and present.key == conversion.key and not (again and present.state == "failed"):
+        if present is not None and present.pending == conversion.pending and not (again and present.state == "failed"):
             return present
         if present is not None:
             self._give_up(present)

@@ -12,7 +12,7 @@ from ..errors import DependencyMissing
 from ..host.imports import import_library
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
-from ..types import Estimate, LoadOptions
+from ..types import Estimate, LoadOptions, Pending
 
 if TYPE_CHECKING:
     from ..inspection.headers import Tensor
@@ -41,7 +41,7 @@ class Loader(Protocol):
         adapters: Mapping[str, Path] = ...,
         progress: Progress | None = ...,
         memory: Memory | None = ...,
-        make: Callable[[str, Progress], Path | None] | None = ...,
+        make: Callable[[Pending, Progress], Path | None] | None = ...,
         spare: Path | None = ...,
     ) -> LoadedModel:
         """Bring a model, whose files are in `folder`, into memory."""
@@ -54,9 +54,10 @@ class Loader(Protocol):
         settings: LoadSettings,
         progress: Progress,
         *,
+        backend: str,
         aside: bool = ...,
     ) -> Path | None:
-        """Make OpenVINO's graph of a model; the folder of one that cannot be kept beside it."""
+        """Make what a backend lacks for a model; the folder of what cannot be kept beside it."""
 
     def estimate(
         self,

@@ -19,7 +19,7 @@ from ..hub.downloads import Downloads
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
 from ..registry.registry import ModelRegistry
-from ..types import Estimate, LoadOptions
+from ..types import Estimate, LoadOptions, Pending
 from .budget import Account, Budget
 from .conversions import Conversion, Conversions
 from .leases import Loading, Place, Places
@@ -171,33 +171,37 @@ class Loads:
                 adapters=adapters,
                 progress=progress,
                 memory=account,
-                make=lambda key, told: self._conversions.wait(self._conversion(record, settings, folder, key), told),
+                make=lambda lacks, told: self._conversions.wait(
+                    self._conversion(record, settings, folder, lacks), told
+                ),
                 spare=spare,
             )
             model = self._read_or_relieve(model_id, read)
         except BaseException:
             self._budget.forget(model_id)
             raise
-        if (key := model.setup.converts) is not None:
-            conversion = self._conversions.add(self._conversion(record, settings, folder, key))
+        if (pending := model.setup.pending) is not None:
+            conversion = self._conversions.add(self._conversion(record, settings, folder, pending))
             if conversion.state == "failed" and conversion.reason is not None:
-                model.engine_reason = conversion.reason
+                model.backend_reason = conversion.reason
         logger.info("loaded %s on %s in %.1f s", model_id, model.device, time.monotonic() - started)
         return model
 
-    def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, key: str) -> Conversion:
+    def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, pending: Pending) -> Conversion:
         """What makes the graph of a model that is loaded, or is being loaded, with these settings."""
         loader = self._loader.get()
 
         def make(progress: Progress, aside: bool) -> Path | None:
-            made: Path | None = loader.convert(record, self._options, folder, settings, progress, aside=aside)
+            made: Path | None = loader.convert(
+                record, self._options, folder, settings, progress, backend=pending.backend, aside=aside
+            )
             return made
 
         def need() -> int:
             estimate: Estimate = loader.estimate(record, self._options, folder, settings)
             return estimate.conversion
 
-        return Conversion(record.model_id, key, make, need)
+        return Conversion(record.model_id, pending, make, need)
 
     def _has_plenty(
         self,

@@ -63,12 +63,13 @@ class Takeover:
         """Say why a model has no graph."""
         with self._places.changed:
             model = self._places.of(conversion.model_id).model
-            if model is not None and model.setup.converts == conversion.key:
-                model.engine_reason = reason
+            if model is not None and model.setup.pending == conversion.pending:
+                model.backend_reason = reason
 
     def take_over(self, conversion: Conversion) -> bool:
-        """Have a model computed by its graph from the next request on; those that torch has begun, torch ends. Where
-        there is no room for both, torch's weights go first, as soon as nobody uses them. Tells whether that is settled.
+        """Have a model computed by its graph from the next request on; requests that have begun end as they began.
+        Where there is no room for both, the weights in memory go first, as soon as no request uses them. Returns
+        whether that is settled.
 
         Raises: as a load does; torch goes on then.
         """
@@ -78,14 +79,15 @@ class Takeover:
             model = place.model
             if place.reserved or place.loading is not None:
                 return False
-        if model is None or model.setup.converts != conversion.key or model.failed:
+        if model is None or model.setup.pending != conversion.pending or model.failed:
             return True  # the next load reads the graph
         record = usable(self._registry, model_id)
         if is_stale(model, record):
             return True
         settings = place.overrides.over(record.settings)
-        account = self._loads.account(f"{model_id} by OpenVINO", model_id)
-        estimate = self._loads.estimate(record, replace(settings, engine="openvino"))
+        backend = conversion.pending.backend
+        account = self._loads.account(f"{model_id} by {backend}", model_id)
+        estimate = self._loads.estimate(record, replace(settings, backend=backend))
         self._room.lacking(model_id, estimate.devices)
         if not self._budget.reserve(account.owner, estimate.devices):
             return self._reload(conversion, record)
@@ -95,8 +97,8 @@ class Takeover:
             after = self._loads.open(record, conversion, settings, account)
             conversion.spare = None  # it goes with the model
             after.prepared(lambda: conversion.cancelled)
-            if after.effective["engine"] != "openvino":
-                raise ConversionFailed(after.engine_reason or "its graph cannot be found")
+            if after.effective["backend"] != backend:
+                raise ConversionFailed(after.backend_reason or "its graph cannot be found")
             with self._places.changed:
                 if place.model is not model or place.reserved or self._places.closed:
                     return place.model is None
@@ -108,8 +110,8 @@ class Takeover:
         finally:
             if after is not None:
                 after.close()
-            self._budget.forget(f"{model_id} by OpenVINO")
-        logger.info("%s is computed by OpenVINO from now on", model_id)
+            self._budget.forget(f"{model_id} by {backend}")
+        logger.info("%s is computed by %s from now on", model_id, backend)
         if unused is not None:
             self.close_replaced(model_id, unused)
         return True
@@ -124,7 +126,7 @@ class Takeover:
             with self._places.alone(
                 record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
             ) as place:
-                if place.model is None or place.model.setup.converts != conversion.key:
+                if place.model is None or place.model.setup.pending != conversion.pending:
                     return True
                 used, expires = place.used, place.expires
                 self._unloader.release(record.model_id, place)
@@ -137,7 +139,7 @@ class Takeover:
         except ModelBusy:
             return False
         if place.model is not None:
-            if place.model.setup.converts is not None:
+            if place.model.setup.pending is not None:
                 raise ConversionFailed("its graph cannot be found")
             conversion.spare = None  # it goes with the model
         return True
@@ -151,4 +153,4 @@ class Takeover:
 
 def _replaced(model_id: str) -> str:
     """The name in the budget of a model that another has taken over from."""
-    return f"{model_id} by torch"
+    return f"{model_id} before"

@@ -67,11 +67,12 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "quantization": _or_null(_is_text, "a string"),
     "attn_implementation": _or_null(_is_text, "a string"),
     "compile": _or_null(lambda value: isinstance(value, bool), "true or false"),
-    "engine": _or_null(_is_text, "a string"),
+    "backend": _or_null(_is_text, "a string"),
     "max_context": _or_null(_is_count, "a whole number above 0"),
     "slots": _or_null(_is_count, "a whole number above 0"),
     "details": _or_null(_is_object, "an object"),
 }
+_OLD_NAMES = {"engine": "backend"}  # what earlier versions wrote, and people by hand
 REQUIRED_FIELDS = ("model_id", "name", "model_type")
 
 
@@ -149,7 +150,10 @@ def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, A
             raise Corrupt(f"has no '{name}'")
     known: dict[str, Any] = {"added_date": default_date}
     extras: dict[str, Any] = {}
-    for name, value in raw.items():
+    for written, value in raw.items():
+        name = str(_OLD_NAMES.get(written, written))
+        if name != written and name in raw:
+            continue
         if name not in FIELDS:
             extras[name] = value
             continue

@@ -42,9 +42,9 @@ class LoadSettings:
     """How one model is brought into memory; None leaves it to the server.
 
     `device` is `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map` is accelerate's, a name or modules by device;
-    `dtype` is `auto` or a name of torch's; `quantization` is a scheme of `quantization.py`. `engine` is what computes:
-    `auto`, `torch` or `openvino`. `max_context` is the most tokens of one sequence, `slots` the most sequences in one
-    batch.
+    `dtype` is `auto` or a name of torch's; `quantization` is a scheme of `quantization.py`. `backend` computes the
+    model: a name of `BACKENDS`, or `auto`. `max_context` is the most tokens of one sequence, `slots` the most sequences
+    in one batch.
     """
 
     device: str | None = None
@@ -53,7 +53,7 @@ class LoadSettings:
     quantization: str | None = None
     attn_implementation: str | None = None
     compile: bool | None = None
-    engine: str | None = None
+    backend: str | None = None
     max_context: int | None = None
     slots: int | None = None
 
@@ -96,7 +96,7 @@ class ModelRecord:
     quantization: str | None = None
     attn_implementation: str | None = None
     compile: bool | None = None
-    engine: str | None = None
+    backend: str | None = None
     max_context: int | None = None
     slots: int | None = None
     details: Mapping[str, Any] | None = None

@@ -66,7 +66,7 @@ class Zoo:
             self.server.stop()
             self.server = None
         if self.server is None:
-            self.server = Served(self.root, "cpu", engine="auto")
+            self.server = Served(self.root, "cpu", backend="auto")
         return self.server
 
     def run(self, table: str, family: str) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Zoo:
     ) -> dict[str, Any]:
         began = time.monotonic()
         status, answer = server.call(
-            "POST", f"{API}/models/{model_id}/load", {"engine": backend, "force_reload": True}, _PATIENCE
+            "POST", f"{API}/models/{model_id}/load", {"backend": backend, "force_reload": True}, _PATIENCE
         )
         if status in (400, 422) and backend != "torch":
             return {"refused": _reason(str(answer.get("error")))}
@@ -119,7 +119,7 @@ class Zoo:
         engine = shown.get("engine") or {}
         server.done("POST", f"{API}/models/{model_id}/unload", {})
         return {
-            "engine": (shown.get("settings") or {}).get("engine"),
+            "engine": (shown.get("settings") or {}).get("backend"),
             "mode": engine.get("mode"),
             "reason": engine.get("reason"),
             "found": found,

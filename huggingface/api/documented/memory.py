@@ -69,7 +69,7 @@ def show_cache() -> dict[str, Any]:
 def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
     model = resident.model
     sizes, status = model.sizes, model.status
-    return {
+    answer = {
         "loaded_at": model.loaded_at,
         "device": model.device,
         "model_type": model_type,
@@ -88,9 +88,10 @@ def _resident(resident: Resident, model_type: str) -> dict[str, Any]:
         "load_seconds": round(resident.load_seconds, 3),
         "commit": model.setup.commit,
         "adapters": dict(model.setup.record.adapters or {}),
-        "settings": model.effective,
-        "engine_reason": model.engine_reason,
+        "settings": schemas.with_old_names(model.effective),
+        "backend_reason": model.backend_reason,
     }
+    return schemas.with_old_names(answer)
 
 
 def _conversion(status: ConversionStatus) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .model_schemas import DeviceEstimate, EffectiveSettings
-from .schemas import Answer, Strict
+from .schemas import Answer, Strict, old_name
 
 
 class WarmBody(Strict):
@@ -72,7 +72,8 @@ class CachedModel(BaseModel):
     commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
     adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")
     settings: EffectiveSettings
-    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+    backend_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+    engine_reason: str | None = old_name("backend_reason")
 
 
 class LoadProgress(BaseModel):

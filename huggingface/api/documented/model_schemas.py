@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
+from ...types import Backend
 from ..http.fields import Fields
-from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streaming
+from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, old_name, optional, renamed, streaming
 
 
 def _timestamp(value: str) -> str:
@@ -24,9 +25,9 @@ def _timestamp(value: str) -> str:
     return date.isoformat(timespec="microseconds")
 
 
-def _shown(description: str) -> Any:
+def _shown(description: str, **more: Any) -> Any:
     """A field of an answer that is there only where it is set."""
-    return Field(default=None, description=description)
+    return Field(default=None, description=description, **more)
 
 
 class Settings(Strict):
@@ -48,8 +49,9 @@ class Settings(Strict):
     compile: bool | None = optional(
         "Compile a model that classifies, fills or embeds with `torch.compile`, at its first use; it takes a while."
     )
-    engine: Literal["auto", "torch", "openvino"] | None = optional(
-        "What computes the model. `auto`: OpenVINO on a CPU, where it gives torch's numbers for it, else torch."
+    backend: Literal["auto", Backend] | None = renamed(
+        "backend",
+        "What computes the model. `auto`: OpenVINO on a CPU, where it gives torch's numbers for it, else torch.",
     )
     max_context: int | None = optional("The most tokens of one sequence.", ge=1)
     slots: int | None = optional("The most sequences in one batch.", ge=1, le=1024)
@@ -99,7 +101,7 @@ class ModelChanges(Registered):
     `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
     """
 
-    nulls = frozenset(Registered.model_fields) | {"last_used", "details"}
+    nulls = Registered.known_names() | {"last_used", "details"}
 
     name: str = optional("Display name.", min_length=1)
     model_type: str = optional("What the model is for.")
@@ -144,7 +146,7 @@ class EstimateQuery(Fields):
     device: str | None = optional("As in a load.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional("As in a load.")
     quantization: str | None = optional("As in a load.")
-    engine: Literal["auto", "torch", "openvino"] | None = optional("As in a load.")
+    backend: Literal["auto", Backend] | None = renamed("backend", "As in a load.")
     slots: int | None = optional("As in a load.", ge=1, le=1024)
 
 
@@ -178,7 +180,8 @@ class Model(ModelInfo):
     quantization: str | None = _shown("The lossy form of its weights.")
     attn_implementation: str | None = _shown("How attention is computed.")
     compile: bool | None = _shown("Whether it is compiled.")
-    engine: str | None = _shown("What computes the model.")
+    backend: str | None = _shown("What computes the model.")
+    engine: str | None = _shown("The old name of `backend`.", deprecated=True)
     max_context: int | None = _shown("The most tokens of one sequence.")
     slots: int | None = _shown("The most sequences in one batch.")
     details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
@@ -231,7 +234,8 @@ class EffectiveSettings(BaseModel):
     quantization: str | None
     attn_implementation: str | None
     compile: bool
-    engine: Literal["torch", "openvino"]
+    backend: Backend
+    engine: Backend = old_name("backend")
     max_context: int | None = Field(description="Null for the model's own.")
     slots: int
 
@@ -245,7 +249,8 @@ class LoadedAnswer(Answer):
     model_info: ModelInfo
     device: str = Field(examples=["cpu", "cuda", "cuda:1"])
     settings: EffectiveSettings
-    engine_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+    backend_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
+    engine_reason: str | None = old_name("backend_reason")
 
 
 class UnloadedAnswer(Answer):
@@ -278,7 +283,8 @@ class EstimateAnswer(Answer):
     device: str
     dtype: str
     quantization: str | None
-    engine: Literal["torch", "openvino"] = Field(description="What would compute it.")
+    backend: Backend = Field(description="What would compute it.")
+    engine: Backend = old_name("backend")
     conversion_bytes: int = Field(
         description="Besides, for a while: what another process takes that converts the model, at its first load."
     )

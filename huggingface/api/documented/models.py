@@ -38,7 +38,7 @@ blueprint = APIBlueprint(
 @at_once
 def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
     """List the registered models."""
-    models = [record.to_dict() for record in services().registry.list(query.type)]
+    models = [schemas.with_old_names(record.to_dict()) for record in services().registry.list(query.type)]
     return {"success": True, "models": models, "count": len(models)}
 
 
@@ -124,7 +124,7 @@ def _check_settings(record: records.ModelRecord) -> None:
 @at_once
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     """Show one model."""
-    return {"success": True, "model": services().registry.get(path.model_id).to_dict()}
+    return {"success": True, "model": schemas.with_old_names(services().registry.get(path.model_id).to_dict())}
 
 
 @blueprint.put("/models/<path:model_id>", responses={200: model_schemas.ChangedAnswer, **schemas.BODY_FAILURES})
@@ -195,14 +195,15 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
             watch=watch,
         )
         _describe(present, record, model.setup.commit)
-        return {
+        answer = {
             "success": True,
             "message": f"Model '{record.model_id}' loaded successfully",
             "model_info": record.summary(),
             "device": model.device,
-            "settings": model.effective,
-            "engine_reason": model.engine_reason,
+            "settings": schemas.with_old_names(model.effective),
+            "backend_reason": model.backend_reason,
         }
+        return schemas.with_old_names(answer)
 
     if not body.stream:
         with admitted():
@@ -270,7 +271,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
     gone = request.environ.get("waitress.client_disconnected", lambda: False)
     forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given), gone)
     estimate = forecast.estimate
-    return {
+    answer = {
         "success": True,
         "model_id": path.model_id,
         "bytes": estimate.total,
@@ -281,7 +282,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
         "device": estimate.device,
         "dtype": estimate.dtype,
         "quantization": estimate.quantization,
-        "engine": estimate.engine,
+        "backend": estimate.backend,
         "conversion_bytes": estimate.conversion,
         "devices": {
             device: {
@@ -295,6 +296,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
         "possible": forecast.possible,
         "evicts": forecast.evicts,
     }
+    return schemas.with_old_names(answer)
 
 
 def _check_type(model_type: str) -> None:
@@ -307,6 +309,6 @@ def _check_type(model_type: str) -> None:
 def _changed(record: records.ModelRecord, what: str) -> dict[str, Any]:
     return {
         "success": True,
-        "model": record.to_dict(),
+        "model": schemas.with_old_names(record.to_dict()),
         "message": f"Model '{record.model_id}' {what} successfully",
     }

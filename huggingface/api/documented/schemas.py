@@ -7,11 +7,12 @@ are refused, and values are not converted from other types; what a null is, `fie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from flask_openapi3 import MediaType, Schema
 from flask_openapi3.models.data_type import DataType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from ..http.durations import seconds
 from ..http.fields import Fields
@@ -25,6 +26,25 @@ MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 KeepAlive = Annotated[
     float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MOST_SECONDS)
 ]
+
+
+# Fields of settings and answers by the names that they had before, which clients may go on to use.
+OLD_NAMES = {"backend": "engine", "backend_reason": "engine_reason"}
+
+
+def with_old_names(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer, its renamed fields under their old names too."""
+    return {**answer} | {OLD_NAMES[name]: value for name, value in answer.items() if name in OLD_NAMES}
+
+
+def renamed(name: str, description: str, **constraints: Any) -> Any:
+    """A field that need not be given, and may be given under its old name."""
+    return optional(description, validation_alias=AliasChoices(name, OLD_NAMES[name]), **constraints)
+
+
+def old_name(of: str) -> Any:
+    """The field of an answer that shows another one under its old name."""
+    return Field(description=f"The old name of `{of}`.", deprecated=True)
 
 
 class Strict(Fields):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from flask import Flask, Response, current_app, g, has_request_context
 from pydantic import AliasChoices, BaseModel, GetCoreSchemaHandler, ValidationInfo, model_validator
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ...errors import UnknownField
 from .validation import nearest_name
@@ -85,6 +85,13 @@ class Fields(BaseModel):
                 elif not refused:
                     kept[name] = item  # which is refused, by its name; further ones would each be a complaint
                     refused = True
+        for names in cls._other_names():
+            first, *others = [name for name in names if name in kept] or [""]
+            for name in others:
+                if kept.pop(name) != kept[first]:
+                    raise PydanticCustomError(
+                        "rule", "{reason}", {"field": name, "reason": f"is not that of '{first}', which means the same"}
+                    )
         return kept
 
     @classmethod
@@ -95,14 +102,21 @@ class Fields(BaseModel):
     @classmethod
     def known_names(cls) -> frozenset[str]:
         """The names under which a body may give its fields."""
-        names: set[str] = set()
-        for name, field in cls.model_fields.items():
-            choices = field.validation_alias
-            if isinstance(choices, AliasChoices):
-                names |= {choice for choice in choices.choices if isinstance(choice, str)}
-            else:
-                names.add(field.alias or name)
-        return frozenset(names)
+        names = {
+            field.alias or name
+            for name, field in cls.model_fields.items()
+            if not isinstance(field.validation_alias, AliasChoices)
+        }
+        return frozenset(names.union(*cls._other_names()))
+
+    @classmethod
+    def _other_names(cls) -> list[list[str]]:
+        """The names of each field that may be given under any of several."""
+        return [
+            [choice for choice in field.validation_alias.choices if isinstance(choice, str)]
+            for field in cls.model_fields.values()
+            if isinstance(field.validation_alias, AliasChoices)
+        ]
 
 
 def refuse_unknown(field: str, known: Iterable[str]) -> None:

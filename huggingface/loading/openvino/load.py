@@ -29,8 +29,8 @@ from ...model_memory import ModelMemory, detach
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
 from ...tasks import Head
-from ...types import EngineOptions, Estimate, LoadOptions
-from ..backend import Declined, Load, Opened, Pending, check_named, unable, unsuited
+from ...types import EngineOptions, Estimate, LoadOptions, Pending
+from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
 from ..lora import Adapters as Attached
 from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype
@@ -82,9 +82,42 @@ class OpenVINO:
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:  # noqa: ARG002 - the protocol's
         """What its graph takes; under `auto`, only where there is one."""
         unmade = None if _place(plan, options).present else _unmade(plan, options)
-        if unmade is not None and plan.placement.engine == "auto":
+        if unmade is not None and plan.placement.backend == "auto":
             return unmade
         return estimate(plan, options, self.name, partial(_weigh, plan), unmade)
+
+    def convert(
+        self, plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool
+    ) -> Path | None:
+        """Makes the graph: here, or in a process of its own, which every model gets where it is made `aside`."""
+        place = _place(plan, options)
+        bare = ModelRecord(
+            plan.record.model_id, plan.record.name, plan.record.model_type, gguf_file=plan.record.gguf_file
+        )
+        with place.locked(progress.check), ExitStack() as undo:
+            if (reason := place.refused) is not None:
+                raise ConversionFailed(reason)
+            if place.present:  # another server was faster
+                return None
+            spare = Path(tempfile.mkdtemp(prefix="local-llm-"))
+            undo.callback(shutil.rmtree, spare, ignore_errors=True)
+            wanted = Wanted(
+                bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare, _NICE if aside else 0
+            )
+            try:
+                if file_bytes(plan, options) > (CONVERTED_HERE_ASIDE if aside else CONVERTED_HERE):
+                    subprocess.convert(wanted, progress)
+                else:
+                    with BUILDING:
+                        convert(wanted, progress)
+            except ConversionFailed as error:
+                if error.final:
+                    place.refuse(str(error))
+                raise
+            if not (spare / "about.json").exists():
+                return None
+            undo.pop_all()
+            return spare
 
     def open(self, load: Load) -> Opened | Declined:
         """Reads the graph, and the model without its weights. Where there is no graph, `load.make` makes it if OpenVINO
@@ -97,15 +130,17 @@ class OpenVINO:
             try:
                 graph = find(place, spare)
                 missing = graph is None
-                if missing and placement.engine == "auto":
+                if missing and placement.backend == "auto":
                     return _unmade(plan, options)
                 with BUILDING:
                     model = read_shell(plan, options)  # refuses what is wrong with the files
                 if missing:
                     if file_bytes(plan, options) > CONVERTED_HERE:
                         _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
-                    make = load.make or (lambda _, told: make_graph(plan, options, load.settings, told))
-                    spare = make(place.key, load.progress)
+                    if load.make is None:
+                        spare = self.convert(plan, options, load.settings, load.progress, aside=False)
+                    else:
+                        spare = load.make(_pending(plan, options), load.progress)
                     if spare is not None:
                         undo.callback(shutil.rmtree, spare, ignore_errors=True)
                     graph = find(place, spare)
@@ -199,51 +234,9 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
         (bool(adapters), "it has adapters"),
         (placement.attention is not None, "attn_implementation is for torch"),
         (placement.compiles, "compile is for torch"),
-        (placement.quantization == "int4" and placement.engine == "auto", "in 4 bits torch loses less"),
+        (placement.quantization == "int4" and placement.backend == "auto", "in 4 bits torch loses less"),
     )
     return next((reason for applies, reason in rules if applies), None)
-
-
-def graph_key(plan: Plan, options: LoadOptions) -> str:
-    """What tells the graph of a model from any other."""
-    return _place(plan, options).key
-
-
-def make_graph(
-    plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool = False
-) -> Path | None:
-    """Make a model's graph, unless it is there: here, or in a process of its own, which every model gets where it is
-    made `aside`. Returns the folder of one that cannot be kept beside the model: it is the caller's.
-
-    Raises:
-        ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled.
-    """
-    place = _place(plan, options)
-    bare = ModelRecord(plan.record.model_id, plan.record.name, plan.record.model_type, gguf_file=plan.record.gguf_file)
-    with place.locked(progress.check), ExitStack() as undo:
-        if (reason := place.refused) is not None:
-            raise ConversionFailed(reason)
-        if place.present:  # another server was faster
-            return None
-        spare = Path(tempfile.mkdtemp(prefix="local-llm-"))
-        undo.callback(shutil.rmtree, spare, ignore_errors=True)
-        wanted = Wanted(
-            bare, replace(options, engine=EngineOptions()), plan.folder, settings, spare, _NICE if aside else 0
-        )
-        try:
-            if file_bytes(plan, options) > (CONVERTED_HERE_ASIDE if aside else CONVERTED_HERE):
-                subprocess.convert(wanted, progress)
-            else:
-                with BUILDING:
-                    convert(wanted, progress)
-        except ConversionFailed as error:
-            if error.final:
-                place.refuse(str(error))
-            raise
-        if not (spare / "about.json").exists():
-            return None
-        undo.pop_all()
-        return spare
 
 
 def _read_whole(plan: Plan, options: LoadOptions) -> Any:
@@ -263,8 +256,11 @@ def _own_bytes(plan: Plan, model: Any) -> int:
 
 def _unmade(plan: Plan, options: LoadOptions) -> Declined:
     """There is no graph yet, and OpenVINO was not asked for by name."""
-    pending = Pending(graph_key(plan, options), partial(_conversion_bytes, plan, options))
-    return Declined("its graph is being made", pending=pending)
+    return Declined("its graph is being made", pending=_pending(plan, options))
+
+
+def _pending(plan: Plan, options: LoadOptions) -> Pending:
+    return Pending(OpenVINO.name, _place(plan, options).key, partial(_conversion_bytes, plan, options))
 
 
 def _conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
@@ -274,7 +270,7 @@ def _conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
         size = file_bytes(plan, options)
     except FilesMissing:  # they are still to be downloaded
         size = numbers * own_dtype(plan).itemsize
-    small = plan.placement.engine == "openvino" and size <= CONVERTED_HERE
+    small = plan.placement.backend == "openvino" and size <= CONVERTED_HERE
     return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
 
 
