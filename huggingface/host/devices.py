@@ -1,6 +1,6 @@
-"""Which device models run on, told without importing torch, so that a cold server can say it at once.
+"""Finds the device that models run on without importing torch, so that a cold server answers at once.
 
-Standard library only. The loader asks torch itself; both follow the same rule, which is written here.
+Standard library only. The loader asks torch itself; both follow the rule in this file.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .memory import available_bytes, resident_bytes
 
 
 def resolve_device(setting: str) -> str:
-    """The device that `setting` means here: `auto` is `cuda` where torch would find a CUDA device, else `cpu`."""
+    """Returns the device that `setting` means: `auto` is `cuda` where torch would find a CUDA device, else `cpu`."""
     if setting != "auto":
         return setting
     return "cuda" if cuda_available() else "cpu"
 
 
 def indexed(device: str) -> str:
-    """The device's name with its index: torch places what goes to `cuda` on `cuda:0`, and names it so from then on."""
+    """The device's name with its index: torch places a tensor for `cuda` on `cuda:0`, and reports that name."""
     return "cuda:0" if device == "cuda" else device
 
 
 def by_index(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by device, the devices named with their indices."""
+    """Sums bytes by device, with each device named by its index."""
     summed: dict[str, int] = {}
     for device, size in sizes.items():
         summed[indexed(device)] = summed.get(indexed(device), 0) + size
@@ -35,7 +35,7 @@ def by_index(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def free_bytes(device: str) -> int | None:
-    """Bytes that could be taken on a device without harm to others; None where that cannot be told."""
+    """Bytes that can be allocated on a device without harm to other processes; None where unknown."""
     if device == "cpu":
         return available_bytes()
     memory = _cuda_memory(device)
@@ -46,7 +46,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def used_bytes(device: str) -> int | None:
-    """Bytes that this process (on a CPU), or all processes (elsewhere), have on a device; None where unknown."""
+    """Bytes in use on a device: by this process on the CPU, by all processes elsewhere; None where unknown."""
     if device == "cpu":
         return resident_bytes()
     memory = _cuda_memory(device)
@@ -54,9 +54,9 @@ def used_bytes(device: str) -> int | None:
 
 
 def _cuda_memory(device: str) -> tuple[int, int, int] | None:
-    """Free and total bytes of a CUDA device, and those that torch's allocator caches; None where CUDA does not tell.
+    """Free bytes of a CUDA device, its total, and the bytes cached by torch's allocator; None where CUDA fails.
 
-    After a failed assertion in a kernel CUDA refuses every call of the process, this one too.
+    After a failed assertion in a kernel, CUDA refuses every call of the process, this one too.
     """
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda") or not torch.cuda.is_available():
@@ -68,7 +68,7 @@ def _cuda_memory(device: str) -> tuple[int, int, int] | None:
 
 
 def cuda_available() -> bool:
-    """Whether torch would find a CUDA device: asked of torch if it is imported, else of its build and the driver."""
+    """Whether torch would find a CUDA device: asks torch if it is imported, else torch's build and the driver."""
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda"):
         return bool(torch.cuda.is_available())

@@ -1,7 +1,7 @@
-"""Giving memory back: what caught errors still hold, and what glibc's allocator keeps after it was freed; and which
-errors say that memory ran out.
+"""Measures memory, returns freed memory to the system, and recognizes errors that mean out of memory.
 
-Standard library only; what concerns glibc does nothing under another C library. Any thread may call it.
+Caught errors hold objects through their tracebacks, and glibc's allocator keeps freed pages: both are released here.
+Standard library only; the glibc functions do nothing under another C library. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
-# What torch's CPU allocator, CUDA itself, and its libraries say; the last is cuBLAS with no room for its workspace.
+# Texts of torch's CPU allocator, of CUDA, and of its libraries; the last is cuBLAS without room for its workspace.
 _NO_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_DROP_EVERY = 0.01  # seconds between two times that pages are dropped of a file that is being copied
+_DROP_EVERY = 0.01  # seconds between two drops of a file's pages while the file is copied
 
 
 def keep_few_arenas() -> None:
-    """Let all threads share two heaps instead of eight per core; call it before threads are started.
+    """Makes all threads share two heaps instead of eight per core; call it before threads start.
 
-    With many request threads each load would fragment another heap, and resident memory would grow with every round.
+    With many request threads each load would fragment another heap, and resident memory would grow with each load.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
@@ -33,14 +33,14 @@ def keep_few_arenas() -> None:
 
 
 def release_freed() -> None:
-    """Return all free pages of the heaps to the system."""
+    """Returns all free pages of the heaps to the system."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def mapped_files() -> list[tuple[int, int]]:
-    """The addresses, each from and to, at which files are mapped into this process; empty where that is not told."""
+    """The address ranges (start, end) at which files are mapped into this process; empty where unknown."""
     found = []
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
@@ -52,9 +52,9 @@ def mapped_files() -> list[tuple[int, int]]:
 
 
 def drop_pages(address: int, size: int) -> None:
-    """Have the pages of a mapped file, of which a copy was made, not lie in memory any more.
+    """Drops a mapped file's pages from memory, once the file has been copied.
 
-    Whoever still reads there gets them from the file again; they must not have been written to.
+    A later read there loads them from the file again. The pages must not have been written to.
     """
     madvise = _glibc("madvise")
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -65,9 +65,9 @@ def drop_pages(address: int, size: int) -> None:
 
 @contextmanager
 def few_file_pages(path: Path) -> Iterator[None]:
-    """Have few pages of a mapped file lie in memory while somebody copies them, and none afterwards.
+    """Keeps few pages of a mapped file in memory while the block copies the file, and none afterwards.
 
-    They would go by themselves where memory is short, but count as this process's until then.
+    The system would drop them where memory is short, but counts them as this process's until then.
     """
     done = threading.Event()
 
@@ -86,7 +86,7 @@ def few_file_pages(path: Path) -> Iterator[None]:
 
 
 def drop_file_pages(path: Path) -> None:
-    """Have no page of a mapped file lie in memory that nobody reads just now, where it is mapped to be read only."""
+    """Drops from memory all pages of a file that is mapped read-only; a later read loads them again."""
     wanted = str(path.resolve())
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
@@ -97,7 +97,7 @@ def drop_file_pages(path: Path) -> None:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, torch, CUDA or its libraries says that a device has no memory left."""
+    """Whether an error of Python, torch, CUDA or CUDA's libraries means that a device has no memory left."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -105,10 +105,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Let go of the local variables that a caught error and its causes hold by their tracebacks.
+    """Clears the local variables that a caught error and its causes hold through their tracebacks.
 
-    An error raised within a model holds its activations, and one raised within a load the model itself; kept for its
-    reader, it would keep them too. The traceback stays fit for a log.
+    An error raised in a model holds the model's activations, an error raised in a load holds the model. Where the error
+    is kept for a reader, they would stay in memory too. The traceback can still be logged.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -124,9 +124,9 @@ def _glibc(name: str) -> ctypes._NamedFuncPointer | None:
 
 
 def available_bytes() -> int | None:
-    """Bytes that can be taken without swapping, a little left over for others; None where that cannot be told.
+    """Bytes that can be allocated without swapping, less 2% of the machine for others; None where unknown.
 
-    The least of what Linux says of the machine (`MemAvailable`) and of this process's control group (version 2 or 1).
+    The smaller of the machine's `MemAvailable` and the room in this process's control group (version 2 or 1).
     """
     if sys.platform != "linux":
         return None
@@ -142,14 +142,14 @@ def available_bytes() -> int | None:
     ):
         with suppress(OSError, ValueError):
             room = int((group / limit).read_text("ascii")) - int((group / current).read_text("ascii"))
-            # Pages of files that nobody uses count as the group's, but go when they are in the way.
+            # Inactive file pages count as the group's, but the system drops them when it needs room.
             lines = (group / statistics).read_text("ascii").splitlines()
             found.append(room + next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0))
     return max(0, min(found)) if found else None
 
 
 def resident_bytes() -> int | None:
-    """Bytes of this process that lie in memory; None where that cannot be told."""
+    """Resident bytes of this process; None where unknown."""
     try:
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
@@ -157,7 +157,7 @@ def resident_bytes() -> int | None:
 
 
 def readable(size: float) -> str:
-    """A size for people: `1.25 GB`."""
+    """Formats a size in bytes for people: `1.25 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 999.5:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
