@@ -1,1 +1,1 @@
-"""What a transformers model says of itself and takes, for all that compute with it."""
+"""Facts about transformers models that several folders need: rotary embeddings, usable logits, memory of `generate`."""

@@ -1,8 +1,8 @@
-"""What a model's own `generate` takes beside the weights, and asking for it before it is taken.
+"""Computes the memory that a model's own `generate` takes beside the weights, and claims it before it is allocated.
 
-Beams and returned sequences each are a row with keys, values and logits of its own, for which a few bytes of a request
-or of a `generation_config.json` are enough. The numbers come from the model's config, rather too large than too small.
-Engine's thread, but for `Claims.check`. Must not know requests or HTTP, nor whom it asks.
+Each beam and each returned sequence is a row with keys, values and logits of its own, so a small request or
+`generation_config.json` can ask for much memory. The numbers come from the model's config and are rather too large than
+too small. Runs on the engine's thread, except `Claims.check`. Must not know requests, HTTP, or where memory comes from.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from transformers import PreTrainedModel
 from ..errors import InvalidRequest, OutOfMemory
 from ..host.memory import readable
 
-_AHEAD = 256  # tokens for which memory is had before they are made
-_FLOAT = 4  # bytes: whatever a model's type, much is computed in this one
+_AHEAD = 256  # tokens for which memory is claimed before they are generated
+_FLOAT = 4  # bytes of a float32: much is computed in it, whatever the model's dtype
 _LOGITS = 6  # copies of a step's logits at once: the model's, in float32, as logs, processed, summed, sorted
-_SLACK = 1.25  # what an allocator takes of memory that grows and moves with each token
-_BEAM = 24  # bytes that a beam search has for each token that there may be: it is known, running and finished
+_SLACK = 1.25  # factor for an allocator whose memory grows and moves with each token
+_BEAM = 24  # bytes of a beam search for each possible token: known, running and finished
 _NO_LENGTH = 20  # tokens that `generate` makes where nothing sets a limit
 
-# Kinds of caches that are there whole from the beginning.
+# Kinds of caches that are allocated in full at the start.
 _STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_hybrid")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What one call of `generate` is to do: how many `rows` at once, of a prompt of so many tokens, to what length.
+    """What one call of `generate` asks for: `rows` at once, a `prompt` of so many tokens, the `longest` text in tokens.
 
-    `searches` by beams; `doubled` computes each row a second time; `kept` keeps all logits of what is made, `told`
-    those of the prompt. `why` tells what asks for more than one row, in words for the client; `field` is its name.
+    `searches`: beam search. `doubled`: each row is computed twice (guidance). `whole`: a cache that is allocated in
+    full at the start. `kept`: the logits of all generated tokens are kept. `told`: the prompt's logits are kept.
+    `why` says to the client what asks for more than one row; `field` is that parameter's name.
     """
 
     rows: int
@@ -58,7 +59,7 @@ def asked_of(
     kept: bool = False,
     told: bool = False,
 ) -> Wanted:
-    """What `generate` does with these settings and the model's own; `named` are those that the request gives itself."""
+    """What `generate` does with `settings` over the model's own; `named` are the settings given by the request."""
     own = model.generation_config
     named = settings if named is None else named
 
@@ -92,15 +93,15 @@ def asked_of(
 
 
 class Demand:
-    """What one model takes for a token, a row and a step, in bytes."""
+    """The bytes that one model takes for each token, row and step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, item = model.config.get_text_config(decoder=True), model.dtype.itemsize
-        # Where layers differ, the config of all of them does not tell what they have.
+        # Where layers differ, only the configs of the single layers hold their sizes.
         layered = list(config.per_layer_config) if config.is_heterogeneous else [config]
 
         def number(*names: str) -> int:
-            """The first of these that is told, the largest of all layers'."""
+            """The first of these numbers that the config has; the largest where layers differ."""
             told = ([getattr(each, name, None) for each in layered] for name in names)
             found = ([value for value in values if isinstance(value, int)] for values in told)
             return next((int(max(values)) for values in found if values), 0)
@@ -119,20 +120,20 @@ class Demand:
         self._token = layers * self._layer
         self._row = layers * states * _FLOAT
         self._step = (number("vocab_size") or 1) * _FLOAT
-        # Of one layer: attention's keys and values once more, new, in their new order, and for each head.
+        # One layer's keys and values again: the new ones, the reordered ones, and those repeated for each head.
         self._moved = 2 * self._layer + heads * pair * item
         self._read = _FLOAT * (4 * hidden + 5 * heads * width + 4 * inner + 4 * states)
         eager = model.config._attn_implementation in (None, "eager")
-        self._scores = 3 * heads * _FLOAT if eager else 2 * _FLOAT  # for each pair of tokens: attention, or its mask
+        self._scores = 3 * heads * _FLOAT if eager else 2 * _FLOAT  # per pair of tokens: attention, or only its mask
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters or self.encodes
 
     def size(self, asked: Wanted, length: int, *, reading: bool) -> int:
-        """Bytes that it takes while a row is `length` tokens long, or while the prompt is read."""
+        """Bytes in use while a row is `length` tokens long; with `reading`, while the prompt is read."""
         rows, prompt = asked.rows * (2 if asked.doubled else 1), asked.prompt
         kept = asked.longest if asked.whole else length
         size = rows * (kept * self._token * _SLACK + self._row)
         if self.encodes:
-            size += rows * prompt * (self._token + self._layer)  # what each layer reads of the encoder, and its states
+            size += rows * prompt * (self._token + self._layer)  # cross-attention's cache, and the encoder's states
         size += rows * length * self._moved
         if asked.searches:
             size += asked.rows * asked.longest * _BEAM
@@ -148,7 +149,7 @@ class Demand:
 
 
 class Claims:
-    """Asks for what one model's own `generate` takes."""
+    """Claims the memory that one model's own `generate` takes."""
 
     def __init__(
         self,
@@ -158,8 +159,13 @@ class Claims:
         most: Callable[[], int | None],
         relieve: Callable[[], bool],
     ) -> None:
-        """`take` asks for bytes more, or gives them back where they are negative; `most` tells how many there could
-        ever be beside the model, None for any number; `relieve` has others give some up, and tells whether they did."""
+        """Claims nothing yet.
+
+        Args:
+            take: claims so many bytes more, or gives them back where the number is negative; whether it could.
+            most: the most bytes that could ever be free beside the model, None for no limit.
+            relieve: evicts another model; whether there was one.
+        """
         self._model_id = model_id
         self._demand = Demand(model)
         self._take = take
@@ -167,11 +173,11 @@ class Claims:
         self._relieve = relieve
 
     def check(self, asked: Wanted) -> int:
-        """Refuse what could never be had; returns the bytes that it takes at first.
+        """Refuses a call that could never fit; returns the bytes that it takes at first.
 
         Raises:
-            InvalidRequest: it is so; it names what asks for it.
-            OutOfMemory: it is so, for the prompt's length alone.
+            InvalidRequest: a parameter asks for too much; the error names it.
+            OutOfMemory: the prompt alone is too long.
         """
         need, most = self._first(asked), self._most()
         if most is not None and need > most:
@@ -181,10 +187,10 @@ class Claims:
 
     @contextmanager
     def held(self, asked: Wanted) -> Iterator[Callable[[int], None]]:
-        """Have the memory until the block ends; it gets a function to be told how many tokens a row has by now.
+        """Holds the memory until the block ends. The block calls the yielded function with a row's length in tokens.
 
         Raises:
-            InvalidRequest, OutOfMemory: as `check`; or there is none now. That function raises the same.
+            InvalidRequest, OutOfMemory: as `check`, or no memory is free now. The yielded function raises the same.
         """
         has = ready = 0
 

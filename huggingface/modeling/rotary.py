@@ -1,5 +1,6 @@
-"""What a config says of rotary embeddings: their kinds, where these change with the length of a text, and how far they
-are stretched. Standard library only; any thread may call it.
+"""Reads rotary embeddings from a config: their kinds, the length at which they change, and how far they are stretched.
+
+Standard library only; any thread may call it.
 """
 
 from __future__ import annotations
@@ -7,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Kinds that are others from some length on.
+# Kinds whose values change from some length on.
 _CHANGING = frozenset({"dynamic", "longrope"})
 
-# Kinds whose factor tells how many times longer texts may be than those that the model was trained with.
+# Kinds whose factor says how many times longer texts may be than in training.
 _STRETCHED = _CHANGING | {"linear", "yarn"}
 
 
 def changing(config: Any) -> tuple[str, ...]:
-    """The kinds of a text config's rotary embeddings that change with the length of what is read."""
+    """The kinds of a text config's rotary embeddings that change with the text's length."""
     return tuple(sorted({kind for kind, _ in _parts(config)} & _CHANGING))
 
 
 def borders(config: Any) -> list[tuple[str, int]]:
-    """The changing kinds, and the length of text beyond which each of them changes."""
+    """The changing kinds, each with the length in tokens beyond which it changes."""
     own = config.max_position_embeddings
     return [
         (kind, own if kind == "dynamic" else part.get("original_max_position_embeddings") or own)
@@ -30,19 +31,18 @@ def borders(config: Any) -> list[tuple[str, int]]:
 
 
 def _parts(config: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """The kinds of rotary embeddings that a config names, for all layers or for each kind of them, and what it says of
-    each."""
+    """Each kind of rotary embeddings in a config with its parameters, for all layers or for one kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     each = [found, *(part for part in found.values() if isinstance(part, dict))]
     return [(str(part["rope_type"]), part) for part in each if part.get("rope_type")]
 
 
 def context(positions: int, scaling: Any) -> int:
-    """How many tokens a model reads whose config gives so many `positions` and this scaling of them, if any.
+    """The longest text in tokens for a config with so many `positions` and this `scaling` of them.
 
-    Models are published with the positions of their training beside a scaling that stretches these, and with positions
-    that are stretched already; `original_max_position_embeddings` tells which, where it is there. Where each kind of
-    layers has a scaling of its own (`linear` in Gemma 3), that one alone tells nothing: the positions are stretched.
+    Some models are published with the positions of their training and a scaling that stretches them, others with
+    positions that are stretched already; `original_max_position_embeddings` says which, where it is given. Where each
+    kind of layer has its own scaling (`linear` in Gemma 3), `linear` does not count: the positions are stretched.
     """
     if not isinstance(scaling, Mapping):
         return positions

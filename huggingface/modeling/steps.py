@@ -1,4 +1,4 @@
-"""Whether a step of a model gave numbers to choose a token by: what is chosen by none looks like an answer and is none.
+"""Checks that a model's step gave numbers to sample from: a token sampled from NaN looks like an answer but is not one.
 
 Any thread. Must not know sequences, requests or tasks.
 """
@@ -16,29 +16,29 @@ from ..errors import GenerationFailed, InvalidRequest
 
 
 def are_numbers(scores: torch.Tensor) -> torch.Tensor:
-    """For each row of logits or scores, (…, vocabulary) -> (…), whether a token can be chosen by them.
+    """For each row of logits or scores, (…, vocabulary) -> (…), whether a token can be sampled from them.
 
-    Minus infinity is how a token is forbidden. A NaN, or infinity, is no number, and neither are all tokens forbidden.
+    Minus infinity forbids a token. A row is unusable if it has a NaN or plus infinity, or forbids all tokens.
     """
     return scores.amax(-1).isfinite()
 
 
 def no_numbers(model_id: str) -> GenerationFailed:
-    """The failure of a step whose logits are no numbers."""
+    """The error for a step whose logits are not numbers."""
     return GenerationFailed(f"Model '{model_id}' failed to generate (its logits are not numbers)")
 
 
 def no_token() -> InvalidRequest:
-    """The refusal where numbers were there, and what changes them left none."""
+    """The error for usable logits of which the parameters left no token."""
     return InvalidRequest("The parameters together forbid every token that could follow")
 
 
 @contextmanager
 def watched(model: PreTrainedModel, model_id: str) -> Iterator[None]:
-    """While its own `generate` runs, have a model fail at the first step without numbers, in whatever row.
+    """Makes a model fail, while its own `generate` runs, at the first step with unusable logits in any row.
 
     Raises:
-        GenerationFailed: there was one.
+        GenerationFailed: there was such a step.
     """
 
     def look(_: Any, __: Any, output: Any) -> None:
@@ -54,18 +54,17 @@ def watched(model: PreTrainedModel, model_id: str) -> Iterator[None]:
 
 
 class SomeToken(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing, and stands behind the processors that do: some token has to be left for each row, or of all
-    beams for one."""
+    """Runs after the other logits processors and checks that each row, or with beams at least one, has a token left."""
 
     def __init__(self, *, beams: bool) -> None:
-        """With `beams` some of the rows may come to an end that nothing may follow."""
+        """With `beams`, some rows may have no token left."""
         self._beams = beams
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """`scores` (rows, vocabulary).
 
         Raises:
-            InvalidRequest: there is none.
+            InvalidRequest: no token is left.
         """
         left = are_numbers(scores)
         if not bool(left.all()) and not (self._beams and bool(left.any())):
