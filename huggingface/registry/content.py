@@ -1,8 +1,7 @@
-"""What the registry's file says: its bytes as records and back, and which values a record may hold.
+"""Parses the registry file's bytes into records, encodes records as bytes, and checks the values of fields.
 
-The format is the document's `models_data`. Fields that a newer version wrote are carried along unseen, and so is a
-record with a wrong value, byte for byte. Pure functions on immutable values, for any thread; no file and no lock is
-touched here.
+The format is the document's `models_data`. Fields of newer versions are kept unchanged, and a record with a wrong value
+is kept byte for byte. Pure functions on immutable values, for any thread; they touch no file and no lock.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ def _or_null(accepts: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any],
     return lambda value: value is None or accepts(value), f"{rule} or null"
 
 
-# field -> (test of its JSON value, the rule in words); for the file and for callers alike, so that what is accepted
-# can be read again.
+# field -> (test of its JSON value, the rule in words). The file and callers share it, so every accepted value can be
+# read again.
 FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model_id": (_is_text, "a string"),
     "name": (_is_text, "a string"),
@@ -72,17 +71,17 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "slots": _or_null(_is_count, "a whole number above 0"),
     "details": _or_null(_is_object, "an object"),
 }
-_OLD_NAMES = {"engine": "backend"}  # what earlier versions wrote, and people by hand
+_OLD_NAMES = {"engine": "backend"}  # names in files of earlier versions, or written by hand
 REQUIRED_FIELDS = ("model_id", "name", "model_type")
 
 
 class Corrupt(Exception):
-    """The file is there and can be read, but it is no registry; the text says why."""
+    """The file can be read but is not a registry; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unreadable:
-    """A record of the file with something wrong in it: its bytes, its id as far as there is one, and what is wrong."""
+    """A record of the file that cannot be read: its bytes, its id if it has one, and the problem."""
 
     data: bytes
     model_id: str | None
@@ -91,7 +90,7 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one version of the file says; never changed, so that readers need no lock while they look at it.
+    """The content of one version of the file; immutable, so that readers need no lock.
 
     `order` holds the ids of the records and, between them, the unreadable records in their places; it is empty where
     every record can be read.
@@ -104,7 +103,7 @@ class Content:
     order: tuple[str | Unreadable, ...] = ()
 
     def unreadable(self, model_id: str) -> list[Unreadable]:
-        """The records of that id that cannot be read."""
+        """The unreadable records of `model_id`."""
         return [each for each in self.order if isinstance(each, Unreadable) and each.model_id == model_id]
 
     def absent(self, model_id: str) -> ModelNotFound:
@@ -116,7 +115,7 @@ class Content:
         return ModelNotFound(model_id, f": {reason}. Register it again, or delete it")
 
     def problems(self) -> list[str]:
-        """What is wrong with each record that cannot be read: where it is, its id, and the reason."""
+        """For each unreadable record, its place in the file, its id and the reason."""
         return [
             f"models[{index}]{'' if each.model_id is None else f' ({each.model_id!r})'}: {each.problem}"
             for index, each in enumerate(self.order)
@@ -124,8 +123,8 @@ class Content:
         ]
 
     def changed(self, records: Mapping[str, ModelRecord], last_updated: str, replaced: str | None) -> Content:
-        """The content with other records. Unreadable records keep their places; those of the id `replaced` go, and a
-        new record of that id comes in the first one's place.
+        """The content with other records. Unreadable records keep their places, except those with the id `replaced`:
+        a new record of that id takes the place of the first.
         """
         order: dict[str | Unreadable, None] = {}
         for entry in self.order:
@@ -142,7 +141,7 @@ class Content:
 
 
 def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, Any]]:
-    """A record of the file, and the fields that this version does not know. Raises Corrupt."""
+    """Parses a record of the file; returns it and the fields that this version does not know. Raises Corrupt."""
     if not isinstance(raw, dict):
         raise Corrupt("is not an object")
     for name in REQUIRED_FIELDS:
@@ -169,15 +168,15 @@ def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, A
 
 
 def parse(data: bytes, mtime: int) -> Content:
-    """The content of the file's bytes, last changed at `mtime` (nanoseconds since 1970).
+    """Parses the file's bytes, last changed at `mtime` (nanoseconds since 1970).
 
-    A record with a wrong value, with an invalid id, or with the id of one before it is an `Unreadable`.
+    A record with a wrong value, an invalid id, or the id of an earlier record becomes an `Unreadable`.
 
     Raises:
-        Corrupt: they are no object with a list `models`.
+        Corrupt: the bytes are not an object with a list `models`.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
-    # A record written by hand may lack its date: that of the file serves, the same for whoever reads this version.
+    # A record written by hand may lack its date: the file's date serves, the same for every reader of this version.
     written = datetime.fromtimestamp(mtime / 1e9, UTC).replace(tzinfo=None)
     default_date = written.isoformat(timespec="microseconds")
     try:
@@ -200,7 +199,7 @@ def parse(data: bytes, mtime: int) -> Content:
 def _take(
     raw: Any, default_date: str, records: dict[str, ModelRecord], extras: dict[str, dict[str, Any]]
 ) -> ModelRecord:
-    """Put a record of the file, and the fields that this version does not know, to the others. Raises Corrupt."""
+    """Adds a record to `records`, and the fields that this version does not know to `extras`. Raises Corrupt."""
     record, unknown = _parse_record(raw, default_date)
     if record.model_id in records:
         raise Corrupt(f"'{record.model_id}' is there twice")
@@ -222,10 +221,10 @@ def _content(
 
 
 def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
-    """As `parse`, one record at a time: what is wrong in one, its JSON too, harms none of the others.
+    """As `parse`, one record at a time, so that an error in one record, even in its JSON, does not affect the others.
 
     Raises:
-        Corrupt: with `reason` where not even the pieces can be told.
+        Corrupt: the text cannot be split into records; it carries `reason`.
     """
     document: dict[str, Any] = {}
     items: list[bytes] | None = None
@@ -248,7 +247,7 @@ def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
         raw = None
         try:
             raw = _loads(item)
-            # As deep in the document as it will stand: the encoder has a limit to depth, and writes no lone surrogates.
+            # Encoded at its depth in the document: the encoder limits depth, and refuses lone surrogates.
             orjson.dumps({"models": [raw]})
             order.append(_take(raw, default_date, records, extras).model_id)
         except orjson.JSONDecodeError as error:
@@ -265,7 +264,7 @@ _ID = re.compile(rb'"model_id"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
 
 
 def _pieces(data: bytes, brackets: bytes) -> list[bytes]:
-    """What stands between the commas of a JSON object or list, told by its brackets alone. Raises ValueError."""
+    """Splits a JSON object or list at its commas, by counting brackets only. Raises ValueError."""
     data = data.strip()
     if data[:1] != brackets[:1] or data[-1:] != brackets[1:]:
         raise ValueError
@@ -288,10 +287,10 @@ _LONG = re.compile(rb"[0-9]{19}")
 
 
 def _loads(data: bytes) -> Any:
-    """JSON, in which fields that are not known have integers of any size: orjson makes floats of more than 64 bits.
+    """Parses JSON and keeps large integers in unknown fields exact: orjson makes floats of more than 64 bits.
 
     Raises:
-        orjson.JSONDecodeError: it is none.
+        orjson.JSONDecodeError: the data is not JSON.
     """
     value = orjson.loads(data)
     if not _LONG.search(data):
@@ -307,14 +306,14 @@ def _loads(data: bytes) -> Any:
 
 
 def _exactly(raw: Any, exact: Any) -> Any:
-    """What orjson read, the fields that are not known as they stand in the file."""
+    """The object `raw` that orjson read, with its unknown fields taken from `exact`."""
     if not isinstance(raw, dict):
         return raw
     return {name: value if name in FIELDS else _writable(exact[name]) for name, value in raw.items()}
 
 
 def _writable(value: Any) -> Any:
-    """The same for orjson, which writes no integers of more than 64 bits by itself."""
+    """The value with integers of more than 64 bits as fragments, since orjson does not write them."""
     if isinstance(value, dict):
         return {name: _writable(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -325,7 +324,7 @@ def _writable(value: Any) -> Any:
 
 
 def _id_of(raw: Any, item: bytes) -> str | None:
-    """The id that an unreadable record has, as far as it can be told."""
+    """The id of an unreadable record, None where none is found."""
     if raw is None:
         found = _ID.search(item)
         try:
@@ -337,10 +336,10 @@ def _id_of(raw: Any, item: bytes) -> str | None:
 
 
 def encode(content: Content) -> bytes:
-    """The file's bytes: indented JSON in UTF-8, unreadable records as they were.
+    """Encodes the content as the file's bytes: indented JSON in UTF-8, unreadable records unchanged.
 
     Raises:
-        orjson.JSONEncodeError: something in it cannot be written.
+        orjson.JSONEncodeError: a value cannot be written.
     """
     document = {
         "models": [*_entries(content)],
@@ -363,12 +362,12 @@ def _entries(content: Content) -> Iterator[Any]:
 
 
 def stored_value(name: str, value: Any) -> Any:
-    """`value` as the file would give it back, no part shared with the caller. Raises InvalidRequest."""
+    """Copies `value` as it would be read back from the file, and checks it. Raises InvalidRequest."""
     if isinstance(value, Mapping):
         value = dict(value)
     try:
         json.dumps(value, allow_nan=False)  # orjson would write NaN and infinity as null
-        # As deep in the document as it will stand: the encoder has a limit to depth.
+        # Encoded at its depth in the document: the encoder limits depth.
         stored = orjson.loads(orjson.dumps({"models": [{name: value}]}))["models"][0][name]
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"Invalid value for field '{name}': it cannot be written as JSON", name) from error

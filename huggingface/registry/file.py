@@ -1,8 +1,8 @@
-"""One file that several processes replace whole: its lock, its versions, its durable writes, a corrupt one set aside.
+"""One file that several processes share and replace whole: its lock, versions, durable writes, and setting it aside.
 
-It owns the path and every system call on it; what the bytes mean is the registry's business. Any thread may call it,
-and any number of processes may share the file. A version that was read or written is held open, so that its inode
-number cannot come back for another version while somebody still compares with it.
+This file owns the path and every system call on it, and does not know what the bytes mean. Any thread may call it, and
+any number of processes may share the file. A version that was read or written is held open, so that the system cannot
+give its inode number to another version while signatures are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 class Signature(NamedTuple):
-    """What tells one version of the file from another without reading it; `mtime` is in nanoseconds."""
+    """Distinguishes versions of the file without reading them; `mtime` is in nanoseconds."""
 
     device: int
     inode: int
@@ -52,7 +52,7 @@ class Version:
     __slots__ = ("_descriptor", "signature")
 
     def __init__(self, descriptor: int) -> None:
-        """Take over the open `descriptor`, and close it when this object goes."""
+        """Takes over the open `descriptor`, and closes it when this object is deleted."""
         self._descriptor = descriptor
         self.signature = Signature.of(os.fstat(descriptor))
 
@@ -61,9 +61,9 @@ class Version:
 
 
 class RegistryFile:
-    """The file at `path`; where that is a symbolic link, the file that the link points to.
+    """The file at `path`, or the file that a symbolic link there points to.
 
-    Messages of errors carry the file's name only, since they may reach a client; the log has the whole path.
+    Error messages carry the file's name only, since they may reach a client; the log has the whole path.
     """
 
     def __init__(self, path: Path, *, lock_timeout: float) -> None:
@@ -75,14 +75,14 @@ class RegistryFile:
         self._swept = False
 
     def after_fork(self) -> None:
-        """Start afresh in a forked child, where no thread is left to release what another one held."""
+        """Replaces the mutex in a forked child, where the thread that may have held it does not exist."""
         self._mutex = threading.Lock()
 
     def signature(self) -> Signature | None:
         """The signature of the present version, None where there is no file.
 
         Raises:
-            RegistryError: it cannot be told, or what is there is not a regular file.
+            RegistryError: its status cannot be read, or it is not a regular file.
         """
         try:
             status = self._path.stat()
@@ -113,18 +113,18 @@ class RegistryFile:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock that every writer of every process takes; not reentrant.
+        """Holds the lock that all writers of all processes share; not reentrant.
 
         Raises:
-            RegistryBusy: others held it for all of `lock_timeout`.
+            RegistryBusy: other writers held the lock for all of `lock_timeout`.
             RegistryError: the lock file beside the registry cannot be made.
         """
         deadline = time.monotonic() + self._lock_timeout
         if not self._mutex.acquire(timeout=self._lock_timeout):
             raise self._busy()
         try:
-            # A lock object is bound to the process that made it, so each use makes its own: it costs little, and a
-            # forked server then needs no care.
+            # A lock object belongs to the process that made it, so each use makes a new one: that is cheap, and works
+            # in a forked server.
             lock = FileLock(f"{self._path}.lock", poll_interval=_POLL_SECONDS, thread_local=False)
             try:
                 self._make_folder()
@@ -142,12 +142,13 @@ class RegistryFile:
 
     @contextmanager
     def staged(self, data: bytes) -> Iterator[Callable[[], Version]]:
-        """Put `data` on the disk beside the file; the caller holds the lock and calls what it gets to replace the file.
+        """Writes `data` to the disk beside the file and yields a function that replaces the file with it.
 
-        The rename is on the disk too when the context ends. Without the call, or where it fails, nothing has changed.
+        The caller holds the lock. The rename is on the disk when the context ends. If the function is not called, or
+        fails, nothing has changed.
 
         Raises:
-            StorageFull: no room. RegistryError: any other failure.
+            StorageFull: no room on the disk. RegistryError: any other failure.
         """
         beside = self._path.with_name(f"{self._path.name}.{token_hex(4)}.tmp")
         published = False
@@ -162,7 +163,7 @@ class RegistryFile:
         try:
             self._sweep()
             old = self._replaced()
-            # Private until it has its owner: what the old file kept from others, the new one must not show.
+            # Private until it has the old file's owner and mode, so that it never shows more than the old file did.
             descriptor = os.open(beside, _CREATE, 0o666 if old is None else 0o600)
             try:
                 if old is not None:
@@ -183,10 +184,10 @@ class RegistryFile:
                     beside.unlink()
 
     def set_aside(self) -> str:
-        """Rename the file, which the caller has locked, to a name that no file has yet; returns that name.
+        """Renames the file, which the caller has locked, to an unused name; returns that name.
 
         Raises:
-            RegistryError: it cannot be renamed; it is where it was.
+            RegistryError: the file cannot be renamed, and stays.
         """
         stem = f"{self._path.name}.corrupt-{timestamp().replace(':', '')}"
         aside, attempt = self._path.with_name(stem), 0
@@ -201,19 +202,19 @@ class RegistryFile:
         return aside.name
 
     def _replaced(self) -> os.stat_result | None:
-        """The status of the file that is to be replaced, None where there is none."""
+        """The status of the file before it is replaced, None where there is no file."""
         try:
             status = self._path.stat()
         except FileNotFoundError:
             return None
-        # A rename needs no right on the file itself; one made read-only was meant to stay as it is.
+        # A rename needs no permission on the file itself, but a read-only file must stay unchanged.
         if not os.access(self._path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return status
 
     @staticmethod
     def _adopt(descriptor: int, old: os.stat_result) -> None:
-        """Give the new file the owner, as far as that is allowed, and the mode of the one that it replaces."""
+        """Gives the new file the old file's mode, and its owner where that is permitted."""
         new = os.fstat(descriptor)
         if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
             with suppress(PermissionError):
@@ -221,7 +222,7 @@ class RegistryFile:
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
     def _make_folder(self) -> None:
-        """Make the file's folder, and have the disk know of every folder made."""
+        """Makes the file's folder and its missing parents, and syncs each to the disk."""
         folder = self._path.parent
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +230,7 @@ class RegistryFile:
             self._sync_folder(place.parent)
 
     def _sweep(self) -> None:
-        """Once, under the lock: remove what writers that were killed left beside the file."""
+        """Removes, once and under the lock, the temporary files that killed writers left beside the file."""
         if not self._swept:
             ours = re.compile(re.escape(self._path.name) + r"\.[0-9a-f]{8}\.tmp")
             for left in self._path.parent.iterdir():
@@ -239,7 +240,7 @@ class RegistryFile:
 
     @staticmethod
     def _sync_folder(folder: Path) -> None:
-        """Have the disk know of the folder's entries; some network file systems have no such call, and need none."""
+        """Syncs the folder's entries to the disk; some network file systems do not have this call or need it."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -253,7 +254,7 @@ class RegistryFile:
         return RegistryBusy(f"The registry file '{self.name}' is locked by another writer; try again")
 
     def _failure(self, action: str, error: OSError) -> RegistryError:
-        """The error for the user; the whole path goes to the log."""
+        """The error for the user; the log gets the whole path."""
         _LOG.error("Registry file %s cannot be %s: %s", self._path, action, error)
         if error.errno in _FULL:
             return StorageFull(f"The registry file '{self.name}' cannot be {action}: no room on the disk")

@@ -1,4 +1,4 @@
-"""One registered model as plain data, how it is to be loaded, and the rule for what it may be called.
+"""One registered model as plain data, its load settings, and the rule for model ids.
 
 Frozen dataclasses of JSON-like values, safe to share between threads. Standard library only.
 """
@@ -19,13 +19,13 @@ _MODEL_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
 
 
 def check_model_id(model_id: str) -> str:
-    """Return `model_id` if the Hub would accept it as a repository id (`name` or `org/name`).
+    """Returns `model_id` if the Hub would accept it as a repository id (`name` or `org/name`).
 
-    The rule is that of `huggingface_hub.utils.validate_repo_id`, ASCII only; what it accepts cannot leave a folder
-    that it is joined to: no `..`, no absolute path, no control character, no second slash.
+    The rule is `huggingface_hub.utils.validate_repo_id`'s, for ASCII only. An accepted id joined to a folder stays
+    inside it: no `..`, no absolute path, no control character, no second slash.
 
     Raises:
-        InvalidModelId: with the rule, when it would not.
+        InvalidModelId: the id breaks the rule; the message states the rule.
     """
     rule = "'name' or 'org/name', each of 1 to 96 letters, digits, '-', '_' and '.', neither '-' nor '.' at its ends"
     if not _MODEL_ID.fullmatch(model_id):
@@ -39,12 +39,12 @@ def check_model_id(model_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How one model is brought into memory; None leaves it to the server.
+    """How one model is loaded; None leaves a setting to the server.
 
-    `device` is `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map` is accelerate's, a name or modules by device;
-    `dtype` is `auto` or a name of torch's; `quantization` is a scheme of `quantization.py`. `backend` computes the
-    model: a name of `BACKENDS`, or `auto`. `max_context` is the most tokens of one sequence, `slots` the most sequences
-    in one batch.
+    `device` is `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; `device_map` is accelerate's: a name, or a device for each
+    module; `dtype` is `auto` or a torch dtype's name; `quantization` is a scheme of `loading/quantization.py`.
+    `backend` computes the model: a name of `BACKENDS`, or `auto`. `max_context` is the most tokens of one sequence,
+    `slots` the most sequences in one batch.
     """
 
     device: str | None = None
@@ -58,7 +58,7 @@ class LoadSettings:
     slots: int | None = None
 
     def over(self, other: LoadSettings) -> LoadSettings:
-        """These settings, and those of `other` where these leave something open."""
+        """These settings, with those of `other` where these are None."""
         given = {name: value for name in LOAD_SETTINGS if (value := getattr(self, name)) is not None}
         return replace(other, **given)
 
@@ -68,12 +68,12 @@ LOAD_SETTINGS = tuple(each.name for each in fields(LoadSettings))
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """One registered model, field for field as the API shows it. `parameters` are the model's default parameters.
+    """One registered model with the API's fields. `parameters` are the model's default parameters.
 
-    What comes after `status` is shown where it is set only. `revision` is a branch, tag or commit of the repository.
-    `gguf_file` is the file that holds the weights, in the GGUF format; `adapters` are LoRA adapters by the name that a
-    request chooses one by, each a model id. `keep_alive` is how many seconds the model stays in memory after its last
-    use, -1 for ever. `details` are what preflight found.
+    The API shows the fields after `status` only where they are set. `revision` is a branch, tag or commit of the
+    repository. `gguf_file` is the file with the weights in the GGUF format. `adapters` maps the name by which a request
+    chooses a LoRA adapter to the adapter's model id. `keep_alive` is how many seconds the model stays in memory after
+    its last use, -1 for ever. `details` is preflight's report.
     """
 
     model_id: str
@@ -103,7 +103,7 @@ class ModelRecord:
 
     @property
     def settings(self) -> LoadSettings:
-        """How the model is to be loaded, as far as the record says."""
+        """The record's load settings."""
         return LoadSettings(**{name: getattr(self, name) for name in LOAD_SETTINGS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,9 +125,9 @@ class ModelRecord:
         return record
 
     def summary(self) -> dict[str, str]:
-        """The three fields that answers about a model carry as `model_info`."""
+        """The three fields that answers carry as `model_info`."""
         return {"model_id": self.model_id, "name": self.name, "model_type": self.model_type}
 
 
-# Fields of a record that are left out where they are not set.
+# Fields that a record's JSON leaves out where they are not set.
 OPTIONAL_FIELDS = tuple(each.name for each in fields(ModelRecord) if each.default is None and each.name != "last_used")

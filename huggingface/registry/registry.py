@@ -1,8 +1,8 @@
-"""The registry: which models are registered, kept in one JSON file that several processes may share.
+"""The registry: the registered models, in one JSON file that several processes may share.
 
-A change is on the disk before its method returns; usage counters follow within `usage_delay`. Reads see what any
-process wrote. Any thread may call anything here. It knows records and errors, nothing of HTTP, models in memory or
-tasks. How the file is locked and replaced is in `registry_file.py`, what is in it in `registry_content.py`.
+A change is on the disk before its method returns; usage counters follow within `usage_delay`. Reads see the writes of
+all processes. Any thread may call anything here. Must not know HTTP, models in memory or tasks. `file.py` locks and
+replaces the file, `content.py` parses it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _LOG = logging.getLogger(__name__)
 PROTECTED_FIELDS = ("model_id", "added_date", "usage_count", "details")
 CHANGEABLE_FIELDS = tuple(name for name in FIELDS if name not in PROTECTED_FIELDS)
 
-_SETTLE_SECONDS = 0.1  # an editor that writes in place is given this long to finish, again after each of its writes
+_SETTLE_SECONDS = 0.1  # wait for an editor that writes in place to finish, repeated after each of its writes
 _SETTLE_TRIES = 20
-_RETRY_AT_LEAST = 0.1  # seconds between attempts to write usage counters that failed
+_RETRY_AT_LEAST = 0.1  # seconds between attempts to write usage counters after a failure
 _RETRY_AT_MOST = 30.0
 
 
@@ -48,7 +48,7 @@ class _Use(NamedTuple):
 
 
 def _used(record: ModelRecord, use: _Use | None) -> ModelRecord:
-    """The record with uses that its file does not count yet, if they are of this very registration."""
+    """The record with the uses that the file does not count yet, if they belong to the same registration."""
     if use is None or use.added_date != record.added_date:
         return record
     return replace(
@@ -57,7 +57,7 @@ def _used(record: ModelRecord, use: _Use | None) -> ModelRecord:
 
 
 def _with_uses(content: Content, uses: Mapping[str, _Use]) -> list[ModelRecord]:
-    """The content's records, each with its uses."""
+    """The content's records, each with the uses that the file does not count yet."""
     if not uses:
         return list(content.records.values())
     return [_used(record, uses.get(record.model_id)) for record in content.records.values()]
@@ -67,17 +67,17 @@ class ModelRegistry:
     """The registered models, in the file at `path` (the document's `models_data`); a missing file is an empty registry.
 
     Every method that reads or writes raises RegistryError where the file cannot be read, RegistryBusy where another
-    writer keeps it locked, StorageFull where a change has no room; nothing is changed then. A record with a wrong value
-    stays in the file as it is, is reported in `warnings` and the log, and counts as not registered until it is
-    registered again, removed or corrected. A corrupt file is renamed and reported likewise, and the registry goes on
-    empty. Records are shared between callers: their `parameters` are to be copied before they are changed.
+    writer keeps it locked, StorageFull where a change has no room; then nothing has changed. A record with a wrong
+    value stays in the file unchanged, is reported in `warnings` and the log, and counts as not registered until it is
+    registered again, removed or corrected. A corrupt file is renamed and reported too, and the registry continues
+    empty. Callers share records: they copy `parameters` before they change them.
     """
 
     def __init__(self, path: Path, *, lock_timeout: float = 10.0, usage_delay: float = 1.0) -> None:
         """Touches no file and starts no thread yet.
 
         Args:
-            path: the JSON file; a symbolic link is written through. Its folder is made at the first change.
+            path: the JSON file; a symbolic link is followed. The first change makes its folder.
             lock_timeout: seconds that a change waits for other writers.
             usage_delay: seconds by which a usage counter on the disk may be late.
         """
@@ -90,11 +90,11 @@ class ModelRegistry:
             os.register_at_fork(after_in_child=lambda: (start := method()) and start())
 
     def _start_process(self) -> None:
-        """What a forked child must not share: pending uses are the parent's to write, its threads are gone, and what it
-        knew of the file may be halfway between two versions."""
+        """Sets the state that a forked child must not inherit: the parent writes its own pending uses, its threads do
+        not exist in the child, and its content may be copied in the middle of a change."""
         self._content: Content | None = None
         self._unreadable: list[str] = []  # a warning for each unreadable record of `_content`
-        self._version: Version | None = None  # of the file, that `_content` was read from or written to
+        self._version: Version | None = None  # the file's version that `_content` was read from or written to
         self._file.after_fork()
         self._mutex = threading.Lock()  # guards every field; held for memory, a read or a rename only
         self._wake = threading.Condition(self._mutex)
@@ -105,7 +105,7 @@ class ModelRegistry:
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def list(self, model_type: str | None = None) -> builtins.list[ModelRecord]:
-        """All records, or those of one type, in the order in which they were added."""
+        """All records, or those of one type, in the order of their registration."""
         records = _with_uses(*self._snapshot())
         return records if model_type is None else [record for record in records if record.model_type == model_type]
 
@@ -117,20 +117,20 @@ class ModelRegistry:
         return _used(content.records[model_id], uses.get(model_id))
 
     def check_present(self, model_id: str) -> None:
-        """Raises ModelNotFound where the file has no record of `model_id`, not even one that cannot be read."""
+        """Raises ModelNotFound where the file has no record of `model_id`, not even an unreadable one."""
         content, _ = self._snapshot()
         if model_id not in content.records and not content.unreadable(model_id):
             raise ModelNotFound(model_id)
 
     def model_types(self) -> builtins.list[str]:
-        """The types of the registered models, each once, sorted."""
+        """The distinct types of the registered models, sorted."""
         return sorted({record.model_type for record in self._snapshot()[0].records.values()})
 
     def statistics(self) -> dict[str, Any]:
         """Counts over all models, as the API shows them.
 
-        `last_updated` is null until something is written. `most_used` is null until something is used; of several with
-        the same count it is the one used last, and of those the one added first.
+        `last_updated` is null until the first write, `most_used` until the first use. Of several models with the
+        highest count, `most_used` is the most recently used, then the earliest registered.
         """
         content, uses = self._snapshot()
         records = _with_uses(content, uses)
@@ -148,8 +148,8 @@ class ModelRegistry:
 
     @property
     def warnings(self) -> builtins.list[str]:
-        """What a user should know of the file: records in it that cannot be read, corrupt files set aside."""
-        with suppress(RegistryError):  # what it is about to a reader of the registry
+        """The file's problems for the user: unreadable records, and corrupt files that were set aside."""
+        with suppress(RegistryError):  # callers that read records get this error themselves
             self._snapshot()
         with self._mutex:
             return [*self._warnings, *self._unreadable]
@@ -157,10 +157,10 @@ class ModelRegistry:
     # Changing ---------------------------------------------------------------------------------------------------------
 
     def add(self, record: ModelRecord) -> ModelRecord:
-        """Register a model; returns its record as stored.
+        """Registers a model; returns its record as stored.
 
         Raises:
-            ModelExists: the id is registered. InvalidModelId, InvalidRequest: a field that the file could not hold.
+            ModelExists: the id is registered already. InvalidModelId, InvalidRequest: a field has an invalid value.
         """
         check_model_id(record.model_id)
         added = ModelRecord(**{name: stored_value(name, getattr(record, name)) for name in FIELDS})
@@ -174,11 +174,11 @@ class ModelRegistry:
         return added
 
     def update(self, model_id: str, changes: Mapping[str, Any]) -> ModelRecord:
-        """Replace whole fields of a record; returns it as it now is. What is given as it stands is not written.
+        """Replaces whole fields of a record; returns the new record. Unchanged values are not written.
 
         Raises:
-            ModelNotFound. UnknownField, InvalidRequest: a name or a value that a record cannot have.
-            ProtectedField: another value for a field that only the server sets.
+            ModelNotFound: the id is not registered. UnknownField, InvalidRequest: an invalid name or value.
+            ProtectedField: a new value for a field that only the server sets.
         """
         for name in changes:
             if name not in FIELDS:
@@ -202,10 +202,10 @@ class ModelRegistry:
         return result
 
     def describe(self, record: ModelRecord, details: Mapping[str, Any]) -> ModelRecord:
-        """Note what was found out about a model's files; returns its record as it now is.
+        """Stores preflight's `details` in a record; returns the new record.
 
         Raises:
-            ModelNotFound: the model, as it was registered at that time, is not there any more.
+            ModelNotFound: this registration of the model has been removed.
         """
         wanted = stored_value("details", details)
         result: ModelRecord
@@ -223,7 +223,7 @@ class ModelRegistry:
         return result
 
     def remove(self, model_id: str) -> dict[str, Any]:
-        """Remove a model; returns the new content as the document's `models_data`. Raises ModelNotFound."""
+        """Removes a model; returns the new content as the document's `models_data`. Raises ModelNotFound."""
 
         def edit(records: dict[str, ModelRecord], content: Content) -> None:
             if records.pop(model_id, None) is None and not content.unreadable(model_id):
@@ -237,8 +237,8 @@ class ModelRegistry:
         }
 
     def record_use(self, model_id: str) -> None:
-        """Count one use, now: for this process at once, for others when it is written. A removed model is ignored."""
-        with suppress(RegistryError):  # an answer must not fail for its count: the last known records will do
+        """Counts one use: this process sees it at once, others when it is written. A removed model is ignored."""
+        with suppress(RegistryError):  # an answer must not fail over its count: the last known records are used
             self._snapshot()
         with self._mutex:
             record = self._content.records.get(model_id) if self._content else None
@@ -254,7 +254,7 @@ class ModelRegistry:
                 self._writer.start()
 
     def close(self) -> None:
-        """Write the pending counters, stop the thread, let go of the file. Another call of anything reopens."""
+        """Writes the pending counters, stops the thread and releases the file. The next call reopens it."""
         with self._mutex:
             self._stopping = True
             self._wake.notify_all()
@@ -271,7 +271,7 @@ class ModelRegistry:
     # Inside -----------------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> tuple[Content, dict[str, _Use]]:
-        """The file's present content, and the uses that it does not count yet, of one moment."""
+        """The file's present content and the uses that it does not count yet, at the same moment."""
         try:
             return self._read()
         except Corrupt as reason:
@@ -283,7 +283,7 @@ class ModelRegistry:
                 return self._read_or_set_aside()
 
     def _read(self) -> tuple[Content, dict[str, _Use]]:
-        """As `_snapshot`; parses only what changed since. Raises Corrupt."""
+        """As `_snapshot`; parses the file only if it has changed. Raises Corrupt."""
         with self._mutex:
             signature = self._file.signature()
             if self._content is None or signature != (self._version.signature if self._version else None):
@@ -298,7 +298,7 @@ class ModelRegistry:
             return self._content, {**self._pending}
 
     def _read_or_set_aside(self) -> tuple[Content, dict[str, _Use]]:
-        """As `_snapshot`, for the holder of the file's lock, who may rename a corrupt file."""
+        """As `_snapshot`, but renames a corrupt file; the caller holds the file's lock."""
         seen: Signature | None = None
         for _ in range(_SETTLE_TRIES):
             try:
@@ -323,7 +323,7 @@ class ModelRegistry:
         return self._read()
 
     def _note_unreadable(self) -> None:
-        """Bring the warnings up to the content; the log has each once. The caller holds the mutex."""
+        """Updates the warnings from the content and logs each once. The caller holds the mutex."""
         before = self._unreadable
         self._unreadable = [
             f"The registry file '{self._file.name}' holds a record that cannot be read, and keeps it: {problem}. "
@@ -338,9 +338,9 @@ class ModelRegistry:
         return type(error)(f"The registry file '{self._file.name}' is corrupt ({reason}), and it stays. {error}")
 
     def _change(self, edit: Callable[[dict[str, ModelRecord], Content], None], replaced: str | None = None) -> Content:
-        """Apply `edit` to the present records and write them, pending uses included, if that makes a difference.
+        """Applies `edit` to the present records, and writes them with pending uses if anything has changed.
 
-        Unreadable records of the id `replaced` go.
+        Unreadable records with the id `replaced` are removed.
         """
         with self._file.locked():
             content, uses = self._read_or_set_aside()
@@ -349,13 +349,13 @@ class ModelRegistry:
                 if model_id in records:
                     records[model_id] = _used(records[model_id], use)
             edit(records, content)
-            # By identity: 1 equals True, yet one in the place of the other is a change.
+            # Compared by identity: 1 equals True, but replacing one by the other is a change.
             same = len(records) == len(content.records) and all(
                 records.get(model_id) is record for model_id, record in content.records.items()
             )
             if same and not (replaced is not None and content.unreadable(replaced)):
                 with self._mutex:
-                    self._settle(uses)  # what is left are uses of models that are gone
+                    self._settle(uses)  # the rest are uses of models that were removed
                 return content
             changed = content.changed(records, timestamp(), replaced)
             try:
@@ -370,7 +370,7 @@ class ModelRegistry:
             return changed
 
     def _settle(self, written: Mapping[str, _Use]) -> None:
-        """Forget the uses that are written or void; the caller holds the mutex."""
+        """Removes written or obsolete uses from the pending ones; the caller holds the mutex."""
         for model_id, use in written.items():
             pending = self._pending.get(model_id)
             if pending is None or pending.added_date != use.added_date:
@@ -381,7 +381,7 @@ class ModelRegistry:
                 self._pending[model_id] = pending._replace(times=pending.times - use.times)
 
     def _flush(self) -> bool:
-        """Write the pending uses, if any; on failure keep them, and return False."""
+        """Writes the pending uses; on failure keeps them and returns False."""
         with self._mutex:
             if not self._pending:
                 return True
@@ -393,7 +393,7 @@ class ModelRegistry:
         return True
 
     def _write_behind(self) -> None:
-        """The usage thread: writes what was counted, a little before it would be late, until `close`."""
+        """Runs on the usage thread until `close`: writes counted uses shortly before `usage_delay` has passed."""
         prompt = pause = self._usage_delay * 0.8
         while True:
             with self._wake:
