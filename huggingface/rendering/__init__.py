@@ -1,8 +1,8 @@
-"""Chat templates are laid out in processes of their own, under limits of time and memory.
+"""Renders chat templates in separate processes, under limits of time and memory.
 
-`install` has transformers do so wherever it lays a chat out; the text is what transformers itself makes there. Any
-thread may lay chats out. Of one template one chat is laid out at a time, so that a template without an end keeps none
-but its own waiting. Must not know models, requests or HTTP.
+`install` makes transformers render every chat this way; the text is the same as from transformers itself. Any thread
+may render. One template renders one chat at a time, so that an endless template delays only its own chats. Must not
+know models, requests or HTTP.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from jinja2 import TemplateError
 
 from .process import LENGTH, read
 
-_PATIENCE = 10.0  # seconds that a chat waits for those before it
-_SILENCE = 60.0  # seconds after which a process is given up, however little it has computed
+_PATIENCE = 10.0  # seconds that a chat waits for earlier chats of the same template
+_SILENCE = 60.0  # seconds without an answer after which a process is killed, however little it has computed
 _SCRIPT = Path(__file__).with_name("process.py")
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError)}
 
 
 class TemplateLimit(TemplateError):
-    """A template needs more time or memory than any chat takes."""
+    """A template exceeds the limits of time or memory."""
 
 
 class Renderer:
-    """The processes: as many as templates are laid out at once, kept for the next ones."""
+    """Renders in processes: one for each template that is rendered at the same time, reused later."""
 
     def __init__(self, seconds: int = 5) -> None:
-        """Starts none yet. `seconds` of computing is what a template has for one chat."""
+        """Starts no process yet. `seconds` is the CPU time that a template has for one chat."""
         self._seconds = seconds
         self._mutex = threading.Lock()
         self._idle: list[subprocess.Popen[bytes]] = []
-        self._turns: dict[str, list[Any]] = {}  # of each template that is in use: a lock, and how many want it
+        self._turns: dict[str, list[Any]] = {}  # for each template in use: a lock, and how many hold or wait for it
         self._owner = os.getpid()
         atexit.register(self.close)
 
     def render(self, template: str, values: dict[str, Any]) -> str:
-        """The chat that `values` hold, as the template lays it out.
+        """Renders the template with `values`.
 
         Raises:
             TemplateLimit: it takes too long, or too much memory. TemplateError: the template refuses the chat.
-            TypeError, ValueError, RecursionError: the template fails at it.
+            TypeError, ValueError, RecursionError: the template fails on the chat.
         """
         question = pickle.dumps((template, values, self._seconds))
         with self._turn(template):
@@ -81,7 +81,7 @@ class Renderer:
                     del self._turns[template]
 
     def _ask(self, question: bytes) -> dict[str, str]:
-        """The answer of a process; one that ends instead is not used again."""
+        """Asks a process; one that ends without an answer is not reused."""
         process = self._take() or _started()
         answer = _exchange(process, LENGTH.pack(len(question)) + question)
         if answer is None:
@@ -106,7 +106,7 @@ class Renderer:
         return None
 
     def close(self) -> None:
-        """End the processes that are idle."""
+        """Ends the idle processes."""
         with self._mutex:
             idle, self._idle = self._idle, []
         if self._owner == os.getpid():
@@ -115,7 +115,7 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    """A process that is ready. Raises TemplateLimit where there is none to be had."""
+    """Starts a process and waits until it is ready. Raises TemplateLimit where that fails."""
     try:
         process = subprocess.Popen(  # noqa: S603 - this very interpreter, on a file of this package
             [sys.executable, str(_SCRIPT)],
@@ -127,12 +127,12 @@ def _started() -> subprocess.Popen[bytes]:
     except OSError as error:
         raise TemplateLimit(f"no process can be started for it ({error.strerror})") from error
     if _exchange(process, b"") is None:
-        raise TemplateLimit("the process that it is to run in does not start")
+        raise TemplateLimit("its process does not start")
     return process
 
 
 def _exchange(process: subprocess.Popen[bytes], message: bytes) -> dict[str, str] | None:
-    """Send a message and read the answer; None where the process has ended instead, or is silent and so ended here."""
+    """Sends a message and reads the answer; None where the process ends, or is killed after a silence."""
     assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 - both are pipes
     timer = threading.Timer(_SILENCE, process.kill)
     timer.daemon = True
@@ -142,7 +142,7 @@ def _exchange(process: subprocess.Popen[bytes], message: bytes) -> dict[str, str
         process.stdin.write(message)
         process.stdin.flush()
         answer = read(process.stdout)
-    except OSError:  # it has ended in the middle of the message
+    except OSError:  # the process has ended in the middle of the message
         answer = None
     finally:
         timer.cancel()
@@ -157,23 +157,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
     process.wait()
     process.stdout.close()
-    with suppress(OSError):  # a message that was not read
+    with suppress(OSError):  # part of a message may be unread
         process.stdin.close()
 
 
 class _Template:
-    """What transformers takes for a compiled template."""
+    """Stands in for a compiled template in transformers."""
 
     def __init__(self, renderer: Renderer, template: str) -> None:
         self._renderer, self._template = renderer, template
 
     def render(self, **values: Any) -> str:
-        """As jinja's own."""
+        """Renders the template as jinja's own method does."""
         return self._renderer.render(self._template, values)
 
 
 def install() -> None:
-    """Have transformers lay chats out by a `Renderer` from now on: its function is the process's, and so is this."""
+    """Makes transformers render chats with one `Renderer` in this process from now on."""
     from transformers.utils import chat_template_utils
 
     if not isinstance(getattr(chat_template_utils._compile_jinja_template, "renderer", None), Renderer):

@@ -1,9 +1,9 @@
-"""The process that lays chats out: run as a file of its own, by `rendering`, with transformers and without torch.
+"""The process that renders chats: `rendering` runs this file as a program, with transformers and without torch.
 
-A chat template is a program of a model's author. It is run here under limits, so that one without an end, or one that
-makes gigabytes, costs its own request only. A question is pickled on the standard input: a template's text, the values
-that it sees, and the seconds of computing that it has. An answer is a JSON object on the standard output. Before each
-stands its length in 8 bytes. An empty object comes first, once all is imported.
+A chat template is a program of a model's author. It runs here under limits, so that an endless template, or one that
+makes gigabytes, fails only its own request. A question is pickled on the standard input: the template's text, its
+values, and its seconds of CPU time. An answer is a JSON object on the standard output. Each message begins with its
+length in 8 bytes. An empty object says that the imports are done.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 from typing import IO, Any
 
 LENGTH = struct.Struct("<Q")
-MOST_CHARACTERS = 16 << 20  # of one chat, laid out
-MOST_BYTES = 512 << 20  # of memory, beyond what the process has to begin with
+MOST_CHARACTERS = 16 << 20  # of one rendered chat
+MOST_BYTES = 512 << 20  # of memory, on top of the process's own at its start
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answers questions until the input ends."""
     sys.modules.update({"torch": None})  # type: ignore[dict-item]  # it takes seconds, and no template needs it
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     from transformers.utils import chat_template_utils
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """End the process by a signal after so many seconds of computing, a loop in C too; 0 for no end."""
+    """Ends the process by a signal after so many seconds of CPU time, even in a loop in C; 0 for no limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -49,7 +49,7 @@ def _write(stream: IO[bytes], answer: dict[str, str]) -> None:
 
 
 def read(stream: IO[bytes]) -> bytes | None:
-    """The next message of a stream, None at its end."""
+    """Reads the next message of a stream; None at its end."""
     start = stream.read(LENGTH.size)
     if len(start) < LENGTH.size:
         return None
@@ -59,7 +59,7 @@ def read(stream: IO[bytes]) -> bytes | None:
 
 
 def _render(library: Any, template: str, values: dict[str, Any]) -> dict[str, str]:
-    """The text, or the kind and the words of the error."""
+    """Renders the text; returns it, or the error's kind and message."""
     from jinja2 import TemplateError
 
     try:
@@ -71,7 +71,7 @@ def _render(library: Any, template: str, values: dict[str, Any]) -> dict[str, st
             "error": "RecursionError",
             "message": "it calls itself without an end, or the chat is nested too deeply",
         }
-    except Exception as error:  # noqa: BLE001 - whatever a template does is told to the caller
+    except Exception as error:  # noqa: BLE001 - the caller gets any error of a template
         kind = "TemplateError" if isinstance(error, TemplateError) else type(error).__name__
         return {"error": kind, "message": str(error)[:2000]}
     if len(text) > MOST_CHARACTERS:
@@ -80,7 +80,7 @@ def _render(library: Any, template: str, values: dict[str, Any]) -> dict[str, st
 
 
 def _limit_memory() -> None:
-    """Have what asks for too much memory raise MemoryError, where the system can do that."""
+    """Limits memory, so that a larger allocation raises MemoryError, where the system supports that."""
     try:
         import resource
         from pathlib import Path
