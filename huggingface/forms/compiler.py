@@ -1,7 +1,7 @@
-"""The server's end of the processes that compile forms and follow them: see `process`.
+"""The server's side of the processes that compile and follow forms: see `process`.
 
-A `Compiler` belongs to one model's tokens; any thread. An `Open` is one form in its process, used by one thread at a
-time; reading what it is told never blocks unless asked to.
+A `Compiler` belongs to one model's tokens; any thread may use it. An `Open` is one form in its process, used by one
+thread at a time; only `state` and the methods that call it wait for the process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 from .process import ACCEPTING, ANSWER, COPY, ERROR, LENGTH, OPERATION, STOPPED, TAKE, Limits, receive
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from forms.process import main; main()"
-_ROOMS = Path(__file__).resolve().parent.parent  # where the process finds this folder, and needs no other
+_ROOMS = Path(__file__).resolve().parent.parent  # the process imports this folder from here, and no other
 
 
 class CannotConstrain(Exception):
-    """llguidance does not know this kind of tokenizer; the message is its reason."""
+    """llguidance does not support this kind of tokenizer; the message is llguidance's reason."""
 
 
 class Refused(Exception):
@@ -37,8 +37,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a text stands: whether it is whole, whether nothing may follow, the mask of what may (a bit a token), or
-    why it cannot go on."""
+    """A text's state in its form: `accepting` if it may end here, `stopped` if nothing may follow, the `mask` of
+    allowed tokens (one bit each), or the `error` after which it cannot go on."""
 
     accepting: bool = False
     stopped: bool = False
@@ -46,15 +46,17 @@ class State:
     error: str = ""
 
 
-_LOST = State(error="its process was ended")  # and nobody was left to say why
+_LOST = State(error="its process was ended")  # the forking process has ended too and gives no reason
 
 
 class Compiler:
-    """Opens forms for one model's tokens, each in a process of its own. Any thread."""
+    """Opens forms for one model's tokens, each in a separate process. Any thread."""
 
     def __init__(self, tokenizer: str, vocabulary: int, ends: Collection[int], limits: Limits | None = None) -> None:
-        """`tokenizer` is a tokenizer.json; `vocabulary` is how many tokens it knows, `ends` the ids of tokens that end
-        its texts."""
+        """`tokenizer` is the text of a tokenizer.json, `vocabulary` its number of tokens, `ends` the ids of end tokens.
+
+        Starts no process yet.
+        """
         self._about = {
             "tokenizer": tokenizer,
             "vocabulary": vocabulary,
@@ -62,20 +64,20 @@ class Compiler:
             "limits": astuple(limits or Limits()),
         }
         self._lock = threading.Lock()
-        self._turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))  # the others' steps need cores too
+        self._turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))  # other steps need cores too
         self._process: subprocess.Popen[bytes] | None = None
         self._server: socket.socket | None = None
         self._closed = False
 
     def open(self, kind: str, value: Any) -> Open:
-        """A form, at its beginning.
+        """Compiles a form; returns it at its beginning.
 
         Raises:
-            Refused: it cannot be compiled. CannotConstrain: this model's tokenizer cannot be used.
+            Refused: the form cannot be compiled. CannotConstrain: this model's tokenizer is not supported.
         """
         wanted = json.dumps([kind, value]).encode()
         form = self._open(wanted)
-        if form.told is _LOST:  # the processes ended before they took it
+        if form.told is _LOST:  # the processes ended before they received the form
             form.close()
             form = self._open(wanted)
         if form.state().error:
@@ -84,13 +86,13 @@ class Compiler:
         return form
 
     def _open(self, wanted: bytes) -> Open:
-        """A form in a process of its own, its state known: it may be why there is none."""
+        """Opens a form in a new process and waits for its state, which may be the reason of a failure."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 self._hand_over(theirs)
             with self._turns:
-                with suppress(OSError):  # what is told says why
+                with suppress(OSError):  # the state says why
                     ours.sendall(LENGTH.pack(len(wanted)) + wanted)
                 form = Open(_Connection(ours))
                 form.state()
@@ -100,7 +102,7 @@ class Compiler:
         return form
 
     def close(self) -> None:
-        """End the processes. Safe to call twice."""
+        """Ends the processes. Safe to call twice."""
         with self._lock:
             self._closed = True
             self._end()
@@ -118,13 +120,13 @@ class Compiler:
             socket.send_fds(self._begun(), [b"f"], [form.fileno()])
 
     def _begun(self) -> socket.socket:
-        assert self._server is not None  # noqa: S101 - begun with the process
+        assert self._server is not None  # noqa: S101 - set when the process starts
         return self._server
 
     def _begin(self) -> None:
         self._server, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very room
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, on this folder
                 [sys.executable, "-P", "-c", _PROGRAM, str(_ROOMS)], stdin=theirs.fileno(), stdout=subprocess.DEVNULL
             )
         about = json.dumps(self._about).encode()
@@ -150,7 +152,7 @@ class Compiler:
 
 @dataclass(eq=False)
 class _Connection:
-    """What is said over one form's socket: answers come in the order of what was asked."""
+    """One form's socket: answers come in the order of the questions."""
 
     socket: socket.socket
     count: int = 1
@@ -161,11 +163,11 @@ class _Connection:
         self.socket.close()
 
     def ask(self, operation: int, index: int, token: int = 0) -> None:
-        with suppress(OSError):  # what is told says why
+        with suppress(OSError):  # the state says why
             self.socket.sendall(OPERATION.pack(operation, index, token))
 
     def read(self, *, wait: bool) -> bool:
-        """Read what has come; whether anything more may come at once."""
+        """Reads the answers that have arrived; whether another read may find more at once."""
         try:
             part = self.socket.recv(1 << 16, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -198,7 +200,7 @@ class _Connection:
 
 
 class Open:
-    """One text's way through a form. One thread at a time."""
+    """One text that follows a form. One thread at a time."""
 
     def __init__(self, connection: _Connection, index: int = 0, state: State | None = None) -> None:
         self._connection = connection
@@ -208,14 +210,14 @@ class Open:
             connection.expected.append(self)
 
     def copy(self) -> Open:
-        """The same form at the same place, for another text."""
+        """Copies the form at its present place, for another text."""
         state, connection = self.state(), self._connection
         connection.ask(COPY, self._index)
         index, connection.count = connection.count, connection.count + 1
         return Open(connection, index, state)
 
     def take(self, token: int) -> None:
-        """Go on by a token, one of those that may follow; the state is told later."""
+        """Advances by an allowed token; the new state arrives later."""
         state = self.state()
         if not state.stopped and not state.error:
             self.told = None
@@ -230,23 +232,23 @@ class Open:
         return self.told is not None
 
     def state(self) -> State:
-        """Where the text stands, once it is known."""
+        """Waits until the state is known and returns it."""
         while self.told is None:
             self._connection.read(wait=True)
         return self.told
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """Closes the socket, which ends the form's process whatever it does."""
         self._connection.socket.close()
 
     @property
     def number(self) -> int:
-        """That of its socket, to wait for."""
+        """The socket's file descriptor, for `poll`."""
         return self._connection.socket.fileno()
 
 
 def settle(forms: Iterable[Open], seconds: float) -> None:
-    """Wait until all their states are known, or so long."""
+    """Waits until the states of all forms are known, at most so many seconds."""
     until = time.monotonic() + seconds
     waiting = [form for form in forms if not form.settled]
     while waiting and (left := until - time.monotonic()) > 0:

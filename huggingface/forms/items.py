@@ -1,6 +1,6 @@
-"""Reads a JSON value as it is written, and knows the items of its arrays whose items differ (`uniqueItems`).
+"""Reads a JSON value while it is written, and keeps the items of its arrays with `uniqueItems`.
 
-Pure functions and values; a reader is one text's.
+Pure functions and values; one reader serves one text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from .places import Place, Places
 
 _SPACE = b" \t\r\n"
-_PLAIN = b"0123456789+-.eEtrufalsn" + _SPACE  # outside of texts, marks aside
+_PLAIN = b"0123456789+-.eEtrufalsn" + _SPACE  # allowed outside of strings, besides brackets, commas and colons
 
 
 class Repeated(Exception):
@@ -30,7 +30,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def _about(value: Any) -> Any:
-    """The same for all values that are equal, and for some more: integers as floats."""
+    """A key that equal values share; a few unequal ones do too, because integers become floats."""
     if isinstance(value, dict):
         return "object", frozenset((name, _about(each)) for name, each in value.items())
     if isinstance(value, list):
@@ -44,7 +44,7 @@ def _about(value: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether they are equal for any reader, of those that are about the same: integers are told apart exactly."""
+    """Whether two values with the same key are equal: integers are compared exactly."""
     if isinstance(one, dict):
         return all(_equal(each, other[name]) for name, each in one.items())
     if isinstance(one, list):
@@ -56,10 +56,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """One whose items differ: those so far, as they are written and what they are.
+    """An array with `uniqueItems`: its items so far, as texts and as values.
 
-    Besides what was found of texts of its next item: that it comes to one of these, whatever follows (`dead`), and how
-    many tokens it may go on with (`choices`).
+    `dead` holds beginnings of the next item that can only end as a repeated item; `choices` holds, for a beginning, how
+    many tokens may follow without ending the item.
     """
 
     texts: tuple[bytes, ...] = ()
@@ -78,39 +78,39 @@ class _Array:
 
 @dataclass(slots=True)
 class _Open:
-    """An object or array that is not whole yet; `start` is where its present item, name or property begins."""
+    """An object or array that is not complete yet; `start` is where its present item, name or property begins."""
 
     place: Place
     start: int
     is_array: bool
     array: _Array | None = None
-    counted: bool = False  # whether the present item is whole and among those of `array`
+    counted: bool = False  # whether the present item is complete and in `array`
     name: str | None = None  # of the present property
 
 
 class Reader:
-    """Reads a value of JSON, byte by byte, and nothing behind it. One that is no object and no array ends at once."""
+    """Reads one JSON value byte by byte, and nothing after it. A value that is no object or array ends at once."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
         self.text = b""
-        self.in_text = False  # whether between quotes
+        self.in_text = False  # inside a string
         self.begun = False
         self.ended = False
         self._escaped = False
         self._open: list[_Open] = []
 
     def copy(self) -> Reader:
-        """Another at the same place."""
+        """A copy at the same place."""
         other = copy.copy(self)
         other._open = [replace(each) for each in self._open]
         return other
 
     def read(self, more: bytes) -> Reader:
-        """Another one that has read these bytes too.
+        """Returns a copy that has read `more` too.
 
         Raises:
-            Repeated: an item that ends within them equals an earlier one of its array.
+            Repeated: an item that ends in `more` equals an earlier item of its array.
         """
         other = self.copy()
         at = len(other.text)
@@ -121,12 +121,12 @@ class Reader:
             at += 1
             try:
                 other._byte(byte, at)
-            except ValueError:  # it is no JSON: the value was none of the schema's
+            except ValueError:  # not JSON, so this is not the schema's value
                 other.ended = True
         return other
 
     def _byte(self, byte: int, end: int) -> None:
-        """The byte that ends at `end` bytes of the text."""
+        """Reads the byte that ends at offset `end` of the text."""
         if self.in_text:
             if self._escaped:
                 self._escaped = False
@@ -160,11 +160,11 @@ class Reader:
                 self._count(top, end - 1)
                 self._open.pop()
                 self._whole(end)
-            case _ if byte not in _PLAIN:  # it is no JSON
+            case _ if byte not in _PLAIN:  # not JSON
                 self.ended = True
 
     def _is_other(self, top: _Open, end: int) -> bool:
-        """Whether a property of the value shows that another schema's is written: a call of another function, say."""
+        """Whether a property shows that the value belongs to another schema, such as a call of another function."""
         if len(self._open) > 1 or len(top.place) > 1 or top.name is None:
             return False
         said = top.place[0].get("properties", {}).get(top.name)
@@ -177,7 +177,7 @@ class Reader:
         return self.places.item(top.place) if top.is_array else self.places.property(top.place, top.name or "")
 
     def _whole(self, end: int) -> None:
-        """A text, an object or an array is whole."""
+        """Ends a string, an object or an array."""
         if self._open:
             self._count(self._open[-1], end)
         else:
@@ -190,11 +190,11 @@ class Reader:
 
     @property
     def watching(self) -> bool:
-        """Whether items are being written that have to differ."""
+        """Whether an array with `uniqueItems` is being written."""
         return any(each.array is not None for each in self._open)
 
     def rests(self) -> set[bytes]:
-        """What would make the present items the same as earlier ones."""
+        """The continuations that would make a present item equal to an earlier one."""
         found = set()
         for each in self._open:
             if each.array is not None and not each.counted:
@@ -207,5 +207,5 @@ class Reader:
 
     @property
     def outermost(self) -> tuple[_Array, bytes]:
-        """The outermost array whose items differ, and the text of its present one."""
+        """The outermost array with `uniqueItems`, and the text of its present item."""
         return next((each.array, self.text[each.start :]) for each in self._open if each.array is not None)

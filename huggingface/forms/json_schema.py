@@ -1,7 +1,7 @@
-"""JSON schemas made such that a model which keeps to them comes to an end, in words that llguidance knows.
+"""Rewrites JSON schemas with keywords that llguidance supports, and narrows them so that a model's answer ends.
 
-Pure functions on plain values; standard library only, so that any room may use them. What other keywords mean is said
-by `keywords`.
+Pure functions on plain values; standard library only, so that any folder may use them. `keywords` rewrites the
+keywords that llguidance does not support.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from .keywords import said_otherwise
 
-# llguidance's options for JSON as `json.dumps` writes it: with whitespace at will, a model may write nothing else.
+# llguidance's options for JSON as `json.dumps` writes it: with free whitespace, a model may write nothing but that.
 TIDY: Mapping[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
-# Values, not schemas; and mappings of names to schemas, whatever the names are: also `format`, or `properties`.
+# Keywords with plain values, and keywords that map names to schemas; such a name may itself be `format`, say.
 _VALUES = ("const", "enum", "default", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
-# What may add properties to those of an object, beside it or from afar.
+# Keywords that may add properties to those that an object names.
 _COMPOSED = (
     "additionalProperties",
     "patternProperties",
@@ -32,7 +32,7 @@ _COMPOSED = (
 )
 _OBJECTS = ("properties", "required", "additionalProperties", "patternProperties")
 
-# The formats that llguidance holds a text to.
+# The formats that llguidance enforces.
 _FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 
 _LIMIT = 2**63 - 1024  # the largest integer that llguidance reads and writes exactly
@@ -40,15 +40,15 @@ _EXACT = 2**53  # up to here every integer
 
 
 def closed(schema: Any) -> Any:
-    """The same schema in words that llguidance knows, with objects held to the properties that they name.
+    """Rewrites a schema with keywords that llguidance supports, and limits objects to the properties that they name.
 
-    Whatever fits it, fits the schema. A model would else invent property after property; OpenAI's strict schemas and
-    most servers hold to the named ones too. Schemas that put objects together (`allOf`, `if`) are not narrowed so.
-    Formats that are not known are left out: JSON Schema has them as annotations.
+    Every value that satisfies the result satisfies the schema. Without the limit a model would invent property after
+    property; OpenAI's strict schemas and most servers have it too. Schemas that combine objects (`allOf`, `if`) are not
+    limited. Unknown formats are left out: JSON Schema defines them as annotations.
 
     Raises:
-        ValueError: it has a number that llguidance cannot write; or it wants several properties without naming them: a
-            name may come twice, and then be one too few.
+        ValueError: a number cannot be written by llguidance; or `minProperties` asks for unnamed properties, which
+            cannot be counted, since a model may write a name twice.
     """
     narrow = not any(_has(schema, word) for word in ("allOf", "if", "dependentRequired", "dependentSchemas"))
     return _closed(schema, schema, narrow=narrow)
@@ -62,7 +62,7 @@ def _closed(schema: Any, root: Any, *, narrow: bool) -> Any:
     schema = said_otherwise(schema, root)
     if not isinstance(schema, dict):
         return schema
-    # The parts of an object that is put together do not know each other's properties.
+    # The parts of a combined object do not know each other's properties.
     apart = narrow and not any(word in schema for word in _OBJECTS)
     result: dict[str, Any] = {}
     for name, value in schema.items():
@@ -95,9 +95,9 @@ def _has(schema: Any, keyword: str) -> bool:
 
 
 def _check_numbers(schema: dict[str, Any]) -> None:
-    """Have bounds that llguidance reads as they are, and no values that it would write as others.
+    """Replaces bounds that llguidance cannot represent, and refuses values that it would write differently.
 
-    It has numbers as floats of 64 bits. A bound that is none becomes the next one within.
+    llguidance represents numbers as 64-bit floats. A bound between two floats becomes the nearest allowed float.
     """
     for word in ("const", "enum"):
         if word in schema:
@@ -122,7 +122,7 @@ def _set_bound(schema: dict[str, Any], word: str, inwards: float) -> None:
         near = math.nextafter(near, inwards)
     inside = int(near)
     if inside != bound and word.startswith("exclusive"):
-        # What is left out lies beyond the bound: the next float within may be written itself.
+        # The excluded bound lies outside, so the nearest float inside is itself allowed.
         del schema[word]
         other = word.removeprefix("exclusive").lower()
         choose = max if inwards > 0 else min
@@ -147,7 +147,7 @@ def _check_value(value: Any, word: str) -> None:
 
 
 def _read_exactly(value: float) -> bool:
-    """Whether llguidance reads the same: its reader of JSON takes all digits for one integer, and shifts that."""
+    """Whether llguidance reads the float exactly: it parses all digits as one integer and scales that."""
     digits, _, exponent = repr(abs(value)).partition("e")
     whole, _, part = digits.partition(".")
     shift = int(exponent or 0) - len(part)

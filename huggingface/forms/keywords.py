@@ -1,7 +1,7 @@
-"""Keywords of JSON Schema that llguidance does not know, said in those that it knows, where both mean the same.
+"""Rewrites keywords of JSON Schema that llguidance does not support into equivalent ones that it supports.
 
-Pure functions on plain values; standard library only. A keyword that cannot be said otherwise stays as it is, and is
-refused by its name when the schema is compiled. Source: JSON Schema 2020-12, Validation and Core.
+Pure functions on plain values; standard library only. A keyword that cannot be rewritten stays, and is refused by name
+when the schema is compiled. Source: JSON Schema 2020-12, Validation and Core.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
-_MOST_STEPS = 32  # from a reference to the next
-_MOST_ORDERED = 4  # values of a set that is written in every order
+_MOST_STEPS = 32  # references that are followed in a row
+_MOST_ORDERED = 4  # values of a set whose orders are all listed
 _UUID = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 _TIME = r"T(\d+H(\d+M)?(\d+([.,]\d+)?S)?|\d+M(\d+([.,]\d+)?S)?|\d+([.,]\d+)?S)"
 
-# Patterns that generators write with look-ahead in their midst (zod's of a duration), and the same without.
+# Patterns with look-ahead in the middle that generators write (zod for a duration), and the same without look-ahead.
 _SAME: Mapping[str, str] = {
     r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$": (
         rf"^P(\d+W|(\d+Y(\d+M)?(\d+D)?|\d+M(\d+D)?|\d+D)({_TIME})?|{_TIME})$"
@@ -25,9 +25,9 @@ _SAME: Mapping[str, str] = {
 
 
 def said_otherwise(schema: dict[str, Any], root: Any) -> Any:
-    """The same schema, its own keywords said otherwise where they can be; those of its parts stay."""
+    """Rewrites a schema's own keywords where possible; those of its parts stay."""
     result = dict(schema)
-    more: list[Any] = []  # what has to be satisfied besides
+    more: list[Any] = []  # further schemas that must be satisfied
     _say_nullable(result)
     _say_old_bounds(result)
     _say_pattern(result, more)
@@ -46,7 +46,7 @@ def said_otherwise(schema: dict[str, Any], root: Any) -> Any:
 
 
 def negated(schema: Any) -> Any:
-    """A schema that is satisfied by what does not satisfy this one, and by nothing else; None where none is known."""
+    """The schema that exactly the values which do not satisfy this one satisfy; None where none is known."""
     if isinstance(schema, bool):
         return not schema
     if not isinstance(schema, dict):
@@ -72,7 +72,7 @@ def negated(schema: Any) -> Any:
 
 
 def _object_negated(schema: dict[str, Any]) -> Any:
-    """One of those that must be there is not, or one that is there is not as it must be."""
+    """Negates an object's schema: a required property is missing, or a property has a value that is not allowed."""
     required, properties = schema.get("required", []), schema.get("properties", {})
     if not isinstance(required, list) or not isinstance(properties, dict):
         return None
@@ -88,14 +88,14 @@ def _object_negated(schema: dict[str, Any]) -> Any:
 
 
 def _others(kinds: Any) -> Any:
-    """Every type but these; None where that cannot be said: a number that is no integer."""
+    """All types except these; None where no keyword says it: numbers that are not integers."""
     if not isinstance(kinds, list) or ("integer" in kinds and "number" not in kinds):
         return None
     return {"type": [kind for kind in _TYPES if kind not in kinds]}
 
 
 def _none_of(values: Any) -> Any:
-    """Everything but these values, which may be texts, true, false and null."""
+    """Everything except these values, which may be strings, true, false and null."""
     if not isinstance(values, list) or not all(value is None or isinstance(value, bool | str) for value in values):
         return None
     left: list[Any] = []
@@ -110,7 +110,7 @@ def _none_of(values: Any) -> Any:
 
 
 def _other_than(text: str) -> str:
-    """A regular expression for every text but this one."""
+    """A regular expression for every text except this one."""
     rest = "[\\s\\S]+"
     for letter in reversed(text):
         own = f"\\x{ord(letter):02x}" if ord(letter) < 128 else letter
@@ -119,7 +119,7 @@ def _other_than(text: str) -> str:
 
 
 def _leave_out(schema: dict[str, Any]) -> bool:
-    """Take the values that `not` names out of `enum`; whether that says it all."""
+    """Removes the values named by `not` from `enum`; whether that replaces `not`."""
     other, values = schema["not"], schema.get("enum")
     if not isinstance(values, list) or not isinstance(other, dict) or not other.keys() <= {"const", "enum"}:
         return False
@@ -134,7 +134,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _say_nullable(schema: dict[str, Any]) -> None:
-    """OpenAPI 3.0's word for a null that may be there as well."""
+    """Rewrites `nullable`, with which OpenAPI 3.0 allows null too."""
     if schema.get("nullable") is True and isinstance(schema.get("type"), str):
         schema["type"] = [schema["type"], "null"]
         if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
@@ -143,14 +143,14 @@ def _say_nullable(schema: dict[str, Any]) -> None:
 
 
 def _say_old_bounds(schema: dict[str, Any]) -> None:
-    """Draft 4, and OpenAPI 3.0: whether the bound itself is left out."""
+    """Rewrites boolean exclusive bounds of Draft 4 and OpenAPI 3.0: true excludes the bound itself."""
     for word, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(schema.get(word), bool) and schema.pop(word) and bound in schema:
             schema[word] = schema.pop(bound)
 
 
 def _say_pattern(schema: dict[str, Any], more: list[Any]) -> None:
-    """Look-ahead at the beginning of a pattern as patterns of their own."""
+    """Rewrites look-ahead at the beginning of a pattern as separate patterns."""
     pattern = schema.get("pattern")
     if not isinstance(pattern, str) or "(?" not in pattern:
         return
@@ -169,7 +169,7 @@ def _say_pattern(schema: dict[str, Any], more: list[Any]) -> None:
 
 
 def _nowhere(inner: str) -> str | None:
-    """What a text is whose beginning is none of a pattern: not of these characters alone, or without them."""
+    """A pattern for texts that a negative look-ahead allows: those not only of some characters, or without them."""
     if match := re.fullmatch(r"\^?\[(?!\^)((?:[^\]\\]|\\.)+)\][*]\$", inner):
         return f"[^{_class(match[1])}]"
     if match := re.fullmatch(r"\.[*](?:\[(?!\^)((?:[^\]\\]|\\.)+)\]|(\\[sdwSDW])|([\w ]))", inner):
@@ -179,12 +179,12 @@ def _nowhere(inner: str) -> str | None:
 
 
 def _class(inside: str) -> str:
-    """The inside of a class of characters, with a leading minus that stays one behind a caret."""
+    """The inside of a character class, with a leading minus escaped so that it stays literal after a caret."""
     return f"\\{inside}" if inside.startswith("-") else inside
 
 
 def _closing(pattern: str, start: int) -> int | None:
-    """Where the group ends whose inside begins at `start`."""
+    """The index of the bracket that closes the group whose inside begins at `start`."""
     depth, inside, place = 0, False, start
     while place < len(pattern):
         letter = pattern[place]
@@ -217,7 +217,7 @@ def _resolved(schema: Any, root: Any) -> Any:
 
 
 def _say_property_names(schema: dict[str, Any], root: Any) -> None:
-    """`propertyNames` as `properties` or `patternProperties`: which names there are, or what they look like."""
+    """Rewrites `propertyNames` as `properties`, which list the names, or as `patternProperties`."""
     if "propertyNames" not in schema:
         return
     names = _resolved(schema["propertyNames"], root)
@@ -247,7 +247,7 @@ def _say_property_names(schema: dict[str, Any], root: Any) -> None:
 
 
 def _say_unique(schema: dict[str, Any], root: Any) -> None:
-    """`uniqueItems` of a list of at most one item, or of few values: these in every order."""
+    """Rewrites `uniqueItems` of lists of at most one item, or of few values: all orders of the values."""
     if schema.get("uniqueItems") is False or (schema.get("uniqueItems") is True and _at_most(schema) <= 1):
         del schema["uniqueItems"]
     if schema.get("uniqueItems") is not True or "prefixItems" in schema or "anyOf" in schema:
@@ -288,7 +288,7 @@ def _at_most(schema: dict[str, Any]) -> int:
 
 
 def _values(schema: Any) -> list[Any] | None:
-    """All that satisfies a schema, where that is few; None else."""
+    """All values that satisfy a schema, where it lists them; else None."""
     if not isinstance(schema, dict):
         return None
     kinds = schema.get("type")
@@ -305,7 +305,7 @@ def _values(schema: Any) -> list[Any] | None:
 
 
 def _say_conditions(schema: dict[str, Any], more: list[Any]) -> None:
-    """`if`, and what depends on a property: one thing or the other."""
+    """Rewrites `if` and the keywords that depend on a property as a choice of two schemas."""
     for word in ("dependentRequired", "dependentSchemas", "dependencies"):
         if isinstance(schema.get(word), dict):
             for name, part in schema.pop(word).items():
@@ -315,7 +315,7 @@ def _say_conditions(schema: dict[str, Any], more: list[Any]) -> None:
                     then = {**then, "required": list(dict.fromkeys([name, *then.get("required", [])]))}
                 more.append({"anyOf": [without, then]})
     if "if" not in schema:
-        schema.pop("then", None)  # which say nothing alone
+        schema.pop("then", None)  # both mean nothing without `if`
         schema.pop("else", None)
         return
     condition, then, other = schema["if"], schema.get("then", True), schema.get("else", True)

@@ -1,6 +1,6 @@
-"""A form as it is asked for, in llguidance's own notation. Pure functions on plain values.
+"""Translates a requested form into llguidance's notation. Pure functions on plain values.
 
-Runs in the processes of `process`, where a form that takes long or nests deeply holds nothing else up.
+Runs in the processes of `process`, where a slow or deeply nested form delays nothing else.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _MOST_CHOICES = 10_000
 
 
 def notation(kind: str, value: Any, *, pruned: bool = False) -> tuple[str, Watch | None]:
-    """The grammar of a form, and the values whose `uniqueItems` is still to be watched, or None; `kind` and `value` are
-    a `types.Constraint`'s. Of a `pruned` one those branches of unions are left that can be compiled.
+    """Returns the grammar of a form, and the values whose `uniqueItems` must be watched, or None.
+
+    `kind` and `value` are a `types.Constraint`'s. With `pruned`, unions keep only the branches that can be compiled.
 
     Raises:
-        ValueError, TypeError: the value is not of its kind. RecursionError: it is nested too deeply.
+        ValueError, TypeError: the value does not match its kind. RecursionError: it is nested too deeply.
     """
     if kind == "json_schema":
         schema, unique = _schema(value, pruned=pruned)
@@ -45,7 +46,7 @@ def _grammar(kind: str, value: Any) -> str:
 
 
 def _composed(form: dict[str, Any], *, pruned: bool) -> tuple[str, Watch | None]:
-    """A grammar whose JSON values stand apart: see `chat.grammar`."""
+    """Returns the grammar of a form that lists its JSON values separately: see `chat.grammar`."""
     rules, watched = list(form["rules"]), {}
     for name, value in form["schemas"].items():
         schema, unique = _schema(value, pruned=pruned)
@@ -63,7 +64,7 @@ def _composed(form: dict[str, Any], *, pruned: bool) -> tuple[str, Watch | None]
 
 
 def _schema(value: Any, *, pruned: bool) -> tuple[Any, Any]:
-    """A schema in llguidance's words, and the one that says where its `uniqueItems` are, or None."""
+    """Returns a schema for llguidance, and the schema that says where its `uniqueItems` are, or None."""
     schema, unique = apart(closed(json.loads(value) if isinstance(value, str) else value))
     if schema is True:
         schema = {}
@@ -93,5 +94,5 @@ def _json(schema: Any) -> str:
 def _choices(texts: list[str]) -> str:
     if not texts or len(texts) > _MOST_CHOICES or not all(texts):
         raise ValueError(f"1 to {_MOST_CHOICES} texts are needed, none of them empty")
-    # One terminal: of as many rules, more would be open at once than llguidance allows.
+    # One terminal: with one rule for each text, more would be open at once than llguidance allows.
     return "start: TEXT\nTEXT: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))

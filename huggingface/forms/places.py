@@ -1,7 +1,7 @@
-"""Where a schema says `uniqueItems`: which arrays of a text it holds to that.
+"""Finds the places of a schema's `uniqueItems`: the arrays of a text that they apply to.
 
-Pure functions on plain values. A place is all the schemas that may say something of one value; it may be too many, so
-that an array is held to more than its schema says, never to less.
+Pure functions on plain values. A place is the set of all schemas that may apply to one value. It may hold too many, so
+an array may be restricted more than its schema says, never less.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-# Keywords with schemas of the same value, and of its parts: one schema, a list of them, or some by their names.
+# Keywords with schemas of the same value; then keywords with one schema, with a list, and with schemas by name.
 _SAME = ("allOf", "anyOf", "oneOf", "then", "else", "dependentSchemas", "$ref")
 _ONES = (
     "additionalProperties",
@@ -31,9 +31,9 @@ Place = tuple[dict[str, Any], ...]
 
 
 def apart(schema: Any) -> tuple[Any, Any]:
-    """A schema without its `uniqueItems`, and the schema that says where they are; None where there are none.
+    """Returns a schema without its `uniqueItems`, and the schema that has them, or None if there are none.
 
-    Where it has references that only llguidance can follow, the schema stays as it is, to be refused by that name.
+    A schema with references that only llguidance can follow stays unchanged, and llguidance refuses `uniqueItems`.
     """
     parts = list(_parts(schema))
     if not any(part.get("uniqueItems") is True for part in parts):
@@ -51,7 +51,7 @@ def apart(schema: Any) -> tuple[Any, Any]:
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:
-    """The schema and those within, but for such as are there to fail."""
+    """The schema and the schemas in it, except those of keywords such as `not` and `if`, which values may fail."""
     if not isinstance(schema, dict):
         return
     yield schema
@@ -83,7 +83,7 @@ def _target(reference: Any, root: Any) -> Any:
 
 
 class Places:
-    """Goes from the place of a value to those of its parts."""
+    """Finds the places of a value's parts from the value's place."""
 
     def __init__(self, schema: Any) -> None:
         self._schema = schema
@@ -91,11 +91,11 @@ class Places:
         self.root = self._all([schema])
 
     def property(self, place: Place, name: str) -> Place:
-        """That of an object's property."""
+        """The place of an object's property."""
         return self._part(place, name)
 
     def item(self, place: Place) -> Place:
-        """That of an array's items, whichever."""
+        """The place of an array's items, the same for all."""
         return self._part(place, None)
 
     def _part(self, place: Place, name: str | None) -> Place:
@@ -119,7 +119,7 @@ class Places:
         return self._known[key]
 
     def _all(self, schemas: list[Any]) -> Place:
-        """With all those of the same value."""
+        """The schemas together with all others that apply to the same value."""
         found: dict[int, dict[str, Any]] = {}
         left = list(schemas)
         while left:

@@ -1,11 +1,11 @@
-"""The program of the processes that compile forms and follow them, so that no form can end or hold up the server.
+"""The program of the processes that compile and follow forms, so that no form can end or block the server.
 
-A form may make llguidance recurse until the stack is full, take gigabytes, or compute for minutes without letting
-Python's other threads run. The first process knows one model's tokens; it forks another for each form, which has limits
-on its memory and on the time of each step, and ends with its form. What kills one process is said to the server as a
-reason, and touches no other form.
+A form may make llguidance recurse until the stack is full, take gigabytes, or compute for minutes without releasing
+Python's lock. The first process holds one model's tokens and forks a process for each form, with limits on memory and
+on the time of each step; that process ends with its form. When a process is killed, the server gets the reason, and no
+other form is affected.
 
-Must import nothing of the package but this folder: it has to begin in a moment and to stay small.
+Must import nothing of the package but this folder, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from llguidance import LLMatcher, LLTokenizer
 from .notation import notation
 from .unique import Tokens, Watched
 
-# From the server: an operation, which of the texts of the form, and a token. Back: what it is, and how long.
+# From the server: an operation, the index of a text of the form, and a token. Back: a kind, and a length in bytes.
 OPERATION = struct.Struct("<BII")
 TAKE, COPY = 0, 1
 ANSWER = struct.Struct("<BI")
 STATE, ERROR = 0, 1
-ACCEPTING, STOPPED = 1, 2  # in the first byte of a state; the mask follows, one bit a token
+ACCEPTING, STOPPED = 1, 2  # in the first byte of a state; the mask follows, one bit for each token
 LENGTH = struct.Struct("<I")
 
-NICE = 10  # others' steps need the same cores
+NICE = 10  # other requests' steps need the same cores
 
-_DEEP = 20_000  # calls within calls of Python; where the stack is too small for them, the process ends
+_DEEP = 20_000  # Python's recursion limit; where the stack is too small for it, the process ends
 _SHOWN = 1000  # characters of a reason
 
-_LINE = re.compile(r"at \d+\(\d+\): ")  # where in a grammar an error is
+_LINE = re.compile(r"at \d+\(\d+\): ")  # the place of an error in a grammar
 
 _DEPTH = "it is nested too deeply, or its rules follow each other in too long a chain"
 _MEMORY = "it takes too much memory"
@@ -56,8 +56,8 @@ _REASONS: dict[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one form may take: bytes on top of what its process begins with, seconds of a core to compile it, and for
-    each of its tokens."""
+    """Limits of one form: bytes on top of its process's memory at the start, CPU seconds to compile it, and CPU
+    seconds for each of its tokens."""
 
     memory: int = 1 << 30
     compiling: float = 5.0
@@ -65,7 +65,7 @@ class Limits:
 
 
 def main() -> None:
-    """Serve the server at the other end of standard input: a tokenizer first, then forms, each with a socket."""
+    """Answers the server at the other end of standard input: a tokenizer first, then forms, each with a socket."""
     server = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the server, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -81,17 +81,17 @@ def main() -> None:
 
 
 class _Forks:
-    """The processes of forms: begins them, ends those that the server wants no more, says how others ended."""
+    """The forms' processes: forks them, kills those that the server has closed, reports how the others ended."""
 
     def __init__(self, server: socket.socket, tokens: LLTokenizer, limits: Limits) -> None:
         self._server = server
         self._limits = limits
         self._tokens = tokens
-        self._running: dict[int, socket.socket] = {}  # by their ids, with their own end of what they talk over
-        self._ids: dict[int, int] = {}  # by the numbers of those sockets
+        self._running: dict[int, socket.socket] = {}  # process id -> the process's end of its socket
+        self._ids: dict[int, int] = {}  # that socket's file descriptor -> process id
 
     def serve(self) -> None:
-        """Until the server has gone."""
+        """Runs until the server closes its end."""
         poll = select.poll()
         poll.register(self._server, select.POLLIN)
         ended, wakes = os.pipe()
@@ -106,7 +106,7 @@ class _Forks:
                     if (form := self._begin()) is None:
                         return
                     if form >= 0:
-                        poll.register(form, 0)  # tells when the server has closed its end
+                        poll.register(form, 0)  # reports when the server closes its end
                 elif number == ended:
                     with suppress(BlockingIOError):
                         os.read(ended, 4096)
@@ -118,8 +118,7 @@ class _Forks:
                     poll.unregister(form)
 
     def _begin(self) -> int | None:
-        """Fork a process for the form that is asked for next: the number of its socket, -1 for none, None at the
-        end."""
+        """Forks a process for the next form; returns its socket's file descriptor, -1 on failure, None at the end."""
         message, numbers, _, _ = socket.recv_fds(self._server, 1, 1)
         if not message:
             return None
@@ -137,7 +136,7 @@ class _Forks:
         return form.fileno()
 
     def _reap(self) -> list[int]:
-        """Tell the server how those ended that have, and give the numbers of their sockets."""
+        """Reports to the server how processes have ended; returns the file descriptors of their sockets."""
         gone = []
         while self._running:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -155,11 +154,11 @@ class _Forks:
 
 
 def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoReturn:
-    """In a process of its own: compile the form that the server sends, and go on with it token by token."""
+    """Runs in the forked process: compiles the form that the server sends, and follows it token by token."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 2)  # what libraries print as they abort
+        os.dup2(os.open(os.devnull, os.O_RDWR), 2)  # libraries print as they abort
         os.dup2(2, 0)
         for name in [each.name for each in Path("/dev/fd").iterdir()]:
             if int(name) > 2 and int(name) != form.fileno():
@@ -183,26 +182,26 @@ def _follow(form: socket.socket, tokens: LLTokenizer, limits: Limits) -> NoRetur
             form.sendall(answer)
     except EOFError:
         os._exit(0)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the form's
+    except BaseException as error:  # noqa: BLE001 - any error here belongs to the form
         with suppress(OSError):
             form.sendall(_answer(ERROR, _reason(error).encode()))
         os._exit(0)
 
 
 def _opened(tokens: LLTokenizer, kind: str, value: Any) -> LLMatcher | Watched:
-    """A text of a form, at its beginning; of one that cannot be compiled, with the branches of unions that can be."""
+    """Compiles a form and returns a text at its beginning; if that fails, without the branches of unions that fail."""
     for pruned in (False, True):
         grammar, watch = notation(kind, value, pruned=pruned)
         matcher = LLMatcher(tokens, grammar, log_level=0)
         if not matcher.is_error():
             return matcher if watch is None else Watched(matcher, Tokens(tokens), watch)
-    if kind != "json_schema" and isinstance(value, dict):  # the lines around it are none of the client's
+    if kind != "json_schema" and isinstance(value, dict):  # the client has not written the lines around it
         raise ValueError(_LINE.sub("", _said(matcher.get_error()).partition("\n")[0]))
     return matcher
 
 
 def _state(text: LLMatcher | Watched) -> bytes:
-    """What may follow, as the server is told."""
+    """The message to the server with what may follow."""
     if not text.is_error() and not text.is_stopped():
         mask = text.compute_bitmask()
         if not text.is_error():
@@ -214,7 +213,7 @@ def _state(text: LLMatcher | Watched) -> bytes:
 
 
 def _said(error: str) -> str:
-    """The reason in an error of llguidance, without its own state behind it."""
+    """The reason in an error of llguidance, without the parser state at its end."""
     said = error.split("\n<state>")[0].strip()[:_SHOWN]
     if said.startswith("panic"):
         return "it is too large"
@@ -222,7 +221,7 @@ def _said(error: str) -> str:
 
 
 class _Limit:
-    """Ends the process where a block takes more seconds of a core: llguidance runs no handlers of signals."""
+    """Ends the process if a block takes more CPU seconds: signal handlers do not run within llguidance."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -235,8 +234,8 @@ class _Limit:
 
 
 def _limit_memory(more: int) -> None:
-    """Let the process take so many bytes on top of what it begins with."""
-    with suppress(OSError, ValueError):  # where there is no such file, or a lower limit
+    """Limits the process to so many bytes on top of its present memory."""
+    with suppress(OSError, ValueError):  # no such file, or a lower limit
         has = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + more, has + more))
 
@@ -254,10 +253,10 @@ def _answer(kind: int, *parts: bytes) -> bytes:
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
-    """That many bytes.
+    """Receives exactly `size` bytes.
 
     Raises:
-        EOFError: the other end was closed before.
+        EOFError: the other end was closed before that.
     """
     got = bytearray()
     while len(got) < size:

@@ -1,8 +1,8 @@
-"""Arrays whose items differ (`uniqueItems`), checked while they are written: a wrapper of llguidance's matcher.
+"""Enforces `uniqueItems` while an array is written: a wrapper of llguidance's matcher.
 
-It reads the JSON values of a text along, knows the items of each such array, and takes away the tokens that would end
-an item equal to an earlier one. Where few values are left (of an `enum`, say), it also looks ahead, and takes away what
-could only come to such an item. Where a value begins, the matcher tells by what it captures. One thread.
+`Watched` reads the JSON values of a text, keeps the items of each such array, and removes from the mask the tokens that
+would end an item equal to an earlier one. Where few values are left (of an `enum`, say), it also looks ahead, and
+removes tokens that can only lead to such an item. The matcher's captures say where a value begins. One thread.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llguidance import LLMatcher, LLTokenizer
 from .items import Reader, Repeated
 from .places import Places
 
-_MOST_LOOKS = 2000  # ahead, for one token
-_TAIL = 4000  # bytes of what stands before a value, by which it is known
+_MOST_LOOKS = 2000  # masks computed ahead, for one token
+_TAIL = 4000  # bytes before a value, by which it is recognized
 _NOTHING_LEFT = "'uniqueItems': nothing fits it that is not in the array yet"
 
 
 class Tokens:
-    """The bytes of a tokenizer's tokens, and which of them may end an item."""
+    """The bytes of a tokenizer's tokens, and the tokens that may end an item."""
 
     def __init__(self, tokens: LLTokenizer) -> None:
         self._written = tokens.decode_bytes
@@ -37,7 +37,7 @@ class Tokens:
         marks = frozenset(b'"[]{},')
         self.structural = [number for number, text in enumerate(self.texts) if not marks.isdisjoint(text)]
         self.quotes = [number for number in self.structural if b'"' in self.texts[number]]
-        # Of an array that is not begun yet, with a first item and what follows it.
+        # Tokens that begin an array, and hold its first item and the comma after it.
         opening = [number for number in self.structural if {0x5B, 0x2C} <= set(self.texts[number])]
         self._opening = {False: opening, True: [number for number in opening if b'"' in self.texts[number]]}
         self._plain = {True: self._without(self.quotes), False: self._without(self.structural)}
@@ -49,17 +49,17 @@ class Tokens:
         return int.from_bytes(bits, "little")
 
     def shown(self, token: int) -> bytes:
-        """A token's bytes, of special ones too."""
+        """A token's bytes, also of a special token."""
         return self._written([token])
 
     def marks(self, reader: Reader) -> list[int]:
-        """The tokens in which an item may end."""
+        """The tokens that may end an item."""
         if not reader.watching:
             return self._opening[reader.in_text]
         return self.quotes if reader.in_text else self.structural
 
     def along(self, reader: Reader) -> set[int]:
-        """The others that go on as earlier items do."""
+        """The other tokens that continue as an earlier item does."""
         marks = b'"' if reader.in_text else b'"[]{},'
         found: set[int] = set()
         for rest in reader.rests():
@@ -76,8 +76,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Which values of a text are watched: their schemas by the names of their rules, the rules that what is captured
-    (by its name) stands right before, and those that the text may begin with."""
+    """The watched values of a text: the schemas by rule, the rules that may follow each capture (by its name), and the
+    rules that the text may begin with."""
 
     schemas: Mapping[str, Any]
     marks: Mapping[str, Sequence[str]]
@@ -85,16 +85,16 @@ class Watch:
 
 
 class Watched:
-    """A matcher and the readers of its text's values; has the methods of a matcher that `process` needs."""
+    """A matcher with readers of its text's values; it has the methods of a matcher that `process` needs."""
 
     def __init__(self, matcher: LLMatcher, tokens: Tokens, watch: Watch) -> None:
         self._tokens = tokens
         self._marks = watch.marks
         self._places = {rule: Places(schema) for rule, schema in watch.schemas.items()}
         self._readers = [Reader(self._places[rule]) for rule in watch.first if rule in self._places]
-        # Tells where heads end: the matcher, asked for masks, runs ahead of the text where nothing else may follow.
+        # Finds the ends of heads: the matcher itself, asked for masks, runs ahead where only one text may follow.
         self._follower = matcher.deep_copy() if watch.marks else None
-        self._heads: list[tuple[bytes, Sequence[str]]] = []  # that were captured, and the rules of what follows
+        self._heads: list[tuple[bytes, Sequence[str]]] = []  # captured texts, and the rules that may follow each
         self._captured = 0
         self._tail = b""
         self._error = ""
@@ -107,14 +107,14 @@ class Watched:
         self.is_stopped = matcher.is_stopped
 
     def deep_copy(self) -> Watched:
-        """Another text at the same place."""
+        """Copies the text at its present place."""
         other = copy.copy(self)
         other._set(self._matcher.deep_copy())
         other._follower = self._follower and self._follower.deep_copy()
         return other
 
     def consume_token(self, token: int) -> None:
-        """Go on by a token."""
+        """Advances by a token."""
         self._matcher.consume_token(token)
         text = self._tokens.texts[token]
         try:
@@ -125,10 +125,10 @@ class Watched:
         self._readers = [reader for reader in self._readers if not reader.ended]
 
     def _begin(self, token: int) -> None:
-        """Read the values that begin within a token, or right behind it.
+        """Begins to read the values that start within a token, or right after it.
 
-        What stands before one is captured the first time only; from then on its text is looked for. Where that is a
-        part of another text, an array is held to more than its schema says.
+        llguidance captures the text before a value only the first time; from then on that text is searched for. If it
+        occurs within another text, an array may be restricted more than its schema says.
         """
         if self._follower is None:
             return
@@ -141,13 +141,13 @@ class Watched:
         for head, rules in self._heads:
             at = text.find(head, max(0, before + 1 - len(head)))
             while at >= 0:
-                if not (text[at - 1 : at] + head[:1]).isalnum() or not at:  # else its name is the end of a longer one
+                if not (text[at - 1 : at] + head[:1]).isalnum() or not at:  # else a longer name ends like this one
                     self._read_at(text[at + len(head) :], rules)
                 at = text.find(head, at + 1)
         self._tail = text[-_TAIL:]
 
     def _read_at(self, text: bytes, rules: Sequence[str]) -> None:
-        """Begin to read values of these rules, with what is there of them."""
+        """Begins to read values of these rules, with `text` as their beginning."""
         for rule in rules:
             if (places := self._places.get(rule)) is not None:
                 self._readers = [each for each in self._readers if each.begun or each.places is not places]
@@ -158,11 +158,11 @@ class Watched:
         return bool(self._error) or self._matcher.is_error()
 
     def get_error(self) -> str:
-        """Why it cannot."""
+        """The reason why the text cannot go on."""
         return self._error or self._matcher.get_error()
 
     def compute_bitmask(self) -> bytes:
-        """The mask of what may follow."""
+        """The mask of the allowed tokens, one bit each."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error() or self._matcher.is_stopped():
             return mask
@@ -177,7 +177,7 @@ class Watched:
         return bytes(left)
 
     def _doubtful(self, reader: Reader, mask: bytes | bytearray) -> list[int]:
-        """The tokens of a mask that may come to an item that is there already."""
+        """The tokens of a mask that may lead to a repeated item."""
         several = [*self._tokens.marks(reader), *(self._tokens.along(reader) if reader.watching else ())]
         return [token for token in several if mask[token >> 3] >> (token & 7) & 1]
 
@@ -189,14 +189,14 @@ class Watched:
         return self._goes_on(partial(_after, matcher, token), after)
 
     def _goes_on(self, make: Callable[[], LLMatcher], reader: Reader) -> bool:
-        """Whether the present items can still become others than the earlier ones."""
+        """Whether the present items can still differ from all earlier ones."""
         if not (rests := reader.rests()):
             return True
         array, text = reader.outermost
         if text in array.dead:
             return False
         choices = array.choices.get(text, 0)
-        if self._looks <= 0 or choices > self._tokens.most_alike * sum(map(len, rests)):  # more than go along
+        if self._looks <= 0 or choices > self._tokens.most_alike * sum(map(len, rests)):  # more than can repeat
             return True
         if choices > (along := len(self._tokens.along(reader))):
             return True
@@ -214,8 +214,7 @@ class Watched:
 
 
 def _ending(head: bytes, text: bytes) -> bytes:
-    """What was captured at the end of a text, as that has it: llguidance leaves the last bracket of an added token
-    (`[ARGS]`) out."""
+    """The captured text with a bracket after it: llguidance drops the last bracket of an added token (`[ARGS]`)."""
     end = text.rfind(head) + len(head)
     return head + (b"]" if head in text and text[end : end + 1] == b"]" else b"")
 
