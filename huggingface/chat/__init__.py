@@ -1,4 +1,4 @@
-"""How models write tool calls and reasoning, and how their answers are read and held to that.
+"""Tool calls and reasoning: the forms in which models write them, readers for answers, and grammars for calls.
 
-Text in, parts out. Standard library only; it knows neither models nor HTTP.
+Readers take text and return parts. Standard library only; must not know models or HTTP.
 """

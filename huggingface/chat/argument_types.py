@@ -1,6 +1,6 @@
-"""What a function's schema says of its arguments one by one: which there are, which are texts, what a text stands for.
+"""Splits a function's schema into its arguments: their names, their types, and the value that a text stands for.
 
-For the forms that write a text bare and everything else as JSON. Plain values only; any thread.
+For the forms that write strings bare and everything else as JSON. Plain values only; any thread.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What says something of the arguments that cannot be said of them one by one.
+# Keywords that apply to the arguments together, and not to each of them.
 _TOGETHER = (
     *("allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties"),
     *("dependentRequired", "dependentSchemas", "dependencies"),
 )
-_VALUES = ("const", "enum", "default", "examples")  # which are no schemas
+_VALUES = ("const", "enum", "default", "examples")  # keywords whose values are not schemas
 _PYTHONS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 TEXT = frozenset({"string"})
-_MOST_STEPS = 32  # from a reference to the next: more are a ring
+_MOST_STEPS = 32  # references followed in a row; more are a cycle
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument: its name, what it has to be, and whether it must be there."""
+    """One argument: its name, its schema, and whether it is required."""
 
     name: str
     schema: Any
@@ -31,10 +31,10 @@ class Argument:
 
 
 def arguments_of(parameters: Mapping[str, Any]) -> tuple[Sequence[Argument], Any]:
-    """The arguments by their names, and the schema of any others (False: there are none).
+    """The named arguments, and the schema of any others (False: no others are allowed).
 
     Raises:
-        ValueError: the schema says what cannot be said of arguments one by one.
+        ValueError: the schema has a keyword that applies to the arguments together.
     """
     schema = resolved(parameters, parameters)
     if not isinstance(schema, Mapping):
@@ -51,7 +51,7 @@ def arguments_of(parameters: Mapping[str, Any]) -> tuple[Sequence[Argument], Any
 
 
 def rooted(schema: Any, root: Mapping[str, Any]) -> Any:
-    """A part of `root` on its own, with what its references mean."""
+    """Returns a part of `root` as a schema of its own, with the definitions that its references need."""
     moved = _moved(schema)
     if not isinstance(moved, dict) or "#/$defs/whole" not in json.dumps(moved):
         return moved
@@ -70,7 +70,7 @@ def _moved(schema: Any) -> Any:
 
 
 def resolved(schema: Any, root: Any) -> Any:
-    """The schema that a reference means."""
+    """Follows the schema's reference, if it has one."""
     for _ in range(_MOST_STEPS):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             return schema
@@ -84,7 +84,7 @@ def resolved(schema: Any, root: Any) -> Any:
 
 
 def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
-    """The JSON types that a schema admits; None for any."""
+    """The JSON types that a schema allows; None for any."""
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping) or depth > _MOST_STEPS:
         return None
@@ -108,12 +108,12 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
 
 
 def is_text(schema: Any, root: Any) -> bool:
-    """Whether nothing but a text fits."""
+    """Whether the schema allows only strings."""
     return types_of(schema, root) == TEXT
 
 
 def meant(text: str, types: frozenset[str] | None) -> Any:
-    """What a text stands for that was written where these types are admitted: JSON of one of them, or itself."""
+    """The value that `text` stands for where `types` are allowed: JSON of one of the types, or the text itself."""
     told = text.strip()
     try:
         value = _PYTHONS[told] if told in _PYTHONS else json.loads(told, parse_constant=_no_constant, strict=False)

@@ -1,6 +1,6 @@
-"""Reads a call's arguments as they are written, in each of the ways that models write them, and tells them as JSON.
+"""Reads a call's arguments in each form that models write, character by character, and returns them as JSON.
 
-Character by character; a reader is one call's. What is told is never taken back.
+One reader serves one call. Text that was returned is never changed later.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _CALLED = re.compile(r"[\w.]+")
 
 
 class ArgumentsReader(Protocol):
-    """The arguments of one call: `done` after their last character, `broken` by what can be no part of them."""
+    """Reads the arguments of one call: `done` after the last character, `broken` by one that cannot belong to them."""
 
     done: bool
     broken: bool
 
     def take(self, char: str) -> str | None:
-        """Take the next character and tell what JSON text it makes; None if it is not the arguments'."""
+        """Reads the next character; returns the JSON text that it adds, None if it does not belong to the arguments."""
 
 
 class JsonArguments:
-    """A JSON object."""
+    """Reads a JSON object."""
 
     def __init__(self) -> None:
         self.done = False
@@ -39,7 +39,7 @@ class JsonArguments:
         self._value = Value()
 
     def take(self, char: str) -> str | None:
-        """Itself, as JSON has it."""
+        """Returns the character itself, repaired where JSON does not allow it."""
         if not self._value.first and char in _SPACE:
             return ""
         self.broken = not self._value.first and char != "{"
@@ -49,13 +49,13 @@ class JsonArguments:
 
 
 class TaggedArguments:
-    """Arguments one by one, each between tags; a text is told as it is written, everything else when it is whole.
+    """Reads arguments between tags; returns a string piece by piece, any other value when it is complete.
 
-    Space between the tags means nothing, and once the arguments have begun, neither does anything else there.
+    Space between the tags is ignored, and once the arguments have begun, so is any other text there.
     """
 
     def __init__(self, tags: Tags, parameters: Mapping[str, Any], stop: str = "") -> None:
-        """`parameters` is the schema of the arguments. `stop` ends them as well as their own end does."""
+        """`parameters` is the schema of the arguments. `stop` also ends them, besides `tags.end`."""
         self.done = False
         self.broken = False
         self._tags = tags
@@ -69,13 +69,13 @@ class TaggedArguments:
         self._take = self._between
         self._held = ""
         self._begun = False
-        self._first = True  # of the arguments
+        self._first = True  # no argument has begun
         self._types: frozenset[str] | None = None
-        self._value: list[str] = []  # of one that is no text
-        self._scanned = Value()  # the same, as far as it is JSON
+        self._value: list[str] = []  # the characters of a value that is not a string
+        self._scanned = Value()  # the same value, as far as it is JSON
 
     def take(self, char: str) -> str | None:
-        """What the arguments are so far."""
+        """Reads the next character; returns the JSON text that it adds."""
         self._held += char
         return self._take()
 
@@ -141,7 +141,7 @@ class TaggedArguments:
         if char and not scanned.done and not scanned.broken and (scanned.first or char not in _SPACE):
             scanned.take(char)
         quoted = scanned.in_string and not scanned.broken and scanned.first in '{["'
-        if self._held != close or quoted:  # a tag within a JSON text is none
+        if self._held != close or quoted:  # a tag within a JSON string does not count
             return ""
         text = self._unpadded("".join(self._value).removesuffix(close))
         self._held, self._take = "", self._between
@@ -152,7 +152,7 @@ class TaggedArguments:
 
 
 class LaxArguments:
-    """An object as Gemma 4 writes it: keys without quotes, texts between marks of its own; JSON is one, too."""
+    """Reads an object in Gemma 4's form: keys without quotes, strings between its own marks; JSON is accepted too."""
 
     _QUOTE = '<|"|>'
 
@@ -160,13 +160,13 @@ class LaxArguments:
         self.done = False
         self.broken = False
         self._open: list[str] = []
-        self._held = ""  # a key, a word, or what may become a mark
-        self._within = ""  # the mark that ends the present text
-        self._quoted = Quoted()  # that text, where it is JSON's
+        self._held = ""  # a key, a word, or the beginning of a mark
+        self._within = ""  # the mark that ends the present string
+        self._quoted = Quoted()  # reads that string, if it is JSON's
         self._wants_key = False
 
     def take(self, char: str) -> str | None:
-        """The same as JSON."""
+        """Reads the next character; returns the JSON text that it adds."""
         if self._within == '"':
             return self._in_json_text(char)
         if self._within:
@@ -224,19 +224,19 @@ class LaxArguments:
 
 
 class PythonCalls:
-    """A list of calls as Python writes them: `[f(a="x", b=1), g()]`; told when it is whole."""
+    """Reads a list of calls in Python's syntax, `[f(a="x", b=1), g()]`; `calls` returns them when it is complete."""
 
     def __init__(self) -> None:
         self.done = False
         self.broken = False
         self._taken: list[str] = []
         self._open: list[str] = []
-        self._name = ""  # of a call that begins
+        self._name = ""  # of the call that begins
         self._quote = ""
         self._escaped = False
 
     def take(self, char: str) -> str | None:
-        """Nothing, until it is done."""
+        """Reads the next character; always returns an empty text."""
         self._taken.append(char)
         if self._quote:
             if self._escaped:
@@ -259,7 +259,7 @@ class PythonCalls:
         return ""
 
     def _take_name(self, char: str) -> None:
-        """Take what stands in the list, outside of the calls' brackets."""
+        """Reads a character of the list outside of the calls' brackets."""
         if char == "(":
             self.broken = not _CALLED.fullmatch(self._name.strip())
             self._open.append(")")
@@ -271,7 +271,7 @@ class PythonCalls:
             self.broken = not _CALLED.fullmatch(self._name.strip() or "_")
 
     def calls(self) -> list[tuple[str, str]] | None:
-        """The names, and the arguments as JSON; None if it is no list of calls."""
+        """The calls' names, each with its arguments as JSON; None if the text is not a list of calls."""
         found = []
         for text in _split("".join(self._taken).strip()[1:-1]):
             call = re.fullmatch(r"([\w.]+)\s*\((.*)\)", text, re.DOTALL)
@@ -291,7 +291,7 @@ class PythonCalls:
 
 
 def _split(text: str) -> Sequence[str]:
-    """The parts of a text that commas outside of quotes and brackets part."""
+    """Splits a text at its commas outside of quotes and brackets."""
     parts, start, depth, quote, at = [], 0, 0, "", 0
     while at < len(text):
         char = text[at]
@@ -312,7 +312,7 @@ def _split(text: str) -> Sequence[str]:
 
 
 def _literal(text: str) -> Any:
-    """A value in JSON's words or in Python's."""
+    """Parses a value in JSON's or Python's syntax."""
     try:
         return json.loads(text, parse_constant=ast.literal_eval, strict=False)
     except ValueError:
@@ -320,7 +320,7 @@ def _literal(text: str) -> Any:
 
 
 def _on_one_line(text: str) -> str:
-    """Python's text with the line breaks within its quotes escaped: models write them raw, which Python forbids."""
+    """Escapes the line breaks within quotes: models write them raw, which Python forbids."""
     result, quote, escaped = "", "", False
     for char in text:
         if quote and char in "\r\n" and not escaped:

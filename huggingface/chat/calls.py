@@ -1,4 +1,4 @@
-"""Reads one call as it is written: a JSON object with a name and arguments, character by character."""
+"""Reads one call while it is generated, character by character: a JSON object with a name and arguments."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PLAIN = frozenset(_SPACE + ",:+-." + string.ascii_letters + string.digits)  # o
 
 
 class Quoted:
-    """The rest of a JSON string behind its quote, as it comes in; models write raw line breaks in it, and backslashes
-    that escape nothing, which JSON does not allow."""
+    """Reads a JSON string after its opening quote, and repairs what JSON does not allow: raw line breaks, and
+    backslashes that escape nothing, which models write."""
 
     def __init__(self) -> None:
         self.done = False
-        self._escape = ""  # that has begun
+        self._escape = ""  # the beginning of an escape
 
     def take(self, char: str) -> str:
-        """What the next character makes of the string, as JSON has it."""
+        """Reads the next character; returns the JSON text that it adds."""
         escape, self._escape = self._escape, ""
         if not escape:
             if char == "\\":
@@ -37,15 +37,15 @@ class Quoted:
             whole = escape + char
             self._escape = whole if len(whole) < _UNICODE else ""
             return "" if self._escape else whole
-        if escape == "\\" and (char == "'" or char < " "):  # as JavaScript has it
+        if escape == "\\" and (char == "'" or char < " "):  # JavaScript's escapes
             return written(char)
         return "\\" + escape + self.take(char)
 
 
 class Value:
-    """One JSON value, as it comes in. It tells where the value ends; it is `broken` by what can be no part of one.
+    """Reads one JSON value: `done` at its end, `broken` by a character that cannot belong to a value.
 
-    `told` is what the last character makes of its text, which is JSON within quotes: see `Quoted`.
+    `told` is the text that the last character adds; within quotes it is repaired (see `Quoted`).
     """
 
     def __init__(self) -> None:
@@ -54,21 +54,21 @@ class Value:
         self.broken = False
         self.told = ""
         self._taken: list[str] = []
-        self._open: list[str] = []  # what closes the objects and lists that are open, the outermost first
+        self._open: list[str] = []  # the closing brackets of the open objects and lists, the outermost first
         self._string: Quoted | None = None
 
     @property
     def text(self) -> str:
-        """What was taken, as JSON."""
+        """The value's JSON text so far."""
         return "".join(self._taken)
 
     @property
     def in_string(self) -> bool:
-        """Whether what comes next is within quotes."""
+        """Whether the next character is within quotes."""
         return self._string is not None
 
     def take(self, char: str) -> bool:
-        """Take the next character; False if it is not the value's."""
+        """Reads the next character; False if it does not belong to the value."""
         self.told = char
         if self._string is not None:
             self.told = self._string.take(char)
@@ -94,9 +94,9 @@ class Value:
 
 
 class CallReader:
-    """One call, `{"name": …, "arguments": {…}}`, in any order, other fields aside.
+    """Reads one call, `{"name": …, "arguments": {…}}`, in any order; other fields are ignored.
 
-    `state` is `failed` as soon as it is no such object, `done` after its last character.
+    `state` is `failed` as soon as the text is not such an object, `done` after its last character.
     """
 
     def __init__(
@@ -107,9 +107,13 @@ class CallReader:
         name_key: str = "name",
         only: Sequence[str] = (),
     ) -> None:
-        """`begin` is called with the function's name, which stands under `name_key`, before `arguments` gets pieces of
-        the arguments' JSON text. It may return False: it is no call. With `only`, nothing but an object of exactly
-        these fields in this order is one.
+        """Reads nothing yet.
+
+        Args:
+            begin: called with the function's name before any arguments; returns False if this is not a call.
+            arguments: called with pieces of the arguments' JSON text.
+            name_key: the field with the function's name.
+            only: the exact fields of a call, in their order; empty for any.
         """
         self.state: Literal["before", "key", "colon", "value", "done", "failed"] = "before"
         self._begin = begin
@@ -120,15 +124,15 @@ class CallReader:
         self._key = ""
         self._value = Value()
         self._name: str | None = None
-        self._arguments_key = ""  # under which the arguments stand; a second one would be no more of them
-        self._held: str | None = None  # arguments that came before the name, or as a string
+        self._arguments_key = ""  # the field with the arguments; a second such field is ignored
+        self._held: str | None = None  # arguments before the name, or arguments as a string
         self.begun = False
         self._told = False
 
     def take(self, char: str) -> None:
-        """Take the next character, while the state is neither `done` nor `failed`.
+        """Reads the next character, while the state is neither `done` nor `failed`.
 
-        Once the call is begun, one that makes it fail is not taken.
+        Once the call has begun, a character that makes it fail does not belong to it.
         """
         match self.state:
             case "before":
@@ -185,7 +189,7 @@ class CallReader:
                 self._take_key(char)
 
     def _take_whole(self, text: str) -> None:
-        """A field is complete."""
+        """Reads a complete field."""
         if self._key == self._name_key and self._name is None:
             self._name = _string(text)
             if not self._name:
@@ -209,7 +213,7 @@ class CallReader:
         self.state = "done"
 
     def _start(self) -> bool:
-        """Begin the call, once its name is known; False if it is none."""
+        """Begins the call once its name is known; False if this is not a call."""
         if not self.begun and self._name is not None:
             if not self._begin(self._name):
                 self.state = "failed"
@@ -219,18 +223,18 @@ class CallReader:
 
 
 def mended(text: str) -> str:
-    """JSON text whose strings hold nothing that JSON does not allow; what is no JSON, is left."""
+    """Repairs the strings of a JSON text (see `Quoted`); text that is not JSON stays unchanged."""
     value = Value()
     return value.text if all(value.take(char) for char in text) else text
 
 
 def written(text: str) -> str:
-    """A text as it stands within quotes in JSON."""
+    """Escapes a text as JSON does within quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _string(text: str) -> str | None:
-    """What a JSON string says; None if it is none."""
+    """The value of a JSON string; None if the text is not one."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -239,7 +243,7 @@ def _string(text: str) -> str | None:
 
 
 def _is_object(text: str) -> bool:
-    """Whether it is the JSON text of an object."""
+    """Whether the text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -247,7 +251,7 @@ def _is_object(text: str) -> bool:
 
 
 def longest_beginning(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
+    """The length of the longest suffix of `text` that is a prefix of `marker`, shorter than the marker."""
     for size in range(min(len(text), len(marker) - 1), 0, -1):
         if text.endswith(marker[:size]):
             return size

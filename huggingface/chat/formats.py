@@ -1,4 +1,4 @@
-"""In which form a model writes its calls and its reasoning: told from its chat template and its added tokens.
+"""Recognizes the form of a model's calls and reasoning by its chat template and its added tokens.
 
 Sources: the chat templates of the models named below; vLLM's tool parsers; "Function calling" in transformers' docs.
 """
@@ -18,7 +18,7 @@ Template = str | Mapping[str, str] | None
 class Tags:
     """Arguments written one by one: `open` KEY `middle` VALUE `close`, and `end` after the last one.
 
-    A `padded` value stands on lines of its own. Texts are written bare, everything else as JSON.
+    A `padded` value stands on its own lines. Strings are written bare, everything else as JSON.
     """
 
     open: str
@@ -30,16 +30,16 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How calls are written.
+    """The form of a model's calls.
 
-    `begin` comes before a call, or before a list of them, `end` after it; where `begin` is empty an answer that is
-    nothing but calls counts as such. `call` is one call, with `$name` and `$arguments` in their places, and `$index`
-    where calls are numbered: a JSON object where it begins with a brace, else a head, the arguments and a tail. The
-    arguments are JSON, `lax` JSON, or what `tags` say; `python` is a list of Python's calls.
+    `begin` comes before a call, or before a list of calls, `end` after it; if `begin` is empty, an answer that consists
+    of calls only is read as calls. `call` is one call, with `$name`, `$arguments` and, where calls are numbered,
+    `$index` in their places: a JSON object if it begins with a brace, else a head, the arguments and a tail. The
+    arguments are JSON, Gemma's form (`lax`), or between `tags`; `python` is a list of calls in Python's syntax.
 
-    `lead`, `between` and `trail` are what a model writes around calls of one list, and between them; where there is no
-    list (`each`), every call has a `begin` and an `end` of its own, and `between` stands between those.
-    `special_tokens` are left in the text, where the model has them as such.
+    A model writes `lead` before the calls of one list, `between` between them and `trail` after them. Without a list
+    (`each`), every call has its own `begin` and `end`, with `between` between the calls. `special_tokens` are kept in
+    the decoded text, where the model's vocabulary has them as special tokens.
     """
 
     name: str
@@ -51,20 +51,20 @@ class ToolFormat:
     between: str = ""
     trail: str = ""
     each: bool = False
-    silent: bool = False  # `begin` is read, and not written
+    silent: bool = False  # `begin` is read, but a grammar does not write it
     lax: bool = False
     python: bool = False
     tags: Tags | None = None
-    id_length: int = 24  # Mistral's templates refuse ids of another length than 9
+    id_length: int = 24  # Mistral's templates accept ids of 9 characters only
 
     @property
     def as_object(self) -> bool:
-        """Whether a call is a JSON object of its name and its arguments."""
+        """Whether a call is a JSON object with its name and its arguments."""
         return self.call.startswith("{")
 
     @property
     def bare(self) -> bool:
-        """Whether a call may stand in an answer with nothing that marks it."""
+        """Whether a call may appear in an answer without a mark."""
         return not self.begin or self.silent
 
 
@@ -122,7 +122,7 @@ MINIMAX = _marked(
     tags=Tags('<parameter name="', '">', "</parameter>", "</invoke>"),
     **_LINES,
 )
-# Gemma 4: keys without quotes, texts within quotes of its own.
+# Gemma 4: keys without quotes, strings between marks of its own.
 GEMMA = _marked(
     "gemma",
     "<|tool_call>",
@@ -174,7 +174,7 @@ BARRED = _marked(
 )
 GRANITE = replace(BARRED, name="granite", end="", special_tokens=("<|tool_call|>",))
 LLAMA = _marked("llama", "<|python_tag|>", "", _object("parameters"), between="; ", silent=True)
-# Llama 4, and others that write Python's calls; LFM 2 puts marks around them.
+# Llama 4, and others that write calls in Python's syntax; LFM 2 puts marks around them.
 PYTHON = _marked("python", "", "", "$name($arguments)", python=True, **_LIST)
 LFM = replace(
     PYTHON,
@@ -188,7 +188,7 @@ MISTRAL = _marked("mistral", "[TOOL_CALLS]", "", _object("arguments"), special_t
 MISTRAL_ARGS = _marked(
     "mistral", "[TOOL_CALLS]", "", "$name[ARGS]$arguments", special_tokens=_MISTRAL, id_length=9, each=True
 )
-# gpt-oss: an answer is a row of messages, each in a channel of its own (see `harmony`).
+# gpt-oss: an answer is a sequence of messages, each in a channel (see `harmony`).
 HARMONY = _marked(
     "harmony",
     "",
@@ -203,14 +203,14 @@ JSON = _marked("json", "", "", _object("arguments"), **_LIST)
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """What a model puts around what it thinks."""
+    """The tags around a model's reasoning."""
 
     open: str
     close: str
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """What is to be left in the text, where the model has it as special tokens."""
+        """The tags and their inner marks, kept in the decoded text where the vocabulary has them as special tokens."""
         return self.open, self.close, *re.findall(r"<[|]?\w+[|]?>", self.open)
 
 
@@ -221,7 +221,7 @@ _REASONING = (
     ReasoningTags("<|channel>thought\n", "<channel|>"),
 )
 
-# What a template has in it that has the model write calls of a form; the first one that fits.
+# Each form with a pattern that its templates contain; the first that matches counts.
 _FOUND_BY: Sequence[tuple[ToolFormat, str]] = (
     (HARMONY, r"<\|channel\|>[\s\S]*functions\."),
     (MINIMAX, "<minimax:tool_call>"),
@@ -241,7 +241,7 @@ _FOUND_BY: Sequence[tuple[ToolFormat, str]] = (
     (PYTHON, r"func(?:tion)?_name\d?\(param"),
     (LLAMA, r"<\|python_tag\|>"),
 )
-# Where only the vocabulary says it.
+# Each form with a token of its vocabulary, for templates that do not show the form.
 _FOUND_BY_TOKEN: Sequence[tuple[ToolFormat, str]] = (
     (LLAMA, "<|python_tag|>"),
     (HERMES, "<tool_call>"),
@@ -253,9 +253,9 @@ _FOUND_BY_TOKEN: Sequence[tuple[ToolFormat, str]] = (
 
 
 def find_tool_format(template: Template, added_tokens: Collection[str]) -> ToolFormat:
-    """The form of a model's calls; `added_tokens` are texts of the tokens added to its vocabulary.
+    """The form of a model's calls; `added_tokens` are the texts of the tokens added to its vocabulary.
 
-    It is `JSON` where the template takes no tools (see `describe_tools`), or has a form that is not known here.
+    It is `JSON` where the template takes no tools (see `describe_tools`), or has an unknown form.
     """
     text = _text(template)
     if not takes_tools(template):
@@ -272,18 +272,18 @@ def find_tool_format(template: Template, added_tokens: Collection[str]) -> ToolF
 
 
 def speaks_harmony(template: Template) -> bool:
-    """Whether answers are rows of messages, each in a channel of its own: gpt-oss's, with tools or without."""
+    """Whether answers are sequences of messages in channels, as gpt-oss's are, with tools or without."""
     text = _text(template)
     return "<|channel|>" in text and "<|message|>" in text
 
 
 def harmony_tokens() -> tuple[str, ...]:
-    """The marks of such messages."""
+    """The marks of messages in channels."""
     return HARMONY.special_tokens
 
 
 def find_reasoning(template: Template, added_tokens: Collection[str]) -> ReasoningTags | None:
-    """What a model puts around what it thinks; None for one that does not think aloud."""
+    """The tags around a model's reasoning; None for a model without reasoning."""
     text = _text(template)
     by_template = (tags for tags in _REASONING if tags.close in text)
     by_tokens = (tags for tags in _REASONING if tags.open in added_tokens and tags.close in added_tokens)
@@ -291,20 +291,20 @@ def find_reasoning(template: Template, added_tokens: Collection[str]) -> Reasoni
 
 
 def begins_inside_reasoning(prompt_end: str, tags: ReasoningTags) -> bool:
-    """Whether a prompt that ends so leaves its answer in the midst of the reasoning."""
+    """Whether the prompt ends with the opening tag, so that the answer begins inside the reasoning."""
     return prompt_end.rstrip().endswith(tags.open.rstrip())
 
 
 def takes_tools(template: Template) -> bool:
-    """Whether a chat template tells the model of tools."""
+    """Whether a chat template uses `tools`."""
     return re.search(r"\btools\b", _text(template)) is not None
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]], choice: str, *, answers: bool = False) -> str:
-    """Tells a model whose template knows no tools of them, and how to call one: in the form `JSON`.
+    """Describes tools, and how to call one in the form `JSON`, to a model whose template takes no tools.
 
     `choice` is `auto`, `required`, or the name of the function to call. With `answers`, an answer without a call is
-    JSON, too.
+    JSON too.
     """
     functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     when = {

@@ -1,12 +1,11 @@
-"""Grammars that hold an answer to the form of a call, or to a form of its text, once its reasoning is done.
+"""Grammars that restrict an answer, after its reasoning, to tool calls or to a text of a given form.
 
-In llguidance's dialect of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), but for the JSON
-in it, which `forms.notation` writes. A grammar here is an object of four things: `rules` of Lark; `schemas`, those of
-the JSON values that rules of these names stand for; `marks`, what stands right before such values: the name of a rule,
-with its text in Lark and the names of the values; and `first`, the values that the answer may begin with.
+In llguidance's dialect of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), except the JSON
+values, which `forms.notation` adds. A grammar here is an object with four fields: `rules` of Lark; `schemas` of the
+JSON values, by the names of their rules; `marks`, the texts right before such values: for each rule's name, its text in
+Lark and the names of the values; and `first`, the values that the answer may begin with.
 
-What a grammar here lets a model write as a call, the readers of this folder read as one whose arguments satisfy the
-function's schema.
+The readers of this folder read every call that such a grammar allows, and its arguments satisfy the function's schema.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from ..types import Constraint
 from .argument_types import Argument, arguments_of, is_text, resolved, rooted
 from .formats import HARMONY, JSON, ReasoningTags, Tags, ToolFormat
 
-# What says something of an object's properties; where nothing does, a function has no parameters.
+# Keywords that describe an object's properties; a function whose schema has none of them has no parameters.
 _SAYING = (
     *("properties", "required", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("allOf", "anyOf", "oneOf", "$ref", "if", "not", "const", "enum"),
 )
-_MOST_STEPS = 32  # of schemas within schemas of a text
+_MOST_STEPS = 32  # nested schemas of a text
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where an answer begins, and how this model writes what stands around it.
+    """How an answer of this model begins, and the marks around its parts.
 
-    `added_tokens` are those that were added to the model's vocabulary, by their texts. An answer of a `harmony` model
-    names its channel, and may think before.
+    `added_tokens` are the ids of the tokens added to the model's vocabulary, by their texts. An answer of a `harmony`
+    model names its channel, and may have reasoning before it.
     """
 
     reasoning: ReasoningTags | None
@@ -54,17 +53,18 @@ def calls_grammar(
     parallel: bool = True,
     text: Constraint | None = None,
 ) -> dict[str, Any]:
-    """One call, or several where they may be `parallel`, of any of `tools` or of the one named; or a `text`, if given.
+    """Returns the grammar of one call, or of several if `parallel`; or also of a `text`, if given.
 
-    `tools` are OpenAI's; the arguments of each call satisfy its schema.
+    The calls are of any of `tools`, which are OpenAI's, or only of `required_name`. The arguments of each call satisfy
+    its schema.
 
     Raises:
-        ValueError: in this form no call can be held to the schema of one of the functions.
+        ValueError: this form of calls cannot express the schema of one of the functions.
     """
     functions = [tool["function"] for tool in tools]
     chosen = [function for function in functions if required_name in (None, function["name"])]
     written = _Writer(form, frame.added_tokens)
-    # Where another JSON text may stand instead, a call is JSON as a whole, for both begin with the same lexemes.
+    # Where the answer may be other JSON instead, each call is one JSON value, since both begin with the same lexemes.
     whole = text is not None and form.bare and form.as_object
     for number, function in enumerate(chosen):
         (written.json_call if whole else written.call)(function, number)
@@ -79,7 +79,7 @@ def calls_grammar(
 
 
 def answer_grammar(text: Constraint, frame: Frame) -> dict[str, Any]:
-    """A text of a form, after the rest of the reasoning."""
+    """Returns the grammar of a text of a given form, after the rest of the reasoning."""
     written = _Writer(HARMONY if frame.harmony else JSON, frame.added_tokens)
     return written.whole(written.final(text), ["text"], frame)
 
@@ -95,7 +95,7 @@ class _Writer:
         self._marks: dict[str, tuple[str, Sequence[str]]] = {}
 
     def whole(self, answer: str, first: Sequence[str], frame: Frame) -> dict[str, Any]:
-        """The grammar of an answer that may begin with the values of `first`, after what is thought."""
+        """Returns the grammar of an answer that may begin with the values of `first`, after the reasoning."""
         self._start(answer, first, frame)
         first = [] if "before" in self._marks or frame.harmony else first
         return {"rules": self.rules, "schemas": self._schemas, "marks": self._marks, "first": first}
@@ -116,23 +116,24 @@ class _Writer:
         if reasoning.close in added:
             thought = f"THOUGHT {_literal(reasoning.close, (reasoning.close,), added)}"
             self.rules.append("THOUGHT: /(.|\\n)*/")
-        else:  # everything up to the tag, and the tag itself
+        else:  # the text up to the tag, and the tag
             thought = "thought"
             self.rules.append(f"thought[suffix={_quoted(reasoning.close)}]: /(.|\\n)*/")
         self.rules.append(f"start: {self._mark('before', f'{thought} {lines}', first)} answer")
 
     def _mark(self, name: str, text: str, values: Sequence[str]) -> str:
-        """How to refer to what stands right before values."""
+        """Records the text right before values as a mark; returns the expression that refers to it."""
         if not text or not values:
             return text
         self._marks[name] = text, values
         return name
 
     def calls(self, parallel: bool, values: Sequence[str]) -> str:
-        """Calls, in the rule `call`, with what stands around them; `values` are those that are JSON as a whole."""
+        """Returns the expression for calls (the rule `call`) with their marks; `values` are calls that are one JSON
+        value."""
         form, between = self._form, self._mark("between", self._text(self._form.between), values)
         if form.name == "harmony":
-            return "call"  # its models make one call at a time
+            return "call"  # gpt-oss makes one call at a time
         begin, end = ("" if form.silent else self._text(form.begin)), self._text(form.end)
         lead, trail = self._mark("lead", self._text(form.lead), values), self._text(form.trail)
         if form.name == "json":
@@ -144,7 +145,7 @@ class _Writer:
         return f"{begin} {lead} call {several} {trail} {end}"
 
     def final(self, text: Constraint) -> str:
-        """A text that is no call, in the rule `text`."""
+        """Adds the rule `text` for an answer without a call; returns the expression for it."""
         match text.kind:
             case "json_object":
                 self._schemas["text"] = {"type": "object"}
@@ -162,7 +163,8 @@ class _Writer:
         return f"{self._mark('final', self._text('<|channel|>final<|message|>'), ['text'])} text"
 
     def call(self, function: Mapping[str, Any], number: int) -> None:
-        """The rules of a call. Its arguments are a rule of their own: a `$ref` in them begins at their schema."""
+        """Adds the rules of a call. The arguments have a rule of their own, since a `$ref` in them begins at their
+        schema."""
         name = _quoted(function["name"]) if self._form.as_object else function["name"]
         head, _, tail = self._form.call.partition("$arguments")
         before, index, after = head.replace("$name", name).partition("$index")
@@ -176,7 +178,7 @@ class _Writer:
         self.rules.append(f"call_{number}: {whole} {self._text(tail)}")
 
     def json_call(self, function: Mapping[str, Any], number: int) -> None:
-        """The same as one JSON value."""
+        """Adds the rules of a call that is one JSON value."""
         parameters = function.get("parameters") or {}
         names = re.findall(r'"(\w+)": \$', self._form.call)
         called = ({"const": function["name"]}, _with_words(parameters))
@@ -184,8 +186,8 @@ class _Writer:
         self._schemas[f"call_{number}"] = rooted({**schema, "additionalProperties": False}, parameters)
 
     def _one_by_one(self, function: Mapping[str, Any], number: int, told: str) -> str:
-        """A call, up to the last of its arguments. What stands before a value is the whole call so far: it tells the
-        argument from those of the same name in other functions."""
+        """Returns the expression for a call up to its last argument. Each value's mark is the whole call so far, which
+        distinguishes the argument from those of the same name in other functions."""
         parameters = function.get("parameters") or {}
         self.rules.append(f"told_{number}: {told}")
         try:
@@ -221,7 +223,7 @@ class _Writer:
         return f"{told} {self._text(gap + tags.end)}"
 
     def _value(self, rule: str, head: str, schema: Any, tags: Tags, line: str) -> str:
-        """What stands before an argument's value, the value, and what closes it."""
+        """Returns the expression for an argument: the text before its value, the value, and the closing tag."""
         if is_text(schema, schema):
             value, more = _up_to(rule.upper(), _text(schema), tags.close, self._added, line)
             self.rules += more
@@ -230,7 +232,7 @@ class _Writer:
         return f"{self._mark(f'{rule}_head', head, [f'{rule}_value'])} {rule}_value {self._text(line + tags.close)}"
 
     def _python(self, arguments: Sequence[Argument], number: int) -> str:
-        bare, told = f"told_{number}", ""  # without an argument so far, and with some
+        bare, told = f"told_{number}", ""  # the call so far without arguments, and with some
         for place, argument in enumerate(arguments):
             if not argument.name.isidentifier():
                 raise ValueError(f"this model's calls have no place for the name {argument.name!r}")
@@ -247,7 +249,7 @@ class _Writer:
 
 
 def _up_to(name: str, text: str, close: str, added_tokens: Mapping[str, int], line: str = "") -> tuple[str, list[str]]:
-    """Text that does not hold `close`, and that: how to refer to both, and the rules."""
+    """Returns the expression for a text without `close`, followed by `close`, and the rules that it needs."""
     held = f"({text} & ~/(?s:.*){_escaped(close)}(?s:.*)/)"
     if close in added_tokens:
         return f"{name} {_literal(line + close, (close,), added_tokens)}", [f"{name}: {held}"]
@@ -255,7 +257,7 @@ def _up_to(name: str, text: str, close: str, added_tokens: Mapping[str, int], li
 
 
 def _text(schema: Any, depth: int = 0) -> str:
-    """What a bare text has to be, as a terminal's expression."""
+    """Returns the terminal's expression for a bare text that satisfies `schema`."""
     return _text_within(schema, schema, depth)
 
 
@@ -285,7 +287,7 @@ def _text_within(schema: Any, root: Any, depth: int) -> str:
 
 
 def _any_text(schemas: Sequence[Any], root: Any, depth: int) -> str:
-    """A text of one of these, as far as a text can be held to them."""
+    """Returns the expression for a text of one of `schemas`; schemas that cannot be expressed are left out."""
     found, reason = [], None
     for each in schemas:
         try:
@@ -298,10 +300,10 @@ def _any_text(schemas: Sequence[Any], root: Any, depth: int) -> str:
 
 
 def _searched(pattern: str) -> str:
-    """A text in which the pattern is found.
+    """Returns the expression for a text in which `pattern` is found.
 
     Raises:
-        ValueError: the pattern looks around, which llguidance does not.
+        ValueError: the pattern has look-around, which llguidance does not support.
     """
     if re.search(r"(?<!\\)\(\?<?[=!]", pattern):
         raise ValueError(f"a text cannot be held to the pattern {pattern!r}: look-around is not supported")
@@ -311,7 +313,7 @@ def _searched(pattern: str) -> str:
 
 
 def _with_words(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of an object, which has no properties where nothing is said of any."""
+    """The schema of an object; without keywords for properties, it allows none."""
     schema = {**parameters, "type": "object"}
     if "additionalProperties" not in schema and not any(schema.get(name) for name in _SAYING):
         schema["additionalProperties"] = False
@@ -319,7 +321,7 @@ def _with_words(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _literal(text: str, markers: Sequence[str], added_tokens: Mapping[str, int]) -> str:
-    """A text in a grammar, with the markers in it as tokens of their own where they are some."""
+    """Returns the grammar's expression for a text; markers that are added tokens become tokens in it."""
     tokens = [marker for marker in markers if marker in added_tokens]
     pieces = re.split("(" + "|".join(map(re.escape, tokens)) + ")", text) if tokens else [text]
     written = [f"<[{added_tokens[piece]}]>" if piece in tokens else _quoted(piece) for piece in pieces if piece]
@@ -327,15 +329,15 @@ def _literal(text: str, markers: Sequence[str], added_tokens: Mapping[str, int])
 
 
 def _regex(pattern: str) -> str:
-    """A regular expression as grammars write it."""
+    """Writes a regular expression as grammars do, between slashes."""
     return "/" + re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", "\\n") + "/"
 
 
 def _escaped(text: str) -> str:
-    """A regular expression that means a text, within slashes."""
+    """Escapes a text for a regular expression between slashes."""
     return re.sub(r"([^\w\s<>])", r"\\\1", text)
 
 
 def _quoted(text: str) -> str:
-    """A text as JSON and grammars quote it."""
+    """Quotes a text as JSON and grammars do."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Reads answers of gpt-oss: a row of messages, each in a channel of its own ("OpenAI Harmony Response Format").
+"""Reads answers of gpt-oss: a sequence of messages, each in a channel ("OpenAI Harmony Response Format").
 
-What stands in `analysis` is thought, what is sent to a function is a call, everything else is said. A reader has one
-answer; pieces of any size are told the same.
+A message in `analysis` is reasoning, a message to a function is a call, everything else is content. One reader serves
+one answer; the text may come in pieces of any size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPACE = " \t\r\n"
 
 
 class HarmonyReader:
-    """One answer."""
+    """Reads one answer."""
 
     def __init__(
         self,
@@ -31,19 +31,19 @@ class HarmonyReader:
         prompt_end: str = "",
         new_id: Callable[[int], str] | None = None,
     ) -> None:
-        """Without `tools`, the names of those there are, nothing counts as a call. The prompt may have begun the
-        answer's first message."""
+        """`tools` are the functions' names; without them nothing counts as a call. `prompt_end` may hold the beginning
+        of the answer's first message."""
         self._tools = frozenset(tools or ())
         self._new_id = new_id or random_id
         self._parts: list[Part] = []
         self._calls = 0
         self._said = self._thought = False
-        self._apart: str = ""  # what parts this message from the one before
+        self._apart: str = ""  # the separator between this message and the one before
         self._kind: type[Content] | type[Reasoning] = Content
         self._arguments: JsonArguments | None = None
         self._name = ""
         self._begun = False
-        self._raw = ""  # of a call that has not begun
+        self._raw = ""  # text of a call whose arguments have not begun
         self._mode = self._in_header
         self._buffer = prompt_end.rpartition("<|start|>assistant")[2] if "<|start|>assistant" in prompt_end else ""
         while self._buffer and self._mode():
@@ -52,14 +52,14 @@ class HarmonyReader:
         self._said = self._thought = False
 
     def feed(self, text: str) -> list[Part]:
-        """What a piece of text tells."""
+        """Reads a piece of text; returns its parts."""
         self._buffer += text
         while self._buffer and self._mode():
             pass
         return self._take()
 
     def finish(self) -> list[Part]:
-        """What is left when nothing follows."""
+        """Ends the answer; returns its last parts."""
         if self._mode == self._in_message:
             self._tell(self._buffer)
             if self._arguments is not None and not self._begun:
@@ -109,7 +109,7 @@ class HarmonyReader:
 
     def _end_message(self) -> None:
         if self._arguments is not None:
-            if not self._begun and not self._raw.strip():  # a call without a word
+            if not self._begun and not self._raw.strip():  # a call without arguments
                 self._call("{}")
             if self._begun:
                 self._calls += 1
@@ -131,7 +131,7 @@ class HarmonyReader:
             if self._arguments.done or (self._arguments.broken and self._begun):
                 break
             piece = self._arguments.take(char)
-            if self._arguments.broken and not self._begun:  # it is no call
+            if self._arguments.broken and not self._begun:  # not a call
                 raw, self._arguments = self._raw, None
                 self._tell(raw + text[place:])
                 return

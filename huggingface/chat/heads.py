@@ -1,6 +1,6 @@
-"""Reads the head of a call: its name and what stands around it, before the arguments.
+"""Reads the head of a call: the name and the marks around it, before the arguments.
 
-Nothing here keeps what it has read; any thread.
+Pure functions; any thread.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from .formats import ToolFormat
 _SPACE = " \t\r\n"
 _NAME = re.compile(r"[\w.:/-]{0,192}")
 
-# Mistral's newer calls up to the arguments, and what may become such.
+# The head of Mistral's newer calls, up to the arguments, and the beginning of one.
 _MISTRAL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\s\w-]*)?(?:\[ARGS\]\s*)?(?={)")
 _MISTRAL_PART = re.compile(r"\s*[\w.-]*\s*(?:\[[A-Z_]*(?:\][\s\w-]*(?:\[[A-Z]*\]?\s*)?)?)?")
 
 
 def match_head(form: ToolFormat, text: str) -> tuple[str, int]:
-    """The name in the head of a call that `text` begins with, and where the head ends: 0 if it begins with none, and
-    less if it may still become one."""
+    """The name in the head of a call at the start of `text`, and the index where the head ends: 0 if there is no head,
+    negative if more text may complete it."""
     if form.name == "mistral":
         head = _MISTRAL.match(text)
         return (head[1], head.end()) if head else ("", -1 if _MISTRAL_PART.fullmatch(text) else 0)

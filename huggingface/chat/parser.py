@@ -1,7 +1,7 @@
-"""Reads a model's answer as it is written: what it thinks, what it says, which tools it calls.
+"""Reads a model's answer while it is generated: its reasoning, its content, and its tool calls.
 
-Text may come in pieces of any size; what is told of it is the same. No more is held back than what may be the beginning
-of a marker, or of a call that has no name yet. What looks like a call and turns out to be none, is text.
+The text may come in pieces of any size; the parts are the same. The reader holds back only what may be the beginning
+of a marker, or of a call that has no name yet. What looks like a call but is not one becomes content.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from .heads import match_head
 
 _SPACE = " \t\r\n"
 _FENCE = re.compile(r"\A```(?:json)?[ \t\r\n]*")
-_MARK = re.compile(r"```|<[^<>\s]+>")  # of what stands behind a call's arguments
+_MARK = re.compile(r"```|<[^<>\s]+>")  # a mark after a call's arguments
 _LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What the model says."""
+    """A piece of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """What it thinks before."""
+    """A piece of the model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins: the `index`-th of the answer, from 0."""
+    """The beginning of a call; `index` is its place among the answer's calls, from 0."""
 
     index: int
     id: str
@@ -59,17 +59,17 @@ Part = Content | Reasoning | CallStart | CallArguments
 
 
 class AnswerReader(Protocol):
-    """What reads one answer, piece by piece."""
+    """Reads one answer, piece by piece."""
 
     def feed(self, text: str) -> list[Part]:
-        """What a piece of text tells."""
+        """Reads a piece of text; returns its parts."""
 
     def finish(self) -> list[Part]:
-        """What is left when nothing follows."""
+        """Ends the answer; returns its last parts."""
 
 
 class AnswerParser:
-    """One answer, whose calls and reasoning stand between marks of their own."""
+    """Reads one answer whose calls and reasoning stand between marks."""
 
     def __init__(
         self,
@@ -81,11 +81,16 @@ class AnswerParser:
         exact: bool = False,
         new_id: Callable[[int], str] | None = None,
     ) -> None:
-        """Without `tools`, the names of those there are, nothing counts as a call; a mapping has the schemas of their
-        arguments, too. `new_id` makes a call's id of so many characters.
+        """Reads nothing yet.
 
-        With `exact`, what nothing marks as a call is one only if it is an object of a name and arguments, in this
-        order and with nothing else: where an answer may be JSON of another kind.
+        Args:
+            tool_format: how the model writes calls.
+            reasoning: the tags around the model's reasoning.
+            inside_reasoning: whether the prompt ends within the reasoning.
+            tools: the functions' names, or their schemas by name; without tools nothing counts as a call.
+            exact: an unmarked object is a call only if it holds a name and arguments, in this order, and nothing else:
+                for answers that may be other JSON.
+            new_id: makes a call's id of so many characters.
         """
         self._format = tool_format or JSON
         self._calls_count = tool_format is not None and bool(tools)
@@ -95,30 +100,30 @@ class AnswerParser:
         self._tags = reasoning
         self._new_id = new_id or random_id
         self._parts: list[Part] = []
-        self._told: list[str] = []  # arguments that are not yet among the parts
+        self._told: list[str] = []  # pieces of arguments that are not in `_parts` yet
         self._buffer = ""
         self._calls = 0
-        self._raw = ""  # of a call that has not begun yet, for the case that it is none
+        self._raw = ""  # text of a call that has not begun yet, kept in case it is not a call
         self._reader: CallReader | None = None
-        self._arguments: ArgumentsReader | None = None  # of a call whose name stands before it
-        self._named = ""  # that call, until its arguments begin
+        self._arguments: ArgumentsReader | None = None  # for a call whose name comes before its arguments
+        self._named = ""  # that call's name, until its arguments begin
         self._python: PythonCalls | None = None
-        self._listed = False  # calls of a whole answer
-        self._begun = False  # whether the present call was told of
-        self._calls_here = 0  # since the last marker
-        self._blank = True  # nothing but space was said since the last call, or since the reasoning
+        self._listed = False  # the whole answer may be a list of calls
+        self._begun = False  # whether the present call's start was delivered
+        self._calls_here = 0  # calls since the last marker
+        self._blank = True  # no content but space since the last call, or since the reasoning
         self._mode: Callable[[], bool] = self._in_reasoning if inside_reasoning and reasoning else self._at_start
-        self._thought = False  # whether some reasoning was told
+        self._thought = False  # whether reasoning was delivered
 
     def feed(self, text: str) -> list[Part]:
-        """What a piece of text tells."""
+        """Reads a piece of text; returns its parts."""
         self._buffer += text
         while self._buffer and self._mode():
             pass
         return self._take()
 
     def finish(self) -> list[Part]:
-        """What is left when nothing follows."""
+        """Ends the answer; returns its last parts."""
         if self._mode == self._in_reasoning:
             self._tell(Reasoning(self._buffer.rstrip(_SPACE)))
         elif self._mode in (self._at_start, self._in_content):
@@ -128,11 +133,11 @@ class AnswerParser:
             and not self._begun
             and (self._reader is not None or self._arguments is not None or not self._calls_here)
         ):
-            self._say(self._raw + self._buffer)  # else what is left is the beginning of what closes calls
+            self._say(self._raw + self._buffer)  # else the rest is the beginning of a closing mark
         self._buffer = self._raw = ""
         return self._take()
 
-    # What there is of an answer. Each takes some of the buffer, and tells whether it can go on with it ----------------
+    # The modes. Each reads some of the buffer, and returns whether reading can continue -------------------------------
 
     def _at_start(self) -> bool:
         text = self._buffer.lstrip(_SPACE)
@@ -161,7 +166,7 @@ class AnswerParser:
             self._buffer = self._buffer.lstrip(_SPACE)
             if self._tags.open.startswith(self._buffer):
                 return False
-            if self._buffer.startswith(self._tags.open):  # again, after the prompt's
+            if self._buffer.startswith(self._tags.open):  # the model repeats the prompt's tag
                 self._buffer = self._buffer[len(self._tags.open) :]
                 return True
         before, found, after = self._buffer.partition(self._tags.close)
@@ -204,13 +209,13 @@ class AnswerParser:
         return False
 
     def _in_call(self) -> bool:
-        """At a call, or at what may stand between several of them."""
+        """Reads a call, or what may stand between calls."""
         if self._reader is None and self._arguments is None:
             return self._between_calls()
         text = self._buffer
         cut = "" if self._format.tags or self._format.lax or not self._format.end else "\n" + self._format.end
         for place, char in enumerate(text):
-            if char == "\n" and self._begun and cut:  # in no JSON string
+            if char == "\n" and self._begun and cut:  # valid JSON strings never hold `cut`
                 if text.startswith(cut, place):
                     self._buffer = text[place:]
                     self._end_call()
@@ -233,7 +238,8 @@ class AnswerParser:
         return False
 
     def _take_char(self, char: str) -> tuple[bool, bool]:
-        """Take the next character of a call: whether the call ends, well or ill, and whether it was the call's."""
+        """Reads the next character of a call; returns whether the call has ended or failed, and whether the character
+        belongs to it."""
         if self._arguments is not None:
             told = self._arguments.take(char)
             if told and not self._begun:
@@ -247,7 +253,7 @@ class AnswerParser:
         return failed or self._reader.state == "done", not (failed and self._begun)
 
     def _in_python(self) -> bool:
-        """In a list of Python's calls, which are told when it is whole."""
+        """Reads a list of Python's calls, which are delivered when the list is complete."""
         assert self._python is not None  # noqa: S101 - the mode is only entered with it
         for place, char in enumerate(self._buffer):
             self._python.take(char)
@@ -263,7 +269,7 @@ class AnswerParser:
                 self._start_call(name)
                 self._told.append(arguments)
                 self._end_call()
-            self._mode = self._in_call  # what closes them
+            self._mode = self._in_call  # reads the closing mark
             return True
         self._raw += self._buffer
         self._buffer = ""
@@ -272,7 +278,7 @@ class AnswerParser:
     def _between_calls(self) -> bool:
         closing = self._buffer.lstrip(_SPACE + (",;]}" if self._calls_here else "["))
         if not closing:
-            if not self._calls_here:  # it may still turn out to be text
+            if not self._calls_here:  # it may still be content
                 return False
             self._buffer = ""
             return False
@@ -314,17 +320,17 @@ class AnswerParser:
         return True
 
     def _closing_marks(self) -> list[str]:
-        """What may stand behind a call: what ends it, and what ends them all."""
+        """The marks that may follow a call: the end of the call, and the end of all calls."""
         if self._format.name == "json":
             return ["```"]
         behind = "" if self._format.as_object else self._format.call.partition("$arguments")[2]
         return [*filter(None, [self._format.end]), *_MARK.findall(behind)]
 
     def _named_call(self, closing: str) -> bool:
-        """A name, what stands around it, and the arguments alone."""
+        """Begins a call that is a name between marks, followed by the arguments."""
         form, taken = self._format, self._buffer[: len(self._buffer) - len(closing)]
         name, end = match_head(form, closing)
-        if end < 0:  # it may still become one
+        if end < 0:  # more text may complete the head
             return False
         if not end:
             return self._no_call(closing)
@@ -347,7 +353,7 @@ class AnswerParser:
         self._mode = self._in_call if self._python is None else self._in_python
 
     def _start_call(self, name: str) -> bool:
-        if self._listed and name not in self._tools:  # an answer that is JSON, and no call
+        if self._listed and name not in self._tools:  # the answer is JSON but not a call
             return False
         self._begun = True
         self._raw = ""
@@ -364,16 +370,16 @@ class AnswerParser:
         self._blank = True
 
     def _give_up(self) -> None:
-        """It is no call: what was held back is text, and the rest is looked at anew."""
+        """Ends the attempt to read a call: the held text becomes content, and reading continues after it."""
         self._reader = self._arguments = None
         self._say(self._raw)
         self._raw = ""
         self._mode = self._in_content
 
-    # What is told ----------------------------------------------------------------------------------------------------
+    # Parts ------------------------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        """Tell what is said; space behind a call, or behind the reasoning, is nothing."""
+        """Delivers content; space after a call or after the reasoning is dropped."""
         if self._blank and (self._calls or self._thought):
             text = text.lstrip(_SPACE)
         if text:

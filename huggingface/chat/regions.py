@@ -1,7 +1,7 @@
 """Reads answers by the `response_template` that a tokenizer ships, with transformers' own `ResponseParser`.
 
-For models whose form is none of `formats`. It tells a call when it is whole: the parser gives no arguments before.
-transformers is imported when the first such answer is read, which its model's load did before.
+For models whose form is not in `formats`. A call is delivered when it is complete, since the parser gives no arguments
+before. transformers is imported when the first such answer is read; the model's load has imported it already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SPACE = " \t\r\n"
 
 
 class RegionReader:
-    """One answer. What the parser cannot read is told as text, and so is everything after it."""
+    """Reads one answer. What the parser cannot read becomes content, and so does everything after it."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class RegionReader:
         *,
         new_id: Callable[[int], str] | None = None,
     ) -> None:
-        """`prompt_end` holds the answer's first words, where the template of the chat wrote some.
+        """`prompt_end` holds the answer's first words, where the chat template has written some.
 
         Raises:
-            ValueError: the template is none.
+            ValueError: `template` is not a valid response template.
         """
         from transformers.utils.chat_parsing import ResponseParser
         from transformers.utils.chat_parsing.response_templates import load_response_template
@@ -41,13 +41,13 @@ class RegionReader:
         self._calls_count = bool(tools)
         self._new_id = new_id or random_id
         self._calls = 0
-        self._pending = ""  # what was read and is not told yet, marks and all
-        self._space = ""  # at the end of what was said or thought: it is told before more of it
+        self._pending = ""  # text that was read and not delivered yet, with its marks
+        self._space = ""  # space at the end of the last part, delivered before more text of the same kind
         self._last: type[Content] | type[Reasoning] | None = None
         self._broken = False
 
     def feed(self, text: str) -> list[Part]:
-        """What a piece of text tells. The parser gets it by the character: what it tells before it fails is kept."""
+        """Reads a piece of text; returns its parts. The parser gets single characters: parts before an error stay."""
         parts: list[Part] = []
         for place, char in enumerate(text):
             if self._broken:
@@ -59,10 +59,10 @@ class RegionReader:
         return parts
 
     def finish(self) -> list[Part]:
-        """What is left when nothing follows: a call that is not whole is none."""
+        """Ends the answer; returns its last parts. An incomplete call is dropped."""
         if self._broken:
             return []
-        parts = self._next(lambda: self._parser.feed("\n"))  # what ends a region by a pattern may end it now
+        parts = self._next(lambda: self._parser.feed("\n"))  # a region that ends by a pattern may end now
         if not self._broken:
             parts += [part for part in self._next(lambda: self._parser.finalize()[1]) if not _is_call(part)]
         return parts
@@ -101,7 +101,7 @@ class RegionReader:
         return parts
 
     def _say(self, kind: type[Content] | type[Reasoning], text: str) -> list[Part]:
-        """Tell it without the space around it."""
+        """Returns the text as a part, without the space around it."""
         if kind is not self._last:
             self._space, text = "", text.lstrip(_SPACE)
         text = self._space + text

@@ -1,6 +1,6 @@
-"""Where an answer's text goes on behind a call, and a protocol has one text for both pieces.
+"""Joins the pieces of an answer's text before and after a call, for protocols that have one text for both.
 
-One `Seams` an answer. Must not know protocols.
+One `Seams` for each answer. Must not know protocols.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ _APART = "\n\n"
 
 
 class Seams:
-    """Puts a blank line between what is said (or thought) before a call and after it."""
+    """Puts a blank line between the content (or reasoning) before a call and after it."""
 
     def __init__(self) -> None:
         self._calls = 0
-        self._told: dict[type[Part], int] = {}  # after how many calls something of a kind was told last
+        self._told: dict[type[Part], int] = {}  # the number of calls before the last part of each kind
         self._ends: dict[type[Part], str] = {}
 
     def of(self, part: Part) -> Part:
-        """The part as it is to be joined to those before it."""
+        """The part with the blank line that joins it to earlier parts, where one is needed."""
         if isinstance(part, CallStart):
             self._calls += 1
         if not isinstance(part, Content | Reasoning) or not part.text:
