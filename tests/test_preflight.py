@@ -380,7 +380,7 @@ def test_a_config_of_nonsense_is_looked_at_without_an_error(root: Path, config: 
     (folder / "config.json").write_text(json.dumps(config))
     details = looked(root, "nonsense/model")
     assert details["reachable"] is True
-    assert "could not be looked at" not in (details["problem"] or "")
+    assert "could not be inspected" not in (details["problem"] or "")
 
 
 def test_a_model_with_code_of_its_own_needs_trust(root: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a model is, told from its config and the heads of its files, before a weight is read."""
+"""Finds out what a model is from its config and the headers of its files, before weights are read."""

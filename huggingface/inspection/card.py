@@ -1,7 +1,7 @@
-"""What the small files of a model that is on this machine say of it: chat template, config, license.
+"""Reads a model's card from its small files on this machine: chat template, config, license.
 
-Nothing is asked of the Hub, and no weights are read. Any thread may call this; imports neither torch nor transformers.
-Must not know the registry or HTTP.
+Never asks the Hub and reads no weights. Any thread may call this; imports neither torch nor transformers. Must not know
+the registry or HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model says of itself. `keys` are those of a GGUF file, `config` is that of any other model."""
+    """A model's description of itself. `keys` are a GGUF file's, `config` is any other model's."""
 
     templates: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Card:
 
 
 def read_card(record: ModelRecord, options: LoadOptions) -> Card:
-    """What a registered model's files say; an empty card where they are not here, or are damaged."""
+    """Reads the card of a registered model; it is empty where the files are not on this machine or are damaged."""
     try:
         folder = files.local_folder(options.models_dir, record.model_id)
         place = (
@@ -58,7 +58,7 @@ def read_card(record: ModelRecord, options: LoadOptions) -> Card:
 
 
 def _license(folder: Path) -> str:
-    """The text of the license that lies in the folder, if one does."""
+    """The text of the license in the folder; empty if there is none."""
     for name in _LICENSES:
         path = folder / name
         if path.is_file():

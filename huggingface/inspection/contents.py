@@ -1,6 +1,6 @@
-"""What the files at a place hold: tokenizer, chat templates, and the heads of the weights.
+"""Reads the files at a place: tokenizer, chat templates, and the headers of the weights.
 
-Nothing is kept; any thread may call this. Must not know how the files are reached, nor what a model is made of them.
+Nothing is kept; any thread may call this. Must not know how the files are reached, or how a model is made of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .sources import Place
 
 logger = logging.getLogger(__name__)
 
-_MOST_HEADER = 16 << 20  # bytes of one header that comes from the Hub
+_MOST_HEADER = 16 << 20  # bytes of one header read from the Hub
 MOST_LOCAL_HEADER = 256 << 20
 _AT_ONCE = 8
 
@@ -27,10 +27,10 @@ _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tikto
 
 
 def json_object(place: Place, name: str) -> dict[str, Any]:
-    """A JSON object among the small files; an empty one where there is no such file.
+    """Reads a JSON object from a small file; returns an empty one where there is no such file.
 
     Raises:
-        FilesCorrupt: it is damaged.
+        FilesCorrupt: the file is damaged.
     """
     path = place.folder / name
     if not path.is_file():
@@ -45,7 +45,7 @@ def json_object(place: Place, name: str) -> dict[str, Any]:
 
 
 def tokenizer_config(place: Place) -> dict[str, Any]:
-    """The tokenizer's config, and the special tokens that older ones keep beside it."""
+    """The tokenizer's config, with the mask token that older tokenizers keep in a file of its own."""
     config = json_object(place, "tokenizer_config.json")
     try:
         special = json_object(place, "special_tokens_map.json")
@@ -55,7 +55,7 @@ def tokenizer_config(place: Place) -> dict[str, Any]:
 
 
 def template_files(place: Place) -> list[str]:
-    """The chat templates that are files of their own."""
+    """The chat templates in separate files."""
     found = []
     for path in (place.folder / "chat_template.jinja", *place.folder.glob("additional_chat_templates/*.jinja")):
         if path.is_file():
@@ -65,7 +65,7 @@ def template_files(place: Place) -> list[str]:
 
 
 def has_tokenizer(place: Place) -> bool:
-    """Whether any of the files is a tokenizer's, by its name."""
+    """Whether the name of any file is that of a tokenizer's file."""
     names = [name for name in place.names if "/" not in name]
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZER)
 
@@ -76,10 +76,10 @@ def gguf_names(place: Place) -> list[str]:
 
 
 def gguf_head(place: Place, name: str) -> GGUFHeader:
-    """What a GGUF file tells of itself.
+    """Reads the header of a GGUF file.
 
     Raises:
-        HeaderDamaged: it is no GGUF file, or cut short. OSError, and whatever tells why the Hub does not give it.
+        HeaderDamaged: it is not a GGUF file, or is cut short. OSError, and the Hub client's errors.
     """
     return gguf_header(partial(place.read, name), most=_most(place))
 
@@ -89,7 +89,7 @@ def _most(place: Place) -> int:
 
 
 def weight_files(place: Place, config: dict[str, Any]) -> list[str]:
-    """The files of the weights: the one, or those that its index lists. Pickles too, to be named and not to be read."""
+    """The files of the weights: one, or those that an index lists. Includes pickles, which are listed but not read."""
     known = files.weight_names(config, place.model_id, allow_pickle=True)
     first = next((name for name in known if name in place.names), None)
     if first is None or not first.endswith(".json"):
@@ -101,7 +101,7 @@ def weight_files(place: Place, config: dict[str, Any]) -> list[str]:
 
 
 def tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
-    """What all the heads list together; nothing where one cannot be had."""
+    """The tensors of all headers together; empty where one header cannot be read."""
 
     def head(name: str) -> dict[str, Tensor] | None:
         return safetensors_header(partial(place.read, name), most=_most(place))
@@ -114,8 +114,8 @@ def tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
                 heads = list(pool.map(head, names))
         else:
             heads = [head(name) for name in names]
-    except Exception as error:  # noqa: BLE001 - what the config tells stands without them
-        logger.info("the heads of the weights of %s cannot be read: %s", place.model_id, error)
+    except Exception as error:  # noqa: BLE001 - the config's details stand without them
+        logger.info("the headers of the weights of %s cannot be read: %s", place.model_id, error)
         return {}
     if any(found is None for found in heads):
         return {}

@@ -1,8 +1,8 @@
-"""A model's folder: where it is in the models folder, and whether what lies in it can be loaded without harm.
+"""Finds a model's folder in the models folder, and checks that its files can be loaded safely.
 
 Reads configs, indexes and headers, never the weights themselves; imports neither torch nor transformers, and never uses
-the network. Any thread may call this. It must not know the Hub: a folder of its cache is a folder like any other.
-Every failure is a `LoadError` that names the model, says what to do, and holds no path of this machine.
+the network. Any thread may call this. Must not know the Hub: a folder of its cache is like any other folder. Every
+failure is a `LoadError` that names the model, says what to do, and holds no path of this machine.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..errors import (
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-# JSON that transformers reads without a word when it is damaged, or with one that helps nobody.
+# JSON files whose damage transformers ignores, or reports with a message that does not help.
 _JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VOCABULARIES = (".json", ".txt", ".model", ".spm", ".tiktoken", ".codes")
-# A whole vocabulary in one file, whatever class of tokenizer reads it.
+# Files that hold a whole vocabulary, for any tokenizer class.
 _WORDS = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
-# Numbers of a config that say how many modules a model has, and how large they are; and the most that any model has.
+# Entries of a config for the number of a model's modules and for their sizes, and limits above any model's.
 _NUMBER = re.compile(r"n(um)?_")
 _LAYERS = re.compile(r"((^|_)(layers|blocks|stages|depths)|^n(um)?_(layer|block))$")
 _PARTS = re.compile(r"((^|_)(experts|heads)|^n(um)?_(head|expert))$")
@@ -43,21 +43,21 @@ _WIDTH = re.compile(
     r"(^|_)(size|dims?|width|rank|channels|embd|inner|model|ff|kv|buckets)$"
 )
 _MOST_LAYERS, _MOST_PARTS, _MOST_LABELS, _MOST_WIDTH = 1 << 12, 1 << 15, 1 << 20, 1 << 24
-_MOST_JSON = 64 << 20  # bytes of a JSON file that is no vocabulary
-_MOST_TEMPLATE = 1 << 20  # characters: the longest there are have a thirtieth of it
+_MOST_JSON = 64 << 20  # bytes of a JSON file that is not a vocabulary
+_MOST_TEMPLATE = 1 << 20  # characters: 30 times the longest known template
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_SIZE = 1024  # bytes; Git LFS keeps its pointers below
+_POINTER_SIZE = 1024  # bytes; pointers of Git LFS are smaller
 _IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
 
 
 def local_folder(models_dir: Path, model_id: str) -> Path | None:
-    """The model's folder in the models folder, or None where there is none and the Hub is to be asked.
+    """The model's folder in the models folder, or None where there is none.
 
-    `model_id` has been checked as a Hub id. For an id without an organization, a folder that holds folders only is not
-    a model's, but that of an organization of this name.
+    `model_id` has been checked as a Hub id. For an id without an organization, a folder that holds only folders belongs
+    to an organization of this name, not to a model.
 
     Raises:
-        FilesMissing: there is a link of this name that leads nowhere, or a folder that may not be read.
+        FilesMissing: the folder is a broken link, or cannot be read.
     """
     folder = models_dir / model_id
     try:
@@ -74,10 +74,10 @@ def local_folder(models_dir: Path, model_id: str) -> Path | None:
 
 
 def read_config(model_id: str, folder: Path) -> dict[str, Any]:
-    """The content of `config.json`.
+    """Reads `config.json`.
 
     Raises:
-        FilesMissing: there is none. FilesCorrupt: it is not a JSON object. ModelUnsupported: a pipeline of diffusers.
+        FilesMissing: there is none. FilesCorrupt: it is damaged. NotServed: the folder holds a pipeline of diffusers.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -97,10 +97,10 @@ def read_config(model_id: str, folder: Path) -> dict[str, Any]:
 
 
 def _check_config(model_id: str, config: Mapping[str, Any]) -> None:
-    """Refuse what no model's config says, and what would never end, or take all memory, when a model is made of it.
+    """Refuses entries that no model has, and numbers with which building the model would never end or fill all memory.
 
     Raises:
-        FilesCorrupt: naming the entry.
+        FilesCorrupt: names the entry.
     """
     said = config.get("architectures")
     if said is not None and not (isinstance(said, list) and all(isinstance(name, str) for name in said)):
@@ -119,7 +119,7 @@ def _check_config(model_id: str, config: Mapping[str, Any]) -> None:
 
 
 def _may_be(name: str, value: float) -> bool:
-    """Whether a config may have that number under that name."""
+    """Whether a config may have this number in the entry `name`."""
     if isinstance(value, bool):
         return not _NUMBER.match(name)
     if _LAYERS.search(name):
@@ -132,14 +132,14 @@ def _may_be(name: str, value: float) -> bool:
 
 
 def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """See that `folder` holds a config and whole weights, and nothing that would run code against the settings.
+    """Checks that `folder` holds a config and complete weights, and nothing that would run code against the settings.
 
-    Returns the content of `config.json`; reads no more of the weights than their headers.
+    Returns the content of `config.json`; reads only the headers of the weights.
 
     Raises:
         FilesMissing: no config, or no weights.
-        FilesRefused: the only weights are pickles and `allow_pickle` is off, or `code_modules` names another id that is
-            not among `trusted` while this one is.
+        FilesRefused: the only weights are pickles and `allow_pickle` is off, or the model is `trusted` but uses code of
+            a repository that is not.
         FilesCorrupt: a part is missing, damaged or cut short.
     """
     config = read_config(model_id, folder)
@@ -173,9 +173,9 @@ def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset
 
 
 def weights_bytes(model_id: str, folder: Path, *, allow_pickle: bool) -> int:
-    """Bytes of the files that hold the weights of a folder, as far as they are there.
+    """The size in bytes of the weights' files that exist in a folder.
 
-    Raises: as `check`, where it cannot be told which files these are.
+    Raises: as `check`, where the names of the files cannot be found.
     """
     names = weight_names(read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
     first = next((name for name in names if (folder / name).is_file()), None)
@@ -186,7 +186,7 @@ def weights_bytes(model_id: str, folder: Path, *, allow_pickle: bool) -> int:
 
 
 def _check_tokenizer_files(model_id: str, folder: Path) -> None:
-    """Refuse Git LFS pointers, which some tokenizers would read as a vocabulary. A whole tokenizer.json is enough."""
+    """Refuses Git LFS pointers, which some tokenizers would read as a vocabulary, unless tokenizer.json is complete."""
     if (folder / "tokenizer.json").is_file() and not _is_pointer(folder / "tokenizer.json"):
         return
     for path in sorted(folder.iterdir()):
@@ -195,33 +195,33 @@ def _check_tokenizer_files(model_id: str, folder: Path) -> None:
 
 
 def weight_names(config: dict[str, Any], model_id: str, *, allow_pickle: bool) -> tuple[str, ...]:
-    """The files that the weights may be in or be listed in, in the order in which transformers takes them.
+    """The files that may hold or list the weights, in transformers' order of preference.
 
     Raises:
-        FilesRefused: the config names a file of its own choice that is not a safetensors file in the model's folder.
+        FilesRefused: the config names a file that is not a safetensors file in the model's folder.
     """
     own = config.get("transformers_weights")
     if own is not None:
         kinds = (".safetensors", ".safetensors.index.json")
         if not (isinstance(own, str) and _is_inside(own) and own.endswith(kinds)):
             raise FilesRefused(
-                f"Model '{model_id}': its config names weights that are no safetensors file of its folder"
+                f"Model '{model_id}': its config names weights that are not a safetensors file in its folder"
             )
         return (own,)
     return (*SAFETENSORS, *PICKLES) if allow_pickle else SAFETENSORS
 
 
 def shards(model_id: str, folder: Path, index: str) -> list[str]:
-    """The file names that an index of weights lists, each once.
+    """The distinct file names that an index of weights lists.
 
     Raises:
-        FilesCorrupt: it is damaged, or lists what is not a file of its kind within the folder.
+        FilesCorrupt: the index is damaged, or lists a file of another kind or outside the folder.
     """
     try:
         names = sorted(set(json.loads((folder / index).read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FilesCorrupt(f"Model '{model_id}': {index} is damaged; download it again") from error
-    # transformers reads as a pickle whatever is not called a safetensors file, in whichever index it stands.
+    # transformers reads every file without the name of a safetensors file as a pickle, whatever the index's kind.
     kind = ".safetensors" if ".safetensors." in index else ".bin"
     if not names or not all(isinstance(name, str) and _is_inside(name) for name in names):
         raise FilesCorrupt(f"Model '{model_id}': {index} lists files outside the model's folder, or none at all")
@@ -231,7 +231,7 @@ def shards(model_id: str, folder: Path, index: str) -> list[str]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file has a sound header, and the length that it tells."""
+    """Whether a safetensors file has a valid header, and the length that the header gives."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -242,14 +242,14 @@ def is_whole(path: Path) -> bool:
 
 
 def diffusion(model_id: str) -> NotServed:
-    """The refusal of a folder that holds a pipeline of diffusers."""
+    """The error for a folder that holds a pipeline of diffusers."""
     return NotServed(
         f"Model '{model_id}' is a diffusion pipeline (model_index.json), which does none of this server's text tasks"
     )
 
 
 def only_pickles(model_id: str) -> FilesRefused:
-    """The refusal of a model whose weights are pickles."""
+    """The error for a model whose weights are all pickles."""
     return FilesRefused(
         f"Model '{model_id}' has no safetensors weights, only pickles (pytorch_model.bin), which can run any code when "
         "they are loaded. If you trust them, set LOCAL_LLM_ALLOW_PICKLE=true"
@@ -257,15 +257,15 @@ def only_pickles(model_id: str) -> FilesRefused:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is any file that tells of a tokenizer; some kinds, which read bytes, have no more than a config."""
+    """Whether any file belongs to a tokenizer; tokenizers that read bytes have only a config."""
     patterns = ("tokenizer*", "vocab*", *_WORDS)
     return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
 
 
 def lacking_vocabulary(folder: Path, names: Mapping[str, str]) -> str | None:
-    """Which file a tokenizer needs and does not find, or None where there is one to read its vocabulary from.
+    """The name of the vocabulary file that a tokenizer lacks, or None where it has one or needs none.
 
-    `names` are its class's `vocab_files_names`; there are none for tokenizers that read bytes.
+    `names` are its class's `vocab_files_names`; it is empty for tokenizers that read bytes.
     """
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if not names or present & set(names.values()):
@@ -276,19 +276,19 @@ def lacking_vocabulary(folder: Path, names: Mapping[str, str]) -> str | None:
 
 
 def check_templates(model_id: str, templates: Iterable[Any]) -> None:
-    """Refuse chat templates that are too long to be looked through at every request.
+    """Refuses chat templates that are too long to be searched at every request.
 
     Raises:
-        ModelUnsupported: one is longer than any template of a model.
+        ModelUnsupported: a template is too long.
     """
     if any(isinstance(template, str) and len(template) > _MOST_TEMPLATE for template in templates):
         raise ModelUnsupported(f"Model '{model_id}': its chat template is longer than {_MOST_TEMPLATE} characters")
 
 
 def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:
-    """The Python modules (without `.py`) that the folder's `auto_map`s name, by the repository that holds them.
+    """The Python modules (without `.py`) that the folder's `auto_map`s name, by their repository.
 
-    That is `model_id` itself, unless an entry names another (`owner/name--module.Class`).
+    The repository is `model_id`, unless an entry names another (`owner/name--module.Class`).
     """
     modules: dict[str, list[str]] = {}
     for name in ("config.json", "tokenizer_config.json"):
@@ -348,6 +348,6 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name within a folder stays within it, on any system."""
+    """Whether a file name stays within its folder, on any system."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not re.search(r"[\\:\0]", name) and "/" not in parts and ".." not in parts

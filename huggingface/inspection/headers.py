@@ -1,7 +1,7 @@
-"""The heads of weights files: which tensors a safetensors or GGUF file holds, and what a GGUF file says of its model.
+"""Reads the headers of weights files: the tensors of a safetensors or GGUF file, and a GGUF file's keys.
 
-A file is a function that gives bytes of it, so one on the Hub is read as one on the disk is, and never further than its
-head. Pure functions; any thread may call them. Must not know paths, the network, or what a model is.
+A file is given as a function that reads bytes, so files on the Hub and on the disk are read alike, and never beyond the
+header. Pure functions; any thread may call them. Must not know paths, the network, or what a model is.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 # `read(start, length)`: the bytes from `start` on; fewer only where the file ends.
 Read = Callable[[int, int], bytes]
 
-_LONGEST_JSON = 100_000_000  # bytes of a safetensors header, by the format's own limit
-_MOST_ENTRIES = 1_000_000  # of a GGUF file's tensors or keys: more is damage
-_FIRST_BLOCK, _LARGEST_BLOCK = 1 << 16, 1 << 22  # bytes asked for at once: more each time
+_LONGEST_JSON = 100_000_000  # bytes of a safetensors header, the format's own limit
+_MOST_ENTRIES = 1_000_000  # tensors or keys of a GGUF file: more mean damage
+_FIRST_BLOCK, _LARGEST_BLOCK = 1 << 16, 1 << 22  # bytes of one read, doubled each time
 
-# What a safetensors file calls a type: what torch calls it, and the bits of one value.
+# A type's name in a safetensors file: its name in torch, and the bits of one value.
 SAFETENSORS_TYPES: Mapping[str, tuple[str, int]] = {
     "BOOL": ("bool", 8),
     "F4": ("float4_e2m1fn_x2", 4),
@@ -42,7 +42,7 @@ SAFETENSORS_TYPES: Mapping[str, tuple[str, int]] = {
     "U64": ("uint64", 64),
 }
 
-# A GGUF file's number of a type: its name, the values in one block, and the block's bytes.
+# A type's number in a GGUF file: its name, the values in one block, and the block's bytes.
 GGUF_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -78,19 +78,19 @@ GGUF_TYPES: Mapping[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 
-# A GGUF value's type: how `struct` reads it. Strings (8) and arrays (9) are read otherwise.
+# The type of a GGUF value: its format for `struct`. Strings (8) and arrays (9) have code of their own.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 
 
 class HeaderDamaged(ValueError):
-    """The file does not begin as one of its kind does."""
+    """The file has no valid header of its format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor as a header tells of it: the file's own name of its type, its shape, and its bytes (None: unknown)."""
+    """One tensor in a header: the file's name of its type, its shape, and its bytes (None: unknown)."""
 
     type: str
     shape: tuple[int, ...]
@@ -98,15 +98,15 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        """How many values it has."""
+        """The number of values."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a GGUF file tells of itself. `values` are its keys; of an array only the length is kept.
+    """The header of a GGUF file. `values` are its keys; of an array only the length is kept.
 
-    `tensors` is None where the head was longer than might be read. `end` is the byte at which the last tensor ends.
+    `tensors` is None where the header is longer than the limit. `end` is the byte at which the last tensor ends.
     """
 
     values: Mapping[str, Any]
@@ -118,7 +118,7 @@ def safetensors_header(read: Read, *, most: int = _LONGEST_JSON) -> dict[str, Te
     """The tensors of a safetensors file by name, or None where its header is longer than `most` bytes.
 
     Raises:
-        HeaderDamaged: it is none. Whatever `read` raises.
+        HeaderDamaged: it is not a safetensors file. Errors of `read` pass through.
     """
     start = read(0, 8)
     if len(start) < 8:
@@ -144,7 +144,7 @@ def gguf_header(read: Read, *, most: int) -> GGUFHeader:
     """The keys and the tensors of a GGUF file, as far as they lie within its first `most` bytes.
 
     Raises:
-        HeaderDamaged: it is none, or of a version that is not 2 or 3. Whatever `read` raises.
+        HeaderDamaged: it is not a GGUF file of version 2 or 3. Errors of `read` pass through.
     """
     stream = _Stream(read, most)
     values: dict[str, Any] = {}
@@ -206,11 +206,11 @@ def _value(stream: _Stream, kind: int, depth: int = 0) -> Any:
 
 
 class _TooFar(Exception):
-    """The header goes on beyond what may be read."""
+    """The header is longer than the limit."""
 
 
 class _Stream:
-    """Bytes from the start on, read in blocks that grow; nothing is read twice."""
+    """Reads bytes from the start in growing blocks; nothing is read twice."""
 
     def __init__(self, read: Read, most: int) -> None:
         self._read, self._most = read, most
@@ -246,7 +246,7 @@ class _Stream:
         return self.take(length).decode("utf-8", "replace")
 
     def skip_texts(self, count: int) -> None:
-        """Go past `count` strings: a vocabulary has hundreds of thousands, so this is the one loop that is hurried."""
+        """Skips `count` strings: a vocabulary has hundreds of thousands, so this loop alone is written for speed."""
         for _ in range(count):
             try:
                 (length,) = _LENGTH.unpack_from(self._buffer, self.position)

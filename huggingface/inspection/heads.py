@@ -1,6 +1,6 @@
-"""Which head a model's weights have: the one chooser, for a model that is looked at and for one that is loaded.
+"""Chooses the head of a model's weights, both for preflight and for a load.
 
-It works on transformers' own tables of class names: the loader imports them, preflight reads them from the source files
+Works on transformers' own tables of class names: the loader imports them, preflight reads them from the source files
 (`names`). Nothing changes after the constructor; any thread may call this. Must not know files, or import transformers.
 """
 
@@ -33,29 +33,29 @@ _OF_HEADS: Mapping[Head, str] = {
     "table-question-answering": "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
     "base": "MODEL_MAPPING_NAMES",
 }
-# Models that see or hear, and write text. Of some kinds AutoModelForCausalLM reads the half that writes.
+# Models that read images or audio and write text. For some kinds AutoModelForCausalLM loads only the language model.
 _WHOLE = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 TABLES = (*_OF_HEADS.values(), *_WHOLE)
 
-# Kinds that see or hear, and whose model cannot do without, although its inputs are told like those of one that can.
+# Kinds that need an image or audio, although their declared inputs look like those of kinds that do not.
 _NEVER_ALONE = frozenset({"align", "blip", "bridgetower", "flava", "idefics", "lxmert", "vilt"})
-# Inputs that are no text.
+# Inputs other than text.
 _FOREIGN = frozenset({"pixel_values", "input_features", "input_values", "visual_feats", "visual_pos"})
 
 Classes = tuple[str, ...]
-# What a model's class reads: its modalities, and the arguments of its `forward` with whether they must be given.
+# The inputs of a model class: its modalities, and the arguments of its `forward` with whether they are required.
 Inputs = tuple[str | Sequence[str], Mapping[str, bool]]
 
 
 class Heads:
-    """transformers' tables of heads. A kind is a `model_type` of config.json, an architecture a name of a class."""
+    """transformers' tables of heads. A kind is a `model_type` of config.json, an architecture is a class name."""
 
     def __init__(self, tables: Mapping[str, Any]) -> None:
-        """`tables` has a mapping from kinds to a name or names of classes for each of `TABLES`."""
+        """`tables` holds, for each of `TABLES`, a mapping from a kind to one or more class names."""
         self._tables = {name: {kind: _classes(value) for kind, value in tables[name].items()} for name in TABLES}
 
     def classes(self, head: Head, kind: str) -> Classes:
-        """The architectures with this head that a kind has."""
+        """The architectures of a kind with this head."""
         return self._tables[_OF_HEADS[head]].get(kind, ())
 
     def every(self, head: Head) -> frozenset[str]:
@@ -74,16 +74,17 @@ class Heads:
         remote: Collection[str],
         encoder_decoder: bool,
     ) -> Head | None:
-        """The head that the weights have, or None where there is none that serves a task here.
+        """The head that the weights have, or None where no head serves a task here.
 
-        Weights that have several heads, or do not say what they are, get the first of `wanted` that their kind knows;
-        without `wanted` it cannot be told. `remote` are the auto classes that the folder has code of its own for.
+        Where the weights fit several heads, or the config names no architecture, the first of `wanted` that the kind
+        has is chosen; without `wanted`, a config without architectures gives None. `remote` are the auto classes for
+        which the folder has its own code.
         """
-        if wanted == ("base",) and self.classes("base", kind):  # AutoModel reads any checkpoint, without its head
+        if wanted == ("base",) and self.classes("base", kind):  # AutoModel loads any checkpoint without its head
             return "base"
         order = [*(wanted or ()), *(head for head in HEADS if head not in (wanted or ()))]
         for architecture in architectures:
-            # BART is one class for filling masks and for generating; the latter's tasks include the former.
+            # BART has one class for filling masks and generating; the tasks of the generating head include both.
             if "masked-lm" in (wanted or ()) and architecture in self.classes("seq2seq-lm", kind):
                 return "seq2seq-lm"
             if architecture in self._whole(kind) and self.classes("causal-lm", kind):
@@ -94,7 +95,7 @@ class Heads:
             for head in order:
                 if AUTO_CLASSES[head] in remote:
                     return head
-            # Older names: a pretraining or language-model head has the weights of the plain one.
+            # Older names: a pretraining or language-model head has the weights of the present head.
             if architecture.endswith(("ForPreTraining", "LMHeadModel")):
                 plain: list[Head] = ["masked-lm", "causal-lm", "seq2seq-lm"]
                 if wanted is not None:
@@ -112,9 +113,9 @@ class Heads:
     def no_text(
         self, head: Head, kind: str, architectures: Sequence[str], inputs: Callable[[str], Inputs | None]
     ) -> str | None:
-        """The architecture, with why it cannot be run on a text alone ("X, which reads …"); None where it can.
+        """The architecture with the reason why it cannot run on a text alone ("X, which reads …"); None where it can.
 
-        `inputs` tells what a class reads, or None where that is not known.
+        `inputs` returns the inputs of a class, or None where they are unknown.
         """
         if head in ("causal-lm", "seq2seq-lm"):
             return None
@@ -131,9 +132,9 @@ def _classes(value: Any) -> Classes:
 
 
 def _why_no_text(kind: str, modalities: str | Sequence[str], arguments: Mapping[str, bool], writes: bool) -> str | None:
-    """Why a class cannot be run on a text alone, in words after "which"; None where it can.
+    """The reason why a class cannot run on a text alone, in words after "which"; None where it can.
 
-    `writes` tells whether its kind has a language model, which is run on texts alone whatever else it reads.
+    `writes` says whether its kind has a language model, which runs on texts alone whatever else it reads.
     """
     read = (modalities,) if isinstance(modalities, str) else tuple(modalities)
     others = " and ".join(each for each in read if each != "text") or "other things"

@@ -1,6 +1,6 @@
-"""Which models lie in the models folder: folders that hold a whole one, by the id that the loader finds them by.
+"""Lists the models in the models folder: folders that hold a complete model, by the id under which it is loaded.
 
-Reads names and the heads of weights files. Pure functions; any thread may call them. Must not know the registry.
+Reads names and the headers of weights files. Pure functions; any thread may call them. Must not know the registry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def model_folders(models_dir: Path) -> Iterator[tuple[str, Path]]:
-    """The folders that hold a whole model: `<name>`, or `<organization>/<name>`."""
+    """The folders that hold a complete model, each with its id: `<name>`, or `<organization>/<name>`."""
     for outer in _folders(models_dir):
         if _holds_model(outer.name, outer):
             yield outer.name, outer
@@ -31,7 +31,7 @@ def model_folders(models_dir: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder whose names can be part of an id; none where it cannot be read."""
+    """The folders in a folder that are not hidden; none where it cannot be read."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
     except OSError as error:
@@ -40,7 +40,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _holds_model(model_id: str, folder: Path) -> bool:
-    """Whether there are weights and what tells what they are; neither is in a download that was broken off."""
+    """Whether a folder holds complete weights and a config; a download that was broken off does not."""
     try:
         check_model_id(model_id)
         names = {path.name for path in folder.iterdir() if path.is_file()}

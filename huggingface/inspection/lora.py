@@ -1,7 +1,7 @@
-"""What the files of a LoRA adapter tell, before it is put on a model: whether it can be, and how much memory it takes.
+"""Checks the files of a LoRA adapter before it is attached to a model, and computes the memory that it takes.
 
-Reads its config and the head of its weights, and no number. Pure functions; any thread may call them. Imports neither
-torch nor peft, and must not know models, the network or requests.
+Reads the config and the header of the weights, not the weights themselves. Pure functions; any thread may call them.
+Imports neither torch nor peft, and must not know models, the network or requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .headers import SAFETENSORS_TYPES, HeaderDamaged, Tensor, safetensors_heade
 
 CONFIG, WEIGHTS, PICKLES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# What a LoRA config may ask for besides factors beside products, with the words for why it is not to be had here.
+# Features of a LoRA config besides low-rank factors, each with the reason why it is not supported.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "modules_to_save": "it replaces whole modules",
@@ -26,24 +26,24 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "layer_replication": "it repeats the model's layers",
         "target_parameters": "it adapts parameters that are not those of a product",
         "megatron_config": "it is for Megatron's layers",
-        "alora_invocation_tokens": "it is at work from a token on only",
+        "alora_invocation_tokens": "it applies only from a certain token on",
         "use_qalora": "it is for quantized groups of inputs",
         "use_bdlora": "its factors are in blocks",
         "arrow_config": "it chooses among other adapters",
         "kasa_config": "it changes the base's weights",
         "velora_config": "it is a way of training",
-        "monteclora_config": "its factors are drawn by chance",
+        "monteclora_config": "its factors are sampled at random",
     }
 )
-# How factors began matters only where the base's weights were changed with them. These leave the base as it was.
+# Initializations of the factors that leave the base's weights unchanged; others would need a changed base.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 _PREFIX = "base_model.model."
-_HALVES = ("F16", "BF16")  # peft makes float32 of these
+_HALVES = ("F16", "BF16")  # peft converts these to float32
 
 
 def check(what: str, folder: Path) -> dict[str, Any]:
-    """The content of an adapter's config, after a look at it and at the weights beside it; without peft or torch.
+    """Checks an adapter's config and weights file; returns the config. Needs neither peft nor torch.
 
     Raises:
         FilesMissing, FilesCorrupt, FilesRefused, ModelUnsupported: as their names say; `what` begins the message.
@@ -66,10 +66,10 @@ def check(what: str, folder: Path) -> dict[str, Any]:
 
 
 def check_pickled(what: str, names: Iterable[str]) -> NoReturn:
-    """Say why an adapter without weights that could be read cannot be used.
+    """Refuses an adapter without safetensors weights.
 
     Raises:
-        FilesRefused: it has others. FilesMissing: it has none.
+        FilesRefused: its weights are pickles. FilesMissing: it has no weights.
     """
     if PICKLES in names:
         raise FilesRefused(
@@ -79,10 +79,10 @@ def check_pickled(what: str, names: Iterable[str]) -> NoReturn:
 
 
 def check_config(what: str, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter by what its config asks for.
+    """Refuses an adapter whose config asks for an unsupported feature.
 
     Raises:
-        ModelUnsupported: it is more than factors beside products.
+        ModelUnsupported: the adapter is more than low-rank factors.
     """
     if config.get("peft_type") != "LORA":
         raise ModelUnsupported(f"{what} is of the kind {config.get('peft_type')}; only LORA can be chosen per request")
@@ -101,12 +101,12 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
 def check_factors(
     what: str, config: Mapping[str, Any], head: Mapping[str, Tensor], products: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse factors that are not of the rank that the config says, or that do not fit the base.
+    """Checks the factors' rank against the config, and their shapes against the base.
 
     `products` are the shapes of the base's weights by their names, as far as they are known.
 
     Raises:
-        FilesCorrupt: as said above.
+        FilesCorrupt: a rank or a shape does not match.
     """
     rank = config.get("r")
     for name, factor in head.items():
@@ -130,10 +130,10 @@ def check_factors(
 
 
 def read_head(what: str, folder: Path) -> dict[str, Tensor]:
-    """The tensors in the file of an adapter's weights, by name.
+    """The tensors in an adapter's weights file, by name.
 
     Raises:
-        FilesCorrupt: it is damaged. FilesMissing: it cannot be read.
+        FilesCorrupt: the file is damaged. FilesMissing: it cannot be read.
     """
 
     def read(start: int, length: int) -> bytes:
@@ -150,7 +150,7 @@ def read_head(what: str, folder: Path) -> dict[str, Tensor]:
 
 
 def factor_bytes(head: Mapping[str, Tensor]) -> int:
-    """Bytes that an adapter takes in memory: its factors, those of 16 bits as float32, and no copies of the base's."""
+    """Bytes of an adapter in memory: its factors, with 16-bit ones as float32, without its copies of base weights."""
     bits = {
         name: 32 if tensor.type in _HALVES else SAFETENSORS_TYPES.get(tensor.type, ("", 32))[1]
         for name, tensor in head.items()

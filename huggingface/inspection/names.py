@@ -1,8 +1,8 @@
-"""What the installed transformers knows, read from its source files without importing it, which takes seconds.
+"""Reads the tables of the installed transformers from its source files, since importing it takes seconds.
 
-Its tables are literals: which kinds of model there are, which class each head has, and what a config says of itself.
-One object reads each table once, when it is first asked for; any thread may ask. Where transformers is not installed
-there is nothing to read, and `installed` says so. Must not know files of models, the Hub or the registry.
+The tables are literals: the kinds of model, the classes of each head, and the defaults of configs. One object reads
+each table once, at its first use; any thread may call it. Where transformers is not installed, `installed` is false and
+the tables are empty. Must not know files of models, the Hub or the registry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Names:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Where transformers lies, or None."""
+        """The folder of the installed transformers, or None."""
         try:
             found = find_spec("transformers")
         except (ImportError, ValueError):
@@ -37,12 +37,12 @@ class Names:
 
     @property
     def installed(self) -> bool:
-        """Whether there is anything to read."""
+        """Whether transformers is installed."""
         return self.folder is not None
 
     @property
     def version(self) -> str:
-        """Of transformers, for messages."""
+        """The version of transformers, for messages."""
         try:
             return metadata.version("transformers")
         except metadata.PackageNotFoundError:
@@ -52,28 +52,28 @@ class Names:
 
     @cached_property
     def configs(self) -> Mapping[str, str]:
-        """The config's class of each kind of model (`model_type` in config.json)."""
+        """The config class of each kind of model (`model_type` in config.json)."""
         return self._mappings("CONFIG_MAPPING_NAMES")
 
     @cached_property
     def heads(self) -> Heads:
-        """Which architectures have which head."""
+        """The architectures of each head."""
         source = self._source("models/auto/modeling_auto.py")
         return Heads({table: dict(_literal_pairs(source, table)) for table in TABLES})
 
     def inputs(self, config_type: str, architecture: str) -> Inputs | None:
-        """What a class reads, by its source; None where that is not told there."""
+        """The inputs of a class, from its source; None where the source does not show them."""
         return _inputs(self._own_source("modeling", config_type), architecture)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, str | None]:
-        """The tokenizer's class of each kind of model."""
+        """The tokenizer class of each kind of model."""
         corrected = dict.fromkeys(self.corrected_tokenizers, "TokenizersBackend")
         return {**corrected, **self._table("models/auto/tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")}
 
     @cached_property
     def corrected_tokenizers(self) -> frozenset[str]:
-        """Kinds of model whose own word about their tokenizer's class is not taken."""
+        """Kinds of model for which transformers ignores the tokenizer class in their config."""
         source = self._source("models/auto/tokenization_auto.py")
         listed = _statements(source, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
         return frozenset(name for statement in listed for name in _strings(statement))
@@ -87,23 +87,23 @@ class Names:
 
     @cached_property
     def gguf_by_itself(self) -> frozenset[str]:
-        """Those that it reads without the package `gguf`."""
+        """The architectures of GGUF files that transformers reads without the package `gguf`."""
         return frozenset(self._table("integrations/gguf/gguf_conversion_mapping.py", "GGUF_ARCHS"))
 
     def is_tokenizer(self, name: str) -> bool:
-        """Whether a tokenizer's class of this name is known."""
+        """Whether transformers has a tokenizer class of this name."""
         plain = name.removesuffix("Fast")
         return plain in {str(each).removesuffix("Fast") for each in self.tokenizers.values()} | _GENERIC
 
     def reads_gguf(self, architecture: str) -> bool:
-        """Whether a GGUF file of this architecture can be loaded; some go by a longer name there, some by another."""
+        """Whether transformers loads GGUF files of this architecture, whose name may differ from transformers' own."""
         plain = architecture.replace("-", "_").replace("moe", "_moe").replace("__", "_")
         return bool({architecture, plain} & self.gguf) or architecture.startswith(("t5", "mistral"))
 
     # A config's class -------------------------------------------------------------------------------------------------
 
     def config_defaults(self, config_type: str) -> Mapping[str, Any]:
-        """The constants in the body of a config's class: what holds where config.json is silent, and other names."""
+        """The constants in the body of a config class: the defaults of config.json, and other names of its entries."""
         name = self.configs.get(config_type)
         if name is not None and config_type not in self._defaults:
             classes = _class_bodies(self._own_source("configuration", config_type))
@@ -121,7 +121,7 @@ class Names:
     # A tokenizer's class ----------------------------------------------------------------------------------------------
 
     def tokenizer_packages(self, name: str) -> frozenset[str]:
-        """The packages without which a tokenizer's class cannot be used, beside transformers' own."""
+        """The packages that a tokenizer class needs besides those of transformers itself."""
         if name not in self._packages:
             kinds = [kind for kind, tokenizer in self.tokenizers.items() if tokenizer == name]
             defined = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
@@ -133,7 +133,7 @@ class Names:
     # A quantizer's class ----------------------------------------------------------------------------------------------
 
     def quantizer_modules(self, method: str) -> set[str]:
-        """The modules without which weights of this quantization cannot be loaded (`quant_method` of a config)."""
+        """The modules that loading weights of this quantization needs (`quant_method` of a config)."""
         listed, known = self._source("quantizers/auto.py"), self._source("utils/import_utils.py")
         name = re.search(rf'"{re.escape(method)}(?:_[48]bit)?": (\w+Quantizer),', listed)
         file = re.search(rf"from \.(\w+) import {name[1]}$", listed, re.MULTILINE) if name else None
@@ -149,7 +149,7 @@ class Names:
     # Files ------------------------------------------------------------------------------------------------------------
 
     def _own_source(self, part: str, config_type: str) -> str:
-        """The file with a part of a kind's own code, such as `modeling`; empty where it has none."""
+        """The source of a part of a kind's code, such as `modeling`; empty where there is no such file."""
         module = self._modules.get(config_type) or config_type.replace("-", "_")
         path = f"models/{module}/{part}_{module}.py"
         return self._source(path) if self.folder is not None and (self.folder / path).is_file() else ""
@@ -161,19 +161,19 @@ class Names:
         return dict(_literal_pairs(self._source(path), name))
 
     def _mappings(self, name: str) -> dict[str, Any]:
-        """A table of configs, most of which is generated and lies in a file of its own."""
+        """A table of configs from two files: one is generated and holds most of it, one is written by hand."""
         return self._table("models/auto/auto_mappings.py", name) | self._table(
             "models/auto/configuration_auto.py", name
         )
 
 
 _HAS_MISTRAL = find_spec("mistral_common") is not None
-# Classes that read whatever a tokenizer.json holds, and such as are always there.
+# Classes that read any tokenizer.json, and classes that are always there.
 _GENERIC = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", "BloomTokenizer"}
 
 
 def _statements(source: str, name: str) -> Iterator[ast.stmt]:
-    """The top-level statements that begin with `name`: only they are parsed, for the files are long."""
+    """The top-level statements that begin with `name`: the files are long, so only these are parsed."""
     # From the name at a line's start to the next line that is not indented and closes nothing.
     for found in re.finditer(rf"^{name}\b.*?(?=^[^\s)\]}}#]|\Z)", source, re.MULTILINE | re.DOTALL):
         yield from ast.parse(found[0]).body
@@ -187,7 +187,7 @@ def _literal_pairs(source: str, name: str) -> Iterator[tuple[str, Any]]:
 
 def _entries(node: ast.AST) -> Iterator[tuple[str, Any]]:
     if isinstance(node, ast.Tuple) and len(node.elts) == 2 and isinstance(node.elts[0], ast.Constant):
-        yield str(node.elts[0].value), _plain(node.elts[1])  # and not into it: its value may be a pair of classes
+        yield str(node.elts[0].value), _plain(node.elts[1])  # not searched further: its value may be a pair of classes
     elif isinstance(node, ast.Dict):
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant):
@@ -198,8 +198,8 @@ def _entries(node: ast.AST) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(node: ast.expr) -> Any:
-    """A literal. Of a choice by what is installed it is the first, since what is missing is told of elsewhere; but
-    mistral-common is one that transformers does without.
+    """The value of a literal. A choice by an installed package gives its first branch, since missing packages are
+    reported elsewhere, except for mistral-common, which transformers can do without.
     """
     while isinstance(node, ast.IfExp):
         node = node.orelse if "mistral_common" in ast.unparse(node.test) and not _HAS_MISTRAL else node.body
@@ -236,15 +236,15 @@ def _class_bodies(source: str) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _inputs(source: str, name: str) -> Inputs | None:
-    """What a model's class reads: its modalities, and the arguments of its `forward` with whether they must be given;
-    None where the file does not tell the latter."""
+    """A model class's modalities, and the arguments of its `forward` with whether they are required; None where the
+    source has no `forward`."""
     modalities: Any = None
     arguments: dict[str, bool] | None = None
     while (
         found := re.search(rf"^class {re.escape(name)}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)
     ) is not None:
         tree = ast.parse(found[0]).body[0]
-        assert isinstance(tree, ast.ClassDef)  # noqa: S101 - it begins so
+        assert isinstance(tree, ast.ClassDef)  # noqa: S101 - the text begins with `class`
         for entry in tree.body:
             target = entry.targets[0] if isinstance(entry, ast.Assign) else getattr(entry, "target", None)
             if isinstance(target, ast.Name) and target.id == "input_modalities" and modalities is None:
@@ -261,7 +261,7 @@ def _inputs(source: str, name: str) -> Inputs | None:
 
 
 def _required(tree: ast.Module, name: str) -> Iterator[str]:
-    """What a class is marked to need, asks for when it is made, or fails without."""
+    """The packages that a class declares (`requires`), asks for in its constructor, or fails without."""
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name != name:
             continue

@@ -1,7 +1,7 @@
-"""Which Python packages a model needs that are not installed: for its tokenizer, its quantization, and its own code.
+"""Finds the missing Python packages that a model needs: for its tokenizer, its quantization, and its own code.
 
-Packages are looked for and not imported. Pure functions of a folder and of what transformers' sources say; any thread
-may call them. Must not know the Hub or where the folder is from.
+Packages are searched for, not imported. Pure functions of a folder and of transformers' sources; any thread may call
+them. Must not know the Hub or where the folder is from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from . import folder as files
 from .names import Names
 
-# Packages by what `pip install` calls them, where the module that tells of them has another name than with `_` for `-`.
+# Package (as for `pip install`) -> module, where the module is not just the package's name with `_` for `-`.
 _MODULES: Mapping[str, str] = {
     "protobuf": "google.protobuf",
     "optimum-quanto": "optimum.quanto",
@@ -30,7 +30,7 @@ _MODULES: Mapping[str, str] = {
     "flash-attn": "flash_attn",
 }
 _PACKAGES: Mapping[str, str] = {module: package for package, module in _MODULES.items()}
-# What BERT's Japanese tokenizer splits words with, by the name in its config.
+# The packages that split words for BERT's Japanese tokenizer, by the name in its config.
 _JAPANESE: Mapping[str, tuple[str, ...]] = {
     "mecab": ("fugashi",),
     "sudachi": ("sudachipy", "sudachidict-core"),
@@ -40,7 +40,7 @@ _DICTIONARIES: Mapping[str, str] = {"ipadic": "ipadic", "unidic_lite": "unidic-l
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are not installed, sorted."""
+    """The packages that are not installed, sorted."""
     return sorted({package for package in packages if not _installed(_MODULES.get(package, package.replace("-", "_")))})
 
 
@@ -52,7 +52,7 @@ def _installed(module: str) -> bool:
 
 
 def quantizer_packages(names: Names, method: str | None) -> set[str]:
-    """What loading weights of this quantization needs."""
+    """The packages that loading weights of this quantization needs."""
     modules = names.quantizer_modules(method) if method is not None else ()
     return {_PACKAGES.get(module, module.replace("_", "-")) for module in modules}
 
@@ -60,7 +60,7 @@ def quantizer_packages(names: Names, method: str | None) -> set[str]:
 def tokenizer_packages(
     names: Names, config_type: str, tokenizer: Mapping[str, Any], present: Collection[str]
 ) -> set[str]:
-    """What the tokenizer needs, by its config and by the files that are there."""
+    """The packages that the tokenizer needs, by its config and its files."""
     declared = tokenizer.get("tokenizer_class")
     own = declared if isinstance(declared, str) else names.tokenizers.get(config_type) or ""
     own = own.removesuffix("Fast")
@@ -84,7 +84,7 @@ def tokenizer_packages(
 
 
 def code_packages(folder: Path, modules: Iterable[str]) -> set[str]:
-    """What the Python files of a model import from elsewhere, as far as they are in the folder."""
+    """The packages that a model's Python files in the folder import."""
     packages: set[str] = set()
     pending, seen = list(modules), set(modules)
     while pending:
@@ -102,10 +102,10 @@ def code_packages(folder: Path, modules: Iterable[str]) -> set[str]:
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
-    """The packages that code imports and cannot do without, as transformers looks for them."""
+    """The packages that code imports and needs, found as transformers finds them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Try):
-            continue  # it knows what to do where they are not there
+            continue  # the code handles missing packages itself
         if isinstance(child, ast.If) and (
             "is_flash_attn" in ast.unparse(child.test) or "TYPE_CHECKING" in ast.unparse(child.test)
         ):

@@ -1,8 +1,8 @@
-"""Preflight: what a model is, told from its config and the heads of its files before any weights are fetched or read.
+"""Preflight: finds out what a model is from its config and the headers of its files, before weights are downloaded.
 
-A `Preflight` is one server's: it remembers what it has read of transformers' sources, and that the Hub was away. Any
-thread may call it, it never raises for what a model is or is not, and what it tells are JSON values that hold no path
-of this machine. Must not know the registry or HTTP, and imports neither torch nor transformers.
+A `Preflight` belongs to one server: it remembers transformers' tables, and that the Hub did not answer. Any thread may
+call it. It reports a model's problems instead of raising them, as JSON values that hold no path of this machine. Must
+not know the registry or HTTP, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from .sources import (
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 8.0  # seconds for all that is asked of the Hub in one look
-_AWAY = 30.0  # seconds in which a Hub that could not be reached is not asked again
+_PATIENCE = 8.0  # seconds for all requests to the Hub in one inspection
+_AWAY = 30.0  # seconds without requests after the Hub could not be reached
 
 
 class Preflight:
-    """Looks at models for one server."""
+    """Inspects models for one server."""
 
     def __init__(self, options: LoadOptions, *, timeout: float = _PATIENCE) -> None:
-        """`timeout` is how many seconds the Hub has to answer, all questions of one look together."""
+        """`timeout` is the seconds that the Hub has for all requests of one inspection together."""
         self._options = options
         self._timeout = timeout
         self._names = Names()
-        self._away: float | None = None  # since when it does not answer, by `time.monotonic`
-        self._silent: str | None = None  # the last model of which nothing was heard in time
+        self._away: float | None = None  # when the Hub stopped answering, by `time.monotonic`
+        self._silent: str | None = None  # the last model for which the Hub did not answer in time
 
     def look(self, record: ModelRecord, *, strict: bool = False) -> dict[str, Any]:
-        """What a registered model is, or one that is to be registered.
+        """Inspects the model of a record, before or after its registration.
 
         Raises:
-            NotServed: where it is `strict`, for a model of a kind that does none of this server's tasks.
+            NotServed: with `strict`, for a model that does none of this server's tasks.
         """
         return self.look_at(
             record.model_id,
@@ -77,11 +77,11 @@ class Preflight:
         adapters: Mapping[str, str] | None = None,
         strict: bool = False,
     ) -> dict[str, Any]:
-        """What the model of that id is: of the models folder, else the Hub's cache, else the Hub.
+        """Inspects a model in the models folder, else in the Hub's cache, else on the Hub.
 
-        `model_type` is what it is registered as: it picks the head, and so the tasks, where the loader lets it. The
-        type that is told is the one that fits best, whatever it is registered as. `adapters` are those that it is to
-        have, by their names. `strict` is as in `look`.
+        `model_type` is the type that the model is registered as: it picks the head, and so the tasks, where the loader
+        allows that. The returned type is the one that fits best, whatever the registered one. `adapters` are the
+        model's adapters by name. `strict` is as in `look`.
         """
         products: dict[str, tuple[int, ...]] = {}
         details = self._look_at(model_id, revision, gguf_file, model_type, products, strict)
@@ -103,7 +103,7 @@ class Preflight:
         products: dict[str, tuple[int, ...]],
         strict: bool,
     ) -> dict[str, Any]:
-        """What `look_at` says of the model itself; `products` get the shapes of its weights by their names."""
+        """The part of `look_at` for the model itself; fills `products` with the shapes of its weights by name."""
         try:
             check_model_id(model_id)
             if gguf_file is not None:
@@ -125,11 +125,11 @@ class Preflight:
                 raise
             return {**blank(), "problem": str(error)}
         except Exception as error:
-            logger.warning("%s could not be looked at", model_id, exc_info=error)
-            return {**blank(), "problem": f"Model '{model_id}' could not be looked at: {public(error)}"}
+            logger.warning("%s could not be inspected", model_id, exc_info=error)
+            return {**blank(), "problem": f"Model '{model_id}' could not be inspected: {public(error)}"}
 
     def _adapter_problem(self, what: str, adapter_id: str, products: Mapping[str, tuple[int, ...]]) -> str | None:
-        """Why a load would refuse an adapter, in the load's own words, as far as config and head tell; or None."""
+        """The load's message if it would refuse an adapter, as far as config and header show; else None."""
 
         def look(place: Place) -> dict[str, Any]:
             look_at_adapter(what, place, products)
@@ -145,12 +145,12 @@ class Preflight:
         except LocalLLMError as error:
             return str(error)
         except Exception as error:
-            logger.warning("%s could not be looked at", what, exc_info=error)
-            return f"{what} could not be looked at: {public(error)}"
+            logger.warning("%s could not be inspected", what, exc_info=error)
+            return f"{what} could not be inspected: {public(error)}"
         return None
 
     def available(self) -> list[dict[str, Any]]:
-        """The models in the models folder, sorted by id: each with its `details`."""
+        """The models in the models folder, sorted by id, each with its `details`."""
         found = []
         for model_id, folder in model_folders(self._options.models_dir):
             try:
@@ -175,13 +175,13 @@ class Preflight:
         return sorted(found, key=lambda entry: str(entry["model_id"]))
 
     def card(self, record: ModelRecord) -> Card:
-        """What the files of a registered model say of it, as far as they are on this machine."""
+        """The card of a registered model, from its files on this machine."""
         return read_card(record, self._options)
 
     # Where it is ------------------------------------------------------------------------------------------------------
 
     def _within(self, model_id: str, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `look` finds in time. On a thread of its own: finding the Hub's address, say, knows no time limit."""
+        """Runs `look` on its own thread with a time limit, because resolving the Hub's address, say, has none."""
         found: list[dict[str, Any]] = []
         failures: list[BaseException] = []
 
@@ -210,7 +210,7 @@ class Preflight:
         *,
         adapter: bool = False,
     ) -> dict[str, Any]:
-        """Look into the cache where it has all of the model, else at the Hub, else at what the cache has."""
+        """Inspects the Hub's cache if it has the whole model, else the Hub, else the incomplete cache."""
         cached = cached_place(model_id, revision)
         if cached is not None and (WEIGHTS in cached.names if adapter else self._is_whole(cached, gguf_file)):
             return look(cached)
@@ -237,8 +237,8 @@ class Preflight:
         return {**look(cached), "problem": str(reason)}
 
     def _was_silent(self, model_id: str) -> None:
-        """Note that nothing was heard of a model in time. One repository that is slow is not a Hub that is away; two
-        in a row are taken for it."""
+        """Records that the Hub did not answer for a model in time. After two different models in a row, the Hub counts
+        as away; one slow repository does not mean that."""
         if self._silent is not None and self._silent != model_id:
             self._away = time.monotonic()
         self._silent = model_id

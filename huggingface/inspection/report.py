@@ -1,7 +1,7 @@
-"""One look at a model, wherever its files are: what they tell, and the first thing that keeps it from being loaded.
+"""Preflight's report on one model, wherever its files are: what they say, and the first problem that prevents a load.
 
-The problems are told in the words in which the loader would, had it tried. Any thread may look; nothing is kept. Must
-not know how the files are reached.
+Problems have the loader's own messages. Any thread may make a report; nothing is kept. Must not know how the files are
+reached.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pic
 from .names import Names
 from .sources import Place
 
-_MANY = 8  # files from which on the Hub's own count of the parameters is taken, rather than each one's header
+_MANY = 8  # with more files of weights, the Hub's own count of parameters replaces reading each header
 
 _PLAIN_GGUF = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
 
 
 class Look:
-    """What is found at one place; `details` are filled in as it is found."""
+    """The report on the files at one place; `details` are filled in as they are found."""
 
     def __init__(self, place: Place, options: LoadOptions, names: Names, wanted: tuple[Head, ...] | None) -> None:
-        """`wanted` are the heads of the type that the model is registered as, if it is."""
+        """`wanted` are the heads of the type that the model is registered as, None where it is not registered."""
         self._place, self._options, self._names, self._wanted = place, options, names, wanted
-        self.products: dict[str, tuple[int, ...]] = {}  # the shapes of its weights by their names, as far as seen
+        self.products: dict[str, tuple[int, ...]] = {}  # the shapes of the weights by name, as far as they are known
         self.details = {**blank(), "reachable": True, "source": place.source, "commit": place.commit}
 
     def take(self, gguf_file: str | None, *, strict: bool = False) -> dict[str, Any]:
-        """Look, at the GGUF file of that name if there is one, and return what was found.
+        """Reads the files, or only `gguf_file` if given, and returns the details.
 
         Raises:
-            NotServed: where it is `strict`, for a model of a kind that does none of this server's tasks.
+            NotServed: with `strict`, for a model that does none of this server's tasks.
         """
         details = self.details
         parts: tuple[Callable[[], None], ...] = (self._config, self._weights, self._adapter)
@@ -69,7 +69,7 @@ class Look:
         return details
 
     def _config(self) -> None:
-        """What config and tokenizer tell."""
+        """Fills in what config and tokenizer say."""
         details, place, names = self.details, self._place, self._names
         model_id = place.model_id
         if "model_index.json" in place.names and "config.json" not in place.names:
@@ -142,7 +142,7 @@ class Look:
             )
 
     def _check(self) -> None:
-        """See that what is needed is there, and nothing that would run code against the settings."""
+        """Checks that the needed files are there, and that none would run code against the settings."""
         place, options = self._place, self._options
         model_id = place.model_id
         if place.source != "hub":
@@ -167,17 +167,17 @@ class Look:
                     )
 
     def _weights(self) -> None:
-        """What the heads of the weights tell; where they cannot be had, that is left open."""
+        """Fills in what the headers of the weights say; leaves that open where they cannot be read."""
         place = self._place
         try:
             config = files.read_config(place.model_id, place.folder)
             names = contents.weight_files(place, config)
         except LoadError:
-            return  # told of already
+            return  # the problem is reported already
         self._measure(names, *rules.quantization_of(config))
 
     def _adapter(self) -> None:
-        """What an adapter is to be put on."""
+        """Fills in the base model of an adapter."""
         details, place = self.details, self._place
         if "adapter_config.json" not in place.names:
             return
@@ -188,7 +188,7 @@ class Look:
             self._measure(names[:1], None, 0)
 
     def _measure(self, names: list[str], quantization: str | None, bits: int) -> None:
-        """The sizes and types of the weights in these files."""
+        """Fills in the sizes and types of the weights in the files `names`."""
         details, place = self.details, self._place
         details["files"] = {"count": len(names), "names": names}
         if place.counted and len(names) > _MANY:
@@ -205,7 +205,7 @@ class Look:
         details["weights_bytes"] = sum(sizes) if names and len(sizes) == len(names) else None
 
     def _gguf(self, name: str) -> None:
-        """What a GGUF file tells of itself, which is all there is to know of its model."""
+        """Fills in what a GGUF file says; it is the only source for its model."""
         details, place, names = self.details, self._place, self._names
         model_id = place.model_id
         damaged = FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
@@ -254,7 +254,7 @@ class Look:
 
 
 def blank() -> dict[str, Any]:
-    """What is known of a model of which nothing is known."""
+    """The details of a model of which nothing is known yet."""
     return {
         "reachable": False,
         "problem": None,
@@ -282,12 +282,12 @@ def blank() -> dict[str, Any]:
 
 
 def look_at_adapter(what: str, place: Place, products: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an adapter that the loader would refuse, as far as its config and the head of its weights tell.
+    """Refuses an adapter that the loader would refuse, as far as its config and the header of its weights show.
 
     `products` are the shapes of the base's weights by their names, as far as they are known.
 
     Raises:
-        LoadError: in the loader's words; `what` begins the message.
+        LoadError: with the loader's message; `what` begins it.
     """
     if place.source != "hub":
         config, head = check(what, place.folder), read_head(what, place.folder)
@@ -303,7 +303,7 @@ def look_at_adapter(what: str, place: Place, products: Mapping[str, tuple[int, .
 
 
 def _needs_code(names: Names, config: dict[str, Any], tokenizer: dict[str, Any], head: Head | None) -> bool:
-    """Whether config, model or tokenizer is of a class that transformers has not, and the folder names its own."""
+    """Whether the class of config, model or tokenizer is missing in transformers, and the folder names its own."""
     kind = rules.text(config.get("model_type"))
     remote = config.get("auto_map")
     remote = remote if isinstance(remote, dict) else {}

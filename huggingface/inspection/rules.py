@@ -1,7 +1,7 @@
-"""What a model is, by its config, its tokenizer's config and the heads of its files: its head, its tasks, its sizes.
+"""Derives a model's head, tasks and sizes from its config, its tokenizer's config and the headers of its files.
 
-The rules are those by which a loaded model tells what it can do, written for the words of a config instead of a model.
-Pure functions; any thread may call them. Must not know where files come from.
+The rules match those by which a loaded model finds its tasks, but read a config instead of a model. Pure functions; any
+thread may call them. Must not know where files come from.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..tasks import MODEL_TYPES, TASKS, Head, canonical_task, supported_tasks
 from .headers import SAFETENSORS_TYPES, Tensor
 from .names import Names
 
-# Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they can be run on a text alone.
+# Kinds of encoder-decoder that make the decoder's input from the encoder's, so that they run on a text alone.
 _RUNS_ON_TEXT = frozenset({"bart", "bigbird_pegasus", "fsmt", "led", "mbart", "mvp", "plbart"})
-# Kinds whose model under the head is the model itself, so that it has no hidden states of its own to give.
+# Kinds without a base model under the head, so that they give no hidden states.
 _NO_BASE = frozenset({"llama4", "llama4_text", "mllama"})
-# Kinds that count positions from behind the padding token's number on: so many places of the table are not used.
+# Kinds whose positions start after the padding token's id: the entries of the table up to it are not used.
 _AFTER_PADDING = frozenset(
     {
         "camembert",
@@ -48,7 +48,7 @@ _TALKERS = frozenset({"blenderbot", "blenderbot-small"})
 _SAYS_SUMMARY = re.compile(r"summar|[-_](cnn|xsum|samsum|cnn_dailymail|dialogsum)\b", re.IGNORECASE)
 _SAYS_TRANSLATION = re.compile(r"translat|opus-mt|nllb|m2m100|many-to-many|[-_][a-z]{2}-to-[a-z]{2}\b", re.IGNORECASE)
 
-# In a checkpoint but no parameters of the model: tables that are computed, masks, and what goes with packed weights.
+# Tensors of a checkpoint that are not parameters: computed tables, masks, and scales of packed weights.
 _BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|final_logits_bias|masked_bias|inv_freq|num_batches_tracked"
     r"|qzeros|g_idx|weight_scale(_inv|_2)?|input_scale|weight_zero_point|weight_shape|weight_g_idx"
@@ -60,7 +60,7 @@ _BUFFERS = re.compile(
 
 
 def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | None = None) -> Head | None:
-    """The head that the weights have, as `Heads.pick` tells it."""
+    """The head that the weights have, by `Heads.pick`."""
     remote = config.get("auto_map")
     return names.heads.pick(
         text(config.get("model_type")),
@@ -72,7 +72,7 @@ def head_of(names: Names, config: Mapping[str, Any], wanted: tuple[Head, ...] | 
 
 
 def no_text(names: Names, config: Mapping[str, Any], head: Head | None) -> str | None:
-    """The architecture, with why it cannot be run on a text alone, as `Heads.no_text` tells it."""
+    """The architecture with the reason why it cannot run on a text alone, by `Heads.no_text`; None where it can."""
     if head is None:
         return None
     kind = text(config.get("model_type"))
@@ -97,7 +97,7 @@ def tasks_of(names: Names, config: Mapping[str, Any], head: Head, tokenizer: Map
             able.add("feature-extraction")
     elif not mask:
         able.discard("fill-mask")
-    # Weights of the encoder alone, of T5 and its kin, can be run on a text; the whole of them cannot.
+    # T5 and its relatives: the encoder's weights alone can run on a text, the whole model cannot.
     whole = not any(name.endswith("EncoderModel") for name in strings(config.get("architectures")))
     if head == "base" and whole and is_encoder_decoder(names, config) and kind not in _RUNS_ON_TEXT:
         able.discard("feature-extraction")
@@ -107,7 +107,7 @@ def tasks_of(names: Names, config: Mapping[str, Any], head: Head, tokenizer: Map
 
 
 def has_mask(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer has a mask token: it says so, or it is of a class of its own, which mostly has one."""
+    """Whether the tokenizer has a mask token: its config says so, or its class is a specific one, which mostly has."""
     if "mask_token" in tokenizer:
         return tokenizer["mask_token"] is not None
     kind = text(tokenizer.get("tokenizer_class"))
@@ -156,7 +156,7 @@ def _seq2seq_type(model_id: str, kind: str, asked: set[str]) -> str:
     translates = {name for name in asked if name.startswith("translation")}
     if _SAYS_TRANSLATION.search(model_id) or (asked and asked == translates):
         return "translation"
-    # T5 names several things that it can do; BART's fine-tuned kin the one.
+    # T5's config names several tasks, those of fine-tuned BART models only one.
     if "summarization" in asked and not translates:
         return "summarization"
     return "translation" if kind in _TRANSLATORS else "text2text-generation"
@@ -174,7 +174,7 @@ def _labels(config: Mapping[str, Any]) -> list[Any]:
 
 
 def context_of(names: Names, config: Mapping[str, Any]) -> int | None:
-    """How many tokens the model can read, as its config says; None where it says nothing."""
+    """The most tokens that the model can read, by its config; None where the config does not say."""
     inner = config.get("text_config")
     config = inner if isinstance(inner, dict) else config
     kind = text(config.get("model_type"))
@@ -192,13 +192,13 @@ def context_of(names: Names, config: Mapping[str, Any]) -> int | None:
         padding = config.get("pad_token_id", defaults.get("pad_token_id"))
         said -= (1 if kind == "mpnet" else padding if isinstance(padding, int) else 0) + 1
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
-    if isinstance(scaling, dict) and isinstance(defaults.get("default_theta"), dict):  # one for each kind of layers
+    if isinstance(scaling, dict) and isinstance(defaults.get("default_theta"), dict):  # one for each kind of layer
         scaling = scaling if "full_attention" in scaling else {"full_attention": scaling}
     return rotary.context(said, scaling) if said > 0 else None
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str | None, int]:
-    """How the weights were quantized by who made them, and the bits of one; (None, 0) where they were not."""
+    """The quantization in which the weights are published, and the bits of one weight; (None, 0) for none."""
     settings = config.get("quantization_config", config.get("compression_config"))
     if not isinstance(settings, dict):
         return None, 0
@@ -213,7 +213,7 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str | None, int]:
 
 
 def count_parameters(tensors: Mapping[str, Tensor], quantization: str | None, bits: int) -> int:
-    """How many parameters the model has; of packed weights, how many values they stand for."""
+    """The number of parameters; packed weights count as the values that they hold."""
     total = 0
     for name, tensor in tensors.items():
         computed = name.endswith((".attn.bias", ".attention.bias")) and len(tensor.shape) == 4  # GPT-2's causal mask
@@ -231,7 +231,7 @@ def count_parameters(tensors: Mapping[str, Tensor], quantization: str | None, bi
 
 
 def bytes_by_type(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """The bytes of the tensors by their type, the most first; types are named as torch names them, or GGUF does."""
+    """The tensors' bytes by type, the largest first; types have torch's names, or GGUF's."""
     found: dict[str, int] = {}
     for tensor in tensors:
         name = SAFETENSORS_TYPES.get(tensor.type, (tensor.type, 0))[0]
@@ -240,7 +240,7 @@ def bytes_by_type(tensors: Iterable[Tensor]) -> dict[str, int]:
 
 
 def bytes_of_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """The same from how many values there are of each type."""
+    """The bytes by type, as `bytes_by_type`, from the number of values of each type."""
     known = {
         SAFETENSORS_TYPES[kind][0]: count * SAFETENSORS_TYPES[kind][1] // 8
         for kind, count in counts.items()
@@ -253,7 +253,7 @@ def bytes_of_counts(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def templates_of(tokenizer: Mapping[str, Any], files: Collection[str]) -> list[str]:
-    """The chat templates: those of files, whose texts are given, and those in the tokenizer's config."""
+    """The chat templates: the given texts of files, and those in the tokenizer's config."""
     return [*files, *_template_texts(tokenizer.get("chat_template"))]
 
 
@@ -266,7 +266,7 @@ def _template_texts(value: Any) -> Iterator[str]:
 
 
 def mentions_tools(templates: Iterable[str]) -> bool:
-    """Whether any of the templates lays tools out."""
+    """Whether any of the templates uses tools."""
     return any(re.search(r"\btools\b", template) for template in templates)
 
 
@@ -274,10 +274,10 @@ def mentions_tools(templates: Iterable[str]) -> bool:
 
 
 def text(value: Any) -> str:
-    """A string, or an empty one for whatever else stands there."""
+    """Returns a string as it is, and an empty string for any other value."""
     return value if isinstance(value, str) else ""
 
 
 def strings(value: Any) -> list[str]:
-    """The strings of a list, or none."""
+    """The strings in a list; empty if the value is not a list."""
     return [each for each in value if isinstance(each, str)] if isinstance(value, list | tuple) else []

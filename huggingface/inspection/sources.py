@@ -1,9 +1,9 @@
-"""Where a model's files are looked at: the models folder, the Hub's cache, or the Hub, by ranges of bytes.
+"""Gives access to a model's files where they are: in the models folder, the Hub's cache, or on the Hub.
 
-Whatever the place, there is a folder with the small files (of a repository on the Hub a temporary one), the names of
-all, and a way to read a piece of a large one; weights are never fetched. Every request has a share of one deadline.
-Any thread may call this; imports neither torch nor transformers. Every failure is a `LoadError` that names the model,
-says what to do, and holds no path of this machine.
+Each place has a folder with the small files (temporary for a repository on the Hub), the names of all files, and a
+function that reads a range of a large file; weights are never downloaded. All requests share one deadline. Any thread
+may call this; imports neither torch nor transformers. Every failure is a `LoadError` that names the model, says what to
+do, and holds no path of this machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL_FILES = (
     "pytorch_model.bin.index.json",
 )
 _TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
-# Asked for by name where the Hub does not list its files, to know whether they are there.
+# Files that are asked for by name where the Hub does not list a repository's files.
 _PROBED = ("model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 _MOST_SMALL = 4 << 20  # bytes of a small file
@@ -48,16 +48,16 @@ _AT_ONCE = 8  # requests
 
 
 class Deadline:
-    """Until when the Hub may be asked."""
+    """The time limit for all requests to the Hub together."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds.
+        """The seconds that are left.
 
         Raises:
-            TimeoutError: there are none.
+            TimeoutError: no time is left.
         """
         left = self._end - time.monotonic()
         if left <= 0:
@@ -67,9 +67,9 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model's files are. `names` are those of its files with their bytes, as far as they are known.
+    """The place of a model's files. `names` maps each file's name to its size in bytes, None where unknown.
 
-    `counted` is how many values the weights have by the type that a safetensors file names, where the Hub says so.
+    `counted` is the Hub's number of weights by their type in safetensors files, where the Hub tells it.
     """
 
     model_id: str
@@ -78,14 +78,14 @@ class Place:
     names: Mapping[str, int | None]
     commit: str | None = None
     counted: Mapping[str, int] | None = None
-    listed: bool = True  # whether `names` are all
+    listed: bool = True  # whether `names` holds all files
     _hub: _Hub | None = field(default=None, repr=False)
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """The bytes of a file from `start` on; fewer only where it ends.
+        """Reads `length` bytes of a file from `start`; fewer only at the file's end.
 
         Raises:
-            OSError, and whatever tells why the Hub does not give it.
+            OSError: the file cannot be read. The Hub client's errors pass through.
         """
         if self._hub is not None:
             return self._hub.read(name, start, length)
@@ -94,15 +94,15 @@ class Place:
             return file.read(length)
 
     def size(self, name: str) -> int | None:
-        """The bytes of a file, if it is known."""
+        """The size of a file in bytes, None where unknown."""
         return self._hub.sizes.get(name) if self._hub is not None else self.names.get(name)
 
 
 def folder_place(model_id: str, folder: Path, source: Literal["local", "cache"] = "local") -> Place:
-    """A folder of this machine.
+    """The place of a model in a folder of this machine.
 
     Raises:
-        FilesMissing: it cannot be read.
+        FilesMissing: the folder cannot be read.
     """
     try:
         paths = [
@@ -121,7 +121,7 @@ def folder_place(model_id: str, folder: Path, source: Literal["local", "cache"] 
 
 
 def cached_place(model_id: str, revision: str | None) -> Place | None:
-    """What the Hub's cache has of the model, whole or not; None where it has not even its config."""
+    """The model's place in the Hub's cache, complete or not; None where not even its config is there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "adapter_config.json"):
@@ -139,14 +139,14 @@ def is_offline() -> bool:
 
 
 def offline_error(model_id: str) -> LoadError:
-    """Why a model that is not here cannot be looked at."""
+    """The error for a model that is not on this machine, while the Hub is switched off."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return as_load_error(model_id, OfflineModeIsEnabled("offline"))
 
 
 def as_load_error(model_id: str, error: BaseException) -> LoadError:
-    """What an error in looking at a model means to the user."""
+    """Translates an error of an inspection into one for the user."""
     try:
         with hub_errors(model_id):
             raise error
@@ -155,10 +155,10 @@ def as_load_error(model_id: str, error: BaseException) -> LoadError:
 
 
 def check_gguf_name(model_id: str, name: str) -> str:
-    """`name`, if it is that of a GGUF file within a folder.
+    """Returns `name` if it can be a GGUF file within a folder.
 
     Raises:
-        FilesMissing: it is not.
+        FilesMissing: it cannot.
     """
     parts = PurePosixPath(name).parts
     inside = parts and not re.search(r"[\\:\0]", name) and "/" not in parts and ".." not in parts
@@ -169,10 +169,10 @@ def check_gguf_name(model_id: str, name: str) -> str:
 
 @contextmanager
 def hub_place(model_id: str, revision: str | None, seconds: float) -> Iterator[Place]:
-    """A repository on the Hub; its small files are in a temporary folder until the block ends.
+    """The place of a repository on the Hub; its small files are in a temporary folder until the block ends.
 
     Raises:
-        LoadError: it cannot be looked at, or the small files cannot.
+        LoadError: the repository or its small files cannot be read.
     """
     with hub_errors(model_id, revision), tempfile.TemporaryDirectory(prefix="preflight-") as scratch:
         hub = _Hub(model_id, revision, Deadline(seconds))
@@ -195,7 +195,7 @@ def hub_place(model_id: str, revision: str | None, seconds: float) -> Iterator[P
 
 
 class _Hub:
-    """One repository at one commit, asked by the Hub's own client, so with its token and its endpoint."""
+    """One repository at one commit, read with the Hub's own client, its token and its endpoint."""
 
     def __init__(self, model_id: str, revision: str | None, deadline: Deadline) -> None:
         self.model_id = model_id
@@ -205,17 +205,17 @@ class _Hub:
         self.counted: Mapping[str, int] | None = None
         self._revision = revision
         self._deadline = deadline
-        self._addresses: dict[str, str] = {}  # where a file's bytes really lie, by its name
+        self._addresses: dict[str, str] = {}  # the URL to which the Hub redirects each file
 
     def describe(self) -> Mapping[str, int | None]:
-        """The names of the files, or those that may be there where the Hub does not list them."""
+        """The names of the files with their sizes; where the Hub does not list them, the names that may exist."""
         from huggingface_hub import HfApi
 
         try:
             patience = min(self._deadline.left(), 5)
             info = HfApi().model_info(self.model_id, revision=self._revision, timeout=patience, files_metadata=True)
         except Exception as error:
-            if not is_absent(error):  # a plain 404 is what small Hubs say, which serve files and nothing else
+            if not is_absent(error):  # a plain 404 comes from small Hubs, which serve only files
                 raise
         else:
             self.commit = info.sha
@@ -229,10 +229,10 @@ class _Hub:
         return dict.fromkeys(SMALL_FILES)
 
     def content(self, name: str) -> bytes | None:
-        """A small file, or None where there is none.
+        """Reads a small file; None where it does not exist.
 
         Raises:
-            LoadError: it is too long to be what it is called. Whatever tells why it cannot be had.
+            LoadError: the file is too long for its name. The Hub client's errors pass through.
         """
         most = _MOST_INDEX if name.endswith(".index.json") else _MOST_SMALL
         try:
@@ -242,11 +242,11 @@ class _Hub:
                 return None
             raise
         if len(content) > most:
-            raise LoadError(f"Model '{self.model_id}': {name} is too long to be looked at")
+            raise LoadError(f"Model '{self.model_id}': {name} is longer than {most >> 20} MiB")
         return content
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         try:
             self._get(name, (0, 8), 8)
         except Exception as error:
@@ -256,11 +256,11 @@ class _Hub:
         return True
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """A piece of a file."""
+        """Reads a range of a file."""
         return self._get(name, (start, length), length)
 
     def _get(self, name: str, span: tuple[int, int] | None, most: int) -> bytes:
-        """The file or a piece of it; the connection is closed after `most` bytes, whatever else would come."""
+        """Reads a file or a range of it; closes the connection after `most` bytes, even if more would follow."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -268,7 +268,7 @@ class _Hub:
         headers = build_hf_headers()
         if span is not None:
             headers["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
-            if name in self._addresses:  # on another host: the token is not for it
+            if name in self._addresses:  # on another host, which must not get the token
                 url, headers = self._addresses[name], {"Range": headers["Range"]}
         headers["Accept-Encoding"] = "identity"
         with get_session().stream("GET", url, headers=headers, timeout=min(self._deadline.left(), 5)) as response:
@@ -287,7 +287,7 @@ class _Hub:
                 seen: Any = [each.headers.get("X-Repo-Commit") for each in (*response.history, response)]
                 self.commit = next((each for each in seen if each), None)
             announced = response.headers.get("Content-Length", "")
-            ends = announced.isdigit() and int(announced) <= most  # by itself, and the connection can be used again
+            ends = announced.isdigit() and int(announced) <= most  # then the connection can be used again
             content = bytearray()
             for block in response.iter_bytes(1 << 16):
                 content += block
