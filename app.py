@@ -1,5 +1,5 @@
-"""The application: wiring only. `create_app(settings)` gives a Flask app; `python app.py`, or `local-llm` where it is
-installed, serves one.
+"""The application: wiring only. `create_app(settings)` returns a Flask app; `python app.py`, or the installed command
+`local-llm`, serves one.
 
 Importing this module starts nothing and imports neither torch nor transformers.
 """
@@ -24,7 +24,7 @@ from huggingface.types import EngineOptions, LoadOptions
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
-    """A new app with services of its own; `huggingface.close(app)` ends them."""
+    """Returns a new app with its own services; `huggingface.close(app)` ends them."""
     settings = settings or Settings()
     app = OpenAPI(
         __name__,
@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: serve until interrupted or stopped (SIGTERM)."""
+    """Runs the command: serves until interrupted or stopped (SIGTERM)."""
     from server import serve
 
     parser = argparse.ArgumentParser(
@@ -76,15 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.parse_args(arguments)
 
     settings = read_settings()
-    # Read when transformers is first imported; its warnings are about arguments that this server has checked already.
+    # transformers reads this when it is first imported; it warns of arguments that this server has checked already.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Read when oneDNN is first used. It keeps what it made for the last 1,024 kinds of products, tens of megabytes that
-    # no unload would give back; a step needs a handful.
+    # oneDNN reads this when it is first used. By default it keeps its code for the last 1,024 shapes of products: tens
+    # of megabytes that no unload would free. A step needs a handful.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_few_arenas()
-    # The engine's thread needs the interpreter's lock for each of some thousand operations of a step; with the default
-    # of 5 ms a thread that answers requests could keep it for as long each time.
+    # The engine's thread takes the interpreter's lock for each of about a thousand operations of a step. With the
+    # default of 5 ms, a thread that answers requests could hold the lock for that long each time.
     sys.setswitchinterval(0.0005)
     app = create_app(settings)
     try:

@@ -1,7 +1,7 @@
 """Every setting of the server, in one table; the only reader of the environment and of `.env`.
 
 A setting `name` is the environment variable `LOCAL_LLM_NAME`. The rest of the project gets values as arguments.
-Variables of other libraries (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, …) are theirs and are not read here.
+Variables of other libraries (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, …) are not read here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from huggingface.manager.budget import parse_limits
 from huggingface.types import Backend
 
 _HERE = Path(__file__).resolve().parent
-# Where `.env` and `data/` are: a checkout has its own, wherever the server is started; an installed server uses the
+# The folder of `.env` and `data/`: for a checkout its own, wherever the server is started; for an installed server the
 # folder in which it is started.
 ROOT = _HERE if (_HERE / "pyproject.toml").is_file() else Path.cwd()
 
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     )
     receive_rate: int = Field(1024, ge=1, description="Bytes per second, on average, with which a body has to arrive.")
     send_timeout: float = Field(
-        60.0, gt=0, description="Seconds after which a client that takes nothing of its answer is cut off."
+        60.0, gt=0, description="Seconds after which a client that reads nothing of its answer is cut off."
     )
     idle_timeout: float = Field(
         120.0, gt=0, description="Seconds that a connection stays open for the next request of its client."
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     )
     import_at_start: bool = Field(
         True,
-        description="Import torch and transformers in the background right after the start, before any model asks.",
+        description="Import torch and transformers in the background right after the start, before a model needs them.",
     )
     max_batch: int = Field(64, ge=1, le=1024, description="Sequences that one model computes in one batch.")
     max_queue: int = Field(
@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     kv_cache_bytes: int = Field(
         2 * 1024**3,
         ge=1024**2,
-        description="Most memory for one model's KV cache, in bytes. It grows by need, and is measured before.",
+        description="Most memory for one model's KV cache, in bytes. It grows as needed.",
     )
     memory_budget: str = Field(
         "0.9",
@@ -110,12 +110,12 @@ class Settings(BaseSettings):
         -1.0,
         ge=-1,
         le=10**9,
-        description="Seconds in memory after the last use, where request and record say nothing; -1 is for ever.",
+        description="Seconds in memory after the last use, where request and record set none; -1 is for ever.",
     )
     preload: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Model ids, separated by commas, that are loaded at the start; `/ready` waits for them."
     )
-    offline: bool = Field(False, description="Never ask the Hub for anything; only what is on this machine is used.")
+    offline: bool = Field(False, description="Never connect to the Hub; use only files on this machine.")
     busy_timeout: float = Field(
         30.0,
         ge=0,
@@ -186,7 +186,7 @@ class Settings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """The settings of this process; a wrong one ends it with a line that names it."""
+    """Reads the settings of this process; a wrong setting ends the process with a line that names it."""
     try:
         return Settings()
     except ValidationError as error:

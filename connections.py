@@ -1,9 +1,9 @@
-"""The connections of the server: how many there are, how long each may take, and what is kept of what it sends.
+"""The server's connections: limits of their number, of their time, and of the bytes kept from them.
 
-waitress reads and writes all of them on one thread, which alone decides here; its workers only run requests. A client
-has a time for its headers, its body, taking its answer and being idle. How much of that is used up is the connection's
-wear: one that has used it all is closed, and where places or file descriptors are short, the most worn one makes room.
-Must not know routes or models.
+waitress reads and writes all connections on one thread, and only that thread decides here; its workers only run
+requests. A client has a time limit for its headers, its body, reading its answer and being idle. The used share of the
+present limit is the connection's wear: at 1 the connection is closed, and where connections or file descriptors run
+out, the most worn one is closed. Must not know routes or models.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from huggingface.api.http.host_check import Guard
 
 logger = logging.getLogger(__name__)
 
-# A body may be longer than the app's limit by this factor before its sender is cut off: what is beyond the limit is
-# read and dropped, so that the answer finds a client that has finished sending.
+# A body may be longer than the app's limit by this factor before its sender is cut off. The bytes beyond the limit are
+# read and dropped, so that the client has finished sending when the answer arrives.
 _BODY_SLACK = 16
 
-_MOST_LINE = 4096  # bytes of a line that tells the size of a chunk
+_MOST_LINE = 4096  # bytes of a line with the size of a chunk
 _MOST_TRAILER = 65536
-_AT_ONCE = 16  # connections accepted before the others are looked at again
-_LOOK_AGAIN = 1.0  # seconds between two looks at what is overdue, and before accepting is tried again
-_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # what `accept` lacks
+_AT_ONCE = 16  # connections accepted before the others are served again
+_LOOK_AGAIN = 1.0  # seconds between checks for overdue connections, and before the next try to accept
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # `accept` lacks a resource
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections there may be, and what each may take. Times in seconds, sizes in bytes.
+    """Limits of connections. Times in seconds, sizes in bytes.
 
-    `receive` is for the headers of a request, and for its body before that has to come at `rate` bytes per second on
-    average; `send` is for taking any part of an answer, `idle` for the next request; `body` is the app's own limit.
+    `connections` is the most at once. `receive` is for the headers of a request, and for its body before that must
+    arrive at `rate` bytes per second on average; `send` is for reading any part of an answer, `idle` for the next
+    request; `body` is the app's own limit.
     """
 
     connections: int
@@ -58,13 +59,13 @@ class Limits:
 
 
 class _Answers(Protocol):
-    """What an answer that the app does not make needs of its channel."""
+    """The part of a channel that answers outside of the app need."""
 
     server: Listener
 
 
 def _error_answer(channel: _Answers, message: str, headers: dict[str, str]) -> tuple[bytes, list[tuple[str, str]]]:
-    """The documented body of a failure, and its headers, for what never reaches the app."""
+    """The documented body of a failure and its headers, for requests that never reach the app."""
     body = json.dumps({"success": False, "error": message}).encode()
     told = [("Content-Type", "application/json")]
     told += channel.server.guard.answer_headers(headers.get("ORIGIN"), headers.get("HOST", ""))
@@ -72,7 +73,7 @@ def _error_answer(channel: _Answers, message: str, headers: dict[str, str]) -> t
 
 
 class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
-    """Answers a request that waitress refuses by itself, in the documented shape."""
+    """Answers a request that waitress itself refuses, in the documented shape."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -80,7 +81,7 @@ class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
         if isinstance(error, RequestEntityTooLarge):
             message = f"The request body is larger than {self.channel.server.limits.body} bytes"
         self.status = f"{error.code} {error.reason}"
-        # A failure of the app has a new request here, without the headers that were sent.
+        # After a failure of the app, `self.request` is a new request without the client's headers.
         sent = (self.channel.requests or [self.request])[0].headers
         body, headers = _error_answer(self.channel, message, sent)
         self.response_headers.extend(headers)
@@ -90,7 +91,7 @@ class _JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """A request to the app, which learns where there was no room for the body."""
+    """A request to the app; the environment says whether there was room for the body."""
 
     def get_environment(self) -> dict[str, Any]:
         """The WSGI environment."""
@@ -100,7 +101,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class _Body(OverflowableBuffer):  # type: ignore[misc]
-    """A request's body. What is beyond the limit, or finds no room, is counted and dropped, with all before it."""
+    """A request's body. Beyond the limit, or without room, its bytes are counted and dropped, the earlier ones too."""
 
     def __init__(self, overflow: int, most: int, held: HeldBodies) -> None:
         super().__init__(overflow)
@@ -113,7 +114,7 @@ class _Body(OverflowableBuffer):  # type: ignore[misc]
         return self._size
 
     def append(self, data: bytes) -> None:
-        """Keep further bytes, or drop them."""
+        """Keeps further bytes, or drops them."""
         self._size += len(data)
         if self._dropped:
             return
@@ -125,29 +126,29 @@ class _Body(OverflowableBuffer):  # type: ignore[misc]
             super().append(data)
 
     def close(self) -> None:
-        """Give back what it takes."""
+        """Frees the body's bytes."""
         super().close()
         self._room.close()
 
 
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """A request as it comes; `adj` has the limits and the bodies that are held."""
+    """Parses a request as it arrives; `adj` holds the limits and the held bodies."""
 
     completed: bool
 
     @property
     def unheld(self) -> bool:
-        """Whether there was no room for its body."""
+        """Whether there was no room for the request's body."""
         return self.body_rcv is not None and self.body_rcv.getbuf().unheld
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the headers, and prepare for the body."""
+        """Reads the headers, and prepares for the body."""
         super().parse_header(header_plus)
         if self.body_rcv is not None:
             self.body_rcv.buf = _Body(self.adj.inbuf_overflow, self.adj.limits.body, self.adj.held)
 
     def received(self, data: bytes) -> int:
-        """Take bytes; what frames a chunked body is bounded, too."""
+        """Takes bytes; limits the framing of a chunked body too."""
         consumed: int = super().received(data)
         if self.chunked and not self.completed and self.body_rcv is not None:
             line, trailer = len(self.body_rcv.control_line), len(self.body_rcv.trailer)
@@ -165,7 +166,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
     parser_class = _Parser
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._turn = 0  # changes with every request that begins or is complete
+        self._turn = 0  # changes when a request begins and when it is complete
         self._sent = 0  # bytes
         self._state: tuple[Any, ...] = ()
         self._since = 0.0
@@ -173,7 +174,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         self.wear(time.monotonic())
 
     def received(self, data: bytes) -> bool:
-        """Take bytes of requests."""
+        """Takes bytes of requests."""
         before = self.request
         taken: bool = super().received(data)
         if before is None or self.request is not before:
@@ -182,15 +183,15 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         return taken
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Hand bytes to the client; how many it took."""
+        """Sends bytes to the client; returns how many it took."""
         sent: int = super().send(data, do_close)
         self._sent += sent
         return sent
 
     def wear(self, now: float) -> float:
-        """How much of its time the client has used up, 1 being all; 0 while it waits for the server.
+        """The used share of the client's time limit, 1 for all of it; 0 while the client waits for the server.
 
-        A state's time begins when this is first asked in it. Only for the thread of the connections.
+        A state's time begins with the first call in that state. Only for the connections' thread.
         """
         limits: Limits = self.server.limits
         if self.total_outbufs_len:
@@ -200,7 +201,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         elif self.request is None and self._turn:
             state, limit = ("idle", self._turn), limits.idle
         elif self.request is None or not self.request.headers_finished:
-            state, limit = ("headers", self._turn or 1), limits.receive  # those of the first begin with the connection
+            state, limit = ("headers", self._turn or 1), limits.receive  # the first headers begin with the connection
         else:
             state, limit = ("body", self._turn), limits.receive + self.request.body_bytes_received / limits.rate
         if state != self._state:
@@ -208,17 +209,16 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         return (now - self._since) / limit
 
     def overdue(self, now: float) -> bool:
-        """Whether the client has used up all of its time. Where what it sent lies unread, it is the server that is
-        slow."""
+        """Whether the client has used up its time. If its bytes lie unread, the server is the slow side."""
         if self.wear(now) < 1:
             return False
         try:
             return self._state[0] == "unread" or not self.socket.recv(1, socket.MSG_PEEK)
-        except OSError:  # nothing is there, or nobody
+        except OSError:  # no bytes, or no client
             return True
 
     def give_up(self, status: str, message: str) -> None:
-        """Close the connection; a client in the middle of a request is told why, if it can take that at once."""
+        """Closes the connection; sends the reason to a client in the middle of a request, if it can take it at once."""
         if self.request is not None and not self.requests and not self.total_outbufs_len:
             body, headers = _error_answer(self, message, self.request.headers)
             headers += [("Content-Length", str(len(body))), ("Connection", "close"), ("Retry-After", "1")]
@@ -228,18 +228,18 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         self.handle_close()
 
     def handle_close(self) -> None:
-        """Close it, and give back what it holds of a request that will never be complete."""
+        """Closes the connection, and frees the bytes of a request that will never be complete."""
         super().handle_close()
         if self.request is not None:
             self.request.close()
 
     def handle_expt(self) -> None:
-        """Close it for urgent data, which no client of HTTP sends, and of which the system would tell for ever."""
+        """Closes the connection on urgent data: no HTTP client sends it, and the system would report it for ever."""
         self.handle_close()
 
 
 class Listener(TcpWSGIServer):  # type: ignore[misc]
-    """A socket that listens. Those of one server share their connections."""
+    """A listening socket. The listeners of one server share their connections."""
 
     channel_class = Connection
     limits: Limits
@@ -251,7 +251,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         super().__init__(*arguments, **options)
 
     def readable(self) -> bool:
-        """Whether to accept a connection now. Asked before every wait, so what is overdue is closed here, too."""
+        """Whether to accept a connection now. Called before every wait, so overdue connections are closed here too."""
         now = time.monotonic()
         if now >= self._looks_at:
             self._looks_at = now + _LOOK_AGAIN
@@ -264,7 +264,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         return not full or any(each.wear(now) > 0 for each in self.active_channels.values())
 
     def handle_accept(self) -> None:
-        """Accept connections; where there are as many as may be, the most worn ones are closed for them."""
+        """Accepts connections; at the limit, closes the most worn ones for new ones."""
         for _ in range(_AT_ONCE):
             if len(self.active_channels) >= self.limits.connections and not self._evict():
                 return
@@ -281,16 +281,16 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             try:
                 self.set_socket_options(client)
                 self.channel_class(self, client, self.fix_addr(address), self.adj, map=self._map)
-            except OSError:  # it has gone already
+            except OSError:  # the client has gone already
                 client.close()
 
     def handle_error(self) -> None:
-        """Go on: whatever went wrong with one connection, the others are to be accepted."""
+        """Logs the error and continues, so that an error with one connection does not stop the others."""
         logger.exception("Accepting a connection failed")
         self._accepts_at = time.monotonic() + _LOOK_AGAIN
 
     def _evict(self) -> bool:
-        """Close the most worn connection; whether there was one whose client is not waiting for the server."""
+        """Closes the most worn connection; False if all clients are waiting for the server."""
         now = time.monotonic()
         worn = max(self.active_channels.values(), key=lambda each: each.wear(now), default=None)
         if worn is None or worn.wear(now) <= 0:
@@ -300,11 +300,11 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
 
 
 def listen(app: Any, limits: Limits, guard: Guard, held: HeldBodies, **adjustments: Any) -> MultiSocketServer:
-    """A server for a WSGI app, listening already; `held` are the bodies of its requests, `adjustments` waitress's own.
+    """Returns a server for a WSGI app, already listening; `held` counts its bodies, `adjustments` are waitress's own.
 
     Raises:
-        OSError: the address cannot be listened on.
-        ValueError: it cannot be resolved, as waitress says.
+        OSError: the server cannot listen on the address.
+        ValueError: waitress cannot resolve the address.
     """
     adj = Adjustments(max_request_body_size=limits.body * _BODY_SLACK, asyncore_use_poll=True, **adjustments)
     adj.limits, adj.held = limits, held

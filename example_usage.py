@@ -1,7 +1,7 @@
 """A tour of the API with `requests`: `python example_usage.py [BASE_URL] [--model ID] [--type TYPE]`.
 
-Needs a running server. Registers a model, shows and changes it, loads it, generates with it, looks at the cache and the
-statistics, and puts everything back as it was. It uses the API only, so it can be copied out of this repository.
+Needs a running server. Registers a model, shows and changes it, loads it, generates with it, shows the cache and the
+statistics, and restores everything. It uses only the API, so it can be copied out of this repository.
 """
 # ruff: noqa: T201 - a program that talks to its user
 
@@ -33,7 +33,7 @@ class Client:
         self._session = requests.Session()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
-        """The JSON body of a successful answer. A first load may download the model, so there is no hurry."""
+        """Returns the JSON body of a successful answer. A first load may download the model: the timeout is long."""
         response = self._session.request(method, f"{self.base_url}{path}", json=body, params=query, timeout=1800)
         answer: dict[str, Any] = response.json()
         if not answer["success"]:
@@ -41,12 +41,12 @@ class Client:
         return answer
 
     def api(self, method: str, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
-        """A call to a route under `/api/huggingface`."""
+        """Calls a route under `/api/huggingface`."""
         return self.call(method, f"/api/huggingface{path}", body, **query)
 
 
 def look_around(client: Client) -> bool:
-    """Say what is running; tells whether models can be run there."""
+    """Prints what is running; returns whether models can be run there."""
     server = client.call("GET", "/")
     print(f"{server['name']} {server['version']} at {client.base_url}, models go to: {server['device']}")
     found = client.api("GET", "/dependencies")["dependencies"]
@@ -55,20 +55,20 @@ def look_around(client: Client) -> bool:
 
 
 def register(client: Client, model_id: str, model_type: str) -> bool:
-    """Register the model; tells whether it is new to the server."""
+    """Registers the model; returns whether it is new to the server."""
     fields = {"model_id": model_id, "name": model_id.rsplit("/", 1)[-1], "model_type": model_type}
     try:
         print(client.api("POST", "/models", fields)["message"])
     except Refused as refused:
         if refused.status != 409:
             raise
-        print(f"Registered already, and used as it is: {refused}")
+        print(f"Registered already and used unchanged: {refused}")
         return False
     return True
 
 
 def show_models(client: Client, path: str) -> dict[str, Any]:
-    """List the models and return the record of one."""
+    """Lists the models and returns the record of one."""
     models = client.api("GET", "/models")
     print(f"{models['count']} registered:", ", ".join(model["model_id"] for model in models["models"]))
     record: dict[str, Any] = client.api("GET", path)["model"]
@@ -79,14 +79,14 @@ def show_models(client: Client, path: str) -> dict[str, Any]:
 
 
 def change(client: Client, path: str) -> None:
-    """Give the model another description and other default parameters."""
+    """Changes the model's description and its default parameters."""
     parameters = {"max_new_tokens": 40, "do_sample": False}
     changed = client.api("PUT", path, {"description": "Changed by the tour", "parameters": parameters})
     print(changed["message"], "- its default parameters are now", changed["model"]["parameters"])
 
 
 def generate(client: Client, model_id: str) -> None:
-    """Generate text: from a prompt, from a chat, and by a pipeline."""
+    """Generates text from a prompt, from a chat, and by a pipeline."""
     prompt = "What is the capital of France?"
     answer = client.api("POST", "/generate", {"model_id": model_id, "prompt": prompt, "max_new_tokens": 20})
     print(f"Prompt: {prompt!r}\nAnswer: {answer['response']!r}\nWith:   {answer['parameters']}")
@@ -106,7 +106,7 @@ def generate(client: Client, model_id: str) -> None:
 
 
 def show_use(client: Client) -> None:
-    """Show what is in memory and what was used."""
+    """Shows the models in memory and the usage."""
     cache = client.api("GET", "/cache")
     for model_id, cached in cache["cached_models"].items():
         print(f"In memory: {model_id} on {cached['device']} since {cached['loaded_at']}")
@@ -119,7 +119,7 @@ def show_use(client: Client) -> None:
 
 
 def tidy_up(client: Client, path: str, model_id: str, before: dict[str, Any] | None, loaded: bool) -> None:
-    """Put back what was changed: remove the model if it was new, else give it back its old fields."""
+    """Undoes the changes: removes the model if it was new, else restores its old fields."""
     if before is None:
         print(client.api("DELETE", path)["message"])
         return
@@ -130,7 +130,7 @@ def tidy_up(client: Client, path: str, model_id: str, before: dict[str, Any] | N
 
 
 def tour(client: Client, model_id: str, model_type: str) -> None:
-    """The whole tour, step by step."""
+    """Runs all steps of the tour."""
 
     def step(title: str) -> None:
         print(f"\n== {title}")
@@ -139,7 +139,7 @@ def tour(client: Client, model_id: str, model_type: str) -> None:
     if not look_around(client):
         raise SystemExit("Models cannot be run there: pip install transformers torch, then start the server again")
     loaded = model_id in client.api("GET", "/cache")["cached_models"]
-    path = f"/models/{quote(model_id, safe='')}"  # a raw slash would do as well
+    path = f"/models/{quote(model_id, safe='')}"  # a raw slash works too
     step("Register a model")
     new = register(client, model_id, model_type)
     before = None if new else client.api("GET", path)["model"]
@@ -161,7 +161,7 @@ def tour(client: Client, model_id: str, model_type: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tour; returns the exit status."""
+    """Runs the tour; returns the exit status."""
     parser = argparse.ArgumentParser(description="A tour of the API on a running server.")
     parser.add_argument("base_url", nargs="?", default="http://localhost:5000", help="default: %(default)s")
     parser.add_argument("--model", default=STARTER, help="a model that generates text (default: %(default)s)")
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     except requests.ConnectionError:
         print(f"No server answers at {client.base_url}. Start one with: make run", file=sys.stderr)
     except requests.JSONDecodeError:
-        print(f"What answers at {client.base_url} is not Local LLM", file=sys.stderr)
+        print(f"The server at {client.base_url} is not Local LLM", file=sys.stderr)
     except (requests.RequestException, Refused) as error:
         print(f"The tour ended early: {error}", file=sys.stderr)
     else:

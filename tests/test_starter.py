@@ -365,7 +365,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     limit = 60 * 1024**2  # bytes that one file may have: less than the weights
     status, written = run(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert status == 1
-    assert "could not be brought: File too large" in written
+    assert "could not be installed: File too large" in written
     assert "Traceback" not in written
     assert entries(tmp_path) == []
 
