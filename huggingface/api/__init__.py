@@ -1,1 +1,1 @@
-"""Everything HTTP: the request's shape, its errors, its routes. Nothing below this package knows of HTTP."""
+"""Everything HTTP: requests, errors, routes. Nothing below this package knows HTTP."""

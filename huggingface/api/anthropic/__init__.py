@@ -1,4 +1,4 @@
-"""Anthropic's API under `/v1/messages`: translations onto the same conversations, engine and errors as OpenAI's chats.
+"""Anthropic's API under `/v1/messages`: translations to the same conversations, engine and errors as OpenAI's chats.
 
-Source: https://docs.anthropic.com/en/api/messages. Nothing here generates, loads or parses what a model writes.
+Source: https://docs.anthropic.com/en/api/messages. Must not generate, load, or parse what a model writes.
 """

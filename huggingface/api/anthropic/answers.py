@@ -1,4 +1,4 @@
-"""Anthropic's answers as pydantic models: what the API's document says of them."""
+"""Anthropic's answers as pydantic models, for the API's document."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..documented.schemas import streaming
 
 
 class AnthropicError(BaseModel):
-    """What went wrong."""
+    """An error in Anthropic's shape."""
 
     type: str
     message: str
-    details: dict[str, Any] | None = Field(None, description="What a client may act on.")
+    details: dict[str, Any] | None = Field(None, description="Details that a client may act on.")
 
 
 class AnthropicFailure(BaseModel):
@@ -26,21 +26,21 @@ class AnthropicFailure(BaseModel):
 
 
 def anthropic_failures() -> Any:
-    """What any of the routes may answer besides what it is for."""
+    """The failures that any of the routes may answer."""
     return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), AnthropicFailure)
 
 
 class UsedTokens(BaseModel):
     """Tokens, counted by the model's own tokenizer."""
 
-    input_tokens: int = Field(description="Those of the prompt that were not in the cache.")
+    input_tokens: int = Field(description="Tokens of the prompt that were not in the cache.")
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
 
 
 class AnthropicMessage(BaseModel):
-    """What the assistant says. As a stream: Anthropic's named events, from `message_start` to `message_stop`."""
+    """The assistant's message. As a stream: Anthropic's named events, from `message_start` to `message_stop`."""
 
     model_config = streaming("Anthropic's named events, from `message_start` to `message_stop`.")
 

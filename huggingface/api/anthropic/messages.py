@@ -1,4 +1,4 @@
-"""`POST /v1/messages`: a conversation is continued, whole or as it is written; and its tokens are counted.
+"""`POST /v1/messages`: continues a conversation, whole or as a stream; and counts a conversation's tokens.
 
 Source: "Messages" and "Streaming messages", Anthropic API reference.
 """
@@ -27,17 +27,17 @@ from ..requests.leasing import leased_model
 from . import schemas
 from .turns import chat_messages, hides_thinking, wish_of
 
-# What the engine names otherwise.
+# The engine's names, and Anthropic's for the same.
 _NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop_sequences"}
 
-# OpenAI's reasons for an end, in Anthropic's words.
+# OpenAI's finish reasons, and Anthropic's for the same.
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | Response:
-    """Continue a conversation.
+    """Continues a conversation.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     streams = bool(body.stream)
     with ExitStack() as stack:
@@ -68,9 +68,9 @@ def answer(record: ModelRecord, body: schemas.MessagesBody) -> dict[str, Any] | 
 
 
 def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
-    """How many tokens a conversation is for the model, as its template lays it out.
+    """Counts the tokens of a conversation, rendered by the model's template.
 
-    Raises: what loading raises.
+    Raises: the errors of loading.
     """
     with leased_model(record, "count_tokens", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         conversation = Conversation(model.chat, chat_messages(body), wish_of(body))
@@ -80,7 +80,7 @@ def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
 
 
 class _Blocks:
-    """Makes the blocks of an answer, and the events that tell of them, as they are written."""
+    """Makes the blocks of an answer and their events, while the answer is generated."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class _Blocks:
         body: schemas.MessagesBody,
         hidden: bool,
     ) -> None:
-        """`hidden` tells whether what the model thinks is left out."""
+        """`hidden` says whether the model's reasoning is left out."""
         self._about = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model_id}
         self._make_parser = parser
         self._parser: AnswerReader | None = None
@@ -102,7 +102,7 @@ class _Blocks:
         self._omitted = getattr(body.thinking, "display", None) == "omitted"
         self._blocks: list[dict[str, Any]] = []
         self._open = False  # whether the last block is being written
-        self._arguments: list[str] = []  # of the calls
+        self._arguments: list[str] = []  # the arguments of each call
         self._last: Chunk | None = None
 
     def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
@@ -117,13 +117,13 @@ class _Blocks:
         return events
 
     def message(self) -> dict[str, Any]:
-        """The answer, as far as it is written."""
+        """The answer so far."""
         calls = iter(self._arguments)
         blocks = [{**block, "input": _object(next(calls))} if "input" in block else block for block in self._blocks]
         return {**self._about, "content": blocks, **self.ending(), "usage": self.usage()}
 
     def ending(self) -> dict[str, Any]:
-        """Why it ended."""
+        """The reason for the answer's end."""
         last = self._last
         if last is None:
             return {"stop_reason": None, "stop_sequence": None}
@@ -132,7 +132,7 @@ class _Blocks:
         return {"stop_reason": _REASONS[reason_of(last, self._arguments) or "stop"], "stop_sequence": None}
 
     def usage(self) -> dict[str, int]:
-        """Tokens read and made. Those that were in the cache are not among the input's, as Anthropic counts."""
+        """The counts of tokens. As Anthropic counts, tokens from the cache are not among the input's."""
         used = self._last.usage if self._last is not None else None
         cached = used.cached_tokens if used is not None else 0
         return {
@@ -179,7 +179,7 @@ class _Blocks:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
     def _close(self) -> list[dict[str, Any]]:
-        """End the block that is being written."""
+        """Ends the open block; returns its events."""
         if not self._open:
             return []
         self._open = False
@@ -189,7 +189,7 @@ class _Blocks:
 
 
 def _object(arguments: str) -> dict[str, Any]:
-    """A call's arguments, as far as they are written where the tokens ran out."""
+    """A call's arguments; incomplete ones, where the tokens ran out, as far as they go."""
     try:
         value = from_json(arguments, allow_partial=True)
     except ValueError:
@@ -206,20 +206,20 @@ class _Writer(Writer[Chunk]):
         self._begun = False
 
     def write(self, chunk: Chunk) -> Events:
-        """What a piece of the answer becomes."""
+        """The events of a piece of the answer."""
         return [*self._begin(), *self._blocks.chunk(chunk)]
 
     def silence(self) -> Events:
-        """That it is still at work."""
+        """A ping."""
         return [*self._begin(), {"type": "ping"}]
 
     def end(self) -> Events:
-        """Why it ended, and the counts."""
+        """The reason for the end, and the counts."""
         yield {"type": "message_delta", "delta": self._blocks.ending(), "usage": self._blocks.usage()}
         yield {"type": "message_stop"}
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it."""
+        """The error's body."""
         yield anthropic_body(str(error), status_of(error), error, self._request_id)
 
     def _begin(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The registered models as Anthropic's `GET /v1/models` shows them: the same address as OpenAI's, told by a header."""
+"""The registered models in the form of Anthropic's `GET /v1/models`, which a header selects at OpenAI's address."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .schemas import ModelsPage
 
 
 def shown_models(records: Sequence[ModelRecord]) -> dict[str, Any]:
-    """The page of them that the present request asks for.
+    """The page of models that the present request asks for.
 
     Raises:
-        InvalidRequest: naming the field of the query that is wrong.
+        InvalidRequest: a field of the query is wrong; names it.
     """
     try:
         page = ModelsPage.model_validate(request.args.to_dict())
@@ -42,7 +42,7 @@ def shown_models(records: Sequence[ModelRecord]) -> dict[str, Any]:
 
 
 def shown_model(record: ModelRecord) -> dict[str, Any]:
-    """A model."""
+    """A model in Anthropic's form."""
     return {
         "type": "model",
         "id": record.model_id,

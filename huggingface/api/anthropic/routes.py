@@ -14,7 +14,7 @@ from . import schemas
 from .answers import AnthropicMessage, CountAnswer, anthropic_failures
 from .messages import answer, count
 
-_MOST_NAMES = 10  # in a message
+_MOST_NAMES = 10  # models that an error lists
 
 blueprint = APIBlueprint(
     "anthropic",
@@ -39,17 +39,17 @@ def count_tokens(body: schemas.CountBody) -> dict[str, Any]:
 
 @blueprint.after_request
 def name_request(response: Response) -> Response:
-    """Tell the request's id under the name that Anthropic's clients read it by."""
+    """Adds the request's id under the header's name that Anthropic's clients read."""
     if (own := g.get("request_id")) is not None:
         response.headers["request-id"] = own
     return response
 
 
 def _record(model_id: str) -> ModelRecord:
-    """A registered model; programs of Anthropic's ask for one of Anthropic's, where they are not told of another.
+    """The record of a model. Anthropic's programs ask for one of Anthropic's models unless they are configured.
 
     Raises:
-        ModelNotFound: naming the models that are registered.
+        ModelNotFound: lists the registered models.
     """
     registry = services().registry
     try:

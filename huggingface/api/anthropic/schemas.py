@@ -1,7 +1,7 @@
-"""Anthropic's messages as pydantic models: what a request may hold.
+"""Anthropic's requests as pydantic models.
 
-What programs replay (messages, blocks, tools) is taken with unknown fields dropped. Fields that make no difference here
-are taken and named as ignored. Nothing here works on a model.
+Parts that programs send back (messages, blocks, tools) are accepted without their unknown fields. Fields without effect
+here are accepted and named as ignored. Must not know models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextBlock(Replayed):
 
 
 class ThinkingBlock(Replayed):
-    """What the assistant thought; the model is not shown it again."""
+    """The assistant's reasoning; the model does not see it again."""
 
     type: Literal["thinking"]
     thinking: Text | None = None
@@ -35,7 +35,7 @@ class ThinkingBlock(Replayed):
 
 
 class RedactedThinkingBlock(Replayed):
-    """What another server's model thought, not to be read."""
+    """The encrypted reasoning of another server's model."""
 
     type: Literal["redacted_thinking"]
     data: Text | None = None
@@ -47,11 +47,11 @@ class ToolUseBlock(Replayed):
     type: Literal["tool_use"]
     id: Text
     name: ToolName
-    input: Any = Field(None, description="An object: the arguments.")
+    input: Any = Field(None, description="The arguments, an object.")
 
 
 class LeftOutBlock(BaseModel):
-    """What a tool of Anthropic's own servers did; the model is not shown it."""
+    """The work of a tool on Anthropic's own servers; the model does not see it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -71,7 +71,7 @@ else:
 
 
 class ToolResultBlock(Replayed):
-    """What a tool gave."""
+    """The result of a tool."""
 
     type: Literal["tool_result"]
     tool_use_id: Text
@@ -92,21 +92,21 @@ else:
 
 
 class UserTurn(Replayed):
-    """What the user says, and what tools gave."""
+    """The user's text, and the results of tools."""
 
     role: Literal["user"]
     content: UserContent
 
 
 class AssistantTurn(Replayed):
-    """What the assistant said."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: SaidContent
 
 
 class SystemTurn(Replayed):
-    """What the assistant is told in the midst of a conversation."""
+    """Instructions within a conversation."""
 
     role: Literal["system"]
     content: PlainText
@@ -139,7 +139,7 @@ def _object_schema(value: Any) -> Any:
 
 
 def _without_anthropics(value: Any) -> Any:
-    """The client's tools; the model cannot be offered those of Anthropic's, whose schemas only Claude knows."""
+    """The client's tools, without Anthropic's own, whose schemas only Claude knows."""
     if not isinstance(value, list):
         return value
     kept = []
@@ -160,26 +160,26 @@ class _Choice(Part):
 
 
 class AutoChoice(_Choice):
-    """A call or a text, as the model chooses."""
+    """The model chooses a call or a text."""
 
     type: Literal["auto"]
 
 
 class AnyChoice(_Choice):
-    """A call."""
+    """The model makes a call."""
 
     type: Literal["any"]
 
 
 class ToolChoice(_Choice):
-    """A call of this tool."""
+    """The model calls this tool."""
 
     type: Literal["tool"]
     name: ToolName
 
 
 class NoChoice(_Choice):
-    """No call."""
+    """The model makes no call."""
 
     type: Literal["none"]
 
@@ -199,12 +199,12 @@ class Enabled(Part):
     """Think before the answer."""
 
     type: Literal["enabled"]
-    budget_tokens: Count | None = Field(None, description="Not counted: thinking ends where the model ends it.")
+    budget_tokens: Count | None = Field(None, description="No effect: the model itself ends its thinking.")
     display: Display | None = None
 
 
 class Adaptive(Part):
-    """Think as the model does by itself."""
+    """Think as the model does by default."""
 
     type: Literal["adaptive", "between_tools"]
     display: Display | None = None
@@ -224,7 +224,7 @@ else:
 
 
 class OutputFormat(Part):
-    """JSON of a schema."""
+    """JSON that satisfies a schema."""
 
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
@@ -241,7 +241,7 @@ class OutputConfig(Part):
 
 # Bodies ---------------------------------------------------------------------------------------------------------------
 
-# They make no difference to an answer of this server.
+# Fields without effect on this server.
 _IGNORED = (
     *("metadata", "service_tier", "cache_control", "container", "context_management", "inference_geo", "speed"),
     *("diagnostics", "fallbacks", "user"),
@@ -251,7 +251,7 @@ _IGNORED = (
 class MessagesBody(Drawn):
     """A conversation to continue."""
 
-    max_tokens: Count = Field(description="Most tokens to make; fewer, where the model's context has no more room.")
+    max_tokens: Count = Field(description="Most tokens to generate; fewer where the model's context has no more room.")
     messages: list[Message] = Field(min_length=1)
     system: PlainText | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
@@ -293,7 +293,7 @@ class MessagesBody(Drawn):
 
     @property
     def form(self) -> OutputFormat | None:
-        """What the text has to be."""
+        """The form of the text, if the body sets one."""
         return self.output_format or (self.output_config.format if self.output_config is not None else None)
 
 
@@ -304,7 +304,7 @@ class CountBody(MessagesBody):
 
 
 class ModelsPage(BaseModel):
-    """Which of the models to list."""
+    """The page of models to list."""
 
     limit: int = Field(20, ge=1, le=1000)
     after_id: str | None = None

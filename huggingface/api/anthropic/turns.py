@@ -1,6 +1,6 @@
-"""A conversation in Anthropic's words becomes one of chat messages, and its wishes become a `Wish`.
+"""Translates Anthropic's conversations into chat messages, and the other fields of a body into a `Wish`.
 
-Pure functions on validated bodies. Must not know models; what is put to one, `openai.conversation` knows.
+Pure functions on validated bodies. Must not know models; `openai.conversation` makes the requests to them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ..http.fields import note_ignored
 from ..openai.conversation import Conversation, Wish
 from . import schemas
 
-# Claude Code's first system block: what its maker counts, in other words with each version; nothing for a model.
+# Claude Code's first system block, for its maker's billing; it changes with each version, and models do not need it.
 _BILLING = "x-anthropic-billing-header:"
 
-# What templates that know `reasoning_effort` have words for.
+# Efforts that templates with `reasoning_effort` do not know, and the nearest that they know.
 _EFFORTS = {"xhigh": "high", "max": "high"}
 
-# The names that templates have for whether the model is to think.
+# Variables of templates that switch thinking on or off.
 _SWITCHES = ("enable_thinking", "thinking")
 
 
 def chat_messages(body: schemas.MessagesBody) -> list[dict[str, Any]]:
-    """The conversation as messages of a chat, those of one role that follow each other as one.
+    """The conversation as chat messages; neighbouring messages of one role become one.
 
     Raises:
-        InvalidRequest: there is nothing in it but instructions.
+        InvalidRequest: the conversation holds only instructions.
     """
     turns = _Turns()
     turns.instruct(body.system)
@@ -48,7 +48,7 @@ def chat_messages(body: schemas.MessagesBody) -> list[dict[str, Any]]:
 
 
 class _Turns:
-    """The messages of a chat, as they are gathered."""
+    """Collects the messages of a chat."""
 
     def __init__(self) -> None:
         self.system: list[str] = []
@@ -56,7 +56,7 @@ class _Turns:
         self._ids: dict[str, str] = {}
 
     def instruct(self, content: schemas.PlainText | None) -> None:
-        """Take instructions. Few templates have a place for them within a conversation: there, the user says them."""
+        """Adds instructions. Few templates allow them within a conversation, so there they join the user's messages."""
         texts = [block.text for block in _blocks(content or "")]
         kept = [text for text in texts if text and not text.startswith(_BILLING)]
         if any(text.startswith(_BILLING) for text in texts):
@@ -70,7 +70,7 @@ class _Turns:
             self.system.append(text)
 
     def add_user(self, content: schemas.UserContent) -> None:
-        """Take what the user says, and what tools gave."""
+        """Adds the user's text, and the results of tools."""
         for block in _blocks(content):
             if isinstance(block, schemas.ToolResultBlock):
                 text = _text(block.content)
@@ -80,7 +80,7 @@ class _Turns:
                 self._say("user", block.text)
 
     def add_assistant(self, content: schemas.SaidContent) -> None:
-        """Take what the assistant said, and the calls that it made."""
+        """Adds the assistant's text and calls."""
         for block in _blocks(content):
             match block:
                 case schemas.TextBlock():
@@ -104,7 +104,7 @@ class _Turns:
         return self.said[-1]
 
     def _id(self, id_: str) -> str:
-        """A call's id as the templates get it: Mistral's refuse any but those of nine letters and digits."""
+        """A call's id for templates: Mistral's accept only nine letters and digits."""
         return self._ids.setdefault(id_, f"{len(self._ids):09d}")
 
 
@@ -117,7 +117,7 @@ def _text(content: schemas.PlainText | None) -> str:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """A call's arguments; what is no object, is shown to the model as it is: history cannot be mended by its sender."""
+    """A call's arguments as an object. Any other value is wrapped in one, since a client cannot correct its history."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -132,7 +132,7 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 
 def wish_of(body: schemas.MessagesBody) -> Wish:
-    """What is wanted of the answer."""
+    """Translates the body's fields about the answer into a `Wish`."""
     form, choice = body.form, body.tool_choice
     kinds = {"auto": "auto", "any": "required", "none": "none"}
     named = choice.name if isinstance(choice, schemas.ToolChoice) else kinds[choice.type] if choice else "auto"
@@ -160,9 +160,9 @@ def _effort(body: schemas.MessagesBody) -> str | None:
 
 
 def hides_thinking(body: schemas.MessagesBody, conversation: Conversation) -> bool:
-    """Whether what the model thinks is left out of the answer, because it cannot be kept from thinking.
+    """Whether to leave reasoning out of the answer, because the model may think although the request disables it.
 
-    Names what of the request's wishes about thinking this model has no way to honour.
+    Also names, in the response's header, the fields about thinking that have no effect on this model.
     """
     thinking = body.thinking
     switched = any(name in conversation.variables for name in _SWITCHES)

@@ -1,4 +1,4 @@
-"""The contract of downloads as pydantic models: what a body may hold, and what an answer holds."""
+"""The contract on downloads as pydantic models: bodies and answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DownloadBody(Strict):
 
 
 class Download(BaseModel):
-    """How far a download is. Bytes are of all files that the model needs; what was here already counts as done."""
+    """The progress of a download. Bytes count all files that the model needs; files that were here count as done."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -26,7 +26,7 @@ class Download(BaseModel):
     revision: str | None = Field(
         description="The branch, tag or commit that was asked for; null is the default branch."
     )
-    commit: str | None = Field(description="What the revision stands for, once that is known.")
+    commit: str | None = Field(description="The revision's commit, once it is known.")
     phase: Literal["waiting", "download", "ready", "failed", "cancelled", "interrupted"] = Field(
         description="`interrupted`: an earlier run of this server began it; a new download continues from there."
     )
@@ -35,20 +35,20 @@ class Download(BaseModel):
     bytes_per_second: int = Field(description="The mean of the last seconds.")
     seconds_left: float | None
     fraction: float | None = Field(description="The part that is done, 0 to 1.")
-    file: str | None = Field(description="The file that is being brought.")
+    file: str | None = Field(description="The file that is downloaded now.")
     error: str | None
 
 
 class DownloadAnswer(Answer):
-    """A download that was asked for."""
+    """The requested download."""
 
-    model_config = streaming("How far it is, as in `download`, and last this answer, or a failure.")
+    model_config = streaming("The progress, as in `download`, and last this answer, or a failure.")
 
     message: str
     download: Download
 
 
 class DownloadState(Answer):
-    """How far it is."""
+    """The state of a download."""
 
     download: Download

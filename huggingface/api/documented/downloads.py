@@ -1,6 +1,6 @@
-"""Routes of the downloads: bringing a registered model's files here, how far that is, and giving it up.
+"""Routes that start, show and cancel the download of a registered model's files.
 
-A download is a job of the server, which any number of callers share: a client that leaves does not end it.
+A download is a job of the server, shared by any number of callers: it goes on when a client disconnects.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _downloads() -> Downloads:
 
 
 def _settle(job: Job) -> None:
-    """Wait a moment for a job to be over, or to have something to bring; most have nothing to do."""
+    """Waits briefly until a job is over or has bytes to download; most jobs have nothing to download."""
     end, version = time.monotonic() + HOLD, -1
     while not job.over and (left := end - time.monotonic()) > 0:
         version, moment = job.progress.wait(version, left)
@@ -114,20 +114,20 @@ def _answer(job: Job, message: str) -> dict[str, Any]:
 
 
 class _Writer(Writer[Moment]):
-    """The events of a download, and last `message` with how it stands."""
+    """The events of a download, and last `message` with its final state."""
 
     def __init__(self, job: Job, message: str) -> None:
         self._job = job
         self._message = message
 
     def write(self, moment: Moment) -> Events:
-        """How far it is."""
+        """The download's progress."""
         yield _shape(self._job, moment)
 
     def end(self) -> Events:
-        """The answer."""
+        """The documented answer."""
         yield _answer(self._job, self._message)
 
     def error(self, error: LocalLLMError) -> Events:
-        """An error's documented body."""
+        """The error's documented body."""
         yield failure(str(error))

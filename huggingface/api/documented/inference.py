@@ -1,6 +1,6 @@
 """Routes that run a model: `/generate` and `/pipeline`.
 
-Every view is parse, call, shape. A client that hangs up while it waits is noticed, and its work is given up.
+Every view is parse, call, shape. When a client disconnects while it waits, its work is cancelled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ blueprint = APIBlueprint(
 )
 
 
-# What a text has to be, by the fields that say so: kinds of `Constraint`.
+# The fields that constrain the text; each is a kind of `Constraint`.
 _FORMS: tuple[Literal["json_schema", "json_object", "regex", "choice", "grammar"], ...] = (
     "json_schema",
     "json_object",
@@ -107,7 +107,7 @@ def _request(
     constraint: Constraint | None,
     adapter: str | None,
 ) -> GenerationRequest:
-    """What to generate from; the prompt of a conversational model is the user's turn of a chat."""
+    """The request to the engine; a conversational model's prompt becomes the user's turn of a chat."""
     if record.model_type == "conversational" and "prompt" in source:
         source = {"messages": [{"role": "user", "content": source["prompt"]}]}
     return GenerationRequest(parameters, **source, streams=streams, constraint=constraint, adapter=adapter)
@@ -116,7 +116,7 @@ def _request(
 def _generated(
     record: ModelRecord, source: dict[str, Any], chunks: list[Chunk], further: dict[str, Any]
 ) -> dict[str, Any]:
-    """The documented answer, from the chunks of which each is its sequence's last."""
+    """The documented answer, made of each sequence's last chunk."""
     last = sorted((chunk for chunk in chunks if chunk.finish_reason is not None), key=lambda chunk: chunk.index)
     texts, reasons = [chunk.whole for chunk in last], [chunk.finish_reason for chunk in last]
     several = len(texts) > 1
@@ -145,30 +145,30 @@ class _Writer(Writer[Chunk]):
     """The events of `/generate`: pieces of text, and last the documented answer."""
 
     def __init__(self, flight: InFlight, shape: Callable[[list[Chunk]], dict[str, Any]]) -> None:
-        """`shape` makes the answer of the sequences' last chunks."""
+        """`shape` makes the answer from the sequences' last chunks."""
         self._flight = flight
         self._shape = shape
         self._last: list[Chunk] = []
-        self._position: int | None = None  # that was told
+        self._position: int | None = None  # the last position that was sent
 
     def write(self, chunk: Chunk) -> Events:
-        """A piece of text by its sequence."""
+        """A piece of text with its sequence's index."""
         if chunk.finish_reason is not None:
             self._last.append(chunk)
         if chunk.text:
             yield {"index": chunk.index, "text": chunk.text}
 
     def silence(self) -> Events:
-        """The place in the queue, whenever it changes."""
+        """The place in the queue, if it has changed."""
         position = self._flight.position
         if position not in (None, self._position):
             self._position = position
             yield {"request_id": self._flight.request_id, "position": position}
 
     def end(self) -> Events:
-        """The answer."""
+        """The documented answer."""
         yield self._shape(self._last)
 
     def error(self, error: LocalLLMError) -> Events:
-        """An error's documented body."""
+        """The error's documented body."""
         yield failure(str(error))

@@ -16,18 +16,18 @@ from .schemas import MODEL_ID_TEXT, Answer, KeepAlive, Strict, optional, streami
 
 
 def _without_empty(stops: Any) -> Any:
-    """Stops of which the empty ones are left out."""
+    """The stop strings without empty ones."""
     return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
 def _example(**fields: Any) -> ConfigDict:
-    """What the page at `/docs` offers to send, in place of every field that there is."""
+    """The body that the page at `/docs` offers to send, instead of one with every field."""
     body = {"model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", **fields}
     return cast(ConfigDict, {"openapi_extra": {"example": body}})
 
 
 class Message(Strict):
-    """One turn of a chat. Programs send back what they got, so that further fields are dropped."""
+    """One turn of a chat. Programs send back messages that they received, so further fields are dropped."""
 
     drops = True
     place = "messages"
@@ -37,9 +37,9 @@ class Message(Strict):
 
 
 class GenerateBody(GenerationParameters):
-    """Text to continue, or a chat to answer, and how. Give exactly one of `prompt` and `messages`.
+    """Text to continue, or a chat to answer, and parameters. Give exactly one of `prompt` and `messages`.
 
-    What is left out comes from the model's registered parameters, then from the defaults named here.
+    Missing parameters come from the model's registered parameters, then from the defaults named here.
     """
 
     empties = frozenset({"stop"})
@@ -49,8 +49,8 @@ class GenerateBody(GenerationParameters):
     model_id: str = Field(description=MODEL_ID_TEXT)
     prompt: str = optional("Input text. For a conversational model it is the user's turn of a new chat.")
     messages: list[Message] = optional("A chat, oldest turn first.", min_length=1)
-    stream: bool = optional("Send the text as it is made, as server-sent events.")
-    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    stream: bool = optional("Send the text as it is generated, as server-sent events.")
+    timeout: float = optional("Seconds from now, after which the request is cancelled.", gt=0, le=86400)
     keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
     adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
     stop: Annotated[Stop | Stops | Annotated[list[Stop], Field(max_length=0)], BeforeValidator(_without_empty)] = (
@@ -58,13 +58,13 @@ class GenerateBody(GenerationParameters):
     )
     json_schema: dict[str, Any] = optional("The text is JSON of this schema. At most one of these five.")
     json_object: Literal[True] = optional("The text is a JSON object.")
-    regex: str = optional("The text matches this regular expression, whole.", min_length=1)
+    regex: str = optional("The whole text matches this regular expression.", min_length=1)
     choice: list[str] = optional("The text is one of these.", min_length=1)
     grammar: str = optional("The text follows this grammar: llguidance's dialect of Lark, or GBNF.", min_length=1)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """The schema as pydantic makes it, with what is in effect where a model has nothing of its own registered."""
+        """pydantic's schema, with the defaults for models without registered parameters."""
         schema = super().model_json_schema(*arguments, **options)
         for name, value in GENERATE_DEFAULTS.items():
             schema["properties"][name]["description"] += (
@@ -82,19 +82,19 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time went, in seconds since the request reached the model."""
+    """Times in seconds since the request reached the model."""
 
-    queue: float = Field(description="Until it was let into the batch.")
-    first_token: float = Field(description="Until its first token was made.")
-    total: float = Field(description="Until its last token was made.")
-    tokens_per_second: float = Field(description="Tokens made, by the time after the queue.")
+    queue: float = Field(description="Until it was admitted to the batch.")
+    first_token: float = Field(description="Until its first token was generated.")
+    total: float = Field(description="Until its last token was generated.")
+    tokens_per_second: float = Field(description="Generated tokens, by the time after the queue.")
 
 
 class GenerateAnswer(Answer):
     """The new text."""
 
     model_config = streaming(
-        '`{"index": 0, "text": "…"}` for what was made, `{"request_id": "…", "position": 3}` in the queue, and last '
+        '`{"index": 0, "text": "…"}` for new text, `{"request_id": "…", "position": 3}` in the queue, and last '
         "this answer, or a failure."
     )
 
@@ -124,15 +124,15 @@ class PipelineBody(Fields):
     )
 
     model_id: str = Field(description=MODEL_ID_TEXT)
-    task: str = Field(description="What to do; `translation_xx_to_yy` names the languages.")
+    task: str = Field(description="The task; `translation_xx_to_yy` names the languages.")
     inputs: Any = Field(description="One item or a list of them, in the form that the task takes.")
-    timeout: float = optional("Seconds, from now, after which no answer is wanted any more.", gt=0, le=86400)
+    timeout: float = optional("Seconds from now, after which the request is cancelled.", gt=0, le=86400)
     keep_alive: KeepAlive = optional("Seconds that the model stays in memory after this use; -1 is for ever.")
     adapter: str = optional("Which of the model's adapters to use; without it, none.", min_length=1)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """The schema as pydantic makes it, and for each task the further fields that a body with it may have."""
+        """pydantic's schema, with the parameters of each task as further fields."""
         schema = super().model_json_schema(*arguments, **options)
         schema["anyOf"] = []
         for name, parameters in TASK_PARAMETERS.items():
@@ -147,7 +147,7 @@ class PipelineBody(Fields):
 
 
 class PipelineAnswer(Answer):
-    """What the task gives, as `transformers` gives it."""
+    """The task's results in `transformers`' form."""
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -1,4 +1,4 @@
-"""Routes of the models in memory: what is there, and taking it out."""
+"""Routes that show, preload and unload the models in memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ blueprint = APIBlueprint(
 )
 
 
-# Seconds that an answer waits for models that were loaded just now, until it is known how they are served: of most that
-# is known in a moment, and of a large one it is not worth the wait.
+# Seconds that an answer waits for just loaded models until it is known how they are served: for most models that takes
+# a moment, and for a large one waiting longer is not worth it.
 _SETTLE = 0.5
 
 
@@ -140,5 +140,5 @@ def clear_cache(query: cache_schemas.CacheQuery) -> dict[str, Any]:
 
 
 def _types() -> dict[str, str]:
-    """The registered models' types, by id."""
+    """The types of the registered models, by id."""
     return {record.model_id: record.model_type for record in services().registry.list()}

@@ -1,4 +1,4 @@
-"""The contract on what is in memory as pydantic models: `/cache`, and loading several. See `schemas`."""
+"""The contract on models in memory as pydantic models: `/cache`, and preloading several models. See `schemas`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .schemas import Answer, Strict, old_name
 
 
 class WarmBody(Strict):
-    """What to load."""
+    """The models to load."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -19,26 +19,26 @@ class WarmBody(Strict):
 
 
 class WarmAnswer(Answer):
-    """How far each model is."""
+    """The state of each model's load."""
 
     message: str
     models: dict[str, Literal["waiting", "loading", "ready", "failed"]]
 
 
 class CacheQuery(Strict):
-    """Which model to take out of memory."""
+    """The model to unload."""
 
     model_id: str | None = Field(None, description="Only this model; all models where it is left out.")
 
 
 class EngineState(BaseModel):
-    """What the engine of a model in memory is doing."""
+    """The state of the engine of a model in memory."""
 
     state: Literal["starting", "running", "failed"] = Field(
-        description="`starting`: how it is served best is being found out; `failed`: the next request loads it again."
+        description="`starting`: the server tests how to serve it best; `failed`: the next request loads it again."
     )
     mode: Literal["batched", "one at a time"] | None = Field(description="How generations are served.")
-    reason: str | None = Field(description="Why one at a time.")
+    reason: str | None = Field(description="Why generations run one at a time; null where they do not.")
     running: int = Field(description="Generations that run.")
     waiting: int = Field(description="Generations that wait.")
     tasks: int = Field(description="Task calls that run or wait.")
@@ -57,19 +57,19 @@ class CachedModel(BaseModel):
     device: str
     model_type: str
     engine: EngineState | None
-    dtype: str = Field(description="Of its weights in memory.")
-    bytes: int = Field(description="All that it takes: weights, copies and KV cache.")
+    dtype: str = Field(description="Type of its weights in memory.")
+    bytes: int = Field(description="All of its memory: weights, copies and KV cache.")
     weights_bytes: int
     copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")
     kv_cache_bytes: int
     peak_bytes: int = Field(description="The most that it took since the load.")
     devices: dict[str, int] = Field(description="Bytes by device.")
-    in_use: int = Field(description="Requests that have it at this moment.")
+    in_use: int = Field(description="Requests that use it at this moment.")
     queue: int = Field(description="Generations that wait for a place in its batch.")
     expires_at: str | None = Field(description="When it expires if it is not used (ISO 8601, UTC); null for never.")
     pinned: bool = Field(description="It is never evicted for another model.")
     load_seconds: float
-    commit: str | None = Field(description="Of its repository on the Hub; null for a local folder.")
+    commit: str | None = Field(description="Commit of its repository on the Hub; null for a local folder.")
     adapters: dict[str, str] = Field(description="Its LoRA adapters: model ids, by the names that requests choose by.")
     settings: EffectiveSettings
     backend_reason: str | None = Field(description="Why torch computes it, and not OpenVINO; null where that does.")
@@ -77,7 +77,7 @@ class CachedModel(BaseModel):
 
 
 class LoadProgress(BaseModel):
-    """How far a load is."""
+    """The progress of a load."""
 
     phase: Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
     bytes_done: int
@@ -90,25 +90,25 @@ class LoadProgress(BaseModel):
 
 
 class ConversionState(BaseModel):
-    """The making of OpenVINO's graph of a model, which torch computes until then."""
+    """The conversion of a model into OpenVINO's graph; torch computes the model until it is done."""
 
     state: Literal["waiting", "converting", "opening", "failed"] = Field(
-        description="`opening`: the graph is made, and takes over between two requests; `failed`: torch goes on until "
-        "the model is unloaded."
+        description="`opening`: the graph is ready, and OpenVINO takes over between two requests; `failed`: torch "
+        "computes the model until it is unloaded."
     )
     reason: str | None = Field(description="Why it waits, or failed.")
-    bytes: int = Field(description="Memory that the process which makes the graph takes, within the budget.")
+    bytes: int = Field(description="Memory of the process that makes the graph; it counts in the budget.")
     progress: LoadProgress
 
 
 class CacheAnswer(Answer):
-    """What is in memory."""
+    """The models in memory."""
 
     cached_models: dict[str, CachedModel]
     cached_pipelines: list[str] = Field(description="`<model id>_<task>` for each task that was run since the load.")
     total_cached: int = Field(description="Models in memory.")
     loading: dict[str, LoadProgress] = Field(description="The loads under way.")
     conversions: dict[str, ConversionState] = Field(
-        description="The graphs that are made for OpenVINO while torch answers, by model."
+        description="The conversions for OpenVINO under way, by model; torch answers meanwhile."
     )
-    memory: dict[str, DeviceEstimate] = Field(description="What models have on each device, and what they may have.")
+    memory: dict[str, DeviceEstimate] = Field(description="The memory of models on each device, and its limit.")

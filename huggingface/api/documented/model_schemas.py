@@ -1,7 +1,4 @@
-"""The contract on models as pydantic models: registering, changing, loading and unloading them.
-
-See `schemas`, which says what holds for all of them.
-"""
+"""The contract on models as pydantic models: registering, changing, loading and unloading them. See `schemas`."""
 
 from __future__ import annotations
 
@@ -26,19 +23,19 @@ def _timestamp(value: str) -> str:
 
 
 def _shown(description: str, **more: Any) -> Any:
-    """A field of an answer that is there only where it is set."""
+    """A field of an answer that is left out where it is not set."""
     return Field(default=None, description=description, **more)
 
 
 class Settings(Strict):
-    """How a model is loaded. What is left out is the server's choice."""
+    """How a model is loaded. The server chooses missing settings."""
 
     device: str | None = optional("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = optional(
         "accelerate's: `auto`, `balanced`, `balanced_low_0`, `sequential`, or devices by module; `disk` offloads."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional(
-        "Of the weights in memory. `auto`: float32 on a CPU, else the weights' own."
+        "Type of the weights in memory. `auto`: float32 on a CPU, else the files' type."
     )
     quantization: Literal["int8", "int4"] | None = optional(
         "A lossy form of the weights that takes less memory; none is the default."
@@ -51,14 +48,14 @@ class Settings(Strict):
     )
     backend: Literal["auto", Backend] | None = renamed(
         "backend",
-        "What computes the model. `auto`: OpenVINO on a CPU, where it gives torch's numbers for it, else torch.",
+        "The backend. `auto`: OpenVINO on a CPU, where it gives torch's numbers for this model, else torch.",
     )
     max_context: int | None = optional("The most tokens of one sequence.", ge=1)
     slots: int | None = optional("The most sequences in one batch.", ge=1, le=1024)
 
 
 class Registered(Settings):
-    """What a record may hold beyond what is documented."""
+    """The settings of a record."""
 
     revision: str | None = optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
     gguf_file: str | None = optional(
@@ -84,7 +81,7 @@ class NewModel(Registered):
     name: str = Field(min_length=1, description="Display name.", examples=["DialoGPT Medium"])
     model_type: str | None = Field(
         None,
-        description="What the model is for; it may be left out where the model's config tells.",
+        description="The model's main task; it may be left out where the model's config shows it.",
         examples=["conversational"],
     )
     description: str = Field("", description="Anything that helps to tell the model from others.")
@@ -96,15 +93,15 @@ class NewModel(Registered):
 
 
 class ModelChanges(Registered):
-    """What to change of a registered model. A field that is left out stays as it is; null unsets a setting.
+    """Changes of a registered model. A missing field stays unchanged; null unsets a setting.
 
-    `model_id`, `added_date` and `usage_count` cannot be changed: another value than the present one is refused.
+    `model_id`, `added_date` and `usage_count` cannot be changed: a value other than the present one is refused.
     """
 
     nulls = Registered.known_names() | {"last_used", "details"}
 
     name: str = optional("Display name.", min_length=1)
-    model_type: str = optional("What the model is for.")
+    model_type: str = optional("The model's main task.")
     description: str = optional("Anything that helps to tell the model from others.")
     parameters: dict[str, Any] = optional("Replaces all default parameters.")
     status: Literal["available", "disabled"] = optional("A disabled model is not loaded or used.")
@@ -126,18 +123,18 @@ class LoadBody(Settings):
     stream: StrictBool = Field(False, description="Send its progress, as server-sent events.")
     keep_alive: KeepAlive | None = optional("Seconds in memory without use; -1 is for ever.")
     wait_for_graph: StrictBool = Field(
-        False, description="Answer when OpenVINO computes the model, or it is known that torch will."
+        False, description="Answer only when OpenVINO computes the model, or when it is certain that torch will."
     )
 
 
 class EmptyBody(Strict):
-    """Nothing; it may be left out."""
+    """An empty object; it may be left out."""
 
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
 
 class EstimateQuery(Fields):
-    """Settings to estimate with, over the registered ones."""
+    """Settings for the estimate, over the registered ones."""
 
     lasts = True
 
@@ -174,17 +171,17 @@ class Model(ModelInfo):
     adapters: dict[str, str] | None = _shown("LoRA adapters by name.")
     pinned: bool | None = _shown("Whether it is never evicted for another model.")
     keep_alive: float | None = _shown("Seconds in memory after the last use; -1 is for ever.")
-    device: str | None = _shown("Where it is loaded.")
+    device: str | None = _shown("Device that it is loaded on.")
     device_map: str | dict[str, int | str] | None = _shown("accelerate's map of devices.")
-    dtype: str | None = _shown("Of the weights in memory.")
+    dtype: str | None = _shown("Type of the weights in memory.")
     quantization: str | None = _shown("The lossy form of its weights.")
     attn_implementation: str | None = _shown("How attention is computed.")
     compile: bool | None = _shown("Whether it is compiled.")
-    backend: str | None = _shown("What computes the model.")
+    backend: str | None = _shown("The backend that computes the model.")
     engine: str | None = _shown("The old name of `backend`.", deprecated=True)
     max_context: int | None = _shown("The most tokens of one sequence.")
     slots: int | None = _shown("The most sequences in one batch.")
-    details: dict[str, Any] | None = _shown("What its config and the headers of its files tell.")
+    details: dict[str, Any] | None = _shown("Facts from its config and the headers of its files.")
 
 
 class ModelsAnswer(Answer):
@@ -257,20 +254,20 @@ class UnloadedAnswer(Answer):
     """The model is not in memory any more."""
 
     message: str
-    bytes: int = Field(description="What the model had.")
-    freed_bytes: int = Field(description="What came back, as the system reports: other work at the time is in it too.")
+    bytes: int = Field(description="Memory that the model had.")
+    freed_bytes: int = Field(description="Memory that the system got back; it includes other work at the time.")
 
 
 class DeviceEstimate(BaseModel):
     """Memory of one device."""
 
     bytes: int
-    available_bytes: int | None = Field(description="What could be taken now; null where that is unknown.")
-    limit_bytes: int | None = Field(description="What models may have there, all together.")
+    available_bytes: int | None = Field(description="Memory that a load could take now; null where that is unknown.")
+    limit_bytes: int | None = Field(description="The most memory that all models together may have there.")
 
 
 class EstimateAnswer(Answer):
-    """What a load would take, in bytes, told from config and headers."""
+    """The memory that a load would take, in bytes, computed from config and headers."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -283,10 +280,10 @@ class EstimateAnswer(Answer):
     device: str
     dtype: str
     quantization: str | None
-    backend: Backend = Field(description="What would compute it.")
+    backend: Backend = Field(description="The backend that would compute it.")
     engine: Backend = old_name("backend")
     conversion_bytes: int = Field(
-        description="Besides, for a while: what another process takes that converts the model, at its first load."
+        description="Further memory during the first load, for the process that converts the model."
     )
     devices: dict[str, DeviceEstimate]
     fits: bool = Field(description="Whether a load would succeed now, after evicting `evicts`.")

@@ -52,9 +52,9 @@ def list_models(query: model_schemas.TypeQuery) -> dict[str, Any]:
     },
 )
 def add_model(body: model_schemas.NewModel) -> dict[str, Any]:
-    """Register a model. Nothing is downloaded or loaded yet; what its files tell is looked up and kept in `details`.
+    """Register a model. Nothing is downloaded or loaded yet; facts from its config and headers are kept in `details`.
 
-    Where `model_type` is left out, it is what the model's config tells, if it does. A model that does none of this
+    A missing `model_type` is read from the model's config, if the config shows it. A model that does none of this
     server's tasks is refused.
     """
     records.check_model_id(body.model_id)
@@ -90,7 +90,7 @@ def _check_revision(record: records.ModelRecord, details: Mapping[str, Any]) -> 
 
 
 def _check_new(model_id: str) -> None:
-    """Refuse an id that is registered, before its files are looked for."""
+    """Refuses an id that is registered, before its files are searched."""
     try:
         services().registry.get(model_id)
     except ModelNotFound:
@@ -99,7 +99,7 @@ def _check_new(model_id: str) -> None:
 
 
 def _check_settings(record: records.ModelRecord) -> None:
-    """Refuse what could never be honoured, whatever the model."""
+    """Refuses settings that are wrong for every model."""
     if record.device is not None and record.device_map is not None:
         raise InvalidRequest("Give device or device_map, not both", "device_map")
     if record.keep_alive is not None and -1 < record.keep_alive < 0:
@@ -151,7 +151,8 @@ def update_model(path: schemas.ModelPath, body: model_schemas.ModelChanges) -> d
 
 
 def called(model_id: str, last: str) -> schemas.ModelPath | None:
-    """The path of a registered model whose name ends as a route does: it comes first, as nothing else shows it."""
+    """The path of a registered model whose id ends as a route does. It comes before the route, since no other address
+    shows it."""
     whole = f"{model_id}/{last}"
     try:
         services().registry.get(whole)
@@ -215,31 +216,31 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
 
 
 class _Writer(Writer[Moment]):
-    """The events of a load: how far it is, and last the documented answer or error."""
+    """The events of a load: its progress, and last the documented answer or error."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
 
     def write(self, moment: Moment) -> Events:
-        """A moment as it is."""
+        """The load's progress."""
         yield {"progress": moment.to_dict()}
 
     def end(self) -> Events:
-        """The answer as it is."""
+        """The documented answer."""
         yield self._work.result()
 
     def error(self, error: LocalLLMError) -> Events:
-        """An error's documented body."""
+        """The error's documented body."""
         yield failure(str(error))
 
 
 def _describe(present: Services, record: records.ModelRecord, commit: str | None) -> None:
-    """Note what the files tell of a model that could not be looked at before, or that has changed since."""
+    """Stores preflight's details of a model that could not be inspected before, or whose commit has changed."""
     known = record.details or {}
     if not known.get("reachable") or known.get("commit") != commit:
         details = present.preflight.look(record)
         if details["reachable"]:
-            with suppress(ModelNotFound):  # it was removed meanwhile
+            with suppress(ModelNotFound):  # the model was removed meanwhile
                 present.registry.describe(record, details)
 
 

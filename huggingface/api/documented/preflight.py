@@ -1,4 +1,4 @@
-"""Routes that look at models before they are loaded: one by its id, and all that the models folder holds.
+"""Routes that inspect models before they are loaded: one by its id, and all models in the models folder.
 
 Every view is parse, call, shape. An id may hold a slash, raw or as `%2F`. Nothing is registered, downloaded or loaded.
 """

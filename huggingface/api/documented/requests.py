@@ -1,4 +1,4 @@
-"""Routes of the requests that wait or run: what there is, and giving one up."""
+"""Routes that list the requests that wait or run, and cancel one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def cancel_request(path: system_schemas.RequestPath) -> dict[str, Any]:
 
 
 def init_request_ids(app: Flask) -> None:
-    """Tell a client its request's id, and echo what it calls it. That names nothing here: two may choose the same."""
+    """Adds the request's id, and the client's own id for it, to responses. Two clients may choose the same id, so the
+    client's is only echoed."""
 
     def add_headers(response: Response) -> Response:
         if (name := client_request_id()) is not None:
@@ -52,6 +53,6 @@ def init_request_ids(app: Flask) -> None:
 
 
 def client_request_id() -> str | None:
-    """What the client calls the present request, if it does; cut where it is no name any more."""
+    """The client's id for the present request, cut to 200 characters; None where it sent none."""
     name = request.headers.get(CLIENTS_ID)
     return None if name is None else name[:200]

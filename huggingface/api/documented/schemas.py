@@ -1,8 +1,8 @@
-"""The contract as pydantic models: what is common to what bodies may hold, and to what answers hold.
+"""The contract as pydantic models: the parts that several bodies and answers share.
 
-The rest of it is in the files beside this one whose names end alike. The routes validate with these models and the
-OpenAPI document is made from them, so the two cannot differ. Nothing here works on a model or a file. Unknown fields
-are refused, and values are not converted from other types; what a null is, `fields` says.
+The rest is in the other files here whose names end in `schemas`. The routes validate with these models and the OpenAPI
+document is made from them, so the two cannot differ. Unknown fields are refused, and values are not converted from
+other types; `http/fields.py` defines what null means. Must not know models or files.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from ..http.durations import seconds
 from ..http.fields import Fields
 
-# Thirty years: what is kept longer, is kept for ever.
+# Thirty years: a longer time means for ever.
 MOST_SECONDS = 10**9
 
 MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 
-# How long a model stays in memory after a use; text is a duration as Go and Ollama write it: `5m`, `1h30m`, `-1s`.
+# How long a model stays in memory after a use; a text is a duration as Go and Ollama write it: `5m`, `1h30m`, `-1s`.
 KeepAlive = Annotated[
     float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MOST_SECONDS)
 ]
 
 
-# Fields of settings and answers by the names that they had before, which clients may go on to use.
+# Renamed fields of settings and answers, with their old names, which clients may still use.
 OLD_NAMES = {"backend": "engine", "backend_reason": "engine_reason"}
 
 
 def with_old_names(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer, its renamed fields under their old names too."""
+    """The answer with its renamed fields under their old names too."""
     return {**answer} | {OLD_NAMES[name]: value for name, value in answer.items() if name in OLD_NAMES}
 
 
 def renamed(name: str, description: str, **constraints: Any) -> Any:
-    """A field that need not be given, and may be given under its old name."""
+    """An optional field that may also be given under its old name."""
     return optional(description, validation_alias=AliasChoices(name, OLD_NAMES[name]), **constraints)
 
 
 def old_name(of: str) -> Any:
-    """The field of an answer that shows another one under its old name."""
+    """A field of an answer that repeats another one under its old name."""
     return Field(description=f"The old name of `{of}`.", deprecated=True)
 
 
 class Strict(Fields):
-    """A body or query that takes what it names and nothing else, however the server is set."""
+    """A body or query that refuses unknown fields whatever the server's setting."""
 
     lasts = True
 
@@ -64,13 +64,13 @@ class Answer(BaseModel):
 
 
 def streaming(events: str) -> ConfigDict:
-    """The config of an answer that comes as server-sent events too, where `stream` asks for it; `events` says which."""
+    """The config of an answer that `stream` turns into server-sent events; `events` describes them."""
     stream = MediaType(schema=Schema(type=DataType.STRING, description=events))
     return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": {"text/event-stream": stream}}})
 
 
 def described(answer: Any, events: str | None = None) -> type[BaseModel]:
-    """A typed dict as the API's document takes it; `events` says what it comes as too, where `stream` asks for it."""
+    """A typed dict as a model for the API's document; `events` describes its server-sent events, if it has some."""
     adapter = TypeAdapter[Any](answer)
     fields = {
         "__module__": answer.__module__,
@@ -87,8 +87,7 @@ class ErrorAnswer(BaseModel):
     error: str = Field(description="What went wrong and what to do about it.")
 
 
-# What routes may answer besides what they are for: any of them, those with a body, those of the registry, and those
-# that bring a model into memory.
+# The failures that routes may answer: all routes, routes with a body, the registry's, and routes that load a model.
 FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((400, 403, 500), ErrorAnswer)
 BODY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((413, 415), ErrorAnswer)
 REGISTRY_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 503, 507), ErrorAnswer)
@@ -96,7 +95,7 @@ MODEL_FAILURES: dict[int | str, type[BaseModel]] = dict.fromkeys((404, 409, 422,
 
 
 def optional(description: str, **constraints: Any) -> Any:
-    """A field that need not be given; its default stands for that, and is refused from a caller."""
+    """An optional field; its default None means that it is not given."""
     return Field(default=None, description=description, **constraints)
 
 
@@ -109,6 +108,6 @@ class ModelPath(BaseModel):
 
 
 class MessageAnswer(Answer):
-    """It is done."""
+    """A message that the request has succeeded."""
 
     message: str

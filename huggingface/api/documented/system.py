@@ -1,4 +1,4 @@
-"""Routes about the server itself: what it is, what was used, and whether models can be run here."""
+"""Routes about the server itself: its state, its usage, and whether models can run here."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def show_dependencies() -> dict[str, Any]:
 
 
 def _importable(name: str) -> bool:
-    """Whether the package can really be imported: an installed one may still be broken."""
+    """Whether the package can be imported: an installed package may be broken."""
     try:
         import_library(name)
     except DependencyMissing:

@@ -14,15 +14,15 @@ class RunningRequest(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=())
 
-    request_id: str = Field(description="Made by the server; DELETE takes it.")
-    client_request_id: str | None = Field(description="What the client sent as `X-Request-Id`.")
+    request_id: str = Field(description="The server's id of the request; DELETE takes it.")
+    client_request_id: str | None = Field(description="The client's `X-Request-Id`.")
     model_id: str
     task: str = Field(description="`generate`, or the task of `/pipeline`.")
     stream: bool
     state: Literal["loading", "waiting", "running"] = Field(description="`loading`: until the model is in memory.")
     position: int | None = Field(description="Its place in the queue, from 1, where it waits.")
     prompt_tokens: int
-    completion_tokens: int = Field(description="Tokens made so far.")
+    completion_tokens: int = Field(description="Tokens generated so far.")
     started: str = Field(description="When it arrived: ISO 8601, UTC.")
     age: float = Field(description="Seconds since then.")
 
@@ -37,7 +37,7 @@ class RequestsAnswer(Answer):
 class RequestPath(BaseModel):
     """A request in a path."""
 
-    request_id: str = Field(description="The server's name of a request.")
+    request_id: str = Field(description="The server's id of a request.")
 
 
 class MostUsed(BaseModel):
@@ -66,12 +66,12 @@ class LoadTimes(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """How a model did."""
+    """Statistics of one model."""
 
     requests: int = Field(description="Requests that it answered.")
     latency_seconds: Latency
-    tokens: int = Field(description="Tokens that it made.")
-    tokens_per_second: float | None = Field(description="Tokens by the seconds of the requests that made them.")
+    tokens: int = Field(description="Tokens that it generated.")
+    tokens_per_second: float | None = Field(description="Tokens by the seconds of the requests that generated them.")
     loads: int
     load_seconds: LoadTimes
     cache_hits: int = Field(description="Requests that found it in memory.")
@@ -90,7 +90,7 @@ class Statistics(BaseModel):
     model_types: dict[str, int]
     last_updated: str | None
     most_used: MostUsed | None
-    models: dict[str, ModelStatistics] = Field(description="How each model did, also before the last start.")
+    models: dict[str, ModelStatistics] = Field(description="Statistics of each model, also from earlier runs.")
 
 
 class StatisticsAnswer(Answer):
@@ -100,7 +100,7 @@ class StatisticsAnswer(Answer):
 
 
 class ModelTypesAnswer(Answer):
-    """The types of the registered models, each once, sorted."""
+    """The distinct types of the registered models, sorted."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -108,7 +108,7 @@ class ModelTypesAnswer(Answer):
 
 
 class Dependencies(BaseModel):
-    """What can be imported, and used, here."""
+    """The libraries and the hardware that can be used here."""
 
     transformers: bool
     torch: bool
@@ -116,7 +116,7 @@ class Dependencies(BaseModel):
 
 
 class DependenciesAnswer(Answer):
-    """Whether models can be run here."""
+    """Whether models can run here."""
 
     dependencies: Dependencies
 
@@ -134,12 +134,12 @@ class ReadyAnswer(Answer):
 
 
 class ServerAnswer(Answer):
-    """What is running."""
+    """The server's state."""
 
     name: str
     version: str
     uptime_seconds: float
-    device: str = Field(description="Where models are put.")
+    device: str = Field(description="The device that models run on by default.")
     loaded_models: list[str]
     warnings: list[str] = Field(description="What the person who runs this server should know.")
     documentation: str = Field(description="Path of the interactive API page.")

@@ -1,1 +1,1 @@
-"""What every route shares: JSON, origins, validation, errors, streams, and the API's description."""
+"""Code that all routes share: JSON, origins, validation, errors, streams, and the API's description."""

@@ -1,7 +1,8 @@
-"""The bytes of requests' bodies: how many are held at once, and unpacking those that are compressed.
+"""Limits the bytes of request bodies that are held at once, and unpacks compressed bodies.
 
-One `HeldBodies` an app bounds memory and the temporary folder. The server takes room for a body while it arrives, the
-app for what a compressed one unpacks to; it is given back when the request ends. Any thread; must not know routes.
+Each app has one `HeldBodies`, which bounds memory and the temporary folder. The server takes room for a body while it
+arrives, and the app for the unpacked bytes of a compressed body; the room is freed when the request ends. Any thread;
+must not know routes.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from ...errors import InvalidRequest, ServerFull
 
 EXTENSION = "local-llm-bodies"
 
-# What the server puts into the WSGI environment of a request whose body it had no room for.
+# The WSGI environment's key that is true for a request whose body had no room.
 UNHELD = "local-llm.unheld"
 
 
-# What zlib calls the formats of each coding; some clients' deflate is without the header that it should have.
+# zlib's formats of each coding; some clients send deflate without its header.
 _FORMATS = MappingProxyType({"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)})
 _PIECE = 65536  # bytes
-_MOST_MEMBERS = 1000  # of one gzip body: each costs more than its bytes
+_MOST_MEMBERS = 1000  # members of one gzip body: each costs more than its bytes
 
 _FULL = "The server holds as many bytes of request bodies as it may; try again later"
 
 
 class UnsupportedCoding(UnsupportedMediaType):
-    """A body is compressed in a way that is not known here. The answer names those that are, as RFC 7694 says."""
+    """A body has an unknown compression. The answer names the known ones, as RFC 7694 says."""
 
     def get_headers(self, *arguments: Any, **options: Any) -> list[tuple[str, str]]:
         """The headers of the answer."""
@@ -39,7 +40,7 @@ class UnsupportedCoding(UnsupportedMediaType):
 
 
 class HeldBodies:
-    """How many bytes of bodies are held, of `most`."""
+    """Counts the held bytes of bodies, at most `most`."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -47,11 +48,11 @@ class HeldBodies:
         self._held = 0
 
     def room(self) -> Room:
-        """Room for one body, of which nothing is taken yet."""
+        """A `Room` for one body, empty at first."""
         return Room(self)
 
     def add(self, size: int) -> bool:
-        """Count `size` bytes more (or fewer, where it is negative), if there is room; tells whether there is."""
+        """Adds `size` bytes (negative ones are freed) if there is room; returns whether there was."""
         with self._lock:
             if size > 0 and self._held + size > self.most:
                 return False
@@ -60,21 +61,21 @@ class HeldBodies:
 
 
 class Room:
-    """What one body takes; it is given back by `close`, or with the object itself."""
+    """The room that one body takes; `close` frees it, and so does the object's end."""
 
     def __init__(self, held: HeldBodies) -> None:
         self._held = held
         self._size = 0
 
     def take(self, size: int) -> bool:
-        """Take room for so many bytes more; tells whether there is room."""
+        """Takes room for `size` more bytes; returns whether there was room."""
         if not self._held.add(size):
             return False
         self._size += size
         return True
 
     def close(self) -> None:
-        """Give all of it back. Safe to call twice."""
+        """Frees the room. Safe to call twice."""
         size, self._size = self._size, 0
         self._held.add(-size)
 
@@ -82,7 +83,7 @@ class Room:
 
 
 def init_bodies(app: Flask, most: int) -> None:
-    """Hold at most so many bytes of request bodies for `app`; a request beyond them is refused (503)."""
+    """Limits the held bytes of `app`'s request bodies to `most`; a request beyond that is refused (503)."""
     held = app.extensions[EXTENSION] = HeldBodies(most)
 
     def check() -> None:
@@ -99,13 +100,13 @@ def init_bodies(app: Flask, most: int) -> None:
 
 
 def unpacked(data: bytes, coding: str, most: int, room: Room) -> bytes:
-    """A body without the coding that its `Content-Encoding` names; it may unpack to `most` bytes.
+    """Unpacks a body by its `Content-Encoding`, to at most `most` bytes.
 
     Raises:
-        UnsupportedCoding: no such coding is known here.
-        RequestEntityTooLarge: it unpacks to more.
-        ServerFull: as many bytes of bodies are held as may be.
-        InvalidRequest: it is damaged or cut short.
+        UnsupportedCoding: the coding is unknown.
+        RequestEntityTooLarge: the body unpacks to more.
+        ServerFull: the server holds too many bytes of bodies.
+        InvalidRequest: the body is damaged or cut short.
     """
     coding = coding.strip().lower()
     if coding in ("", "identity"):
@@ -137,7 +138,7 @@ def _inflated(data: memoryview, form: int, most: int, room: Room) -> bytes:
             parts.append(part)
             if not fed and not part and not unpacker.eof:
                 raise InvalidRequest("The compressed request body is cut short")
-        if not bytes(data[at:]).strip(b"\0"):  # zeros may fill up what follows a gzip member
+        if not bytes(data[at:]).strip(b"\0"):  # zeros may pad the end of a gzip member
             return b"".join(parts)
         if form != 31:
             break

@@ -1,4 +1,4 @@
-"""The API described to machines (`/openapi.json`) and to people (`/docs`).
+"""The API's description for programs (`/openapi.json`) and for people (`/docs`).
 
 The page is Swagger UI from an installed package, so it works without the internet.
 """

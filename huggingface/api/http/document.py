@@ -1,8 +1,8 @@
-"""The API's document as programs read it that generate clients: short names, and no default that a client would send.
+"""Makes the API's document fit for client generators: short operation names, and no defaults.
 
-Works on what flask-openapi3 makes of the routes, and changes none of it; serves any request thread. A generated client
-sends every `default` by itself, and so overrides what a model is registered with; a default is told in the description.
-Must not know single routes or fields.
+A generated client sends every `default` by itself, and would override a model's registered parameters; so the document
+names defaults in descriptions only. Works on a copy of flask-openapi3's document; serves any request thread. Must not
+know single routes or fields.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from flask_openapi3 import OpenAPI
 
-_OWN = (None, "/api/huggingface")  # where this server's own routes are; those of other protocols are named for them
+_OWN = (None, "/api/huggingface")  # prefixes of this server's own routes; names of others begin with their protocol
 
-# What a schema holds schemas in: by their names, in a list, or as they are.
+# Keywords that hold schemas: by name, in a list, or a single one.
 _NAMED = frozenset({"properties", "patternProperties", "$defs"})
 _SEVERAL = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 _ONE = frozenset({"items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else"})
@@ -27,7 +27,7 @@ def api_document(app: OpenAPI) -> dict[str, Any]:
     names = _operation_ids(app)
     components = {**made["components"], "schemas": _schemas(made["components"]["schemas"])}
     if not components.get("securitySchemes"):
-        components.pop("securitySchemes", None)  # an empty one has the page offer to log in
+        components.pop("securitySchemes", None)  # with an empty one the page would offer a login
     paths = {
         path: {method: _operation(operation, names[method, path]) for method, operation in item.items()}
         for path, item in made["paths"].items()
@@ -36,7 +36,7 @@ def api_document(app: OpenAPI) -> dict[str, Any]:
 
 
 def _operation_ids(app: OpenAPI) -> dict[tuple[str, str], str]:
-    """What each operation is called, by method and path: its view's name, and before it another protocol's."""
+    """Each operation's name, by method and path: the view's name, after the protocol's for other protocols."""
     names = {}
     for rule in app.url_map.iter_rules():
         blueprint, _, view = rule.endpoint.rpartition(".")
@@ -56,7 +56,7 @@ def _operation(operation: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _parameter(parameter: dict[str, Any]) -> dict[str, Any]:
-    """A field of the query or path, which has its description outside of its schema."""
+    """A field of the query or path, whose description stands outside of its schema."""
     schema = _schema({"description": parameter.get("description", ""), **parameter["schema"]})
     return {**parameter, "description": schema["description"], "schema": schema}
 
@@ -66,7 +66,7 @@ def _schemas(schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(schema: Any) -> Any:
-    """A schema without defaults, itself and within. One that is more than "not given" is told in the description."""
+    """A schema without defaults, at any depth. A default other than "not given" moves into the description."""
     if not isinstance(schema, dict):
         return schema  # true or false
     result: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Durations as clients write them: seconds, or text such as `5m` or `1h30m`, as Go's `time.ParseDuration` reads it.
+"""Parses durations: seconds, or text such as `5m` or `1h30m`, as Go's `time.ParseDuration` does.
 
-Pure functions for any thread. What is longer than thirty years, and what is negative, is for ever: -1.
+Pure functions for any thread. A negative duration, or one of more than thirty years, means for ever: -1.
 Source: https://pkg.go.dev/time#ParseDuration, which Ollama reads `keep_alive` with.
 """
 
@@ -20,10 +20,10 @@ _LONGEST = 1e9
 
 
 def seconds(value: Any) -> Any:
-    """The seconds that a text says; any other value as it is.
+    """Parses a text as seconds; returns any other value unchanged.
 
     Raises:
-        ValueError: the text is no duration.
+        ValueError: the text is not a duration.
     """
     if not isinstance(value, str):
         return value
@@ -34,10 +34,10 @@ def seconds(value: Any) -> Any:
 
 
 def seconds_of(value: float | str) -> float:
-    """How many seconds `value` stands for as Ollama takes it: a number as text is one too; for ever is -1.
+    """Parses a duration as Ollama does, where a number may be text too; returns seconds, -1 for ever.
 
     Raises:
-        ValueError: text that is no duration.
+        ValueError: the text is not a duration.
     """
     text = value.strip() if isinstance(value, str) else ""
     found = float(text) if _NUMBER.fullmatch(text) else float(seconds(text or value))

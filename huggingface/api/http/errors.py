@@ -1,10 +1,8 @@
-"""The one table from error to status, and the shapes of an error's body: `{"success": false, "error": "…"}`, but for
-the paths that speak a protocol with a shape of its own.
+"""The one table from error to HTTP status, and the error bodies of all protocols.
 
-Under addresses of other protocols it has their shape.
-
-The handlers sit on the app, because a blueprint's never see the 404 or 405 of an unknown route.
-A failure that nobody foresaw is a 500 that says nothing private; the log has the traceback under the same reference.
+The body is `{"success": false, "error": "…"}`; paths of other protocols have those protocols' bodies. The handlers are
+registered on the app, because a blueprint's handlers never see the 404 or 405 of an unknown route. An unexpected error
+is a 500 that says nothing private; the log has the traceback under the same reference.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
     errors.DownloadNotFound: 404,
     errors.GenerationFailed: 500,
     errors.EngineFailed: 503,
-    errors.RequestCancelled: 499,  # nginx's "client closed request": nobody else has a number for it
+    errors.RequestCancelled: 499,  # nginx's "client closed request": no standard status exists
     errors.DeadlineExceeded: 504,
     errors.NotReady: 503,
     errors.Cancelled: 503,
@@ -64,17 +62,17 @@ STATUS: dict[type[errors.LocalLLMError], int] = {
 
 
 def status_of(error: errors.LocalLLMError) -> int:
-    """The HTTP status of an error: that of the nearest kind in the table."""
+    """The HTTP status of an error: that of the nearest class in the table."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
 def body(message: str) -> dict[str, Any]:
-    """The documented body of every failure."""
+    """The documented body of a failure."""
     return {"success": False, "error": message}
 
 
 class OpenAIError(TypedDict):
-    """What went wrong."""
+    """An error in OpenAI's shape."""
 
     message: str
     type: str
@@ -83,7 +81,7 @@ class OpenAIError(TypedDict):
 
 
 class OpenAIFailure(TypedDict):
-    """Every failure under `/v1`."""
+    """The body of every failure under `/v1`."""
 
     error: OpenAIError
 
@@ -91,7 +89,7 @@ class OpenAIFailure(TypedDict):
 def openai_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> OpenAIFailure:
     """The body of a failure under `/v1`. Source: "Error codes", OpenAI API reference.
 
-    `type` tells whose fault it is; `code` is OpenAI's where it has one for this.
+    `type` says whether the request or the server is at fault; `code` is OpenAI's, where OpenAI has one.
     """
     code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
     of_model = isinstance(error, errors.ModelNotFound | errors.UnsupportedTask)
@@ -110,7 +108,7 @@ _CODES: dict[type[errors.LocalLLMError], str] = {
 
 
 def ollama_body(message: str, status: int, error: errors.LocalLLMError | None = None) -> dict[str, Any]:  # noqa: ARG001
-    """The body of a failure on Ollama's routes. A model that is not there is told in Ollama's own words."""
+    """The body of a failure on Ollama's routes. A missing model has Ollama's own message."""
     if isinstance(error, errors.ModelNotFound):
         message = message[:1].lower() + message[1:]
     return {"error": message}
@@ -119,9 +117,9 @@ def ollama_body(message: str, status: int, error: errors.LocalLLMError | None = 
 def anthropic_body(
     message: str, status: int, error: errors.LocalLLMError | None, request_id: str | None
 ) -> dict[str, Any]:
-    """The body of a failure of Anthropic's routes. Source: "Errors", Anthropic API reference.
+    """The body of a failure on Anthropic's routes. Source: "Errors", Anthropic API reference.
 
-    A prompt that is too long is refused in Anthropic's own words: Claude Code reads them and shortens what it sends.
+    The message for a prompt that is too long is Anthropic's own: Claude Code reads it and shortens its conversation.
     """
     kind = _KINDS.get(status, "invalid_request_error" if status < 499 else "api_error")
     if isinstance(error, errors.QueueFull | errors.ServerFull | errors.MemoryHeld):
@@ -134,7 +132,7 @@ def anthropic_body(
     return {"type": "error", "error": told, "request_id": request_id}
 
 
-# What Anthropic's client acts on, by the field at fault: it sends the whole conversation where no thread is kept.
+# Details that Anthropic's client acts on, by the field at fault: without threads it sends the whole conversation.
 _DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
 
 _KINDS: dict[int, str] = {
@@ -146,7 +144,7 @@ _KINDS: dict[int, str] = {
     504: "timeout_error",
 }
 
-# Whatever lies behind such a path speaks Anthropic's protocol; the models are listed in it where a client says so.
+# Paths that always speak Anthropic's protocol, and the list of models, which does so with Anthropic's header.
 _ANTHROPIC = re.compile(r"/v1/messages(/|\Z)")
 _ANTHROPIC_TOO = re.compile(r"/v1/models(/|\Z)")
 
@@ -157,7 +155,7 @@ def speaks_anthropic() -> bool:
     return bool(shared or _ANTHROPIC.match(request.path))
 
 
-# The protocols that have a shape of their own for failures, by the paths that speak them.
+# The other protocols' bodies of failures, by their paths.
 _SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError | None], Mapping[str, Any]]], ...] = (
     (re.compile(r"/v1(/|\Z)|/api/huggingface/models/.+/v1(/|\Z)"), openai_body),
     (re.compile(r"/api/(?!huggingface(/|\Z))"), ollama_body),
@@ -165,34 +163,34 @@ _SHAPES: tuple[tuple[re.Pattern[str], Callable[[str, int, errors.LocalLLMError |
 
 
 def _body(message: str, status: int, error: errors.LocalLLMError | None = None) -> Mapping[str, Any]:
-    """The body of a failure of the present request."""
-    if speaks_anthropic():  # by a header, too
+    """The body of a failure of the present request, in its protocol."""
+    if speaks_anthropic():  # which a header may decide, not only the path
         return anthropic_body(message, status, error, g.get("request_id"))
     shape = next((shape for paths, shape in _SHAPES if paths.match(request.path)), None)
     return body(message) if shape is None else shape(message, status, error)
 
 
 def init_errors(app: Flask) -> None:
-    """Give every failure of `app`, routing errors included, the documented body."""
+    """Gives every failure of `app`, routing errors included, the documented body."""
     app.register_error_handler(errors.LocalLLMError, _own)
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, _unforeseen)
     dispatch = app.dispatch_request
 
     def dispatch_request() -> Any:
-        with errors.no_panics():  # one would end the thread, and leave the client without an answer
+        with errors.no_panics():  # a panic would end the thread, and leave the client without an answer
             return dispatch()
 
     app.dispatch_request = dispatch_request  # type: ignore[method-assign]
 
 
 def on_invalid_body(error: ValidationError) -> Response:
-    """What flask-openapi3 calls when a body, path or query does not fit its pydantic model."""
+    """Translates a validation error; flask-openapi3 calls it when a body, path or query does not fit its model."""
     raise request_error(error, suggested=fields_named(error.title)) from error
 
 
 def log(error: errors.LocalLLMError, where: str) -> int:
-    """Log an error as its status deserves, and return that; `where` tells what it ended."""
+    """Logs an error at a level by its status, and returns the status; `where` names the request or stream."""
     status = status_of(error)
     if status == 500:
         logger.error("%s: %s", where, error, exc_info=error)

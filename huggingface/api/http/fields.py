@@ -1,9 +1,9 @@
-"""What is taken of a body that means nothing here: nulls, and fields that cannot change the answer.
+"""The base class of bodies: it accepts nulls and fields without effect, and refuses or ignores unknown fields.
 
-Every body and every part of one is a `Fields`. A null is a field left out, and 3.0 is a whole number. A field that is
-taken and makes no difference is named in the response header `X-Local-LLM-Ignored`, and once in the log. Unknown
-fields are refused, except within what a program replays (messages, their parts, tools, past calls), and where the
-server is set to take them. Serves any request thread. Must not know models or what any field means.
+Every body and every part of one is a `Fields`. A null counts as a missing field, and 3.0 as a whole number. A field
+that is accepted without effect is named in the response header `X-Local-LLM-Ignored`, and once in the log. Unknown
+fields are refused, except in parts that a program sends back (messages, their parts, tools, past calls), and where the
+server's setting accepts them. Serves any request thread. Must not know models or the meaning of any field.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 HEADER = "X-Local-LLM-Ignored"
 _SETTING = "UNKNOWN_PARAMETERS"  # in the app's config
-_LOGGED = "local-llm-ignored"  # among the app's extensions: the names that the log has
-_MOST_NAMES = 32  # of one request
+_LOGGED = "local-llm-ignored"  # among the app's extensions: the names that were logged
+_MOST_NAMES = 32  # in the header of one response
 _MOST_LOGGED = 1000
 
 UnknownParameters = Literal["refuse", "ignore"]
 
 
 def _fail_fast(schema: Any, own: type) -> None:
-    """Have lists and objects within a schema of `own` end with their first wrong item."""
+    """Makes validation of lists and objects within a schema of `own` stop at the first wrong item."""
     if isinstance(schema, dict):
         kind = schema.get("type")
         if kind == "model" and schema["cls"] is not own and hasattr(schema["cls"], "known_names"):
-            return  # another `Fields`, and so done already
+            return  # another `Fields`, whose own schema is done already
         if kind in ("list", "tuple", "set", "frozenset", "dict"):
             schema["fail_fast"] = True
         for part in schema.values():
@@ -46,17 +46,17 @@ def _fail_fast(schema: Any, own: type) -> None:
 
 
 class Fields(BaseModel):
-    """Some of a body."""
+    """A body, or a part of one."""
 
-    nulls: ClassVar[frozenset[str]] = frozenset()  # the fields in which null is a value
-    empties: ClassVar[frozenset[str]] = frozenset()  # the fields that are left out where they are empty
-    lasts: ClassVar[bool] = False  # whether it is kept or changes the server: unknown fields are refused in any case
-    drops: ClassVar[bool] = False  # whether unknown fields are dropped, as in what a program replays
-    place: ClassVar[str] = ""  # what the header calls this part of a body
+    nulls: ClassVar[frozenset[str]] = frozenset()  # fields in which null is a value
+    empties: ClassVar[frozenset[str]] = frozenset()  # fields that count as missing where they are empty
+    lasts: ClassVar[bool] = False  # whether the body is stored or changes the server: unknown fields are always refused
+    drops: ClassVar[bool] = False  # whether unknown fields are dropped, as in parts that a program sends back
+    place: ClassVar[str] = ""  # the name of this part of a body in the header
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The schema. A list ends with its first wrong item: to complain of each of a million would take minutes."""
+        """The schema. A list stops at its first wrong item: errors for a million items would take minutes."""
         schema = handler(source)
         _fail_fast(schema, cls)
         return schema
@@ -67,7 +67,7 @@ class Fields(BaseModel):
         if not isinstance(value, dict):
             return value
         known = cls.known_names()
-        takes_any = cls.model_config.get("extra") == "allow"  # what further fields mean is looked at later
+        takes_any = cls.model_config.get("extra") == "allow"  # the view checks further fields
         context = info.context or {}
         ignores = cls.drops or not (cls.lasts or context.get("lasts") or not _ignores_unknown())
         before = context.get("prefix", "") or (f"{cls.place}." if cls.place else "")
@@ -83,7 +83,7 @@ class Fields(BaseModel):
                 if ignores:
                     note_ignored(f"{before}{name}")
                 elif not refused:
-                    kept[name] = item  # which is refused, by its name; further ones would each be a complaint
+                    kept[name] = item  # pydantic refuses it by its name; one unknown field is enough for the error
                     refused = True
         for names in cls._other_names():
             first, *others = [name for name in names if name in kept] or [""]
@@ -96,7 +96,7 @@ class Fields(BaseModel):
 
     @classmethod
     def given(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values without nulls that are none."""
+        """The values without those nulls that count as missing."""
         return {name: value for name, value in values.items() if value is not None or name in cls.nulls}
 
     @classmethod
@@ -111,7 +111,7 @@ class Fields(BaseModel):
 
     @classmethod
     def _other_names(cls) -> list[list[str]]:
-        """The names of each field that may be given under any of several."""
+        """The names of each field that has several."""
         return [
             [choice for choice in field.validation_alias.choices if isinstance(choice, str)]
             for field in cls.model_fields.values()
@@ -120,10 +120,10 @@ class Fields(BaseModel):
 
 
 def refuse_unknown(field: str, known: Iterable[str]) -> None:
-    """Refuse a field that is none of those known, or name it in the header where the server is set to take it.
+    """Refuses an unknown field, or names it in the header where the server's setting accepts it.
 
     Raises:
-        UnknownField: with the nearest name of those known.
+        UnknownField: names the nearest known field.
     """
     if _ignores_unknown():
         note_ignored(field)
@@ -133,14 +133,14 @@ def refuse_unknown(field: str, known: Iterable[str]) -> None:
 
 
 def note_ignored(*names: str) -> None:
-    """Have the answer's header name fields that were taken and make no difference."""
+    """Adds fields that were accepted without effect to the response's header."""
     if has_request_context():
         g.setdefault("ignored", {}).update(dict.fromkeys(names))
 
 
 def fields_named(title: str) -> frozenset[str]:
-    """The names that the body of this class takes, those of an object within it as `options.seed`: pydantic's errors
-    tell the class by its name."""
+    """The field names of the body whose class has the name `title`, as in pydantic's errors; those of an object within
+    it as `options.seed`."""
     kinds: list[type[Fields]] = [Fields]
     for kind in kinds:
         if kind.__name__ == title:
@@ -157,7 +157,7 @@ def _inner_names(kind: type[Fields]) -> Iterator[str]:
 
 
 def init_ignored(app: Flask, unknown: UnknownParameters) -> None:
-    """Tell clients of `app` what was ignored of their requests; `unknown` says what becomes of unknown parameters."""
+    """Makes `app` name ignored fields in its responses; `unknown` says whether unknown parameters are refused."""
     app.config[_SETTING] = unknown
     app.extensions[_LOGGED] = set()
 
@@ -175,16 +175,16 @@ def _log(logged: set[str], ignored: list[str]) -> None:
     new = [_printable(name) for name in ignored if name not in logged]
     if new and len(logged) < _MOST_LOGGED:
         logged.update(ignored)
-        logger.info("taken without effect: %s", ", ".join(new))
+        logger.info("accepted without effect: %s", ", ".join(new))
 
 
 def _printable(name: str) -> str:
-    """A name as a header can carry it."""
+    """A name with only the characters that a header can carry."""
     return "".join(char if char.isascii() and char.isprintable() and char != "," else "?" for char in name[:80])
 
 
 def _whole(value: Any) -> Any:
-    """A whole number as such, however it is written: JSON has no other kind of number."""
+    """Returns an integer for a float without a fraction, since JSON does not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -1,9 +1,9 @@
-"""Decides which web pages may use the server, and tells browsers so.
+"""Decides which web pages may use the server, and sends browsers the CORS headers.
 
-A browser sends requests on behalf of any page. `Host` is a foreign name when a page's own domain was pointed at this
-machine (DNS rebinding), `Origin` is the page's, and `Sec-Fetch-Site` tells of a foreign page where a browser sends no
-origin. All are checked before any route; pages that may come in get the headers of CORS, on errors and streams too.
-Plain data after the start, for any thread. Must not know routes, beyond those that are pages for people.
+A browser sends requests on behalf of any page. `Host` is a foreign name when a page's own domain resolves to this
+machine (DNS rebinding), `Origin` is the page's origin, and `Sec-Fetch-Site` reveals a foreign page where a browser
+sends no origin. All three are checked before any route; allowed pages get CORS headers, on errors and streams too.
+Plain data after the start, for any thread. Must not know routes, except those that are pages for people.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "local-llm-guard"
 
-_PAGES = frozenset({"/", "/docs", "/openapi.json"})  # what a link of another site may lead to
+_PAGES = frozenset({"/", "/docs", "/openapi.json"})  # pages that another site may link to
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = ", ".join((CLIENTS_ID, OUR_ID, IGNORED, "Retry-After"))
-# What clients send at least. Further names are echoed: a page that may come in may send any header, and SDKs have many
-# of their own (`x-stainless-*`), for which there is no wildcard that all browsers know.
+# Headers that clients send at least. Further names are echoed: an allowed page may send any header, and SDKs have many
+# (`x-stainless-*`), for which no wildcard works in all browsers.
 _HEADERS = (
     "accept",
     "anthropic-beta",
@@ -42,7 +42,7 @@ _HEADERS = (
 )
 _TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _MOST_HEADERS = 64
-# What containers call the machine that they run on. Public DNS has no names below `internal`, so no page can take one.
+# Containers' names for the machine that they run on. Public DNS has no names below `internal`, so no page can use one.
 _CONTAINERS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 _MAX_AGE = "3600"  # seconds; Chromium takes two hours at most
 _MOST_LOGGED = 100
@@ -50,7 +50,7 @@ _MOST_LOGGED = 100
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Which names the server answers to, and which pages may use it."""
+    """The names that the server answers to, and the origins whose pages may use it."""
 
     names: frozenset[str]
     origins: AllowedOrigins
@@ -64,27 +64,24 @@ class Guard:
         return host in self.names or host.endswith(".localhost") or _is_address(host)
 
     def admits(self, origin: str, authority: str) -> bool:
-        """Whether a page of `origin` may use the server under the name in `authority`: an allowed one, or its own."""
+        """Whether a page of `origin` may use the server under the name in `authority`: an allowed page, or its own."""
         read = read_origin(origin)
         own = read is not None and read.scheme in ("http", "https")
         same = own and read is not None and read.authority == read_authority(authority, read.scheme)
         return (not authority or self.knows(authority)) and (same or self.origins.allows(origin))
 
     def refusal(self) -> str | None:
-        """Why the present request is refused; None where it is not."""
+        """The reason to refuse the present request; None where it is accepted."""
         headers = request.headers
         authority, origin = headers.get("Host", ""), headers.get("Origin")
         if authority and not self.knows(authority):
-            return (
-                f"This server does not answer to the name {authority[:200]!r}; "
-                "LOCAL_LLM_ALLOWED_HOSTS can add names to those that it has"
-            )
+            return f"This server does not answer to the name {authority[:200]!r}; LOCAL_LLM_ALLOWED_HOSTS can add names"
         if origin is not None:
             if self.admits(origin, authority):
                 return None
             return (
                 f"Requests from web pages of the origin {origin[:200]!r} are refused; "
-                "LOCAL_LLM_ALLOWED_ORIGINS can add origins to those that are allowed"
+                "LOCAL_LLM_ALLOWED_ORIGINS can allow further origins"
             )
         if self.origins.every or not _is_of_a_foreign_page(authority):
             return None
@@ -94,7 +91,7 @@ class Guard:
         )
 
     def answer_headers(self, origin: str | None, authority: str) -> Iterator[tuple[str, str]]:
-        """The headers of any answer to a page of `origin`."""
+        """The headers of every answer to a page of `origin`."""
         yield "Vary", "Origin"
         if origin is not None and self.admits(origin, authority):
             yield "Access-Control-Allow-Origin", origin
@@ -102,11 +99,10 @@ class Guard:
 
 
 def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str]) -> None:
-    """Refuse (403) requests to `app` under foreign names or from foreign pages, and let browsers know the others.
+    """Refuses (403) requests to `app` under foreign names or from foreign pages, and sends CORS headers to the others.
 
-    Numeric addresses, `localhost`, this machine's own name and what containers call it are always allowed,
-    `allowed_hosts` are names to add;
-    `origins` are patterns of origins to add to those of this machine.
+    Numeric addresses, `localhost`, this machine's own name and containers' names for it are always allowed;
+    `allowed_hosts` are further names, `origins` are patterns of origins besides those of this machine.
     """
     names = {"localhost", *_CONTAINERS, socket.gethostname().lower(), *(name.lower() for name in allowed_hosts)}
     guard = app.extensions[EXTENSION] = Guard(frozenset(names), allowed_origins([*LOCAL_ORIGINS, *origins]))
@@ -117,7 +113,7 @@ def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str])
         if reason is not None:
             if reason not in logged and len(logged) < _MOST_LOGGED:
                 logged.add(reason)
-                logger.warning("%s", reason)  # a refused page shows its user nothing of the answer
+                logger.warning("%s", reason)  # the browser hides the answer from a refused page
             raise Forbidden(reason)
         asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
         return _preflight() if asked and "Origin" in request.headers else None
@@ -133,7 +129,7 @@ def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str])
 
 
 def _preflight() -> Response:
-    """The answer to a browser that asks whether a page may send a request; of routes that are not there too."""
+    """The answer to a browser's preflight request, for unknown routes too."""
     asked = [name.strip() for name in request.headers.get("Access-Control-Request-Headers", "").lower().split(",")]
     further = [name for name in asked if _TOKEN.fullmatch(name)][:_MOST_HEADERS]
     response = Response(status=204)
@@ -148,17 +144,17 @@ def _preflight() -> Response:
 
 
 def _is_of_a_foreign_page(authority: str) -> bool:
-    """Whether the present request, which tells no origin, comes from another site's page.
+    """Whether the present request, which has no origin, comes from another site's page.
 
-    A form, an image or a script can be asked for like that; its page could not read the answer, but what the request
-    does would be done. A link to a page for people may be followed; a frame around one could be clicked unseen.
+    A form, an image or a script can cause such a request; its page cannot read the answer, but the request would have
+    its effect. A link to a page for people may be followed, but not a frame around it, where a user could click unseen.
     """
     headers = request.headers
     site = headers.get("Sec-Fetch-Site")
     if site == "same-site":
         read = read_authority(authority)
         if read is not None and read[0] in ("localhost", "127.0.0.1", "[::1]"):
-            return False  # of the same host, so of this machine
+            return False  # a page of the same host, so of this machine
     elif site != "cross-site":
         return False
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"

@@ -1,9 +1,9 @@
-"""JSON on the wire: how a request's body becomes Python values, and values become a response's body.
+"""JSON: parses request bodies into Python values, and encodes values as response bodies.
 
-Reading is stricter than the standard: a body is one JSON object, no key stands in it twice (one of the two values would
-be dropped in silence), and its text can be written as UTF-8. NaN and infinities are let through to the schemas, which
-refuse them by the field's name. A parser keeps the interpreter to itself while it makes values, so how many there may
-be is bounded, and counted before. Serves any request thread.
+Parsing is stricter than the standard: a body is one JSON object, no key occurs twice (one value would be lost in
+silence), and its text is valid UTF-8. NaN and infinities pass to the schemas, which refuse them by the field's name. A
+parser holds the interpreter's lock while it makes values, so their number is limited and counted first. Serves any
+request thread.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .bodies import unpacked
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-# Ollama takes JSON under any media type, and its own examples send it under curl's default, that of a form. A page of
-# another origin may send that too without asking; `host_check` refuses it by its origin.
+# Ollama accepts JSON under any media type, and its own examples send curl's default, a form's media type. A page of
+# another origin may send that without a preflight request; `host_check` refuses it by its origin.
 _UNTYPED = re.compile(r"/api/(?!huggingface(/|\Z))")
 
 
-# A request has use for so many values at most: a million tokens to embed, or some thousands of messages and tools.
+# The most values that a request needs: a million tokens to embed, or some thousands of messages and tools.
 _MOST_VALUES = 1_000_000
 _MOST_CONTAINERS = 100_000
-_MANY = 10_000  # values, from which on the faster parser makes a difference
+_MANY = 10_000  # with more values, the faster parser makes a difference
 _PIECE = 1 << 17  # bytes that are counted at a time: no other thread runs meanwhile
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _LARGE = b"0" * 19  # digits of an integer that may need more than 64 bits
@@ -45,14 +45,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JSONRequest(Request):
-    """A request whose body is a JSON object, or nothing, which counts as an empty object."""
+    """A request whose body is a JSON object; an empty body counts as an empty object."""
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:  # noqa: ARG002
-        """The body as a dict; the flags of Flask's method are taken and make no difference.
+        """The body as a dict; the flags of Flask's method have no effect.
 
         Raises:
-            InvalidRequest: the body is not such an object.
-            UnsupportedMediaType: it is said to be something other than JSON.
+            InvalidRequest: the body is not a JSON object.
+            UnsupportedMediaType: its media type is not JSON's.
             RequestEntityTooLarge: it is longer than the app allows.
         """
         data = unpacked(
@@ -86,7 +86,7 @@ class JSONRequest(Request):
 
 
 def without_slash(app: WSGIApplication) -> WSGIApplication:
-    """The app, for which a path with a slash at its end is the path without it, whatever route that is."""
+    """Wraps the app so that a slash at the end of a path is ignored, on all routes."""
 
     def call(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -96,12 +96,12 @@ def without_slash(app: WSGIApplication) -> WSGIApplication:
 
 
 def _check_size(data: bytes) -> None:
-    """Refuse JSON of more values than a request has a use for: each costs many times its bytes, in time and memory.
+    """Refuses JSON of more values than a request needs: each costs many times its bytes, in time and memory.
 
     Raises:
-        InvalidRequest: it holds more.
+        InvalidRequest: the body holds more.
     """
-    if _fits(*_marks(data)):  # without a look at which of them are within texts
+    if _fits(*_marks(data)):  # even with the marks within strings
         return
     values = containers = 0
     for texts, part in enumerate(_outside_strings(data)):
@@ -115,7 +115,7 @@ def _check_size(data: bytes) -> None:
 
 
 def _marks(data: bytes) -> tuple[int, int]:
-    """How many values a part of a body has at most, and how many of them are lists and objects."""
+    """The most values that a part of a body can hold, and its number of lists and objects."""
     containers = _count(data, b"[") + _count(data, b"{")
     return _count(data, b",") + containers, containers
 
@@ -132,14 +132,14 @@ def _fits(values: int, containers: int) -> bool:
 
 
 def _outside_strings(data: bytes) -> Iterator[bytes]:
-    """What stands between the texts of JSON; where a text does not end, the rest of the body is one."""
+    """The parts of JSON between its strings; an unfinished string takes the rest of the body."""
     end = 0
     while (start := data.find(b'"', end)) >= 0:
         yield data[end:start]
         end = start + 1
         while (stop := data.find(b'"', end)) >= 0:
             text, end = data[end:stop], stop + 1
-            if (len(text) - len(text.rstrip(b"\\"))) % 2 == 0:  # else the quote is of the text
+            if (len(text) - len(text.rstrip(b"\\"))) % 2 == 0:  # else the quote is escaped
                 break
         else:
             return
@@ -147,19 +147,19 @@ def _outside_strings(data: bytes) -> Iterator[bytes]:
 
 
 def _parsed(data: bytes) -> Any:
-    """The value of a body, integers of any size exact.
+    """Parses a body; integers of any size stay exact.
 
     Raises:
-        ValueError: it is no JSON, or no UTF-8. RecursionError: it is nested too deeply.
+        ValueError: it is not JSON, or not UTF-8. RecursionError: it is nested too deeply.
         InvalidRequest: an object has a field twice.
     """
-    # orjson takes a third of the time, and neither tells of a field given twice nor keeps large integers. A body of one
-    # object, with as many colons as fields, has none twice.
+    # orjson takes a third of the time, but neither reports a repeated field nor keeps large integers. A body of one
+    # object with as many colons as fields has no repeated field.
     if _count(data, b",") > _MANY and _count(data, b"{") == 1 and _LARGE not in data.translate(_DIGITS):
         try:
             with _uncollected():
                 value = orjson.loads(data)
-        except orjson.JSONDecodeError:  # NaN and infinities, too; what is wrong is said by the other parser
+        except orjson.JSONDecodeError:  # NaN and infinities too; the other parser reports the error
             pass
         else:
             if isinstance(value, dict) and _count(data, b":") == len(value):
@@ -167,14 +167,14 @@ def _parsed(data: bytes) -> Any:
     text = data.decode("utf-8")
     with _uncollected():
         value = json.loads(text, object_pairs_hook=_object)
-    if "\\" in text and _SURROGATE.search(text):  # one character is found fifteen times as fast
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    if "\\" in text and _SURROGATE.search(text):  # the search for one character is fifteen times as fast
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
     return value
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector off what is being made: it would pass over the whole process again and again."""
+    """Switches the garbage collector off while values are made: it would scan the whole process again and again."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -185,10 +185,10 @@ def _uncollected() -> Iterator[None]:
 
 
 def check_query() -> None:
-    """Refuse a query that gives a field twice, of which one would be dropped in silence.
+    """Refuses a query that gives a field twice, since one value would be lost in silence.
 
     Raises:
-        InvalidRequest: naming the field.
+        InvalidRequest: names the field.
     """
     for name, values in request.args.lists():
         if len(values) > 1:
@@ -205,24 +205,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def encoded(value: Any) -> bytes:
-    """A value as JSON, on one line."""
+    """Encodes a value as JSON on one line."""
     try:
         return orjson.dumps(value)
-    except TypeError:  # integers of more than 64 bits, or deep nesting, which a caller sent or a model wrote
+    except TypeError:  # integers of more than 64 bits, or deep nesting, from a caller or a model
         return json.dumps(value, separators=(",", ":"), default=_plain).encode()
 
 
 def _plain(value: Any) -> Any:
-    """What orjson makes of a value that is none of JSON's: of a dataclass, an object."""
+    """Converts a value without a JSON form as orjson does: a dataclass becomes an object."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else orjson.loads(orjson.dumps(value))
 
 
 class JSONProvider(DefaultJSONProvider):
-    """Responses by orjson: several times faster on a long list, fields in the order they are given."""
+    """Encodes responses with orjson: several times faster on a long list, with fields in their given order."""
 
     sort_keys = False
 
     def response(self, *args: Any, **kwargs: Any) -> Response:
-        """A response whose body is the argument as JSON."""
+        """Returns a response whose body is the argument as JSON."""
         value = self._prepare_response_obj(args, kwargs)
         return Response(encoded(value) + b"\n", mimetype=self.mimetype)

@@ -1,7 +1,7 @@
-"""Origins of web pages: how one is read, and which of them a setting lets in.
+"""Parses origins of web pages, and matches them with the patterns of a setting.
 
-Pure functions and frozen data, safe from any thread. An origin is read whole, as browsers write it (RFC 6454), or not
-at all: what only begins or ends like a known one, or carries a path or a user's name, is none. Must not know HTTP.
+Pure functions and frozen data, safe from any thread. An origin must match whole, as browsers write it (RFC 6454): a
+text that only begins or ends like an allowed origin, or has a path or a user's name, is refused. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<authority>{_AUTHORIT
 _PATTERN = re.compile(
     rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\*|\*\.[a-z0-9_~.-]+|{_HOST})(?::(?P<port>\*|[0-9]{{1,5}}))?"
 )
-_PORTS = {"http": 80, "https": 443}  # which an origin leaves out
+_PORTS = {"http": 80, "https": 443}  # default ports, which an origin leaves out
 _EXAMPLES = "https://chat.example, https://*.chat.example, http://10.0.0.5:*, chrome-extension://*, null or *"
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a page came from. `port` is None where its scheme has none."""
+    """The origin of a page. `port` is None where its scheme has none."""
 
     scheme: str
     host: str
@@ -46,7 +46,7 @@ class Origin:
 
 
 def read_authority(text: str, scheme: str = "http") -> tuple[str, int | None] | None:
-    """Host and port of `host:port`, in lower case and without the dot at its end; None where it is no such thing."""
+    """Parses `host:port`; returns the host in lower case without a final dot, and the port, or None where invalid."""
     found = _AUTHORITY.fullmatch(text.lower()) if text.isascii() else None
     if found is None:
         return None
@@ -65,7 +65,7 @@ def read_authority(text: str, scheme: str = "http") -> tuple[str, int | None] | 
 
 
 def read_origin(text: str) -> Origin | None:
-    """The origin that a header tells; None where it tells none, `null` included."""
+    """Parses an `Origin` header; None where it holds no origin, `null` included."""
     found = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
     authority = read_authority(found["authority"], found["scheme"]) if found else None
     if found is None or authority is None or (found["scheme"] in _PORTS and not authority[0]):
@@ -75,14 +75,14 @@ def read_origin(text: str) -> Origin | None:
 
 @dataclass(frozen=True, slots=True)
 class _Pattern:
-    """Origins of one scheme. The host may be `*`, or `*.name` for all below a name; a port of `*` is any port."""
+    """Origins of one scheme. The host may be `*`, or `*.name` for all hosts below a name; the port `*` is any port."""
 
     scheme: str
     host: str
     port: int | str | None
 
     def fits(self, origin: Origin) -> bool:
-        """Whether an origin is one of these."""
+        """Whether the pattern matches an origin."""
         if self.host.startswith("*."):
             below = self.host[1:]
             host = origin.host.endswith(below) and origin.host != below
@@ -100,7 +100,7 @@ class AllowedOrigins:
     every: bool
 
     def allows(self, origin: str) -> bool:
-        """Whether the origin that a header tells is one of them."""
+        """Whether the origin in a header is allowed."""
         if self.every:
             return True
         if origin == "null":
@@ -110,10 +110,10 @@ class AllowedOrigins:
 
 
 def allowed_origins(patterns: Iterable[str]) -> AllowedOrigins:
-    """The origins of some patterns.
+    """Parses patterns of origins.
 
     Raises:
-        ValueError: one of them is no pattern; says which, and why.
+        ValueError: a pattern is invalid; the message says which, and why.
     """
     names = set(patterns)
     return AllowedOrigins(
@@ -126,7 +126,7 @@ def _pattern(text: str) -> _Pattern:
     if text.lower().startswith("file:"):
         raise ValueError(f"{text!r} fits no page: pages from files have the origin null")
     if found is None or (not found["host"] and found["scheme"] in _PORTS):
-        raise ValueError(f"{text!r} is no origin: write it without a path, as {_EXAMPLES}")
+        raise ValueError(f"{text!r} is not an origin: write it without a path, as {_EXAMPLES}")
     scheme, host, port = found["scheme"], found["host"], found["port"]
     if host == "*" and port is None:
         return _Pattern(scheme, host, "*")
@@ -134,5 +134,5 @@ def _pattern(text: str) -> _Pattern:
     wildcard = host.startswith("*")
     authority = read_authority(f"{'any' if wildcard else host}{f':{number}' if number else ''}", scheme)
     if authority is None:
-        raise ValueError(f"{text!r} is no origin: its address or port does not exist")
+        raise ValueError(f"{text!r} is not an origin: its address or port does not exist")
     return _Pattern(scheme, host if wildcard else authority[0], "*" if port == "*" else authority[1])

@@ -1,8 +1,8 @@
-"""Event streams: the one way to send an answer bit by bit, as server-sent events or as lines of JSON.
+"""Event streams: the one way to send an answer piece by piece, as server-sent events or as lines of JSON.
 
-A source gives items as they come, None in silence, and raises what ends it. A writer turns items into the events of its
-protocol, and an encoding makes bytes of those. The response begins with the first item, so that whatever goes wrong
-before has a status of its own; silence is filled, which also finds dead connections. Serves any request thread.
+A source yields items as they come, and None in a silence. A writer turns items into its protocol's events, and an
+encoding turns events into bytes. The response begins with the first item, so an earlier error still gets its HTTP
+status. Silences are filled, which also detects dead connections. Serves any request thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .json import encoded
 
 logger = logging.getLogger(__name__)
 
-# Seconds: so long a source has nothing to tell before its response begins all the same, as an error that comes by then
-# has its status; and so often it says after that that it is silent.
+# Seconds. HOLD: how long a response waits for a source's first item, since an error before the response's begin has its
+# own status. KEEP_ALIVE: how often a source reports its silence after that.
 HOLD = 1.0
 KEEP_ALIVE = 2.0
 
-# JSON values, or bytes where an event is no JSON.
+# JSON values, or bytes for an event that is not JSON.
 Events = Iterable[Mapping[str, Any] | bytes]
 Item = TypeVar("Item")
 Written = TypeVar("Written", contravariant=True)
@@ -35,8 +35,9 @@ Written = TypeVar("Written", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How events are written. `silence` is what may stand between two of them and says nothing; where events are
-    `named`, the `type` of each stands in a line of its own too.
+    """How events are written: `before` and `after` surround each event's data, `silence` is a filler between events.
+
+    With `named`, the `type` of each event also stands on a line of its own.
     """
 
     mimetype: str
@@ -46,14 +47,14 @@ class Encoding:
     named: bool = False
 
     def encoded(self, events: Events) -> Iterator[bytes]:
-        """Each event as bytes."""
+        """Encodes each event as bytes."""
         for event in events:
             data = event if isinstance(event, bytes) else encoded(event)
             name = f"event: {event['type']}\n".encode() if self.named and not isinstance(event, bytes) else b""
             yield name + self.before + data + self.after
 
     def response(self, stream: Iterable[bytes]) -> Response:
-        """The response that sends a stream as it comes."""
+        """The response that sends a stream's bytes as they come."""
         response = Response(stream, mimetype=self.mimetype)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
@@ -62,36 +63,36 @@ class Encoding:
 
 SSE = Encoding("text/event-stream", b"data: ", b"\n\n", b": keep-alive\n\n")
 NAMED_SSE = replace(SSE, named=True)
-# A line that holds nothing is no JSON, and clients fail of it; space before a line's value is part of that line.
+# An empty line is not JSON, so clients would fail on it; a space belongs to the next line.
 NDJSON = Encoding("application/x-ndjson", b"", b"\n", b" ")
 
 
 class Writer(Protocol[Written]):
-    """The events of a protocol."""
+    """Writes the events of a protocol."""
 
     def write(self, item: Written) -> Events:
-        """What an item of the source becomes."""
+        """The events for an item of the source."""
 
     def silence(self) -> Events:
-        """What fills a silence; where that is nothing, the encoding's own is sent."""
+        """The events for a silence; where there are none, the encoding's filler is sent."""
         return ()
 
     def end(self) -> Events:
-        """What comes when all is told."""
+        """The events at the end of the source."""
         return ()
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ends a stream that failed."""
+        """The events that end a failed stream."""
 
 
 def event_stream(
     source: Iterator[Item | None], writer: Writer[Item], stack: ExitStack, encoding: Encoding = SSE
 ) -> Response:
-    """The response that streams `source` as `writer` tells it.
+    """Returns the response that streams `source` through `writer`.
 
-    `stack` is closed when the response is sent, or its client has gone.
+    `stack` is closed when the response is sent, or when its client has disconnected.
 
-    Raises: what ended the source before its first item; the stack is the caller's then.
+    Raises: the source's error before its first item; then the stack still belongs to the caller.
     """
     first = list(islice(source, 1))
     response = encoding.response(_written(chain(first, source), writer, encoding))

@@ -1,7 +1,7 @@
-"""pydantic's complaints about a request, said in plain English and raised as the project's errors.
+"""Translates pydantic's errors about a request into the project's errors, in plain English.
 
-Pure functions, for any thread. One thing at a time is told: a missing field first, then an unknown one, then a wrong
-value. Must not know which fields there are, nor HTTP; of pydantic it needs only what `errors()` gives.
+Pure functions, for any thread. An error reports one problem: a missing field first, then an unknown one, then a wrong
+value. Must not know single fields or HTTP; of pydantic it uses only the result of `errors()`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from ...errors import InvalidRequest, MissingField, UnknownField
 
 
 class Complaints(Protocol):
-    """What is needed of a `pydantic.ValidationError`."""
+    """The part of `pydantic.ValidationError` that this file uses."""
 
     def errors(self, *, include_url: bool) -> Sequence[Mapping[str, Any]]:
-        """Each complaint as `type`, `loc`, `msg` and perhaps `ctx`."""
+        """Each problem as `type`, `loc`, `msg` and perhaps `ctx`."""
         ...
 
 
 def request_error(
     exc: Complaints, prefix: str = "", known: Iterable[str] = (), suggested: frozenset[str] = frozenset()
 ) -> InvalidRequest:
-    """Say in plain English what a body got wrong; `known` are the names to list where one is unknown, `suggested` those
-    of which the nearest one is named.
+    """Returns the error for one problem of a body: a missing field first, then an unknown one, then a wrong value.
 
-    One thing at a time: a missing field first, then an unknown one, then a wrong value, each in the model's order.
+    Args:
+        exc: pydantic's error.
+        prefix: put before the field's name.
+        known: the names that the error for an unknown field lists.
+        suggested: the names of which that error suggests the nearest.
     """
     problems = exc.errors(include_url=False)
     for kind in ("missing", "extra_forbidden"):
@@ -44,12 +47,12 @@ def request_error(
                 nearest = nearest_name(last, beside)
                 listed = known if len(problem["loc"]) == 1 else ()
                 return UnknownField(field, listed, nearest and place + dot + nearest)
-    # A value that fits no branch of a union has a complaint from each: keep those that went deepest into the value.
+    # A value that fits no branch of a union has a problem from each: keep those that went deepest into the value.
     first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     depth = max(len(_path(problem)) for problem in first)
     path = next(_path(problem) for problem in first if len(_path(problem)) == depth)
     there = [problem for problem in first if _path(problem) == path]
-    # Of the right type but out of range: then the branches of other types are beside the point.
+    # If the value has the right type but is out of range, the branches of other types do not matter.
     there = [problem for problem in there if not _is_of_type(problem)] or there
     reasons = list(dict.fromkeys(_reason(problem) for problem in there))
     reason = reasons[0] + "".join(f" or {other.removeprefix('must be ')}" for other in reasons[1:])
@@ -59,9 +62,9 @@ def request_error(
 
 
 def nearest_name(field: str, known: Iterable[str]) -> str | None:
-    """Which of the known names was probably meant by one that is none of them."""
+    """The known name that an unknown one probably means, or None."""
     names, words = sorted(known), set(field.split("_"))
-    if len(words) > 1:  # `max_tokens` is rather `max_output_tokens` than `min_tokens`
+    if len(words) > 1:  # `max_tokens` is closer to `max_output_tokens` than to `min_tokens`
         longer = [name for name in names if words < set(name.split("_"))]
         if longer:
             return min(longer, key=len)
@@ -69,21 +72,21 @@ def nearest_name(field: str, known: Iterable[str]) -> str | None:
     return nearest[0] if nearest else None
 
 
-_NEAR = 0.75  # how alike two names have to be, of 1
+_NEAR = 0.75  # the least similarity of two names, from 0 to 1
 
-# What pydantic puts into a location to say which branch of a union it tried; no field of ours is named so.
+# pydantic's names for branches of a union in a location; no field has such a name.
 _BRANCH = re.compile(r"int|str|float|bool|none|[A-Z].*|.*[\[\]( ].*|constrained-.*|function-.*|literal.*")
 
 
 def _path(problem: Mapping[str, Any]) -> str:
-    """The field at fault with dots between its parts (`messages.0.role`); empty for the whole body."""
+    """The field with the problem, its parts joined by dots (`messages.0.role`); empty for the whole body."""
     parts = [str(part) for part in problem["loc"] if isinstance(part, int) or not _BRANCH.fullmatch(part)]
     field = problem.get("ctx", {}).get("field") if problem["type"] == "rule" else None
     return ".".join([*parts, field] if field else parts)
 
 
 def _is_of_type(problem: Mapping[str, Any]) -> bool:
-    """Whether the complaint is about the kind of value, not about which one it is."""
+    """Whether the problem is the value's type, or its absence from a list of values."""
     return problem["type"].endswith("_type") or problem["type"] in ("literal_error", "int_from_float")
 
 
@@ -115,7 +118,7 @@ _REASONS: Mapping[str, str] = MappingProxyType(
 
 
 def _reason(problem: Mapping[str, Any]) -> str:
-    """Why a value was refused, worded to follow a field's name."""
+    """The reason why a value is refused, in words that follow a field's name."""
     context = problem.get("ctx", {})
     kind = problem["type"]
     if kind in ("too_short", "string_too_short"):

@@ -1,1 +1,1 @@
-"""Hugging Face's own protocols: its inference API, and what TGI and TEI answer about themselves."""
+"""Hugging Face's own protocols: its inference API, and TGI's and TEI's routes about a model."""

@@ -1,7 +1,7 @@
-"""What Hugging Face's clients ask of a model's address: `/health` and `/info`, as TGI and TEI answer.
+"""The routes `/health` and `/info` of a model's address, as TGI and TEI answer them for Hugging Face's clients.
 
-Nothing is loaded for it: of a model that is not in memory, only what its files and the settings tell is told. A model
-whose own name ends so comes first. Source: https://huggingface.github.io/text-generation-inference.
+Nothing is loaded for them: for a model that is not in memory, they show what its files and the settings say. A model
+whose own id ends like a route comes first. Source: https://huggingface.github.io/text-generation-inference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..requests.services import services
 from ..requests.waiting import at_once
 from . import schemas as hub_schemas
 
-# As `hub_schemas` takes them.
+# The limits in `hub_schemas`.
 _MOST_BEST_OF = 64
 _MOST_STOPS = 64
 
@@ -31,7 +31,7 @@ _MOST_STOPS = 64
 )
 @at_once
 def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
-    """Check that a model can be asked; it need not be in memory."""
+    """Check that a model accepts requests; it need not be in memory."""
     if (model := called(path.model_id, "health")) is not None:
         return dict(get_model(model))
     record = services().registry.get(path.model_id)
@@ -50,7 +50,7 @@ def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
 )
 @at_once
 def show_model_info(path: schemas.ModelPath) -> dict[str, Any]:
-    """Show what a model is and what it takes, in TGI's words."""
+    """Show a model's facts and limits in TGI's form."""
     if (model := called(path.model_id, "info")) is not None:
         return dict(get_model(model))
     record = services().registry.get(path.model_id)
@@ -80,6 +80,6 @@ def show_model_info(path: schemas.ModelPath) -> dict[str, Any]:
 
 
 def context_of(record: ModelRecord) -> int | None:
-    """The most tokens of one sequence, as far as the model's files and settings tell."""
+    """The most tokens of one sequence, by the model's files and settings; None where unknown."""
     known = [size for size in ((record.details or {}).get("context_length"), record.max_context) if size is not None]
     return min(known, default=None)

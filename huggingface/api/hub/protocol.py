@@ -1,7 +1,7 @@
 """`POST /models/<id>`: Hugging Face's inference protocol, for `huggingface_hub` and huggingface.js.
 
-The task is the model's own; what is asked of it runs as `/pipeline` and `/generate` run it, and answers have the
-published form. Sources: the JSON schemas in `@huggingface/tasks`; text generation is TGI's, features are TEI's.
+The task is the model's own; it runs as in `/pipeline` and `/generate`, and answers have the published form. Sources:
+the JSON schemas in `@huggingface/tasks`; text generation is TGI's, features are TEI's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FEATURES = "feature-extraction"
 _ZERO_SHOT = "zero-shot-classification"
 
 
-# On the models' own blueprint: of two that share an address, the API's document would show one.
+# On the models' own blueprint: of two blueprints that share an address, the API's document would show only one.
 @models.blueprint.post(
     "/models/<path:model_id>",
     tags=[TAG],
@@ -52,7 +52,7 @@ def infer(path: schemas.ModelPath, query: TaskQuery, body: HubBody) -> Response:
 
 
 def _task(record: ModelRecord, query: TaskQuery, body: HubBody) -> str:
-    """What is to be done. Where a model's own tasks are two, what is asked tells them apart."""
+    """The task to run. Where a model can have two tasks, the body decides."""
     if query.task is not None:
         return query.task
     own = MODEL_TYPES.get(record.model_type)
@@ -67,10 +67,10 @@ def _task(record: ModelRecord, query: TaskQuery, body: HubBody) -> str:
 
 
 def _given(name: str, body: HubBody) -> tuple[dict[str, Any], dict[str, str]]:
-    """A task's parameters, checked, and what each is called in the body. Null is the same as nothing.
+    """Checks a task's parameters; returns them, and each one's name in the body. Null means not given.
 
     Raises:
-        MissingField, UnknownField, InvalidRequest: naming the field.
+        MissingField, UnknownField, InvalidRequest: names the field.
     """
     schema, beside, parameters = PUBLISHED[name], dict(body.model_extra or {}), body.parameters or {}
     if name not in (_FEATURES, _SIMILARITY):
@@ -88,17 +88,17 @@ def _checked(schema: type[Parameters], values: Mapping[str, Any], prefix: str) -
     for field in [field for field, value in values.items() if value is not None and field not in schema.model_fields]:
         refuse_unknown(prefix + field, schema.model_fields)
     if not values and not prefix:
-        return {}  # what the schema requires is not looked for here
+        return {}  # required fields are expected among `parameters`, not here
     return validate(schema, {field: value for field, value in values.items() if value is not None}, prefix)
 
 
-# Tasks whose answer comes whole ---------------------------------------------------------------------------------------
+# Tasks that are not streamed ------------------------------------------------------------------------------------------
 
 
 def _run(
     record: ModelRecord, task: str, name: str, inputs: Any, given: Mapping[str, Any], fields: Mapping[str, str]
 ) -> Any:
-    """The answer of a task as its pipeline gives it, in the published form."""
+    """Runs a task as its pipeline does; returns the answer in the published form."""
     asked, defaults, shape = dict(given), _DEFAULTS.get(name, {}), _SHAPES.get(name, _as_it_is)
     if PUBLISHED[name] is HubText2Text:
         asked, fields = _text2text(given, fields)
@@ -114,7 +114,7 @@ def _run(
 
 
 def _text2text(given: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parameters in the words of `/pipeline`, and what these are called in the body."""
+    """The parameters with the names of `/pipeline`, and each one's name in the body."""
     asked = dict(given)
     making: dict[str, Any] = asked.pop("generate_parameters", None) or {}
     inner = {field: f"parameters.generate_parameters.{field}" for field in making}
@@ -132,18 +132,18 @@ def _text2text(given: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dic
     return making | asked, {**inner, **fields}
 
 
-# What is no parameter of a generation.
+# Fields that are not parameters of a generation.
 _BESIDE = frozenset({"generate_parameters", "truncation", "clean_up_tokenization_spaces", "src_lang", "tgt_lang"})
 
 
 def _question(value: Any) -> Any:
-    """A question about a table as `/pipeline` has it: the published name of its text is another than its clients'."""
+    """A question about a table with the name of `/pipeline`: the published name differs from the clients'."""
     if isinstance(value, dict) and "question" in value and "query" not in value:
         return {"query" if field == "question" else field: part for field, part in value.items()}
     return value
 
 
-# What is published, or hosted, where neither the request nor the model says anything: all labels, and whole entities.
+# The published, or hosted, defaults below the request's and the model's: all labels, and whole entities.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "text-classification": {"top_k": None},
     "token-classification": {"aggregation_strategy": "simple"},
@@ -155,7 +155,7 @@ def _as_it_is(result: Any, several: bool) -> Any:  # noqa: ARG001 - as the other
 
 
 def _labels(result: Any, several: bool) -> Any:
-    """Each input has a list of labels of its own, a single one too."""
+    """A list of labels for each input, even for a single one."""
     if several:
         return [each if isinstance(each, list) else [each] for each in result]
     return [result if isinstance(result, list) else [result]]
@@ -166,19 +166,19 @@ def _zero_shot(result: Any, several: bool) -> Any:
         pairs = zip(each["labels"], each["scores"], strict=True)
         return [{"label": label, "score": score} for label, score in pairs]
 
-    if several and len(result) == 1:  # the published form is that of one text, which huggingface.js checks for
+    if several and len(result) == 1:  # huggingface.js checks for the published form of one text
         return labels(result[0])
     return [labels(each) for each in result] if several else labels(result)
 
 
 def _cells(result: Any, several: bool) -> Any:
-    """With an aggregator even where the model has none: huggingface.js insists on it."""
+    """Adds an aggregator where the model has none, since huggingface.js requires one."""
     if isinstance(result, list):
         return [_cells(each, several) for each in result]
     return {**result, "aggregator": result.get("aggregator", "NONE")}
 
 
-# A pipeline's result, and whether several inputs were given, to the published form.
+# Functions from a pipeline's result, and whether several inputs were given, to the published form.
 _SHAPES: Mapping[str, Callable[[Any, bool], Any]] = {
     "text-classification": _labels,
     _ZERO_SHOT: _zero_shot,
@@ -192,7 +192,7 @@ _SHAPES: Mapping[str, Callable[[Any, bool], Any]] = {
 def _embed(
     record: ModelRecord, name: str, inputs: Any, wanted: Mapping[str, Any], fields: Mapping[str, str]
 ) -> list[Any]:
-    """Vectors of texts, or how much texts are alike."""
+    """Computes vectors of texts, or the similarity of texts."""
     asked = validate(ComparedTexts if name == _SIMILARITY else SomeTexts, {"inputs": inputs})["inputs"]
     if name == _SIMILARITY:
         asked = [asked["source_sentence"], *asked["sentences"]]
@@ -212,10 +212,10 @@ def _embed(
 
 
 def _token_features(record: ModelRecord, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a model that gives a vector for each token.
+    """The parameters for a model that gives a vector for each token.
 
     Raises:
-        InvalidRequest: for what only a vector of the whole text can have.
+        InvalidRequest: a parameter applies only to vectors of whole texts.
     """
     for field in ("normalize", "prompt_name", "dimensions"):
         if wanted.get(field):

@@ -1,7 +1,7 @@
-"""The published schemas of Hugging Face's text tasks: `PUBLISHED` has one a task, `/pipeline`'s own where they agree.
+"""The published schemas of Hugging Face's text tasks: `PUBLISHED` has one for each, `/pipeline`'s own where they agree.
 
-Source: the JSON schemas in `@huggingface/tasks`. A parameter that cannot be honoured here is refused by its name; those
-of `/pipeline` that are not published work too.
+Source: the JSON schemas in `@huggingface/tasks`. A parameter that is not supported is refused by its name; unpublished
+parameters of `/pipeline` work too.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class HubTextGeneration(Parameters):
     """`text-generation`, as TGI has it."""
 
     adapter_id: Text | None = Field(None, description="Which of the model's adapters to use; without it, none.")
-    best_of: int | None = Field(None, ge=1, le=64, description="Make so many, and answer with the likeliest.")
-    decoder_input_details: bool | None = Field(None, description="Tell the prompt's tokens in the details.")
-    details: bool | None = Field(None, description="Tell the tokens.")
-    do_sample: bool | None = Field(None, description="Draw each token at random by its probability.")
+    best_of: int | None = Field(None, ge=1, le=64, description="Generate so many texts, and return the likeliest.")
+    decoder_input_details: bool | None = Field(None, description="Show the prompt's tokens in the details.")
+    details: bool | None = Field(None, description="Show the tokens.")
+    do_sample: bool | None = Field(None, description="Sample each token at random by its probability.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     grammar: Grammar | None = Field(None, strict=False)
     max_new_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="1024 where nothing else sets a limit.")
@@ -55,15 +55,15 @@ class HubTextGeneration(Parameters):
     stop_sequences: list[Stop] | None = Field(None, max_length=64, description="The same, under its older name.")
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
-    top_n_tokens: int | None = Field(None, ge=1, le=20, description="Alternatives to tell of each token.")
+    top_n_tokens: int | None = Field(None, ge=1, le=20, description="Alternatives to show for each token.")
     top_p: float | None = Field(None, gt=0, le=1)
     truncate: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="Read only so many of the prompt's tokens.")
     typical_p: float | None = Field(None, gt=0, le=1)
-    watermark: Literal[False] | None = Field(None, description="Texts cannot be marked here.")
+    watermark: Literal[False] | None = Field(None, description="Watermarks are not supported.")
 
 
 class HubText2Text(TranslationParameters):
-    """`summarization` and `translation`. Parameters of the generation stand here, or apart from the others."""
+    """`summarization` and `translation`. Parameters of the generation stand here, or in `generate_parameters`."""
 
     generate_parameters: dict[str, Any] | None = Field(None, description="Parameters of the generation.")
     truncation: bool | Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = Field(  # type: ignore[assignment]
@@ -77,14 +77,14 @@ class HubSimilarity(Parameters):
     prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
     truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads.")
     truncation_direction: Literal["right", "Right"] | None = None
-    dimensions: int | None = Field(None, ge=1, description="The first so many of each vector's numbers.")
+    dimensions: int | None = Field(None, ge=1, description="Keep only so many numbers of each vector, from its start.")
 
 
 class HubFeatures(HubSimilarity):
-    """`feature-extraction`, as TEI has it; the clients put these beside the inputs."""
+    """`feature-extraction`, as TEI has it; clients send these parameters beside the inputs."""
 
     normalize: bool | None = Field(
-        None, description="Make each vector one unit long; else they are as the model's own modules make them."
+        None, description="Scale each vector to length 1; otherwise vectors stay as the model makes them."
     )
     encoding_format: Literal["float"] | None = None
 
@@ -92,7 +92,7 @@ class HubFeatures(HubSimilarity):
 class HubTableQuestionAnswering(TableQuestionAnsweringParameters):
     """`table-question-answering`."""
 
-    model: Text | None = Field(None, description="The address asked, which `huggingface_hub` sends along.")
+    model: Text | None = Field(None, description="The requested address, which `huggingface_hub` sends too.")
     padding: Literal["do_not_pad"] | None = Field(None, description="A table is read alone, without padding.")
 
 
@@ -111,38 +111,38 @@ PUBLISHED: Mapping[str, type[Parameters]] = MappingProxyType(
 
 
 class OneText(Parameters):
-    """What text generation goes on from."""
+    """The input of text generation."""
 
     inputs: AnyText
 
 
 class SomeTexts(Parameters):
-    """What vectors are made of."""
+    """The texts to compute vectors of."""
 
     inputs: AnyText | Annotated[list[AnyText], Field(min_length=1)]
 
 
 class Compared(Parameters):
-    """Texts that are compared, the first with all others."""
+    """Texts to compare, the first with all others."""
 
     source_sentence: AnyText
     sentences: list[AnyText]
 
 
 class ComparedTexts(Parameters):
-    """The same, as a body has it."""
+    """A body with texts to compare."""
 
     inputs: Compared = Field(strict=False)
 
 
 class TaskQuery(Parameters):
-    """Which of its tasks a model is to do."""
+    """The task to run."""
 
-    task: str | None = Field(None, description="A task that the model can do; its own where this is left out.")
+    task: str | None = Field(None, description="A task that the model can do; its own task where this is left out.")
 
 
 class HubOptions(Parameters):
-    """What clients of the hosted service say of waiting; here a request waits, and nothing is remembered."""
+    """Options of the hosted service; this server always waits for the model and stores no answers."""
 
     wait_for_model: Literal[True] | None = None
     use_cache: bool | None = None
@@ -162,28 +162,28 @@ class HubBody(Fields):
 
 
 class HubAnswer(BaseModel):
-    """What the task gives, in the form that Hugging Face publishes: of each task another."""
+    """The task's answer, in the form that Hugging Face publishes for each task."""
 
-    model_config = {**streaming("TGI's event for each token; of text generation only."), "extra": "allow"}
+    model_config = {**streaming("TGI's event for each token; text generation only."), "extra": "allow"}
 
 
 class EndpointHealth(Answer):
-    """The model can be asked."""
+    """The model accepts requests."""
 
     status: Literal["ok"]
 
 
 class EndpointInfo(Answer):
-    """What a model is and what it takes, in TGI's words. What is not known without loading it is null."""
+    """A model's facts and limits in TGI's form. Facts that need a load are null."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     model_id: str
     model_sha: str | None = Field(description="The commit of its repository.")
-    model_dtype: str | None = Field(description="Of the weights in memory.")
+    model_dtype: str | None = Field(description="Type of the weights in memory.")
     model_device_type: str
-    model_pipeline_tag: str | None = Field(description="Its own task.")
-    max_concurrent_requests: int = Field(description="That run or wait; one more is refused.")
+    model_pipeline_tag: str | None = Field(description="The model's own task.")
+    max_concurrent_requests: int = Field(description="Requests that may run or wait; one more is refused.")
     max_best_of: int
     max_stop_sequences: int
     max_input_length: int | None = Field(description="The same as max_input_tokens, under its older name.")

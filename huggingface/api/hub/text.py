@@ -24,7 +24,7 @@ from ..requests.fan_out import begin, likelihood, named, seeded
 from ..requests.leasing import leased_model
 from .schemas import HubBody, OneText
 
-# What the engine calls otherwise.
+# The engine's names, and the body's for the same.
 _WORDS = {
     "stop_strings": "parameters.stop",
     "json_schema": "parameters.grammar.value",
@@ -35,9 +35,9 @@ _WORDS = {
 
 
 def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any], fields: Mapping[str, str]) -> Response:
-    """Continue a text; `wanted` are the parameters, checked, and `fields` what they are called in the body.
+    """Continues a text; `wanted` are the checked parameters, `fields` maps their names to those in the body.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     prompt = validate(OneText, {"inputs": body.inputs})["inputs"]
     count, streams, most = wanted.get("best_of", 1), bool(body.stream), wanted.get("truncate")
@@ -69,19 +69,19 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
 
 
 def _check_best_of(streams: bool, parameters: Mapping[str, Any]) -> None:
-    """As TGI: there is no best of texts that are shown as they are made, nor of texts that are all the same."""
+    """Refuses `best_of` as TGI does: with a stream, and without sampling, where all texts are the same."""
     reason = "cannot be streamed" if streams else "needs do_sample, without which all texts are the same"
     if streams or not parameters.get("do_sample"):
         raise InvalidRequest(f"Invalid value for field 'parameters.best_of': {reason}", "parameters.best_of")
 
 
 def _detailed(wanted: Mapping[str, Any]) -> bool:
-    """Whether the answer tells of tokens; what is asked about these asks for that too."""
+    """Whether the answer has details; parameters about tokens ask for them too."""
     return any(wanted.get(name) for name in ("details", "decoder_input_details", "top_n_tokens"))
 
 
 def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """TGI's parameters in this server's words. As TGI, it samples only if `do_sample` or what goes with it says so."""
+    """TGI's parameters with this server's names. As in TGI, `do_sample` or a sampling parameter turns sampling on."""
     same = ("do_sample", "frequency_penalty", "max_new_tokens", "repetition_penalty", "seed", "temperature")
     asked = {name: wanted[name] for name in (*same, "top_k", "top_p", "typical_p") if name in wanted}
     stops = [*wanted.get("stop", ()), *wanted.get("stop_sequences", ())]
@@ -100,14 +100,14 @@ def _constraint(grammar: Mapping[str, Any] | None) -> Constraint | None:
         return Constraint("regex", grammar["value"])
     value = grammar["value"]
     if grammar["type"] == "json_schema" and isinstance(value, dict) and "schema" in value:
-        value = value["schema"]  # with its name beside it, as OpenAI has it
+        value = value["schema"]  # OpenAI's form, which has a name beside the schema
     return Constraint("json_schema", value)
 
 
 def _reason(chunk: Chunk, prompt: str, made: str, parameters: Mapping[str, Any]) -> str:
-    """TGI's words for why it ended. A stop string may begin with the end of the prompt.
+    """TGI's reason for the end. A stop string may begin with the end of the prompt.
 
-    The last token does not tell: not all that end a model's texts are special, and a form that is whole needs none.
+    The last token cannot decide it: not all end tokens are special, and a complete constrained text needs none.
     """
     if chunk.finish_reason == "length":
         return "length"
@@ -128,13 +128,13 @@ def _told(token: Token, shown: str | None = None) -> dict[str, Any]:
 
 
 def _texts(tokens: Sequence[Token]) -> list[str]:
-    """What each token adds to the text: one that is a part of a character nothing, and the last part all of it."""
+    """The text that each token adds; of a character in several tokens, the last one adds all of it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return [decoder.decode(token.raw, final=place == len(tokens)) for place, token in enumerate(tokens, 1)]
 
 
 def _details(chunk: Chunk, prompt: str, made: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`made` is the text of all tokens that were made after the prompt."""
+    """TGI's details; `made` is the text of all generated tokens."""
     return {
         "finish_reason": _reason(chunk, prompt, made, parameters),
         "generated_tokens": chunk.usage.completion_tokens if chunk.usage is not None else 0,
@@ -171,8 +171,8 @@ def _answer(
 class _Writer(Writer[Chunk]):
     """TGI's events: one for each token, the last one with the whole text.
 
-    The tokens' texts add up to that text: a special token that is not part of it has none, and a character that takes
-    several tokens comes with the last of them, for whoever prints them as they come.
+    The tokens' texts add up to that text, so that clients can print them: a special token outside of the text has an
+    empty one, and a character in several tokens comes with the last of them.
     """
 
     def __init__(self, prompt: str, wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
@@ -206,11 +206,11 @@ class _Writer(Writer[Chunk]):
             yield event
 
     def _tell(self, own: str, *, latest: bool) -> str:
-        """The part of the text that goes with a token: all that is there with a chunk's last one, as with most."""
+        """The text for a token's event; a chunk's last token gets all that is left."""
         length = len(self._untold) if latest else len(own) if self._untold.startswith(own) else 0
         told, self._untold = self._untold[:length], self._untold[length:]
         return told
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it, where the clients look for it."""
+        """The error in the form that clients look for."""
         yield {**error_body(str(error)), "error_type": "generation"}

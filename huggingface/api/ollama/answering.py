@@ -1,7 +1,7 @@
-"""An answer in Ollama's words, whole or as lines of JSON: what a model writes, and where the time went.
+"""Answers in Ollama's form, whole or as lines of JSON, with counts and times.
 
-Shared by chats and completions, which differ in what is put to the model and how a piece of text is told. Serves any
-request thread. What models write, `huggingface.chat` knows.
+Chats and completions share it; they differ in their requests to the model and in the shape of a piece of text. Serves
+any request thread. `huggingface.chat` parses what models write.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NANOSECONDS = 10**9
 
 
 class Source(Protocol):
-    """What is put to the model, and how its answer is read: a `Conversation`, or a raw prompt."""
+    """Makes the requests to the model, and the parser of its answer: a `Conversation`, or a raw prompt."""
 
     def requests(
         self,
@@ -47,15 +47,15 @@ class Source(Protocol):
         logprobs: int | None,
         adapter: str | None = None,
     ) -> list[GenerationRequest]:
-        """The generations that answer it."""
+        """The generations to run."""
 
     def parser(self, prompt_end: str) -> AnswerReader:
-        """What reads an answer to the prompt that ends so."""
+        """The reader for an answer to a prompt with this end."""
 
 
 @dataclass
 class Said:
-    """A piece of an answer; `calls` are whole ones."""
+    """A piece of an answer; its `calls` are complete."""
 
     content: str = ""
     thinking: str = ""
@@ -65,12 +65,12 @@ class Said:
         return bool(self.content or self.thinking or self.calls)
 
 
-# Tells a piece of an answer, as the fields of a line or of the whole.
+# Turns a piece of an answer into the fields of a line, or of the whole answer.
 Shape = Callable[[Said], dict[str, Any]]
 
 
 def form_of(wanted: str | dict[str, Any] | None) -> Constraint | None:
-    """What a `format` asks of the text."""
+    """The constraint that a `format` asks for."""
     if isinstance(wanted, dict):
         return Constraint("json_schema", wanted)
     return Constraint("json_object") if wanted else None
@@ -83,9 +83,9 @@ def answer(
     source_of: Callable[[Any], Source],
     shape: Shape,
 ) -> dict[str, Any] | Response:
-    """Answer what `source_of` makes of the model and the body.
+    """Answers a request; `source_of` makes the requests to the model.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     begun = time.monotonic()
     wanted = Wanted.of(body.options)
@@ -110,9 +110,9 @@ def answer(
 
 
 def idle(record: ModelRecord, body: OllamaAnswering, task: str, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a request that asks nothing: bring the model into memory, or take it out where it is to stay for no time.
+    """Answers a request without a prompt: loads the model, or unloads it where `keep_alive` is 0.
 
-    Raises: what loading and unloading raise.
+    Raises: the errors of loading and unloading.
     """
     Wanted.of(body.options)
     if body.keep_alive == 0:
@@ -125,19 +125,19 @@ def idle(record: ModelRecord, body: OllamaAnswering, task: str, said: Mapping[st
 
 
 def now() -> str:
-    """The present as RFC 3339 has it."""
+    """The present time in RFC 3339's form."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """When a request began, and when it had its model: readings of `time.monotonic`."""
+    """When a request began, and when its model was loaded: readings of `time.monotonic`."""
 
     begun: float
     loaded: float
 
     def to_dict(self) -> dict[str, int]:
-        """How long all took until now, and getting the model, in nanoseconds."""
+        """The durations of the request until now, and of getting the model, in nanoseconds."""
         return {
             "total_duration": round((time.monotonic() - self.begun) * _NANOSECONDS),
             "load_duration": round((self.loaded - self.begun) * _NANOSECONDS),
@@ -145,7 +145,7 @@ class Times:
 
 
 class _Lines(Writer[Chunk]):
-    """The lines of a stream, or all of them as one."""
+    """The lines of a stream, or the whole answer."""
 
     def __init__(self, name: str, shape: Shape, parser: AnswerReader, times: Times) -> None:
         self._name = name
@@ -156,7 +156,7 @@ class _Lines(Writer[Chunk]):
         self._told = Told()
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        """The answer, when all is made."""
+        """The whole answer, from all chunks."""
         self._last = chunks[-1]
         text = self._last.whole or ""
         said = self._reader.read(text, last=True)
@@ -164,7 +164,7 @@ class _Lines(Writer[Chunk]):
         return self._line(said, within(text, tokens), self._ending())
 
     def write(self, chunk: Chunk) -> Events:
-        """A line for what a piece of text tells, if it tells something."""
+        """A line for a piece of text, unless nothing of it can be shown yet."""
         if chunk.finish_reason is not None:
             self._last = chunk
         said = self._reader.read(chunk.text, last=chunk.finish_reason is not None)
@@ -173,11 +173,11 @@ class _Lines(Writer[Chunk]):
             yield self._line(said, tokens, {"done": False})
 
     def end(self) -> Events:
-        """The counts and times."""
+        """The last line, with counts and times."""
         yield self._line(Said(), (), self._ending())
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it."""
+        """The error's body as the last line."""
         yield ollama_body(str(error), status_of(error), error)
 
     def _line(self, said: Said, tokens: Sequence[Token], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class _Lines(Writer[Chunk]):
 
 
 class _Reader:
-    """What a model writes, as pieces with whole calls: Ollama tells a call when its arguments are complete."""
+    """Reads a model's answer into pieces with complete calls: Ollama sends a call when its arguments are complete."""
 
     def __init__(self, parser: AnswerReader) -> None:
         self._parser = parser
@@ -208,7 +208,7 @@ class _Reader:
         self._arguments = ""
 
     def read(self, text: str, *, last: bool) -> Said:
-        """What a piece of text tells, the `last` one with all that was held back."""
+        """Reads a piece of text; the `last` one ends the answer."""
         said = Said()
         for part in [*self._parser.feed(text), *(self._parser.finish() if last else ())]:
             match part:
@@ -235,7 +235,7 @@ class _Reader:
                 said.thinking += text
 
     def _complete(self, said: Said) -> None:
-        """Tell the call that is under way. One whose arguments are no JSON object, or are cut off, is told as text."""
+        """Ends the current call. A call whose arguments are not a JSON object, or are cut off, becomes text."""
         call, text = self._call, self._arguments
         if call is None:
             return

@@ -1,4 +1,4 @@
-"""Ollama's answers as pydantic models: what the API's document says of them."""
+"""Ollama's answers as pydantic models, for the API's document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 def lines(events: str) -> ConfigDict:
-    """The config of an answer that comes as lines of JSON, unless `stream` is false; `events` says which."""
+    """The config of an answer that comes as lines of JSON, unless `stream` is false; `events` describes them."""
     stream = MediaType(schema=Schema(type=DataType.STRING, description=events))
     content = {"application/x-ndjson": stream}
     return cast(ConfigDict, {"protected_namespaces": (), "openapi_extra": {"content": content}})
@@ -27,19 +27,19 @@ class OllamaFailure(_OllamaAnswer):
 
 
 def ollama_failures() -> Any:
-    """What any of the routes may answer besides what it is for."""
+    """The failures that any of the routes may answer."""
     return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), OllamaFailure)
 
 
 class OllamaVersion(_OllamaAnswer):
-    """Which Ollama's API this is."""
+    """The version of Ollama's API."""
 
-    version: str = Field(description="The version of Ollama whose API is spoken: clients ask for what they may use.")
-    local_llm: str = Field(description="This server's own.")
+    version: str = Field(description="The version of Ollama whose API this is; clients check it before they use it.")
+    local_llm: str = Field(description="This server's own version.")
 
 
 class OllamaDetails(_OllamaAnswer):
-    """What a model is."""
+    """A model's details."""
 
     parent_model: str
     format: Literal["safetensors", "gguf", "pytorch"]
@@ -56,7 +56,7 @@ class OllamaModel(_OllamaAnswer):
     model: str
     modified_at: str = Field(description="When it was registered.")
     size: int = Field(description="Bytes of the files with its weights.")
-    digest: str = Field(description="Tells it and its files from any other, as far as they are known.")
+    digest: str = Field(description="Identifies the model and its files, as far as they are known.")
     details: OllamaDetails
 
 
@@ -71,11 +71,11 @@ class OllamaRunning(_OllamaAnswer):
 
     name: str
     model: str
-    size: int = Field(description="Bytes that it takes.")
+    size: int = Field(description="Its memory in bytes.")
     digest: str
     details: OllamaDetails
     expires_at: str = Field(description="When it expires if it is not used; a date in the year 9999 for never.")
-    size_vram: int = Field(description="Those of the bytes that do not lie in the CPU's memory.")
+    size_vram: int = Field(description="The bytes outside of the CPU's memory.")
     context_length: int | None = None
 
 
@@ -86,7 +86,7 @@ class OllamaRunningModels(_OllamaAnswer):
 
 
 class OllamaShown(_OllamaAnswer):
-    """All that is known of a model."""
+    """All details of a model."""
 
     modified_at: str
     details: OllamaDetails
@@ -116,7 +116,7 @@ class _Made(_Timed):
 
 
 class OllamaMessage(_OllamaAnswer):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str
@@ -155,12 +155,12 @@ class OllamaEmbedding(_OllamaAnswer):
 
 
 class OllamaStatus(_OllamaAnswer):
-    """It is done."""
+    """The request has succeeded."""
 
     status: Literal["success"]
 
 
 class OllamaPulled(OllamaStatus):
-    """It is here, and registered. As a stream: how far it is; the last line is this very answer."""
+    """The model is downloaded and registered. As a stream: its progress; the last line is this answer."""
 
-    model_config = lines('`{"status", "digest", "total", "completed"}` as bytes arrive, and last this very answer.')
+    model_config = lines('`{"status", "digest", "total", "completed"}` as bytes arrive, and last this answer.')

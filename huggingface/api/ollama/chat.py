@@ -1,4 +1,4 @@
-"""`POST /api/chat`: a chat in Ollama's words is put to the model, and its answer told in them."""
+"""`POST /api/chat`: answers a chat in Ollama's form."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .thinking import variables
 
 
 def chat(body: OllamaChatBody) -> dict[str, Any] | Response:
-    """Answer a chat; without messages, load or unload the model.
+    """Answers a chat; without messages, loads or unloads the model.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     record = find(body.model)
     if not body.messages:
         return idle(record, body, "chat", message_of(Said()))
     messages = plain_messages(body.messages)
     if body.tool_choice == "auto" or (body.tool_choice == "none" and not body.tools):
-        note_ignored("tool_choice")  # it is so anyway
+        note_ignored("tool_choice")  # the default behaviour
 
     def conversation(model: ServedModel) -> Source:
         traits = model.chat
@@ -83,7 +83,7 @@ def plain_messages(messages: Sequence[OllamaTurn]) -> list[dict[str, Any]]:
 
 
 def _answered(message: OllamaTurn, waiting: list[tuple[str, str]]) -> str:
-    """The id of the call that a tool's message answers, which waits no more; empty where there is none."""
+    """Removes the call that a tool's message answers from the waiting ones; returns its id, empty if there is none."""
     name = message.tool_name or message.name
     found = next((call for call in waiting if message.tool_call_id == call[0]), None)
     found = found or next((call for call in waiting if name == call[1]), None)

@@ -1,6 +1,6 @@
 """`POST /api/embed` and the older `POST /api/embeddings`: vectors of texts.
 
-Those of the former have the length 1, as Ollama's have. Serves any request thread.
+Vectors of `/api/embed` have length 1, as Ollama's have. Serves any request thread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .schemas import OllamaAsked, OllamaEmbedBody, OllamaEmbeddingsBody
 
 
 def embed(body: OllamaEmbedBody) -> dict[str, Any]:
-    """Vectors of texts; without a text, the model is loaded.
+    """Computes vectors of texts; without a text, loads the model.
 
-    Raises: what loading and computing raise.
+    Raises: the errors of loading and computing.
     """
     begun = time.monotonic()
     texts = [body.input] if isinstance(body.input, str) and body.input else list(body.input)
@@ -41,9 +41,9 @@ def embed(body: OllamaEmbedBody) -> dict[str, Any]:
 
 
 def embed_prompt(body: OllamaEmbeddingsBody) -> dict[str, Any]:
-    """A vector of a text; without one, the model is loaded.
+    """Computes the vector of a text; without one, loads the model.
 
-    Raises: what loading and computing raise.
+    Raises: the errors of loading and computing.
     """
     texts = [body.prompt] if body.prompt else []
     with named({"input": "prompt"}):
@@ -54,11 +54,11 @@ def embed_prompt(body: OllamaEmbeddingsBody) -> dict[str, Any]:
 def _vectors(
     record: ModelRecord, body: OllamaAsked, texts: Sequence[str], parameters: dict[str, Any]
 ) -> tuple[list[list[float]], int, float]:
-    """The vectors, how many tokens were read, and when the model was there."""
+    """The vectors, the number of tokens read, and the time when the model was loaded."""
     wanted = Wanted.of(body.options)
     for name in body.options.model_fields_set if body.options is not None else ():
         if name != "num_ctx" and OPTIONS[name].asks is not None:
-            note_ignored(f"options.{name}")  # how tokens are drawn makes no difference to a vector
+            note_ignored(f"options.{name}")  # sampling has no effect on a vector
     with leased_model(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         loaded = time.monotonic()
         if wanted.num_ctx is not None:

@@ -1,4 +1,4 @@
-"""`POST /api/generate`: a prompt is answered, as the user's turn of a chat or as it is."""
+"""`POST /api/generate`: answers a prompt, as the user's turn of a chat or raw."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .thinking import variables
 
 
 def generate(body: OllamaGenerateBody) -> dict[str, Any] | Response:
-    """Answer a prompt; without one, load or unload the model.
+    """Answers a prompt; without one, loads or unloads the model.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     record = find(body.model)
     prompt = body.prompt
@@ -38,7 +38,7 @@ def generate(body: OllamaGenerateBody) -> dict[str, Any] | Response:
         form = form_of(body.format)
         if body.raw or traits.template is None:
             if body.think is not None:
-                note_ignored("think")  # nothing but the chat template could tell the model
+                note_ignored("think")  # only the chat template could pass it to the model
             if body.system:
                 raise InvalidRequest(
                     f"Invalid value for field 'system': model '{record.model_id}' has no chat template, and so no "
@@ -58,7 +58,7 @@ def response_of(said: Said) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """A prompt that no chat template is put around; its answer is all text."""
+    """A prompt without a chat template; its answer is all text."""
 
     prompt: str
     form: Constraint | None
@@ -72,7 +72,7 @@ class _Raw:
         logprobs: int | None,
         adapter: str | None = None,
     ) -> list[GenerationRequest]:
-        """The generations that continue it."""
+        """The generations that continue the prompt."""
         request = GenerationRequest(
             parameters,
             prompt=self.prompt,
@@ -84,6 +84,6 @@ class _Raw:
         )
         return [request] * count
 
-    def parser(self, prompt_end: str) -> AnswerReader:  # noqa: ARG002 - nothing is read out of it
-        """What takes an answer as text."""
+    def parser(self, prompt_end: str) -> AnswerReader:  # noqa: ARG002 - the answer does not depend on it
+        """A reader that treats the whole answer as text."""
         return AnswerParser(None, None)

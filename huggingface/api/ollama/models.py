@@ -1,7 +1,7 @@
-"""What Ollama's routes tell of models: those that are registered, those in memory, and one of them in full.
+"""Ollama's lists of the registered models and of those in memory, and the details of one model.
 
-From the registry, what preflight found, and the small files of the model; nothing is loaded or downloaded. What is not
-known is left out, or empty. Serves any request thread.
+The facts come from the registry, from preflight's details, and from the model's small files; nothing is loaded or
+downloaded. Unknown facts are left out or empty. Serves any request thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .thinking import can_think
 # Sent as `expires_at` for a model without an expiry: Ollama's clients require a date, and take this one for "never".
 _NEVER = "9999-12-31T23:59:59Z"
 
-# What a config calls the numbers that GGUF files have under these names. Source: the attribute maps of transformers'
+# GGUF's names of numbers, and the names of the same numbers in configs. Source: the attribute maps of transformers'
 # configs; "GGUF", docs of ggml.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "embedding_length": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -38,16 +38,16 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-_MOST_LISTED = 5  # items of a list that is told without `verbose`
+_MOST_LISTED = 5  # items of the longest list that is shown without `verbose`
 
 
 def rfc3339(timestamp: str) -> str:
-    """A timestamp of the registry, which is in UTC, as RFC 3339 has it."""
+    """A timestamp of the registry, which is in UTC, in RFC 3339's form."""
     return datetime.fromisoformat(timestamp).isoformat(timespec="microseconds") + "Z"
 
 
 def tags() -> list[dict[str, Any]]:
-    """The registered models, those that were added last first."""
+    """The registered models, the latest first."""
     records = sorted(services().registry.list(), key=lambda record: record.added_date, reverse=True)
     return [
         {
@@ -72,7 +72,7 @@ def running() -> list[dict[str, Any]]:
 
 
 def show(name: str, *, verbose: bool) -> dict[str, Any]:
-    """All that is known of a model.
+    """All details of a model.
 
     Raises:
         ModelNotFound: no such model is registered.
@@ -96,19 +96,19 @@ def show(name: str, *, verbose: bool) -> dict[str, Any]:
 
 
 def digest(record: ModelRecord) -> str:
-    """Tells a model and its files from any other, as far as they are known: 64 hexadecimal digits."""
+    """Identifies a model and its files, as far as they are known, by 64 hexadecimal digits."""
     details = _known(record)
     parts = [record.model_id, record.revision, record.gguf_file, details.get("commit"), details.get("weights_bytes")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _known(record: ModelRecord) -> Mapping[str, Any]:
-    """What preflight found, when the model was registered or since."""
+    """Preflight's details, from the registration or later."""
     return record.details or {}
 
 
 def _size(details: Mapping[str, Any]) -> int:
-    """The bytes of the files with its weights."""
+    """The bytes of the weights' files."""
     return int(details.get("weights_bytes") or sum((details.get("dtypes") or {}).values()))
 
 
@@ -127,7 +127,7 @@ def _details(record: ModelRecord, details: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _level(record: ModelRecord, details: Mapping[str, Any]) -> str:
-    """In which form its weights are: as they are loaded, where that is another one than the files'."""
+    """The quantization or type of the weights: the load's, where the record sets one, else the files'."""
     dtype = details.get("dtype") or ""
     quantized = details.get("quantized")
     written = quantized.upper() if quantized and quantized != "gguf" else _DTYPES.get(dtype, dtype)
@@ -161,7 +161,7 @@ def _resident(model_id: str, record: ModelRecord, resident: Resident) -> dict[st
 
 
 def _info(details: Mapping[str, Any], card: Card, verbose: bool) -> dict[str, Any]:
-    """Ollama's `model_info`: the keys of a GGUF file, or the same of a config."""
+    """Ollama's `model_info`: the keys of a GGUF file, or a config's values under GGUF's keys."""
     if card.keys:
         told = {
             name: value if verbose or not isinstance(value, list) or len(value) <= _MOST_LISTED else []
@@ -199,7 +199,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _capabilities(record: ModelRecord, details: Mapping[str, Any], card: Card) -> list[str]:
-    """What it can be asked for here. `tools` are named where its own chat template knows them."""
+    """The model's capabilities here. `tools` is among them where its own chat template uses tools."""
     tasks = set(details.get("tasks") or ())
     template = "\n".join(card.templates)
     able = {

@@ -1,7 +1,7 @@
-"""What Ollama's clients call a model, and which registered one that is: `name:tag`, `hf.co/org/name:quant`.
+"""Finds the registered model for a name of Ollama's clients: `name:tag`, `hf.co/org/name:quant`.
 
-A tag of `latest` stands for nothing; any other has to be what the model is registered with: the quantization that its
-GGUF file is named for, or its revision. Any thread may call this. Must not know HTTP or files.
+The tag `latest` is ignored; any other tag must be the quantization in the name of the model's registered GGUF file, or
+its registered revision. Any thread may call this. Must not know HTTP or files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _LATEST = "latest"
 
 
 class Name(NamedTuple):
-    """A model's id, and the tag behind it; None where there is none that means something."""
+    """A model's id, and its tag; None without a tag, or for `latest`."""
 
     model_id: str
     tag: str | None
 
 
 def parse(name: str) -> Name:
-    """Take apart what a client calls a model."""
+    """Splits a client's name for a model."""
     for host in _HOSTS:
         name = name.removeprefix(host)
     model_id, _, tag = name.partition(":")
@@ -35,10 +35,10 @@ def parse(name: str) -> Name:
 
 
 def find(name: str) -> ModelRecord:
-    """The registered model of that name.
+    """The registered model with this name.
 
     Raises:
-        ModelNotFound: there is none, or it is registered with another file or revision than the tag's; says `name`.
+        ModelNotFound: there is none, or it is registered with a file or revision other than the tag's.
     """
     registry = services().registry
     with suppress(ModelNotFound):
@@ -52,11 +52,11 @@ def find(name: str) -> ModelRecord:
 
 
 def fits(record: ModelRecord, tag: str) -> bool:
-    """Whether a tag names what a model is registered with."""
+    """Whether a tag names a model's registered revision or GGUF file."""
     return tag == record.revision or (record.gguf_file is not None and bool(files_of(tag, [record.gguf_file])))
 
 
 def files_of(quantization: str, names: Iterable[str]) -> list[str]:
-    """Those of the GGUF files' names that end in the name of a quantization (`…-Q4_K_M.gguf`)."""
+    """The GGUF files whose names end in the name of a quantization (`…-Q4_K_M.gguf`)."""
     ending = re.compile(rf"(.*[-./])?{re.escape(quantization)}\.gguf", re.IGNORECASE)
     return [name for name in names if ending.fullmatch(name)]

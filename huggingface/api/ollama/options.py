@@ -1,8 +1,8 @@
-"""Ollama's `options`: what each of them does here. ONE table, which the body's schema and its translation are made of.
+"""Ollama's `options` in ONE table, which gives both the body's schema and its translation.
 
-An option is a parameter of this server's under another name, or cannot change an answer (it is taken, and named in the
-response header), or is taken as long as it asks for what is so anyway. Source: `api/types.go` and "Parameters" of
-`docs/modelfile` of Ollama. Pure but for the header's names. Must not know models.
+An option is one of this server's parameters under another name; or it has no effect (it is accepted, and named in the
+response header); or it is accepted only with the values that this server always has. Source: `api/types.go` and
+"Parameters" in `docs/modelfile` of Ollama. Pure except for the header's names. Must not know models.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..http.fields import note_ignored
 from ..openai.bodies import Stop, Stops
 from ..openai.parts import Part
 
-# What an option asks of the parameters: their values, None for one that is to have none, whatever is registered.
+# The parameters that an option sets; None removes a parameter, even a registered one.
 Asked = Mapping[str, Any]
 
 _SEEDS = 2**63 - 256  # as many as the other routes take
 
 
 def _few(value: Any) -> Any:
-    """Texts to stop at: one, or several; empty ones ask for nothing."""
+    """The stop strings, one or several, without empty ones."""
     if isinstance(value, list):
         return [text for text in value if text != ""]
     return [] if value == "" else value
@@ -38,15 +38,15 @@ Texts = Annotated[Stop | Stops, BeforeValidator(_few)]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: its type, what it says to users, and one of three things.
+    """One option: its type, its description, and one of three kinds.
 
-    `asks` gives the parameters of a value. `so_anyway` are the values that ask for what is so without it; others are
-    refused, for this `reason`. With neither, no value makes a difference to an answer.
+    `asks` returns the parameters for a value. `so_anyway` are the values that match the server's fixed behaviour;
+    others are refused with `reason`. With neither, the option has no effect.
     """
 
     kind: Any
     text: str
-    parameter: str | None = None  # how refusals of the engine name what `asks` gives
+    parameter: str | None = None  # the parameter's name in the engine's errors
     asks: Callable[[Any], Asked] | None = None
     so_anyway: Collection[Any] = ()
     reason: str = ""
@@ -76,24 +76,26 @@ def _seed(value: int) -> Asked:
     return {"seed": value % _SEEDS if value >= 0 else None}
 
 
-_IDLE = "It makes no difference to an answer."
-_SAMPLING = "its sampling is another one"
+_IDLE = "No effect."
+_SAMPLING = "this way of sampling is not supported"
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
-        # What they ask for is done.
-        "num_predict": Option(Whole, "Most tokens to make; below 1: until the end.", "max_new_tokens", _most_tokens),
+        # Options that set parameters.
+        "num_predict": Option(
+            Whole, "Most tokens to generate; below 1: until the end.", "max_new_tokens", _most_tokens
+        ),
         "temperature": Option(float, "0 takes the likeliest token.", "temperature", _same("temperature")),
         "top_k": Option(
             Whole,
-            "Draw among so many; below 1 is no limit.",
+            "Sample among this many likeliest tokens; below 1 is no limit.",
             "top_k",
             lambda value: {"top_k": min(max(value, 0), 2**31 - 1)},
         ),
-        "top_p": Option(float, "Draw among the likeliest that add up to this share.", "top_p", _share),
-        "min_p": Option(float, "Draw among tokens at least this share of the likeliest.", "min_p", _same("min_p")),
-        "typical_p": Option(float, "Draw among the most typical tokens; 1 is off.", "typical_p", _typical),
-        "seed": Option(Whole, "Starts the random draws; below 0 is a random one.", "seed", _seed),
+        "top_p": Option(float, "Sample among the likeliest tokens that add up to this share.", "top_p", _share),
+        "min_p": Option(float, "Sample among tokens at least this share of the likeliest.", "min_p", _same("min_p")),
+        "typical_p": Option(float, "Sample among the most typical tokens; 1 is off.", "typical_p", _typical),
+        "seed": Option(Whole, "Seed of the sampling; below 0 is a random one.", "seed", _seed),
         "stop": Option(Texts, "Text, or several, at which the answer ends.", "stop_strings", _stops),
         "repeat_penalty": Option(
             float,
@@ -102,7 +104,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             _same("repetition_penalty"),
         ),
         "presence_penalty": Option(
-            float, "Taken from tokens made so far.", "presence_penalty", _same("presence_penalty")
+            float, "Subtracted for tokens generated so far.", "presence_penalty", _same("presence_penalty")
         ),
         "frequency_penalty": Option(float, "The same for each time.", "frequency_penalty", _same("frequency_penalty")),
         "repeat_last_n": Option(
@@ -113,7 +115,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         ),
         # See `Wanted`.
         "num_ctx": Option(Whole, "A prompt of more tokens is refused; the context itself is the model's."),
-        # What they ask for is so anyway, or is not available.
+        # Options that are accepted only with the server's fixed behaviour.
         "penalize_newline": Option(
             bool, "Only true.", so_anyway=(True,), reason="newlines are penalized as all tokens"
         ),
@@ -140,14 +142,14 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
     }
 )
 
-# What the engine's refusals are to call the fields.
+# The engine's names of parameters, and the fields that its errors name instead.
 NAMES: Mapping[str, str] = MappingProxyType(
     {option.parameter: f"options.{name}" for name, option in OPTIONS.items() if option.parameter is not None}
 )
 
 
 class Options(Part):
-    """How to generate. What is left out is the registered model's parameter, or its own."""
+    """Parameters of the generation. Missing ones come from the model's registered parameters, or from its own."""
 
     place = "options"
 
@@ -161,7 +163,7 @@ OptionsBody: type[Options] = create_model("OptionsBody", __base__=Options, __mod
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What options come to. `asked` are parameters, `cleared` the names of those that are to have no value."""
+    """The effect of options: `asked` are parameters, `cleared` the names of parameters to remove."""
 
     asked: Mapping[str, Any] = field(default_factory=dict)
     cleared: frozenset[str] = frozenset()
@@ -169,10 +171,10 @@ class Wanted:
 
     @classmethod
     def of(cls, given: Options | None) -> Wanted:
-        """Read options; those that make no difference are named in the response's header.
+        """Reads options; names those without effect in the response's header.
 
         Raises:
-            InvalidRequest: one asks for what is not available here.
+            InvalidRequest: an option asks for something that is not supported.
         """
         values = given.model_dump(exclude_none=True) if given is not None else {}
         asked: dict[str, Any] = {}
@@ -189,14 +191,14 @@ class Wanted:
         return cls(asked, cleared, values.get("num_ctx"))
 
     def over(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters in effect, once those that were asked for are among them."""
+        """The effective parameters without the cleared ones."""
         return {name: value for name, value in parameters.items() if name not in self.cleared}
 
     def check_prompt(self, tokens: int) -> None:
-        """See that a prompt fits into the context that is asked for.
+        """Checks that a prompt fits into the requested context.
 
         Raises:
-            InvalidRequest: it does not; nothing is cut here.
+            InvalidRequest: the prompt is longer; it is never cut.
         """
         if self.num_ctx is None:
             return

@@ -1,6 +1,6 @@
-"""The routes under `/api` that Ollama's clients ask.
+"""The routes under `/api` for Ollama's clients.
 
-Every view is parse, call, shape. Those that make models of parts answer what to use instead.
+Every view is parse, call, shape. Routes that would make models answer with what to use instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .models import running, show, tags
 from .names import find
 from .pull import pull
 
-# The version of Ollama that had what is here: `think`, `capabilities`, `dimensions`, and last `logprobs`. Clients ask
-# for it to know what they may use, and some use nothing of a server that says less.
+# The first version of Ollama with all features that are here: `think`, `capabilities`, `dimensions`, and last
+# `logprobs`. Clients check it to know which features they may use; some refuse a lower version.
 _SPOKEN = "0.12.11"
 
 blueprint = APIBlueprint(
@@ -58,7 +58,7 @@ def list_running() -> dict[str, Any]:
 
 @blueprint.post("/show", responses={200: answers.OllamaShown})
 def show_model(body: schemas.OllamaShowBody) -> dict[str, Any]:
-    """Show what is known of a model."""
+    """Show a model's details."""
     return show(body.called, verbose=bool(body.verbose))
 
 
@@ -102,7 +102,7 @@ def delete_model(body: schemas.OllamaDeleteBody) -> dict[str, Any]:
 _INSTEAD = {
     "create": "register a model of the models folder or the Hub with POST /api/huggingface/models",
     "copy": "a model has one name here; register another with POST /api/huggingface/models",
-    "push": "this server brings models from the Hugging Face Hub, and sends none there",
+    "push": "this server downloads models from the Hugging Face Hub, and uploads none",
     "blobs": "put a model's files into the models folder, and register it with POST /api/huggingface/models",
 }
 
@@ -128,19 +128,19 @@ def copy_model() -> Response:
 @blueprint.post("/push", responses={400: answers.OllamaFailure})
 @at_once
 def push_model() -> Response:
-    """Refused: nothing is sent to the Hub."""
+    """Refused: nothing is uploaded to the Hub."""
     raise _refused("push")
 
 
 @blueprint.post("/blobs/<path:digest>", responses={400: answers.OllamaFailure})
 @at_once
 def put_blob(path: schemas.BlobPath) -> Response:  # noqa: ARG001
-    """Refused: files are put into the models folder."""
+    """Refused: put files into the models folder."""
     raise _refused("blobs")
 
 
 @blueprint.get("/blobs/<path:digest>", responses={400: answers.OllamaFailure})
 @at_once
 def show_blob(path: schemas.BlobPath) -> Response:  # noqa: ARG001
-    """Refused: files are looked for in the models folder."""
+    """Refused: files are in the models folder."""
     raise _refused("blobs")

@@ -1,6 +1,6 @@
-"""Ollama's bodies as pydantic models. Nothing here works on a model.
+"""Ollama's bodies as pydantic models. Must not know models.
 
-A field that is empty (`""`, `[]`) asks for nothing, as with Ollama, whose clients send them so.
+An empty field (`""`, `[]`) counts as missing, as with Ollama, whose clients send empty fields.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .options import OPTIONS, OptionsBody
 
 
 def _seconds(value: Any) -> Any:
-    """A duration as seconds; what can be none is left to the field's type."""
+    """Converts a duration to seconds; the field's type checks any other value."""
     if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value) and value is not True):
         return seconds_of(value)
     return value
@@ -42,10 +42,10 @@ Inputs = Annotated[list[Text], Field(max_length=2048)]
 
 _FORMAT = "`json`, or a JSON schema that the answer has to satisfy."
 
-# Fields of Ollama's that have to be empty here, and why.
+# Ollama's fields that must be empty here, and the reasons.
 _UNSERVED = {
     "images": "models here read text",
-    "suffix": "text is continued at its end only",
+    "suffix": "a text is continued only at its end",
     "template": "a model has its own chat template, and 'raw' takes a prompt without it",
     "context": "send the conversation to /api/chat",
 }
@@ -64,7 +64,7 @@ def _format(value: Any) -> Any:
 
 
 def _arguments(value: Any) -> Any:
-    """A call's arguments, which OpenAI's clients write as the text of an object."""
+    """A call's arguments as an object; OpenAI's clients send them as JSON text."""
     read = call_arguments(value) if isinstance(value, str) else None
     return value if read is None else read
 
@@ -93,7 +93,7 @@ class OllamaTurn(Replayed):
     thinking: Text | None = None
     images: list[Any] | None = Field(None, description="Not served.")
     tool_calls: list[OllamaCall] | None = None
-    tool_name: Text | None = Field(None, description="Which function's result this is.")
+    tool_name: Text | None = Field(None, description="The function that gave this result.")
     tool_call_id: Text | None = None
     name: Text | None = None
 
@@ -121,44 +121,44 @@ class OllamaChoice(Part):
 
     @property
     def called(self) -> str:
-        """Its name."""
+        """The function's name."""
         return self.name or (self.function.name if self.function is not None else "")
 
 
 class OllamaAsked(Part):
-    """What all bodies that use a model have."""
+    """The fields of all bodies that use a model."""
 
     model: str = Field(min_length=1, description=MODEL)
     options: OptionsBody | None = None
     keep_alive: KeepAlive | None = Field(
         None, description="Time in memory after this use: seconds, or `5m`; 0 is none, -1 for ever."
     )
-    # Ours.
-    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    # This server's own.
+    timeout: Timeout | None = Field(None, description="Seconds after which the request is cancelled.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
 
 
-# What clients call an option that is also known by its own name.
+# Other names of an option that clients use.
 _ALIASES = {"max_output_tokens": "num_predict", "max_tokens": "num_predict"}
 
 
 class OllamaAnswering(OllamaAsked):
-    """What chats and completions have besides. An option may stand beside `options` too, where some clients put it."""
+    """The further fields of chats and completions. Some clients send options beside `options` instead of within it."""
 
-    stream: bool | None = Field(None, description="Send the answer as it is made, as lines of JSON. The default.")
+    stream: bool | None = Field(None, description="Send the answer as it is generated, as lines of JSON. The default.")
     format: Annotated[Text | dict[str, Any], AfterValidator(_format)] | None = Field(None, description=_FORMAT)
     think: bool | Literal["low", "medium", "high"] | None = Field(
-        None, description="Whether the model is to think before, and how much, as far as its chat template knows."
+        None, description="Whether the model thinks before it answers, and how much, if its template supports it."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    truncate: bool | None = Field(None, description="It makes no difference: a prompt that is too long is refused.")
+    truncate: bool | None = Field(None, description="No effect: a prompt that is too long is refused.")
     shift: Literal[False] | None = Field(None, description="Only false: at the end of the context an answer ends.")
 
     @model_validator(mode="before")
     @classmethod
     def _gather_options(cls, value: Any) -> Any:
-        """Put options that stand beside `options` among these, whose own values count more."""
+        """Moves options that stand beside `options` into it; its own values take precedence."""
         if not isinstance(value, dict) or not isinstance(value.get("options") or {}, dict):
             return value
         names = {name: _ALIASES.get(name, name) for name in value}
@@ -172,12 +172,12 @@ class OllamaAnswering(OllamaAsked):
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is wanted as it is made."""
+        """Whether to stream the answer."""
         return self.stream is not False
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives of each token are wanted; None where no tokens are."""
+        """The number of alternatives for each token; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
@@ -193,12 +193,12 @@ class OllamaChatBody(OllamaAnswering):
     messages: list[OllamaTurn] | None = None
     tools: list[OllamaTool] | None = Field(None, description="Functions that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | OllamaChoice | None = Field(
-        None, description="Not Ollama's: whether the model is to call a function, or which, as OpenAI says it."
+        None, description="OpenAI's field, not Ollama's: whether the model calls a function, or which one."
     )
 
     @property
     def choice(self) -> str:
-        """Which function is to be called: `none`, `auto`, `required`, or its name."""
+        """The choice of a function: `none`, `auto`, `required`, or a name."""
         return self.tool_choice.called if isinstance(self.tool_choice, OllamaChoice) else self.tool_choice or "auto"
 
     @model_validator(mode="after")
@@ -216,7 +216,7 @@ class OllamaGenerateBody(OllamaAnswering):
 
     prompt: Text | None = None
     system: Text | None = Field(None, description="The system message: how the assistant behaves.")
-    raw: bool | None = Field(None, description="Take the prompt as it is, without the chat template.")
+    raw: bool | None = Field(None, description="Use the prompt without the chat template.")
     suffix: Text | None = Field(None, description="Not served.")
     template: Text | None = Field(None, description="Not served.")
     context: list[Any] | None = Field(None, description="Not served.")
@@ -236,7 +236,7 @@ class OllamaEmbedBody(OllamaAsked):
 
     input: Text | Inputs = Field(description="A text, or several.")
     truncate: bool | None = Field(None, description="Cut a text that is longer than the model reads. The default.")
-    dimensions: Count | None = Field(None, description="The first so many of each vector's numbers.")
+    dimensions: Count | None = Field(None, description="Keep only so many numbers of each vector, from its start.")
 
 
 class OllamaEmbeddingsBody(OllamaAsked):
@@ -248,12 +248,12 @@ class OllamaEmbeddingsBody(OllamaAsked):
 class OllamaNamed(Part):
     """A model by its name."""
 
-    model: Text | None = Field(None, description="What the model is called.")
+    model: Text | None = Field(None, description="The model's name.")
     name: Text | None = Field(None, description="The same; the older name of the field.")
 
     @property
     def called(self) -> str:
-        """What the model is called."""
+        """The model's name."""
         return self.model or self.name or ""
 
     @model_validator(mode="after")
@@ -264,20 +264,20 @@ class OllamaNamed(Part):
 
 
 class OllamaShowBody(OllamaNamed):
-    """Which model to show."""
+    """The model to show."""
 
-    verbose: bool | None = Field(None, description="Tell all that its files say.")
+    verbose: bool | None = Field(None, description="Show all that its files say.")
 
 
 class OllamaPullBody(OllamaNamed):
-    """Which model to download."""
+    """The model to download."""
 
     stream: bool | None = Field(None, description="Send its progress, as lines of JSON. The default.")
-    insecure: bool | None = Field(None, description="It makes no difference: the server's setting names the Hub.")
+    insecure: bool | None = Field(None, description="No effect: the server's setting names the Hub.")
 
 
 class OllamaDeleteBody(OllamaNamed):
-    """Which model to remove."""
+    """The model to remove."""
 
 
 class BlobPath(BaseModel):

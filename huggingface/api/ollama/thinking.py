@@ -1,6 +1,6 @@
-"""`think`: what it asks of a model's chat template, and whether the model can be asked so.
+"""Translates `think` into variables of a model's chat template, and refuses it where the model cannot think.
 
-A model thinks aloud where its template knows the tags of that, or a variable that switches it. Pure functions. Must not
+A model can think where its template has tags for reasoning, or a variable that switches it. Pure functions. Must not
 know HTTP.
 """
 
@@ -14,20 +14,20 @@ from ...types import ChatTraits
 from ..http.fields import note_ignored
 from ..openai.conversation import has_variable
 
-_SWITCHES = ("enable_thinking", "thinking")  # of templates that can do without; the latter is DeepSeek's and Granite's
+_SWITCHES = ("enable_thinking", "thinking")  # variables of templates; `thinking` is DeepSeek's and Granite's
 _EFFORT = "reasoning_effort"
 
 
 def can_think(template: str, tags: ReasoningTags | None) -> bool:
-    """Whether a model of that chat template thinks aloud."""
+    """Whether a model with this chat template can think."""
     return tags is not None or any(has_variable(template, name) for name in (*_SWITCHES, _EFFORT))
 
 
 def variables(think: bool | str | None, traits: ChatTraits, name: str) -> dict[str, Any]:
-    """The variables that the chat template is given for it. `name` is what the client calls the model.
+    """The variables of the chat template for `think`. `name` is the client's name for the model.
 
     Raises:
-        InvalidRequest: the model cannot do it.
+        InvalidRequest: the model cannot think.
     """
     template = traits.template if isinstance(traits.template, str) else "\n".join((traits.template or {}).values())
     switch = next((switch for switch in _SWITCHES if has_variable(template, switch)), None)
@@ -43,5 +43,5 @@ def variables(think: bool | str | None, traits: ChatTraits, name: str) -> dict[s
         return {_EFFORT: think}
     if switch is not None:
         return {switch: bool(think)}
-    note_ignored("think")  # it thinks anyway: as with Ollama, what the template has no variable for cannot be chosen
+    note_ignored("think")  # without a variable in its template, the model always thinks, as with Ollama
     return {}

@@ -1,4 +1,4 @@
-"""OpenAI's API under `/v1`: translations onto the same manager, engine and tasks as the documented routes.
+"""OpenAI's API under `/v1`: translations to the same manager, engine and tasks as the documented routes.
 
-Source: https://platform.openai.com/docs/api-reference. Nothing here generates, loads or parses what a model writes.
+Source: https://platform.openai.com/docs/api-reference. Must not generate, load, or parse what a model writes.
 """

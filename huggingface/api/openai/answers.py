@@ -1,6 +1,7 @@
-"""OpenAI's answers but Responses: typed dicts, which the writers return and the API's document describes.
+"""OpenAI's answers except responses: typed dicts, which the writers return and the API's document describes.
 
-Sources: "Chat", "Completions" and "Embeddings", OpenAI API reference. Fields stand in the order in which they are sent.
+Sources: "Chat", "Completions" and "Embeddings", OpenAI API reference. Fields are sent in the order in which they are
+listed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Fingerprint = Annotated[str, Field(description="This server and its version.")]
 
 
 def openai_failures() -> Any:
-    """What any of the routes may answer besides what it is for."""
+    """The failures that any of the routes may answer."""
     return dict.fromkeys((400, 403, 404, 409, 413, 415, 422, 499, 500, 503, 504, 507), described(OpenAIFailure))
 
 
@@ -29,14 +30,14 @@ class OpenAIModel(TypedDict):
     object: Literal["model"]
     created: Annotated[int, Field(description="When it was registered, in seconds since 1970.")]
     owned_by: str
-    type: Annotated[Literal["llm", "embeddings", "other"], Field(description="What it is for, as LM Studio has it.")]
+    type: Annotated[Literal["llm", "embeddings", "other"], Field(description="Its purpose, in LM Studio's form.")]
     max_model_len: Annotated[
         int | None, Field(description="The most tokens of one sequence; null where it is not known.")
     ]
     context_length: Annotated[int | None, Field(description="The same.")]
     max_context_length: Annotated[int | None, Field(description="The same.")]
-    capabilities: Annotated[dict[str, bool], Field(description="What it can do, as Mistral has it.")]
-    meta: Annotated[dict[str, int | None], Field(description="What its files tell, as llama.cpp has it.")]
+    capabilities: Annotated[dict[str, bool], Field(description="Its capabilities, in Mistral's form.")]
+    meta: Annotated[dict[str, int | None], Field(description="Facts from its files, in llama.cpp's form.")]
 
 
 class OpenAIModels(TypedDict):
@@ -53,12 +54,12 @@ class TokenCounts(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: NotRequired[
-        Annotated[dict[str, int], Field(description="`cached_tokens`: those of the prompt that were computed already.")]
+        Annotated[dict[str, int], Field(description="`cached_tokens`: tokens of the prompt that were in the cache.")]
     ]
     completion_tokens_details: NotRequired[
         Annotated[
             dict[str, int],
-            Field(description="`reasoning_tokens`: those of the reasoning, where the model thinks aloud."),
+            Field(description="`reasoning_tokens`: tokens of the reasoning, if the model writes it."),
         ]
     ]
 
@@ -69,7 +70,7 @@ ChatReason = Literal["stop", "length", "tool_calls"]
 
 
 class Likelihood(TypedDict):
-    """A token that was, or could have been, made."""
+    """A token that was generated, or could have been."""
 
     token: str
     logprob: float
@@ -77,7 +78,7 @@ class Likelihood(TypedDict):
 
 
 class ChosenToken(Likelihood):
-    """A token, and what else it could have been."""
+    """A generated token, and its alternatives."""
 
     top_logprobs: list[Likelihood]
 
@@ -90,7 +91,7 @@ class ChatLogprobs(TypedDict):
 
 
 class AnsweredFunction(TypedDict):
-    """What is called; the arguments are the text of a JSON object."""
+    """The called function; the arguments are a JSON object as text."""
 
     name: str
     arguments: str
@@ -105,13 +106,13 @@ class AnsweredCall(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
     reasoning_content: NotRequired[
-        Annotated[str, Field(description="What it thought before, where the model thinks aloud.")]
+        Annotated[str, Field(description="The reasoning before the answer, if the model writes it.")]
     ]
     tool_calls: NotRequired[list[AnsweredCall]]
 
@@ -126,7 +127,7 @@ class ChatChoice(TypedDict):
 
 
 class AboutChat(TypedDict):
-    """What is the same in all that tells of an answer."""
+    """The fields that are the same in an answer and in all events of a stream."""
 
     id: str
     created: int
@@ -150,7 +151,7 @@ class FunctionDelta(TypedDict):
 
 
 class CallDelta(TypedDict):
-    """A piece of the `index`-th call, the first with its id and name."""
+    """A piece of the call with this `index`; the first piece has its id and name."""
 
     index: int
     id: NotRequired[str]
@@ -168,7 +169,7 @@ class ChatDelta(TypedDict, total=False):
 
 
 class ChatPiece(TypedDict):
-    """A piece of the `index`-th answer, the last with why it ended."""
+    """A piece of the answer with this `index`; the last piece has the finish reason."""
 
     index: int
     delta: ChatDelta
@@ -177,7 +178,7 @@ class ChatPiece(TypedDict):
 
 
 class AboutChunk(AboutChat):
-    """What is the same in all events of a stream."""
+    """The fields that are the same in all events of a stream."""
 
     object: Literal["chat.completion.chunk"]
 
@@ -189,7 +190,7 @@ class ChatChunk(AboutChunk):
 
 
 class CountedChatChunk(ChatChunk):
-    """The same where the counts were asked for."""
+    """An event of a stream with the counts."""
 
     usage: TokenCounts | None
 
@@ -216,7 +217,7 @@ class CompletionChoice(TypedDict):
 
 
 class CompletionPiece(TypedDict):
-    """A piece of a text; the last tells why it ended."""
+    """A piece of a text; the last piece has the finish reason."""
 
     text: str
     index: int
@@ -225,7 +226,7 @@ class CompletionPiece(TypedDict):
 
 
 class AboutCompletion(TypedDict):
-    """What is the same in all that tells of texts."""
+    """The fields that are the same in an answer and in all events of a stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -241,7 +242,7 @@ class CompletionChunk(AboutCompletion):
 
 
 class CountedCompletionChunk(CompletionChunk):
-    """The same where the counts were asked for."""
+    """An event of a stream with the counts."""
 
     usage: TokenCounts | None
 
@@ -283,16 +284,14 @@ class EmbeddingsAnswer(TypedDict):
     usage: ReadTokens
     pooling: Annotated[
         Pooling,
-        Field(
-            description="What made one vector of a text's: the model's own modules, or the mean of its tokens' vectors."
-        ),
+        Field(description="How a text's vector is made: by the model's own modules, or as the mean over its tokens."),
     ]
 
 
 class Ranked(TypedDict):
-    """A document's place."""
+    """A ranked document."""
 
-    index: Annotated[int, Field(description="Which of the documents, from 0.")]
+    index: Annotated[int, Field(description="The document's place in the request, from 0.")]
     relevance_score: float
     document: NotRequired[dict[str, str]]
 

@@ -1,4 +1,4 @@
-"""What OpenAI's bodies have in common. Nothing here works on a model."""
+"""Base classes of OpenAI's bodies. Must not know models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .parts import Part, Text
 
 MODEL = "Id of a registered model."
 
-# Own parameters that OpenAI has under another name, or that cannot be had with its answers.
+# This server's parameters that OpenAI has under another name, or that its answers do not support.
 _NOT_OURS = frozenset(
     {
         "max_new_tokens",
@@ -37,7 +37,7 @@ _NOT_OURS = frozenset(
 
 
 def _without_empty(stops: Any) -> Any:
-    """Stops of which the empty ones, that never stop anything, are left out."""
+    """The stop strings without empty ones."""
     return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
@@ -47,41 +47,41 @@ Timeout = Annotated[float, Field(gt=0, le=86400)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-# Of a tool: longer than OpenAI's, and with the colons that others have.
+# Names of tools may be longer than OpenAI's, and may have other servers' colons.
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
-# Seeds there are here, with some left for further answers.
+# The number of seeds, less a few for further answers.
 _SEEDS = 2**63 - 256
 
 
 def _checked_limit(value: int) -> int:
-    """A limit of tokens.
+    """Checks a limit of tokens.
 
     Raises:
-        ValueError: it allows none.
+        ValueError: the limit is 0.
     """
     if value == 0:
         raise ValueError("must be at least 1, or -1 for no limit")
     return value
 
 
-# Most new tokens; LM Studio's and llama.cpp's clients have -1 for none.
+# The limit of new tokens; LM Studio's and llama.cpp's clients send -1 for no limit.
 Limit = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_checked_limit)]
 
 
 class Drawn(Part):
-    """What bodies that make text have in any protocol: the model, how the request is treated, our own parameters."""
+    """The fields of generating bodies in any protocol: the model, the request's handling, this server's parameters."""
 
     model: str = Field(description=MODEL)
     temperature: float | None = Field(None, ge=0, le=10, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token.")
-    stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
-    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    stream: bool | None = Field(None, description="Send the answer as it is generated, as server-sent events.")
+    timeout: Timeout | None = Field(None, description="Seconds after which the request is cancelled.")
     keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
-    # Ours: transformers' own, under its names.
+    # This server's parameters, under transformers' names.
     do_sample: bool | None = Field(None, description="False takes the likeliest token.")
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0, and -1 as vLLM has it, is no limit.")
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0, or vLLM's -1, is no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
     top_h: float | None = Field(None, gt=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
@@ -101,14 +101,14 @@ class Drawn(Part):
     guidance_scale: float | None = Field(None, ge=1, le=100)
 
     def drawing(self) -> dict[str, Any]:
-        """How tokens are to be drawn, in OpenAI's fields."""
+        """The parameters of sampling from OpenAI's fields."""
         given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
-        if self.top_p == 0:  # no share but the likeliest token's
+        if self.top_p == 0:  # only the likeliest token
             given["top_p"], given["top_k"] = None, 1
         return {name: value for name, value in given.items() if value is not None}
 
     def own(self) -> dict[str, Any]:
-        """The fields that are this server's own parameters, as they were given."""
+        """The given fields that are this server's own parameters."""
         names = set(GenerationParameters.model_fields) - _NOT_OURS
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         if self.top_k == -1:
@@ -117,10 +117,10 @@ class Drawn(Part):
 
 
 class Asked(Drawn, Neighbours, Hints):
-    """What all of OpenAI's bodies have that make text."""
+    """The fields of all of OpenAI's bodies that generate text."""
 
     def own(self) -> dict[str, Any]:
-        """The fields that are this server's own parameters, as they were given here or under a neighbour's name."""
+        """The given fields that are this server's own parameters, also under another server's name."""
         given = super().own()
         if self.ignore_eos is False:
             del given["ignore_eos"]
@@ -133,23 +133,23 @@ class StreamOptions(Hinted):
     place = "stream_options"
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="Tell the counts with every piece.")
-    include_obfuscation: bool | None = hint("Nothing is obfuscated here.")
+    continuous_usage_stats: bool | None = Field(None, description="Send the counts with every piece.")
+    include_obfuscation: bool | None = hint("No effect: this server never obfuscates.")
 
     @property
     def tells_always(self) -> bool:
-        """Whether every piece tells the counts; as with vLLM, only where the end does."""
+        """Whether every piece has the counts; as in vLLM, only if the end has them too."""
         return bool(self.include_usage and self.continuous_usage_stats)
 
 
 class Penalized(Asked):
-    """What chats and completions have besides."""
+    """The further fields of chats and completions."""
 
     empties = frozenset({"stop", "logit_bias", "metadata"})
 
     n: int | None = Field(None, ge=1, le=128, description="How many answers.")
     stop: Stop | Stops | None = None
-    seed: int | None = Field(None, description="Of any size; those that are the same modulo 2^63 - 256 are one.")
+    seed: int | None = Field(None, description="Any integer; seeds that are equal modulo 2^63 - 256 are the same.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] | None = None

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: a chat is answered, whole or as it is written."""
+"""`POST /v1/chat/completions`: answers a chat, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from .serving import DONE, FINGERPRINT, NAMES, Counted, Told, chat_logprobs, fai
 
 
 def answer_chat(record: ModelRecord, body: schemas.ChatBody, model_name: str | None = None) -> ChatAnswer | Response:
-    """Answer a chat. `model_name` is what the answer calls the model.
+    """Answers a chat. `model_name` is the model's name in the answer.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     count = body.n or 1
     with ExitStack() as stack:
@@ -96,15 +96,11 @@ def answer_chat(record: ModelRecord, body: schemas.ChatBody, model_name: str | N
         return event_stream(flight.stream(), writer, stack)
 
 
-# From OpenAI's words --------------------------------------------------------------------------------------------------
+# From OpenAI's form ---------------------------------------------------------------------------------------------------
 
 
 def form_of(wanted: Any) -> Constraint | None:
-    """What a `response_format` asks of the text.
-
-    Raises:
-        InvalidRequest: its schema is none.
-    """
+    """The constraint that a `response_format` asks for; None for plain text."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type in ("regex", "grammar"):
@@ -116,7 +112,7 @@ def form_of(wanted: Any) -> Constraint | None:
 
 
 def plain_tool(tool: schemas.Tool) -> dict[str, Any]:
-    """A tool as templates and grammars know it."""
+    """A tool in the form for templates and grammars."""
     function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
     function.setdefault("description", "")
     function.setdefault("parameters", {"type": "object", "properties": {}})
@@ -124,7 +120,7 @@ def plain_tool(tool: schemas.Tool) -> dict[str, Any]:
 
 
 def plain_messages(messages: Sequence[schemas.Message]) -> list[dict[str, Any]]:
-    """Messages with text as their content, and calls with objects as their arguments, as templates want them."""
+    """Messages in the form for templates: with text as content, and objects as the arguments of calls."""
     result = []
     for message in messages:
         plain = message.model_dump(exclude_none=True, exclude={"function_call", "annotations", "refusal", "parsed"})
@@ -149,13 +145,13 @@ def _text(content: Any) -> str:
 
 
 def _thought(content: Any) -> str:
-    """What the parts of a message say that the assistant thought."""
+    """The reasoning among the parts of a message."""
     parts = content if isinstance(content, list) else []
     return "\n".join(part.text for part in parts if isinstance(part, schemas.ThinkingPart))
 
 
 def _turn(body: schemas.ChatBody) -> Literal["new", "continued", "none"] | None:
-    """What follows the messages, where the body says so."""
+    """The turn after the messages, if the body sets it."""
     if body.continue_final_message:
         return "continued"
     if body.add_generation_prompt is None:
@@ -169,7 +165,7 @@ def _choice(choice: Any) -> str:
     return "required" if choice == "any" else choice or "auto"
 
 
-# To OpenAI's words ----------------------------------------------------------------------------------------------------
+# To OpenAI's form -----------------------------------------------------------------------------------------------------
 
 
 def _whole(
@@ -207,7 +203,7 @@ def _whole(
 
 
 def reason_of(last: Chunk, calls: Sequence[str]) -> ChatReason:
-    """Why an answer ended that makes calls with these arguments: for a call's sake only if that is whole."""
+    """The finish reason of an answer whose calls have these arguments: `tool_calls` only if the last is complete."""
     reason = last.finish_reason or "stop"
     if reason == "length" or not calls:
         return reason
@@ -219,7 +215,7 @@ def reason_of(last: Chunk, calls: Sequence[str]) -> ChatReason:
 
 
 def message_of(parts: Sequence[Part], conversation: Conversation) -> ChatMessage:
-    """An assistant's message. Where a call must be made, what is none is the beginning of one, and not told."""
+    """The assistant's message. Where a call is required, content is the beginning of one and is left out."""
     content, reasoning = "", ""
     calls: list[AnsweredCall] = []
     for part in map(Seams().of, parts):
@@ -259,7 +255,7 @@ class _Writer(Writer[Chunk]):
         self._told: dict[int, Told] = defaultdict(Told)
         self._parsers: dict[int, AnswerReader] = {}
         self._seams: dict[int, Seams] = defaultdict(Seams)
-        self._arguments: dict[int, list[str]] = defaultdict(list)  # of the calls of each answer
+        self._arguments: dict[int, list[str]] = defaultdict(list)  # the arguments of each answer's calls
         self._about: AboutChunk = {**about, "object": "chat.completion.chunk"}
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -270,7 +266,7 @@ class _Writer(Writer[Chunk]):
         self._conversation = conversation
 
     def write(self, chunk: Chunk) -> Events:
-        """What a piece of one of the answers becomes: a delta for each kind of thing in it."""
+        """The events of a piece of one of the answers: a delta for each part in it."""
         index = chunk.index
         self._counted.add(chunk)
         if index not in self._parsers:
@@ -317,12 +313,12 @@ class _Writer(Writer[Chunk]):
         return {**self._about, "choices": [choice], "usage": self._counted.so_far() if self._always else None}
 
     def end(self) -> Events:
-        """The counts, where they were asked for, and the end."""
+        """The counts, if the body asks for them, and the end."""
         if self._usage:
             self._counted.reasoning_tokens = sum(map(self._count_tokens, self._thought.values()))
             yield CountedChatChunk(**self._about, choices=[], usage=self._counted.to_dict())
         yield DONE
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it."""
+        """The error's event."""
         yield failure(error)

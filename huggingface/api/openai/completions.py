@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: texts to continue, and how likely the model finds texts."""
+"""`POST /v1/completions`: continues texts, and scores how likely they are."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _MOST_STREAMS = 128
 
 
 def complete(record: ModelRecord, body: CompletionBody, model_name: str | None = None) -> CompletionAnswer | Response:
-    """Continue texts. `model_name` is what the answer calls the model.
+    """Continues texts. `model_name` is the model's name in the answer.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     prompts = body.prompts()
     n = body.n or 1
@@ -70,7 +70,7 @@ def _parameters(record: ModelRecord, model: ServedModel, body: CompletionBody) -
     asked = body.own() | body.penalties() | body.drawing()
     most, _ = body.limited()
     if most is not None and most >= 0:
-        asked["max_new_tokens"] = max(most, 1)  # of nothing but the prompt: one more, that is not shown
+        asked["max_new_tokens"] = max(most, 1)  # for 0, which asks for the prompt alone, one token is not shown
     with named(_names(body)):
         parameters = openai_parameters(record, model.own_parameters, asked, unlimited=_unlimited(body))
     if not _unlimited(body) and not {"max_new_tokens", "max_length"} & parameters.keys():
@@ -79,7 +79,7 @@ def _parameters(record: ModelRecord, model: ServedModel, body: CompletionBody) -
 
 
 def _names(body: CompletionBody) -> dict[str, str]:
-    """What the body calls what the engine calls otherwise."""
+    """The engine's names, and the body's for the same."""
     names = {**NAMES, **body.renamed()[1], "max_new_tokens": body.limited()[1]}
     if (formed := _form(body)) is not None:
         names[formed[0].kind] = formed[1]
@@ -92,7 +92,7 @@ def _unlimited(body: CompletionBody) -> bool:
 
 
 def _form(body: CompletionBody) -> tuple[Constraint, str] | None:
-    """What the texts are to be, and the field that says so."""
+    """The constraint of the texts, and the field that sets it; None without one."""
     if (formed := body.form()) is not None:
         return formed
     form = form_of(body.response_format)
@@ -117,17 +117,17 @@ def _request(
 
 
 def _echoed(body: CompletionBody, model: ServedModel, prompt: str | list[int]) -> str:
-    """What goes before a prompt's texts."""
+    """The prompt's text if the answer repeats it, else an empty text."""
     if not body.echo:
         return ""
     return prompt if isinstance(prompt, str) else str(model.decode(prompt))
 
 
 class _Shape:
-    """OpenAI's words for the chunks of a completion."""
+    """Turns the chunks of a completion into OpenAI's form."""
 
     def __init__(self, body: CompletionBody, model_id: str, echoes: Sequence[str], made: int) -> None:
-        """`made` is how many texts are made of each prompt; of these, `n` are shown."""
+        """`made` is the number of texts generated for each prompt, of which `n` are shown."""
         self._body = body
         self.n = body.n or 1
         self._made = made
@@ -144,7 +144,7 @@ class _Shape:
         self.counted = Counted(made, None)
 
     def whole(self, chunks: Sequence[Chunk]) -> CompletionAnswer:
-        """The answer, when all is made."""
+        """The whole answer, from all chunks."""
         by_index: dict[int, list[Chunk]] = defaultdict(list)
         for chunk in chunks:
             by_index[chunk.index].append(chunk)
@@ -161,11 +161,11 @@ class _Shape:
         return {**self.about, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> TokenCounts:
-        """The counts; where nothing but the prompt is wanted, no token counts as made."""
+        """The counts; where only the prompt is asked for, no generated token counts."""
         return self._shown(self.counted.to_dict())
 
     def usage_so_far(self) -> TokenCounts:
-        """The counts up to here."""
+        """The counts so far."""
         return self._shown(self.counted.so_far())
 
     def _shown(self, usage: TokenCounts) -> TokenCounts:
@@ -174,11 +174,11 @@ class _Shape:
         return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
 
     def places(self, index: int) -> Places:
-        """Where the tokens of a text will stand."""
+        """The `Places` of a text's tokens."""
         return Places(self._echoes[index // self.n])
 
     def piece(self, chunk: Chunk, index: int, places: Places, *, first: bool = True) -> CompletionPiece:
-        """A text, or a piece of one, the `first` with what is echoed."""
+        """A text, or a piece of one; the `first` begins with the echo."""
         text = chunk.text if self._shows_text else ""
         logprobs = None
         if self._body.logprobs is not None:
@@ -215,18 +215,18 @@ class _Writer(Writer[Chunk]):
         yield CountedCompletionChunk(**shape.about, choices=[piece], usage=usage)
 
     def end(self) -> Events:
-        """The counts, where they were asked for, and the end."""
+        """The counts, if the body asks for them, and the end."""
         if self._usage:
             yield CountedCompletionChunk(**self._shape.about, choices=[], usage=self._shape.usage())
         yield DONE
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it."""
+        """The error's event."""
         yield failure(error)
 
 
 def _joined(chunks: Sequence[Chunk]) -> Chunk:
-    """The chunks of one text as one."""
+    """Joins the chunks of one text."""
     last = chunks[-1]
     tokens = [token for chunk in chunks for token in chunk.tokens]
     if last.finish_reason == "stop" and tokens and not tokens[-1].special:

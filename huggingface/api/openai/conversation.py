@@ -1,5 +1,7 @@
-"""A chat in OpenAI's words becomes one in the model's: what its template is given, what its answer has to be, how that
-is read. Shared by chats and responses; must not know their bodies. What models write, `huggingface.chat` knows.
+"""Translates a chat in OpenAI's form for one model: its template's input, its answer's constraint and its parser.
+
+OpenAI's, Anthropic's and Ollama's routes share this file; must not know their bodies. `huggingface.chat` knows the
+forms of models' answers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from ...types import ChatTraits, Constraint, GenerationRequest
 from ..requests.fan_out import seeded
 from .thinking import Thought
 
-# Variables of a chat template that have fields of their own, or that only this server sets.
+# Variables of chat templates that have their own fields, or that only this server sets.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
     | {"return_dict", "return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask"}
@@ -45,11 +47,11 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is wanted of an answer, whichever protocol it came from.
+    """The requested answer, in any protocol.
 
     `form` is the constraint of its text, `tools` are OpenAI's (`{"type": "function", "function": …}`), `choice` is
-    `none`, `auto`, `required` or the name of the tool to call. `template` are variables that the model's template has
-    to have, `hints` those that it is given only if it has them.
+    `none`, `auto`, `required` or the name of the tool to call. `template` are variables that the model's template must
+    have, `hints` variables that are passed only if it has them.
     """
 
     form: Constraint | None = None
@@ -62,22 +64,22 @@ class Wish:
 
     @property
     def must_call(self) -> bool:
-        """Whether nothing but calls is wanted."""
+        """Whether the answer must be calls only."""
         return bool(self.tools) and self.choice not in ("auto", "none")
 
     def names(self, form: str) -> dict[str, str]:
-        """What the engine's fields of a text's form are called in a body that has it as `form`."""
+        """The engine's names of constraints, and the body's for the same; `form` is the body's field."""
         return {"json_schema": form, "grammar": "tools" if self.must_call else form}
 
 
 class Conversation:
-    """How a wish is put to one model, and its answers are read."""
+    """Makes the requests for a wish to one model, and the readers of its answers."""
 
     def __init__(self, traits: ChatTraits, messages: Sequence[Mapping[str, Any]], wish: Wish) -> None:
         """`messages` are OpenAI's, with plain text as their content.
 
         Raises:
-            InvalidRequest: the model's template has no place for what is wished.
+            InvalidRequest: the model's template does not support the wish.
         """
         self._wish = wish
         self._form = None if wish.must_call else wish.form
@@ -93,12 +95,12 @@ class Conversation:
         self._format: ToolFormat | None = None
         if self._tools:
             self._format = find_tool_format(traits.template, traits.added_tokens)
-        self.ignored: list[str] = []  # fields that make no difference to this model
+        self.ignored: list[str] = []  # fields without effect on this model
         self._regions: Mapping[str, Any] | None = None
         if not self._harmony and self._form is None and self._format in (None, JSON) and self._reads_regions(traits):
             self._regions = traits.response_template
         self.variables = self._variables()
-        self._told = ""  # what this server says of the tools
+        self._told = ""  # this server's own description of the tools
         self.messages, *self._fallbacks = self._layouts(messages)
 
     def requests(
@@ -110,11 +112,11 @@ class Conversation:
         logprobs: int | None,
         adapter: str | None = None,
     ) -> list[GenerationRequest]:
-        """The generations that answer it `count` times."""
+        """The requests for `count` answers."""
         kept = set(self._format.special_tokens if self._format else ())
         kept |= set(self._reasoning.special_tokens if self._reasoning else ())
         kept |= set(harmony_tokens() if self._harmony else ())
-        if self._regions is not None:  # its marks are patterns: any token may be a part of one
+        if self._regions is not None:  # its marks are patterns, so any token may belong to one
             kept |= self._special
         return [
             GenerationRequest(
@@ -134,7 +136,7 @@ class Conversation:
         ]
 
     def parser(self, prompt_end: str) -> AnswerReader:
-        """What reads an answer to the prompt that ends so."""
+        """The reader for an answer to a prompt with this end."""
         tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self._tools}
         if self._harmony:
             return HarmonyReader(tools, prompt_end=prompt_end)
@@ -150,25 +152,25 @@ class Conversation:
 
     @property
     def must_call(self) -> bool:
-        """Whether nothing but calls is wanted."""
+        """Whether the answer must be calls only."""
         return self._wish.must_call
 
     @property
     def thinks(self) -> bool:
-        """Whether the model writes down what it thinks."""
+        """Whether the model writes reasoning."""
         return self._reasoning is not None
 
     @property
     def single_call(self) -> bool:
-        """Whether no more than one call is wanted."""
+        """Whether the answer may have one call at most."""
         return not self._wish.parallel
 
     def _inside(self, prompt_end: str) -> bool:
         return self._reasoning is not None and begins_inside_reasoning(prompt_end, self._reasoning)
 
     def _reads_regions(self, traits: ChatTraits) -> bool:
-        """Whether the tokenizer's own description of answers is what reads them: calls of a form that is not known
-        here, which nothing holds the model to."""
+        """Whether the tokenizer's own response template reads the answers: for calls of a form that is unknown here,
+        and only where no constraint enforces them."""
         return traits.response_template is not None and not self._wish.must_call and takes_tools(self._template)
 
     def _constraint(self) -> Constraint | Callable[[str], Constraint | None] | None:
@@ -183,7 +185,7 @@ class Conversation:
             harmony = self._harmony and not end.endswith("<|message|>")
             frame = Frame(self._reasoning, self._added, inside, harmony)
             if self._format is None:
-                assert form is not None  # noqa: S101 - nothing else holds an answer that calls nothing
+                assert form is not None  # noqa: S101 - without calls, there is a form
                 return Constraint("grammar", answer_grammar(form, frame)) if inside or harmony else form
             grammar = calls_grammar(
                 self._format,
@@ -198,7 +200,7 @@ class Conversation:
         return constraint
 
     def _variables(self) -> dict[str, Any]:
-        """What the template is given besides the messages."""
+        """The template's variables besides the messages."""
         given, self.ignored = self._wish.thought.settle(
             self._wish.template or {}, self._has, self._reasoning is not None
         )
@@ -216,15 +218,15 @@ class Conversation:
 
     @property
     def _tools_in_system(self) -> bool:
-        """Whether the template finds the tools in the system message: Phi-4-mini's."""
+        """Whether the template expects the tools in the system message, as Phi-4-mini's does."""
         return re.search(r"message(\.tools\b|\[['\"]tools['\"]\])", self._template) is not None
 
     def _has(self, variable: str) -> bool:
         return has_variable(self._template, variable)
 
     def _layouts(self, messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The messages as the template knows them, and for one that insists on turns or has no system role, what this
-        server made of them merged into what stands beside it."""
+        """The messages in the template's form, and further layouts for templates that require alternating turns or
+        have no system role: in these, messages that this server added are merged into their neighbours."""
         takes = takes_tools(self._template) and not self._tools_in_system
         laid = self._laid_out(messages, takes=takes)
         if not self._tools or takes:
@@ -242,7 +244,7 @@ class Conversation:
         return [each for place, each in enumerate(unmarked) if each not in unmarked[:place]]
 
     def _laid_out(self, messages: Sequence[Mapping[str, Any]], *, takes: bool) -> list[dict[str, Any]]:
-        """Each message as the template knows it, which `takes` tools or does not."""
+        """Each message in the template's form; `takes` says whether the template supports tools."""
         result: list[dict[str, Any]] = []
         names: dict[str, str] = {}  # of the called functions, by the calls' ids
         thinks = "thinking" in self._template and "reasoning_content" not in self._template
@@ -261,7 +263,7 @@ class Conversation:
 
 
 def _with_system(messages: Sequence[dict[str, Any]], told: str, **more: Any) -> list[dict[str, Any]]:
-    """The messages with more in the system's, which is made where there is none."""
+    """Adds a text to the system message, which is made if there is none."""
     first = [messages[0]] if messages and messages[0]["role"] == "system" else []
     system = {"role": "system", "content": "", **(first[0] if first else {}), **more}
     system["content"] = "\n\n".join(filter(None, [system["content"], told]))
@@ -269,7 +271,7 @@ def _with_system(messages: Sequence[dict[str, Any]], told: str, **more: Any) -> 
 
 
 def _with_user(messages: Sequence[dict[str, Any]], told: str) -> list[dict[str, Any]]:
-    """The messages with more before the user's first words."""
+    """Adds a text before the user's first message."""
     result = list(messages)
     place = next((place for place, message in enumerate(result) if message["role"] == "user"), None)
     if place is None:
@@ -281,7 +283,7 @@ def _with_user(messages: Sequence[dict[str, Any]], told: str) -> list[dict[str, 
 
 
 def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with those turns of the user's that were `made` here in one with those beside them."""
+    """Merges the user's turns that were `made` here with the user's turns next to them."""
     result: list[dict[str, Any]] = []
     for message in messages:
         last = result[-1] if result else {}
@@ -294,17 +296,17 @@ def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def has_variable(template: str, variable: str) -> bool:
-    """Whether a chat template asks for a variable of that name."""
+    """Whether a chat template uses the variable."""
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
         return variable in find_undeclared_variables(parsed)
-    except (TemplateSyntaxError, RecursionError):  # transformers has a tag of its own, for what an assistant says
+    except (TemplateSyntaxError, RecursionError):  # transformers has its own tag for an assistant's turn
         pass
     return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w(])", template) is not None
 
 
 def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of a chat with tools, for a template that knows none."""
+    """A message of a chat with tools, for a template that does not support tools."""
     if message["role"] == "tool":
         told = f"Result of {message['name'] or 'the call'}:\n{message['content']}"
         return {"role": "user", "content": told, "made": True}

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings` and `POST /v1/rerank`: vectors of texts, and which documents answer a query.
+"""`POST /v1/embeddings` and `POST /v1/rerank`: computes vectors of texts, and ranks documents for a query.
 
 Sources: "Embeddings", OpenAI API reference; the rerank route is that of Cohere and Jina.
 """
@@ -21,9 +21,9 @@ from .text_schemas import EmbeddingBody, RerankBody
 
 
 def embed(record: ModelRecord, body: EmbeddingBody) -> EmbeddingsAnswer:
-    """Vectors of texts.
+    """Computes vectors of texts.
 
-    Raises: what loading and computing raise.
+    Raises: the errors of loading and computing.
     """
     given = {"truncate": body.truncate, "prompt_name": body.prompt_name, "dimensions": body.dimensions}
     parameters = {name: value for name, value in given.items() if value is not None}
@@ -47,10 +47,10 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> EmbeddingsAnswer:
 
 
 def _prompt_of(input_type: str, prompts: Mapping[str, str]) -> dict[str, Any]:
-    """The parameter for what a text is said to be.
+    """The parameter for an input type.
 
     Raises:
-        InvalidRequest: the model tells kinds of texts apart, and has no such kind.
+        InvalidRequest: the model has prompts, but none for this type.
     """
     if input_type in prompts:
         return {"prompt_name": input_type}
@@ -62,9 +62,9 @@ def _prompt_of(input_type: str, prompts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def rerank(record: ModelRecord, body: RerankBody) -> RerankAnswer:
-    """Documents by how well they answer a query, the best first.
+    """Ranks documents by how well they answer a query, the best first.
 
-    Raises: what loading and computing raise.
+    Raises: the errors of loading and computing.
     """
     documents = [each if isinstance(each, str) else each.text for each in body.documents]
     parameters = {} if body.truncate is None else {"truncate": body.truncate}
@@ -88,5 +88,5 @@ def rerank(record: ModelRecord, body: RerankBody) -> RerankAnswer:
 
 
 def _as_base64(vector: Sequence[float]) -> str:
-    """Little-endian float32."""
+    """Encodes a vector as little-endian float32 in base64."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,7 +1,7 @@
-"""The fields of OpenAI's bodies, and of its neighbours', that cannot change an answer here: the tables of them.
+"""Tables of the fields, OpenAI's and other servers', that have no effect on an answer here.
 
-They are hints to a provider (who asks, which tier, what to cache), or ask with their one value for what is so anyway.
-Each is taken and named in the header. Nothing here works on a model.
+They are hints to a provider (the user, the tier, the cache), or their only accepted value matches this server's fixed
+behaviour. Each is accepted and named in the header. Must not know models.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from .parts import Part, Text
 _MARK = "x-ignored"  # in the API's document
 
 
-def hint(description: str = "It makes no difference.", **constraints: Any) -> Any:
-    """A field that is taken, and makes no difference."""
+def hint(description: str = "No effect.", **constraints: Any) -> Any:
+    """A field that is accepted without effect."""
     return Field(None, description=description, json_schema_extra={_MARK: True}, **constraints)
 
 
 def so_anyway() -> Any:
-    """A field whose only value asks for what is so anyway."""
-    return hint("It is so anyway.")
+    """A field whose accepted values match the server's fixed behaviour."""
+    return hint("No effect: the accepted values are what the server always does.")
 
 
 class Hinted(Part):
-    """Some of a body with fields that make no difference."""
+    """A part of a body with fields without effect."""
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -40,15 +40,15 @@ class Hinted(Part):
 
 
 class Asker(Hinted):
-    """What every body has."""
+    """The hints of every body."""
 
-    user: Any = hint("Who asks; it makes no difference.")
+    user: Any = hint("The user's name; no effect.")
 
 
 class Hints(Asker):
-    """What bodies have that make text."""
+    """The hints of bodies that generate text."""
 
-    # Who asks, and how providers treat it.
+    # The user, and how providers treat the request.
     safety_identifier: Any = hint()
     request_id: Any = hint()
     metadata: Any = hint()
@@ -56,16 +56,16 @@ class Hints(Asker):
     service_tier: Any = hint()
     priority: Any = hint()
     verbosity: Any = hint()
-    truncation: Any = hint("What does not fit the context is refused in any case.")
-    # What to keep for later: nothing is kept but what was computed of a prompt.
+    truncation: Any = hint("No effect: a prompt that does not fit the context is refused.")
+    # Storage and caches: this server stores nothing, and caches prompts by itself.
     store: Any = hint()
     prompt_cache_key: Any = hint()
     prompt_cache_retention: Any = hint()
     prompt_cache_options: Any = hint()
     cache_prompt: Any = hint()
     cache_salt: Any = hint()
-    # How the neighbours compute and report.
-    prediction: Any = hint("A guess that could save time; it is not used.")
+    # How other servers compute and report.
+    prediction: Any = hint("A predicted answer; it is not used.")
     timings_per_token: Any = hint()
     return_progress: Any = hint()
     guided_decoding_backend: Any = hint()
@@ -79,7 +79,7 @@ class Hints(Asker):
     include_reasoning: Literal[True] | None = so_anyway()
     separate_reasoning: Literal[True] | None = so_anyway()
     n_probs: Literal[0] | None = so_anyway()
-    # Ways to draw that llama.cpp's clients switch off by their values, and what else these say of them.
+    # Ways of sampling that llama.cpp's clients switch off by these values, and their further settings.
     mirostat: Literal[0] | None = so_anyway()
     mirostat_mode: Literal[0] | None = so_anyway()
     dynatemp_range: Literal[0] | None = so_anyway()
@@ -100,7 +100,7 @@ class Hints(Asker):
 
 
 class ChatHints(Hints):
-    """What chats have besides."""
+    """The further hints of chats."""
 
     best_of: Literal[1] | None = so_anyway()
     echo: Literal[False] | None = so_anyway()
@@ -109,10 +109,10 @@ class ChatHints(Hints):
 
 
 class ResponseHints(Hints):
-    """What responses have besides."""
+    """The further hints of responses."""
 
     empties = frozenset({"metadata"})
 
-    metadata: dict[str, Any] | None = Field(None, description="It is sent back.")
+    metadata: dict[str, Any] | None = Field(None, description="Returned in the response.")
     background: Literal[False] | None = so_anyway()
-    max_tool_calls: Any = hint("Of OpenAI's own tools, of which there are none here.", ge=0)
+    max_tool_calls: Any = hint("A limit for OpenAI's own tools, which do not exist here.", ge=0)

@@ -1,8 +1,8 @@
-"""What a program replays of a conversation, made readable for chat templates: calls with arguments that are objects.
+"""Prepares the messages that a program sends back for chat templates, which need calls with objects as arguments.
 
-A small model may have written arguments that are no JSON; they are shown to it as the text that it wrote, so that the
-conversation can go on. Calls and results without ids are brought together by their order. Pure functions over chats'
-messages; must not know bodies or models.
+A small model may have written arguments that are not JSON; the model sees them as its own text, so that the
+conversation can go on. Calls and results without ids are matched by their order. Pure functions on chat messages; must
+not know bodies or models.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def readable(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with objects as the arguments of their calls, and an id for each call and result. What is a turn of
-    the user's only here, is `made`."""
+    """The messages with objects as their calls' arguments, and an id for each call and result. A turn that becomes the
+    user's only here is marked `made`."""
     result: list[dict[str, Any]] = []
     called: dict[str, str] = {}  # names of the functions, by the calls' ids
     unanswered: list[str] = []
@@ -50,7 +50,7 @@ def readable(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def call_arguments(written: Any) -> dict[str, Any] | None:
-    """The arguments of a call as a client sends them back; None where they are no JSON object."""
+    """The arguments of a call that a client sends back; None where they are not a JSON object."""
     if isinstance(written, dict):
         return written
     try:
@@ -61,5 +61,5 @@ def call_arguments(written: Any) -> dict[str, Any] | None:
 
 
 def _answered(name: str | None, called: Mapping[str, str], unanswered: Sequence[str]) -> str:
-    """The call that a result without an id is of: the first of that function's that has none."""
+    """The id of the call that a result without an id answers: the function's first unanswered call."""
     return next((call for call in unanswered if name in (None, "", called[call])), "")

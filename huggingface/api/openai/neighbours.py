@@ -1,7 +1,7 @@
-"""What vLLM, llama.cpp, Ollama and LM Studio say otherwise than OpenAI, in this server's words.
+"""Fields of vLLM, llama.cpp, Ollama and LM Studio that OpenAI does not have, and this server's names for them.
 
-One table for each kind: parameters under another name, and forms of the text. Mixed into the bodies that make text;
-nothing here works on a model.
+One table for parameters, and one for constraints of the text. A base class of the bodies that generate text; must not
+know models.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ...types import Constraint
 from .hints import Hinted, hint
 from .parts import Part, TokenIds, refuse
 
-# A neighbour's name, and this server's for the same.
+# Another server's name, and this server's for the same.
 SAME: Mapping[str, str] = MappingProxyType(
     {"min_tokens": "min_new_tokens", "repeat_penalty": "repetition_penalty", "typ_p": "typical_p"}
 )
 
-# A limit of the new tokens by another name: of llama.cpp, and of Ollama. Both have -1 for none.
+# llama.cpp's and Ollama's names for the limit of new tokens, where -1 means no limit.
 LIMITS = ("n_predict", "num_predict")
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
-# A form of the text by the field that says so.
+# The fields that constrain the text, and their kinds of constraint.
 FORMS: Mapping[str, Kind] = MappingProxyType(
     {
         "guided_json": "json_schema",
@@ -44,10 +44,10 @@ Choices = Annotated[list[Some], Field(min_length=1)]
 
 
 def schema_of(value: Any, field: str) -> Any:
-    """A JSON schema that may be given as its text.
+    """Returns a JSON schema, which may be given as JSON text.
 
     Raises:
-        PydanticCustomError: the text is no JSON.
+        PydanticCustomError: the text is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -58,7 +58,7 @@ def schema_of(value: Any, field: str) -> Any:
 
 
 class StructuredOutputs(Hinted):
-    """vLLM's way to say which form the text has: one of these."""
+    """vLLM's constraint of the text: exactly one of these fields."""
 
     place = "structured_outputs"
 
@@ -82,7 +82,7 @@ class StructuredOutputs(Hinted):
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     def form(self) -> Constraint:
-        """The constraint that it stands for."""
+        """The constraint that the field sets."""
         [(kind, value)] = self._given().items()
         if kind == "json_schema":
             value = schema_of(value, "json")
@@ -90,7 +90,7 @@ class StructuredOutputs(Hinted):
 
 
 class Neighbours(Part):
-    """What is said otherwise elsewhere."""
+    """Fields of other servers."""
 
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="The same as min_new_tokens.")
     repeat_penalty: float | None = Field(None, gt=0, description="The same as repetition_penalty.")
@@ -98,14 +98,14 @@ class Neighbours(Part):
     n_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
     num_predict: int | None = Field(None, ge=-2, le=2**31 - 1, description="Most new tokens; -1 is no limit.")
     stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the text besides the model's own.")
-    ignore_eos: bool | None = Field(None, description="Go on behind the end of the text.")
+    ignore_eos: bool | None = Field(None, description="Continue after the end-of-text token.")
     guided_json: dict[str, Any] | Some | None = Field(None, description="JSON schema of the text.")
-    guided_regex: Some | None = Field(None, description="The text matches it, whole.")
+    guided_regex: Some | None = Field(None, description="Regular expression that the whole text matches.")
     guided_choice: Choices | None = Field(None, description="The text is one of these.")
-    guided_grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
+    guided_grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or llguidance's Lark.")
     json_schema: dict[str, Any] | None = Field(None, description="JSON schema of the text.")
-    grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or Lark as llguidance has it.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, as vLLM names it.")
+    grammar: Some | None = Field(None, description="Grammar of the text: GBNF, or llguidance's Lark.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Constraint of the text, in vLLM's form.")
 
     @model_validator(mode="after")
     def _said_once(self) -> Self:
@@ -120,11 +120,11 @@ class Neighbours(Part):
         return self
 
     def form_fields(self) -> list[str]:
-        """The fields given that say what the text is to be."""
+        """The given fields that constrain the text."""
         return [name for name in (*FORMS, "structured_outputs") if getattr(self, name) is not None]
 
     def form(self) -> tuple[Constraint, str] | None:
-        """What the text is to be, and the field that says so."""
+        """The constraint of the text, and the field that sets it; None without one."""
         for name in self.form_fields():
             value = getattr(self, name)
             if isinstance(value, StructuredOutputs):
@@ -133,15 +133,15 @@ class Neighbours(Part):
         return None
 
     def renamed(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Parameters given under a neighbour's name, and these names by this server's."""
+        """The parameters given under another server's name, and a map from this server's names to those."""
         given = {name: value for name in SAME if (value := getattr(self, name)) is not None}
         return {SAME[name]: value for name, value in given.items()}, {SAME[name]: name for name in given}
 
     def limit(self, names: tuple[str, ...]) -> tuple[int | None, str]:
-        """The most new tokens that `names`, or a neighbour's, say, and the field that does; below 0 it is no limit.
+        """The limit of new tokens by `names` or other servers' names, and the field that sets it; below 0 is no limit.
 
         Raises:
-            PydanticCustomError: two of them say different things.
+            PydanticCustomError: two fields set different limits.
         """
         given = {name: value for name in (*names, *LIMITS) if (value := getattr(self, name, None)) is not None}
         if not given:

@@ -1,6 +1,6 @@
-"""What every part of OpenAI's bodies is made of: its strictness, its texts, and one of several kinds told by a field.
+"""Building blocks of OpenAI's bodies: base classes, types of text, and unions that a field tells apart.
 
-Nothing here works on a model.
+Must not know models.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from pydantic_core import PydanticCustomError
 
 from ..http.fields import Fields, note_ignored
 
-Text = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
+Text = Annotated[str, Field(min_length=0)]  # a bare `str` would accept text without a UTF-8 form
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Part(Fields):
-    """Some of a body."""
+    """A body, or a part of one."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Replayed(Part):
-    """What a program sends back as it got it, from here or elsewhere: unknown fields are dropped."""
+    """A part that a program sends back as it received it, from this server or another: unknown fields are dropped."""
 
     drops = True
     place = "messages"
 
 
 class Elsewhere(Part):
-    """An item or a tool that only means something at another provider; it is left out, and named by its kind."""
+    """An item or a tool for another provider only; it is left out, and named by its kind."""
 
     model_config = ConfigDict(extra="allow")
 
     type: Text
 
     def note(self, place: str) -> None:
-        """Name it in the header, as of that place."""
+        """Names the part in the header, as ignored at `place`."""
         note_ignored(f"{place}.{self.type}")
 
 
-_ELSEWHERE = "elsewhere"  # what they are called among the kinds
+_ELSEWHERE = "elsewhere"  # their key among the kinds
 
 
 def refuse(field: str, reason: str) -> PydanticCustomError:
-    """An error of a rule over several fields."""
+    """The error of a rule over several fields."""
     return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
 
 
 def of_an_object(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """See that the schema of a function's arguments is one of an object.
+    """Checks that the schema of a function's arguments describes an object.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not.
     """
     if parameters is not None and parameters.get("type", "object") != "object":
         raise ValueError("must be the schema of an object")
@@ -70,9 +70,9 @@ def one_of(
     default: str | None = None,
     others: re.Pattern[str] | None = None,
 ) -> Any:
-    """One of several models, told apart by a field; one that is none of them is refused by that field's name.
+    """A union of models, told apart by a field; a value of an unknown kind is refused by that field's name.
 
-    `default` is the kind of those that lack the field. Kinds that match `others` are an `Elsewhere`.
+    `default` is the kind of values without the field. Kinds that match `others` become an `Elsewhere`.
     """
     if others is not None:
         kinds = {**kinds, _ELSEWHERE: Elsewhere}
@@ -92,7 +92,7 @@ def one_of(
 
     members: Any = None
     for kind, model in kinds.items():
-        member: Any = Annotated[model, Tag(f"[{kind}]")]  # the brackets keep it out of what a complaint calls the field
+        member: Any = Annotated[model, Tag(f"[{kind}]")]  # the brackets keep the tag out of the field's name in errors
         members = member if members is None else members | member
     if len(kinds) == 1:
         return Annotated[next(iter(kinds.values())), BeforeValidator(check)]

@@ -1,6 +1,6 @@
 """Responses as typed dicts, which their writer returns and the API's document describes.
 
-Source: "Responses", OpenAI API reference. Fields stand in the order in which they are sent.
+Source: "Responses", OpenAI API reference. Fields are sent in the order in which they are listed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OutputText(TypedDict):
 
 
 class OutputMessage(TypedDict):
-    """What the assistant says."""
+    """The assistant's message."""
 
     type: Literal["message"]
     id: str
@@ -35,14 +35,14 @@ class OutputMessage(TypedDict):
 
 
 class OutputReasoningText(TypedDict):
-    """The text of what it thought."""
+    """The text of the reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
 class OutputReasoning(TypedDict):
-    """What it thought before."""
+    """The reasoning before the message."""
 
     type: Literal["reasoning"]
     id: str
@@ -51,7 +51,7 @@ class OutputReasoning(TypedDict):
 
 
 class OutputCall(TypedDict):
-    """A call of a function; the arguments are the text of a JSON object."""
+    """A call of a function; the arguments are a JSON object as text."""
 
     type: Literal["function_call"]
     id: str
@@ -76,14 +76,14 @@ class ResponseUsage(TypedDict):
 
 
 class ResponseError(TypedDict):
-    """What ended a response that failed."""
+    """The error of a failed response."""
 
     code: str
     message: str
 
 
 class AboutResponse(TypedDict):
-    """What a response tells of its request."""
+    """A response's fields about its request."""
 
     id: str
     object: Literal["response"]
@@ -109,7 +109,7 @@ class AboutResponse(TypedDict):
 
 
 class ResponseAnswer(AboutResponse):
-    """A response. As a stream: its events, of which the last one holds it whole."""
+    """A response. As a stream: its events; the last one holds the whole response."""
 
     status: ResponseStatus
     error: ResponseError | None

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/responses` as pydantic models: create, stateless. What needs a memory on the server is refused.
+"""The body of `POST /v1/responses` as pydantic models. Fields that need a state on the server are refused.
 
 Source: https://platform.openai.com/docs/api-reference/responses/create.
 """
@@ -29,7 +29,7 @@ class InputText(Replayed):
 
 
 class InputRefusal(Replayed):
-    """A refusal that was given before."""
+    """An earlier refusal."""
 
     place = "input"
 
@@ -69,11 +69,11 @@ class CallItem(Replayed):
     arguments: Text | dict[str, Any] = ""
     id: Text | None = None
     status: Text | None = None
-    parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
+    parsed_arguments: Any = None  # OpenAI's own client adds it, and sends it back
 
 
 class ResultItem(Replayed):
-    """What a call gave."""
+    """The result of a call."""
 
     place = "input"
 
@@ -85,7 +85,7 @@ class ResultItem(Replayed):
 
 
 class ReasoningItem(Replayed):
-    """What the model thought before; models are not shown it again, as their templates have it."""
+    """The model's earlier reasoning; as templates have it, the model does not see it again."""
 
     place = "input"
 
@@ -96,7 +96,7 @@ class ReasoningItem(Replayed):
     status: Text | None = None
 
 
-# What OpenAI's own tools, and other tools than functions, leave in a conversation.
+# Items of OpenAI's own tools, and of tools other than functions, in a conversation.
 _OF_OTHER_TOOLS = re.compile(r"\w*_(call|output|request|response|list_tools|snapshot|trigger|summary)|compaction")
 
 _ITEMS = {"message": MessageItem, "function_call": CallItem, "function_call_output": ResultItem}
@@ -146,7 +146,7 @@ class AnyObject(Part):
 
 
 class OfSchema(Part):
-    """JSON of a schema."""
+    """JSON that satisfies a schema."""
 
     type: Literal["json_schema"]
     name: Text
@@ -174,7 +174,7 @@ class TextOptions(Hinted):
     verbosity: Literal["low", "medium", "high"] | None = hint()
 
 
-# What else an answer can tell: only the first is there.
+# The values of `include`; only the first has an effect.
 _TOLD = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
@@ -188,13 +188,13 @@ _TOLD = Literal[
 
 
 class ResponseBody(ResponseHints, Asked, Thinks):
-    """Something to answer."""
+    """A text or a conversation to answer."""
 
     input: Text | list[Item] = Field(description="A text, or the items of a conversation.")
     instructions: Text | None = Field(None, description="The system message: how the assistant behaves.")
     max_output_tokens: Limit | None = None
     text: TextOptions | None = None
-    tools: list[Tool] | None = Field(None, description="Others than functions are left out.")
+    tools: list[Tool] | None = Field(None, description="Functions; other tools are left out.")
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -243,9 +243,9 @@ class ResponseBody(ResponseHints, Asked, Thinks):
         return self
 
     def functions(self) -> list[FunctionTool]:
-        """The tools that the model can be offered."""
+        """The tools that the model can use."""
         return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
 
     def limited(self) -> tuple[int | None, str]:
-        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        """The limit of new tokens, and the field that sets it; below 0 is no limit."""
         return self.limit(("max_output_tokens",))

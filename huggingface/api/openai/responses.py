@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: one answer, whole or as events; nothing is kept between requests.
+"""`POST /v1/responses`: one answer, whole or as events; nothing is stored between requests.
 
 Source: "Responses" and "Streaming events", OpenAI API reference.
 """
@@ -39,14 +39,14 @@ from .response_answers import (
 )
 from .serving import chat_logprobs, failure, new_id, now, within
 
-# What the engine, and chats, name otherwise.
+# The names of the engine and of chats, and OpenAI's for the same.
 _NAMES = {"messages": "input"}
 
 
 def respond(record: ModelRecord, body: schemas.ResponseBody) -> ResponseAnswer | Response:
-    """Answer.
+    """Answers a text or a conversation.
 
-    Raises: what loading and generating raise.
+    Raises: the errors of loading and generating.
     """
     with ExitStack() as stack:
         flight, model = stack.enter_context(
@@ -86,7 +86,7 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> ResponseAnswer |
         return event_stream(flight.stream(), _Writer(items, flight), stack)
 
 
-# From OpenAI's words --------------------------------------------------------------------------------------------------
+# From OpenAI's form ---------------------------------------------------------------------------------------------------
 
 
 def _wish(body: schemas.ResponseBody, form: Constraint | None) -> Wish:
@@ -119,7 +119,7 @@ def _tool(tool: schemas.FunctionTool) -> dict[str, Any]:
 
 
 def _messages(body: schemas.ResponseBody) -> list[dict[str, Any]]:
-    """The conversation as messages of a chat; calls that follow each other are one message's."""
+    """The conversation as chat messages; neighbouring calls join one message."""
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
@@ -149,11 +149,11 @@ def _text(content: Any) -> str:
     return "\n".join(part.refusal if isinstance(part, schemas.InputRefusal) else part.text for part in content)
 
 
-# To OpenAI's words ----------------------------------------------------------------------------------------------------
+# To OpenAI's form -----------------------------------------------------------------------------------------------------
 
 
 def _about(model_id: str, body: schemas.ResponseBody, parameters: Mapping[str, Any]) -> AboutResponse:
-    """What a response tells of its request."""
+    """The response's fields about its request."""
     chosen = body.tool_choice
     return {
         "id": new_id("resp_"),
@@ -186,7 +186,7 @@ def _shown_format(text: schemas.TextOptions | None) -> dict[str, Any]:
 
 
 class _Items:
-    """Makes the output's items of an answer, and the events that tell of them, as they are written."""
+    """Makes the output items of an answer and their events, while the answer is generated."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Items:
         count: Callable[[str], int],
         logprobs: bool,
     ) -> None:
-        """`about` is what the response tells of its request, `count` tells how many tokens a text is."""
+        """`about` holds the response's fields about its request, `count` counts the tokens of a text."""
         self._about = about
         self._count = count
         self._make_parser = parser
@@ -207,7 +207,7 @@ class _Items:
         self._output: list[OutputItem] = []
         self._calls: dict[int, OutputCall] = {}
         self._open: OutputItem | None = None
-        self._text: OutputPart | None = None  # of the open item
+        self._text: OutputPart | None = None  # the part of the open item
         self._last: Chunk | None = None
 
     def chunk(self, chunk: Chunk) -> list[dict[str, Any]]:
@@ -225,7 +225,7 @@ class _Items:
         return events
 
     def response(self, status: ResponseStatus) -> ResponseAnswer:
-        """The response as it is now; one that ran out of tokens is `incomplete`."""
+        """The response so far; its status is `incomplete` if the tokens ran out."""
         last = self._last
         details = None
         if status == "completed" and last is not None and last.finish_reason == "length":
@@ -253,7 +253,7 @@ class _Items:
         }
 
     def _thought(self) -> int:
-        """The tokens of the reasoning, as the model's tokenizer would write it."""
+        """The tokens of the reasoning, counted by the model's tokenizer from the text."""
         parts = [part for item in self._output if item["type"] == "reasoning" for part in item["content"]]
         return sum(self._count(part["text"]) for part in parts)
 
@@ -324,7 +324,7 @@ class _Items:
         return [self._event("response.output_item.added", None, item=item.copy())]
 
     def _close(self) -> list[dict[str, Any]]:
-        """End the item that is being written."""
+        """Ends the open item; returns its events."""
         item, part = self._open, self._text
         self._open = self._text = None
         if item is None:
@@ -364,11 +364,11 @@ class _Writer(Writer[Chunk]):
         self._begun = False
 
     def write(self, chunk: Chunk) -> Events:
-        """What a piece of the answer becomes."""
+        """The events of a piece of the answer."""
         return self._numbered([*self._begin(), *self._items.chunk(chunk)])
 
     def silence(self) -> Events:
-        """That it waits in the queue."""
+        """The response's first events, while the request waits in the queue."""
         return self._numbered(self._begin() if self._flight.position is not None else [])
 
     def end(self) -> Events:
@@ -377,7 +377,7 @@ class _Writer(Writer[Chunk]):
         return self._numbered([{"type": f"response.{response['status']}", "response": response}])
 
     def error(self, error: LocalLLMError) -> Events:
-        """The response as far as it came, and what ended it."""
+        """The response so far, with the error."""
         told = failure(error)["error"]
         response = {**self._items.response("failed"), "error": {"code": "server_error", "message": told["message"]}}
         return self._numbered([*self._begin(), {"type": "response.failed", "response": response}])

@@ -1,4 +1,4 @@
-"""The routes under `/v1`, and the chat route that `huggingface_hub` looks for under a model's own address.
+"""The routes under `/v1`, and the chat routes that Hugging Face's clients use under a model's own address.
 
 Every view is parse, call, shape.
 """
@@ -107,7 +107,7 @@ def rerank_documents(body: text_schemas.RerankBody) -> RerankAnswer:
 
 @hub_chat.post("/models/<path:model_id>/v1/chat/completions", responses={200: _CHAT})
 def hub_chat_completions(path: ModelPath, body: schemas.HubChatBody) -> ChatAnswer | Response:
-    """Answer a chat, by the model that the address names; the body's `model` is what the client calls it."""
+    """Answer a chat, by the model that the address names; the body's `model` is the client's name for it."""
     return answer_chat(services().registry.get(path.model_id), body, body.model or path.model_id)
 
 
@@ -120,7 +120,7 @@ def hub_completions(path: ModelPath, body: text_schemas.HubCompletionBody) -> Co
 
 
 def _model(record: ModelRecord) -> OpenAIModel:
-    """A model as OpenAI shows it, and its neighbours: of what is noted in the registry, as there may be thousands."""
+    """A model in OpenAI's form, with other servers' fields; from the registry only, as there may be thousands."""
     created = datetime.fromisoformat(record.added_date).replace(tzinfo=UTC)
     details, context = record.details or {}, context_of(record)
     own = MODEL_TYPES.get(record.model_type)

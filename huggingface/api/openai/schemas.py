@@ -1,6 +1,6 @@
-"""OpenAI's chats as pydantic models, and as Hugging Face's clients send them.
+"""The bodies of OpenAI's chats as pydantic models, also in the form of Hugging Face's clients.
 
-Nothing here works on a model.
+Must not know models.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class RefusalPart(Replayed):
 
 
 class ThinkingPart(Replayed):
-    """What an assistant thought; others write it among the parts of what it said."""
+    """The assistant's reasoning, which other servers put among the parts of a message."""
 
     type: Literal["thinking", "reasoning"]
     text: Text = Field("", validation_alias=AliasChoices("thinking", "text"))
 
 
 class HiddenThinkingPart(Replayed):
-    """The same where only its provider can read it, which is dropped."""
+    """Reasoning that only its provider can read; it is dropped."""
 
     type: Literal["redacted_thinking"]
 
@@ -47,8 +47,10 @@ class CalledFunction(Replayed):
     """A call's function."""
 
     name: Text
-    arguments: Text | dict[str, Any] = Field("", description="A JSON object, as text; what is none is shown as text.")
-    parsed_arguments: Any = None  # what OpenAI's own client adds, and sends back
+    arguments: Text | dict[str, Any] = Field(
+        "", description="A JSON object as text; the model sees any other value as text."
+    )
+    parsed_arguments: Any = None  # OpenAI's own client adds it, and sends it back
 
 
 class ToolCall(Replayed):
@@ -57,7 +59,7 @@ class ToolCall(Replayed):
     id: Text = ""
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None  # some clients send back what they got from a stream
+    index: int | None = None  # some clients send back the calls of a stream
 
 
 _TEXT_ONLY = "must be 'text': this server reads text"
@@ -80,7 +82,7 @@ class SystemMessage(Replayed):
 
 
 class UserMessage(Replayed):
-    """What the user says."""
+    """The user's message."""
 
     role: Literal["user"]
     content: Content
@@ -88,7 +90,7 @@ class UserMessage(Replayed):
 
 
 class AssistantMessage(Replayed):
-    """What the assistant said."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: SaidContent | None = None
@@ -96,14 +98,14 @@ class AssistantMessage(Replayed):
     refusal: Text | None = None
     tool_calls: list[ToolCall] | None = None
     name: Text | None = None
-    function_call: CalledFunction | None = Field(None, description="A call, as OpenAI had it first.")
+    function_call: CalledFunction | None = Field(None, description="A call in OpenAI's older form.")
     annotations: list[Any] | None = None
-    parsed: Any = None  # what OpenAI's own client adds, and sends back
+    parsed: Any = None  # OpenAI's own client adds it, and sends it back
     reasoning: Text | None = None
 
 
 class ToolMessage(Replayed):
-    """What a tool gave."""
+    """The result of a tool."""
 
     role: Literal["tool"]
     content: Content = ""
@@ -112,7 +114,7 @@ class ToolMessage(Replayed):
 
 
 class FunctionMessage(Replayed):
-    """What a function gave, as OpenAI had it first."""
+    """The result of a function in OpenAI's older form."""
 
     role: Literal["function"]
     name: Text
@@ -141,7 +143,7 @@ class Function(Replayed):
     name: ToolName
     description: Text | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object.")
-    strict: bool | None = Field(None, description="Arguments of a call that must be made always fit the schema.")
+    strict: bool | None = Field(None, description="No effect: a required call's arguments always satisfy the schema.")
 
     @field_validator("parameters")
     @classmethod
@@ -193,28 +195,28 @@ class TextFormat(Part):
 
 
 class ObjectFormat(Part):
-    """A JSON object, or JSON of a schema: llama.cpp has it as `schema`, TGI as `value`."""
+    """A JSON object, or JSON that satisfies a schema (llama.cpp's `schema`, TGI's `value`)."""
 
     type: Literal["json_object", "json"]
     value: dict[str, Any] | None = Field(None, validation_alias=AliasChoices("value", "schema"))
 
 
 class SchemaFormat(Part):
-    """JSON of a schema."""
+    """JSON that satisfies a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
 class RegexFormat(Part):
-    """Text of a regular expression: TGI has it as `value`, others as `pattern` or `regex`."""
+    """Text that matches a regular expression (TGI's `value`, others' `pattern` or `regex`)."""
 
     type: Literal["regex"]
     value: Text = Field(min_length=1, validation_alias=AliasChoices("value", "pattern", "regex"))
 
 
 class GrammarFormat(Part):
-    """Text of a grammar: GBNF, or Lark as llguidance has it."""
+    """Text that follows a grammar: GBNF, or llguidance's Lark."""
 
     type: Literal["grammar"]
     value: Text = Field(min_length=1, validation_alias=AliasChoices("grammar", "value"))
@@ -245,9 +247,9 @@ class ChatBody(Penalized, Thinks, ChatHints):
     )
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
-    add_generation_prompt: bool | None = Field(None, description="Whether the assistant's turn is begun.")
-    continue_final_message: bool | None = Field(None, description="Whether the last message is continued.")
-    # They mean nothing here, and null is the same as nothing.
+    add_generation_prompt: bool | None = Field(None, description="Whether to begin the assistant's turn.")
+    continue_final_message: bool | None = Field(None, description="Whether to continue the last message.")
+    # Not supported; only null, which means not given, is accepted.
     audio: None = None
     functions: None = None
     suffix: None = None
@@ -281,11 +283,11 @@ class ChatBody(Penalized, Thinks, ChatHints):
         return self
 
     def limited(self) -> tuple[int | None, str]:
-        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        """The limit of new tokens, and the field that sets it; below 0 is no limit."""
         return self.limit(("max_completion_tokens", "max_tokens"))
 
 
 class HubChatBody(ChatBody):
     """A chat to answer, by a model that the address names."""
 
-    model: str | None = Field(None, description="What the client calls the model.")  # type: ignore[assignment]
+    model: str | None = Field(None, description="The client's name for the model.")  # type: ignore[assignment]

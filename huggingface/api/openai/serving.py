@@ -1,4 +1,4 @@
-"""What OpenAI's routes have in common: ids, names, counts, log-probabilities."""
+"""Code that OpenAI's routes share: ids, names, counts, log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from .answers import ChatLogprobs, CompletionLogprobs, Likelihood, TokenCounts
 
 DONE = b"[DONE]"
 
-# What OpenAI names otherwise than the engine.
+# The engine's names, and OpenAI's for the same.
 NAMES: Mapping[str, str] = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
-# What made an answer: some clients (TGI's) read no chat without it.
+# The server and its version: some clients (TGI's) accept no chat without it.
 FINGERPRINT = f"local-llm-{VERSION}"
 
 
 def new_id(kind: str) -> str:
-    """An id as OpenAI makes them: `chatcmpl-…`."""
+    """Makes an id in OpenAI's form: `chatcmpl-…`."""
     return f"{kind}{secrets.token_hex(12)}"
 
 
 def now() -> int:
-    """Seconds since 1970."""
+    """The present time in seconds since 1970."""
     return int(time.time())
 
 
 @dataclass
 class Counted:
-    """Tokens read and made, over the answers to one request. Each prompt counts once, however many answers it gets."""
+    """Counts the tokens of all answers to one request. Each prompt counts once, however many answers it gets."""
 
     answers: int  # to each prompt
-    reasoning_tokens: int | None = 0  # None where nothing is ever thought
-    _latest: dict[int, Usage] = field(default_factory=dict)  # of each generation
+    reasoning_tokens: int | None = 0  # None for routes without reasoning
+    _latest: dict[int, Usage] = field(default_factory=dict)  # the last usage of each generation
 
     def add(self, chunk: Chunk) -> None:
-        """Count what a chunk of a generation tells."""
+        """Counts a chunk of a generation."""
         if (usage := chunk.usage or chunk.so_far) is not None:
             self._latest[chunk.index] = usage
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens read."""
+        """The tokens of the prompts."""
         return sum(usage.prompt_tokens for usage in self._of_each_prompt().values())
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens made."""
+        """The generated tokens."""
         return sum(usage.completion_tokens for usage in self._latest.values())
 
     def so_far(self) -> TokenCounts:
-        """The counts up to here, as vLLM tells them with every piece."""
+        """The counts so far, as vLLM sends them with every piece."""
         read, made = self.prompt_tokens, self.completion_tokens
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
@@ -67,12 +67,12 @@ class Counted:
             "cached_tokens": sum(usage.cached_tokens for usage in self._of_each_prompt().values())
         }
         if self.reasoning_tokens is not None:
-            thought = min(self.reasoning_tokens, self.completion_tokens)  # counted by its text, which may be cut
+            thought = min(self.reasoning_tokens, self.completion_tokens)  # counted from the text, so it may be too high
             told["completion_tokens_details"] = {"reasoning_tokens": thought}
         return told
 
     def _of_each_prompt(self) -> dict[int, Usage]:
-        """The count of the first answer to each: the others find the prompt in the cache because of it."""
+        """The usage of the first answer to each prompt: later ones find the prompt in the cache only because of it."""
         first: dict[int, Usage] = {}
         for index in sorted(self._latest):
             first.setdefault(index // self.answers, self._latest[index])
@@ -80,7 +80,7 @@ class Counted:
 
 
 def within(text: str, tokens: Iterable[Token]) -> list[Token]:
-    """Those of the tokens made that `text` holds: no end token, and nothing from a stop string on."""
+    """The generated tokens that `text` holds: without an end token, and without a stop string's tokens."""
     left = len(text.encode("utf-8", "replace"))
     kept = []
     for token in tokens:
@@ -94,14 +94,14 @@ def within(text: str, tokens: Iterable[Token]) -> list[Token]:
 
 
 class Told:
-    """The tokens of a stream, each told with the text that holds it, and none that the text does not: see `within`."""
+    """Assigns the tokens of a stream to the chunks whose text holds them, and drops all others: see `within`."""
 
     def __init__(self) -> None:
         self._tokens: list[Token] = []
-        self._bytes = 0  # of text whose tokens are not told yet
+        self._bytes = 0  # bytes of text whose tokens are not sent yet
 
     def of(self, chunk: Chunk) -> list[Token]:
-        """The tokens to tell with a chunk."""
+        """The tokens to send with a chunk."""
         self._tokens += [token for token in chunk.tokens if not token.special]
         self._bytes += len(chunk.text.encode("utf-8", "replace"))
         told = []
@@ -112,7 +112,7 @@ class Told:
 
 
 def chat_logprobs(tokens: Iterable[Token]) -> ChatLogprobs:
-    """`logprobs` of a choice of a chat."""
+    """The `logprobs` of a chat's choice."""
 
     def shown(token: Token) -> Likelihood:
         return {"token": token_text(token), "logprob": _finite(token.logprob), "bytes": list(token.raw)}
@@ -124,7 +124,7 @@ def chat_logprobs(tokens: Iterable[Token]) -> ChatLogprobs:
 
 
 def token_text(token: Token) -> str:
-    """A token as text; one that is a part of a character only, as OpenAI writes it."""
+    """A token's text; for a part of a character, its bytes in OpenAI's form."""
     try:
         return token.raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -132,13 +132,13 @@ def token_text(token: Token) -> str:
 
 
 class Places:
-    """Where the tokens of one completion begin in its text, in characters; a part of a character, where that begins.
+    """Computes where the tokens of one completion begin in its text, in characters.
 
-    Special tokens that the text does not show, take no place in it.
+    A part of a character begins where the character does. Special tokens that the text does not show take no place.
     """
 
     def __init__(self, echo: str) -> None:
-        """`echo` is what the text begins with, of the prompt."""
+        """`echo` is the prompt's text at the start of the completion."""
         self.echo = echo
         self._at = len(echo)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -147,7 +147,7 @@ class Places:
         """The places of the echoed prompt's tokens."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         places: list[int] = []
-        at, open_since = 0, 0  # the first token of a character that is not complete
+        at, open_since = 0, 0  # `open_since`: the first token of an incomplete character
         for token in tokens:
             places.append(at)
             if text := decoder.decode(token.raw):
@@ -158,15 +158,15 @@ class Places:
         return places
 
     def _found(self, text: str, at: int, *, special: bool) -> tuple[int, int]:
-        """Where a token's text begins in the echo, from `at` on, and ends; either may lack the other's space."""
+        """The start and end of a token's text in the echo, from `at`; either may lack the other's leading space."""
         for begin, shown in ((at, text), (at, text.removeprefix(" ")), (at + 1, text)):
             if self.echo.startswith(shown, begin) and (begin == at or self.echo[at : at + 1] == " "):
                 return begin, begin + len(shown)
-        # A special token that is not shown; else a tokenizer that reads other letters than there are.
+        # A special token that is not shown; else a tokenizer that changes letters.
         return at, at if special else min(at + len(text), len(self.echo))
 
     def of_made(self, tokens: Iterable[Token]) -> list[int]:
-        """The places of the next tokens that were made."""
+        """The places of the next generated tokens."""
         places = []
         for token in tokens:
             places.append(self._at)
@@ -175,7 +175,7 @@ class Places:
 
 
 def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternatives: int) -> CompletionLogprobs:
-    """`logprobs` of a choice of a completion, whose tokens begin at `offsets`, in characters of the text."""
+    """The `logprobs` of a completion's choice; `offsets` are its tokens' places in the text, in characters."""
     texts, values = [], []
     tops: list[dict[str, float] | None] = []
     for token in tokens:
@@ -185,7 +185,7 @@ def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternative
             tops.append(None)
             continue
         top = {token_text(each): _finite(each.logprob) for each in reversed(token.top[:alternatives])}
-        top.setdefault(token_text(token), _finite(token.logprob))  # OpenAI's holds the chosen one too: one more, maybe
+        top.setdefault(token_text(token), _finite(token.logprob))  # as OpenAI: the chosen token too, maybe one more
         tops.append(dict(sorted(top.items(), key=lambda item: -item[1])))
     return {
         "tokens": texts,
@@ -196,10 +196,10 @@ def completion_logprobs(tokens: Sequence[Token], offsets: list[int], alternative
 
 
 def failure(error: LocalLLMError) -> OpenAIFailure:
-    """The event that ends a stream that failed."""
+    """The event that ends a failed stream."""
     return openai_body(str(error), status_of(error), error)
 
 
 def _finite(logprob: float | None) -> float:
-    """A log-probability that JSON can carry; OpenAI too has -9999 for what is impossible."""
+    """A log-probability that JSON can carry; -9999 means impossible, as in OpenAI's answers."""
     return -9999.0 if logprob is None or logprob < -9999.0 else logprob

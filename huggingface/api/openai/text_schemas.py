@@ -1,6 +1,6 @@
-"""OpenAI's bodies that hold plain texts: completions, embeddings, and the documents to rerank.
+"""OpenAI's bodies that hold plain texts: completions, embeddings, and documents to rerank.
 
-Nothing here works on a model.
+Must not know models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_PROMPTS = 2048
 
 
 def _texts_or_tokens(value: Any, what: str) -> Any:
-    """See that a value is a text, or a list of some; which kind of list, the field's type says."""
+    """Checks that a value is a text or a list; the field's type checks the list's items."""
     if not isinstance(value, str | list):
         raise PydanticCustomError("rule", "{reason}", {"reason": "must be text, or a list of texts or tokens"})
     if isinstance(value, list):
@@ -44,9 +44,9 @@ class CompletionBody(Penalized):
     max_tokens: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="16 where nothing else sets a limit; -1 is no limit."
     )
-    echo: bool | None = Field(None, description="Give the prompt back before the text.")
-    logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to name for each token.")
-    best_of: int | None = Field(None, ge=1, le=128, description="Make so many, and answer with the likeliest `n`.")
+    echo: bool | None = Field(None, description="Return the prompt before the text.")
+    logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to show for each token.")
+    best_of: int | None = Field(None, ge=1, le=128, description="Generate so many texts, return the likeliest `n`.")
     suffix: None = None
     response_format: ResponseFormat | None = None
 
@@ -71,11 +71,11 @@ class CompletionBody(Penalized):
         return self
 
     def limited(self) -> tuple[int | None, str]:
-        """The most new tokens, and the field that says so; below 0 it is no limit."""
+        """The limit of new tokens, and the field that sets it; below 0 is no limit."""
         return self.limit(("max_tokens",))
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one."""
+        """The prompts as a list."""
         prompt: Any = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             return [prompt]
@@ -83,9 +83,9 @@ class CompletionBody(Penalized):
 
 
 class HubCompletionBody(CompletionBody):
-    """Text to continue, by a model that the address names: what huggingface.js sends for a text generation."""
+    """Text to continue, by a model that the address names, as huggingface.js sends it."""
 
-    model: str | None = Field(None, description="What the client calls the model.")  # type: ignore[assignment]
+    model: str | None = Field(None, description="The client's name for the model.")  # type: ignore[assignment]
     return_full_text: bool | None = Field(None, description="The same as echo.")
 
     @model_validator(mode="after")
@@ -100,12 +100,12 @@ class HubCompletionBody(CompletionBody):
 Filled = Annotated[str, Field(min_length=1)]
 
 
-# What embedding services call whether a text that is too long is cut, and at which end.
+# Embedding services' names for where a text that is too long is cut, or that it is not.
 _CUTS = {"END": True, "NONE": False, "RIGHT": True}
 
 
 def _cut(value: Any) -> Any:
-    """Whether a text is cut at its end; another end is refused as no such value."""
+    """Whether a text is cut at its end; the field's type refuses any other value."""
     return _CUTS.get(value.upper(), value) if isinstance(value, str) else value
 
 
@@ -113,20 +113,20 @@ Cut = Annotated[bool, BeforeValidator(_cut, json_schema_input_type=bool | Litera
 
 
 class EmbeddingBody(Asker):
-    """Texts to make vectors of."""
+    """Texts to compute vectors of."""
 
     model: str = Field(description=MODEL)
     input: Filled | list[Filled] | list[TokenId] | list[TokenIds] = Field(
-        description="A text, several, or the same as token ids, which are taken as they are."
+        description="A text, several, or the same as token ids, which are used unchanged."
     )
-    dimensions: Count | None = Field(None, description="The first so many of each vector's numbers.")
+    dimensions: Count | None = Field(None, description="Keep only so many numbers of each vector, from its start.")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: little-endian float32.")
     truncate: Cut | None = Field(None, description="Cut a text that is longer than the model reads.")
     prompt_name: Text | None = Field(None, description="Which of a sentence-transformers model's prompts to use.")
     input_type: Text | None = Field(
-        None, description="The same, as others call it: it makes no difference to a model without prompts."
+        None, description="The same under other services' name; no effect on a model without prompts."
     )
-    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    timeout: Timeout | None = Field(None, description="Seconds after which the request is cancelled.")
     keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")
 
@@ -156,9 +156,9 @@ class RerankBody(Asker):
     model: str = Field(description=MODEL)
     query: Filled
     documents: list[Text | Document] = Field(min_length=1, max_length=MOST_PROMPTS)
-    top_n: Count | None = Field(None, description="Only the best so many.")
-    return_documents: bool | None = Field(None, description="Give the documents back, too.")
+    top_n: Count | None = Field(None, description="Return only so many of the best documents.")
+    return_documents: bool | None = Field(None, description="Return the documents' texts too.")
     truncate: Cut | None = Field(None, description="Cut documents that are longer than the model reads.")
-    timeout: Timeout | None = Field(None, description="Seconds after which no answer is wanted any more.")
+    timeout: Timeout | None = Field(None, description="Seconds after which the request is cancelled.")
     keep_alive: KeepAlive | None = Field(None, description="Seconds in memory after this use; -1 is for ever.")
     adapter: Text | None = Field(None, min_length=1, description="Which of the model's adapters to use.")

@@ -1,8 +1,8 @@
-"""How much a model is to think: the fields that say so, and what its chat template can make of them.
+"""The fields that set how much a model thinks, and their translation into variables of its chat template.
 
-OpenAI says `reasoning_effort`, OpenRouter `reasoning`, Qwen's templates `enable_thinking`, others `think` and
-`thinking`. What a model has no such thing for makes no difference, unless it is asked not to think and always does:
-that is refused. Nothing here works on a model.
+OpenAI has `reasoning_effort`, OpenRouter `reasoning`, Qwen's templates `enable_thinking`, others `think` and
+`thinking`. A field that a model's template does not support has no effect; but asking a model not to think that always
+thinks is refused. Must not know models.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from .parts import Part, Text, refuse
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 _SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates that are true or false
-_AMOUNT = "reasoning_effort"  # the variable of others
+_AMOUNT = "reasoning_effort"  # a variable of chat templates with words for the effort
 _NEVER = ("none", "minimal")
 
 
 class ReasoningOptions(Hinted):
-    """How much to think, as `/v1/responses` and OpenRouter have it."""
+    """How much to think, in the form of `/v1/responses` and OpenRouter."""
 
     place = "reasoning"
 
     effort: Effort | None = None
     enabled: bool | None = None
     exclude: Literal[False] | None = so_anyway()
-    summary: Text | None = hint("There are no summaries here.")
-    generate_summary: Text | None = hint("There are no summaries here.")
-    context: Text | None = hint("The input says what came before.")
+    summary: Text | None = hint("No effect: this server makes no summaries.")
+    generate_summary: Text | None = hint("No effect: this server makes no summaries.")
+    context: Text | None = hint("No effect: the input holds the whole conversation.")
 
 
 class ThinkingOptions(Part):
-    """Whether to think, as Anthropic and DeepSeek have it."""
+    """Whether to think, in the form of Anthropic and DeepSeek."""
 
     type: Literal["enabled", "disabled", "adaptive"]
 
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What is wanted: an `effort`, or thinking switched on or off; `names` are the fields that said so."""
+    """The requested thinking: an `effort`, or a `switch` on or off; `names` are the fields that set them."""
 
     effort: str | None = None
     switch: bool | None = None
@@ -54,13 +54,13 @@ class Thought:
     def settle(
         self, template: Mapping[str, Any], has: Callable[[str], bool], thinks: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        """The template's variables for it beside those of `template`, and the fields that make no difference.
+        """Returns the template's variables, those of `template` included, and the fields without effect.
 
-        `has` tells whether the model's chat template has a variable, `thinks` whether the model thinks aloud.
+        `has` says whether the model's chat template has a variable, `thinks` whether the model writes reasoning.
 
         Raises:
-            InvalidRequest: the model is not to think, and its template has no way to say so; or `template` says
-                something else than the fields.
+            InvalidRequest: the request disables thinking, which this model's template does not support; or `template`
+                contradicts the fields.
         """
         given, ignored = dict(template), []
         wanted = {name: template[name] for name in (*_SWITCHES, _AMOUNT) if name in template and not has(name)}
@@ -89,7 +89,7 @@ class Thought:
 
 
 def _set(template: dict[str, Any], name: str, value: Any, field: str) -> None:
-    """Give the template a variable that `field` asks for, unless it is given another value already."""
+    """Sets a variable of the template for `field`; refuses it if the variable has another value already."""
     if template.setdefault(name, value) != value:
         raise InvalidRequest(
             f"Invalid value for field '{field}': says something else than chat_template_kwargs.{name}", field
@@ -98,16 +98,16 @@ def _set(template: dict[str, Any], name: str, value: Any, field: str) -> None:
 
 def _check(field: str, unwanted: bool, thinks: bool) -> None:
     if unwanted and thinks:
-        reason = "this model always thinks: its chat template knows no such thing"
+        reason = "this model always thinks: its chat template has no variable to turn it off"
         raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
 
 
 class Thinks(Part):
-    """The fields that say how much to think."""
+    """The fields that set how much to think."""
 
     reasoning_effort: Effort | None = None
-    reasoning: ReasoningOptions | None = Field(None, description="The same, as OpenRouter has it.")
-    enable_thinking: bool | None = Field(None, description="Whether to think, where the model's template can say so.")
+    reasoning: ReasoningOptions | None = Field(None, description="The same, in OpenRouter's form.")
+    enable_thinking: bool | None = Field(None, description="Whether to think, if the model's template supports it.")
     think: bool | Literal["low", "medium", "high"] | None = Field(None, description="Whether to think, or how much.")
     thinking: ThinkingOptions | None = Field(None, description="Whether to think.")
 
@@ -144,7 +144,7 @@ class Thinks(Part):
             yield "reasoning.enabled", self.reasoning.enabled
 
     def thought(self) -> Thought:
-        """All of them as one."""
+        """All fields as one `Thought`."""
         effort, switch = next(self._efforts(), None), next(self._switches(), None)
         names = {"effort": effort[0]} if effort else {}
         names |= {"switch": switch[0]} if switch else {}

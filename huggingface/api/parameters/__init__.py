@@ -1,1 +1,1 @@
-"""What a caller may ask of generation and of each task, and which of it is in effect."""
+"""The parameters of generation and of each task, and the rules by which they take effect."""

@@ -1,4 +1,4 @@
-"""Which parameters are in effect: the request's over the model's registered ones over the documented defaults.
+"""Computes the parameters in effect: the request's over the model's registered ones over the documented defaults.
 
 Pure functions over plain values.
 """
@@ -24,13 +24,13 @@ GENERATE_DEFAULTS: Mapping[str, Any] = {
     "repetition_penalty": 1.1,
 }
 
-# Two ways to say one thing. transformers lets the first of each pair win wherever it comes from; here the one that was
-# asked for nearer to the request wins, so that neither is accepted and then ignored.
+# Pairs of names for the same thing. transformers always prefers the first of a pair; here the one from the layer
+# nearest to the request wins, so that none is accepted and then ignored.
 _SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"), ("stop_strings", "stop_sequence"))
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers' values, later layers over earlier ones, keys in the order they first appear."""
+    """Merges the layers' values, later layers over earlier ones, with keys in the order of their first appearance."""
     result: dict[str, Any] = {}
     for layer in layers:
         for one, other in _SAME:
@@ -43,10 +43,10 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agreed(known: type[Parameters], effective: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The effective parameters without those, not asked for, that do not go together with what was asked for.
+    """Validates the effective parameters; drops registered and default ones that contradict the requested ones.
 
     Raises:
-        InvalidRequest: it is what was asked for that cannot be; names the field.
+        InvalidRequest: a requested parameter is invalid; names the field.
     """
     while True:
         try:
@@ -59,21 +59,21 @@ def _agreed(known: type[Parameters], effective: dict[str, Any], asked: Mapping[s
 
 
 def generation_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The effective parameters of `/generate`; a temperature of 0 means greedy, and is shown so.
+    """The effective parameters of `/generate`; a temperature of 0 sets `do_sample` to false.
 
     Raises:
-        InvalidRequest: what was asked does not go together with what is registered or the default; names the field.
+        InvalidRequest: a requested parameter contradicts another one; names the field.
     """
     registered = {name: value for name, value in record.parameters.items() if name in GenerationParameters.model_fields}
     effective = merge(GENERATE_DEFAULTS, registered, asked)
     if effective["temperature"] == 0 and asked.get("do_sample") and "temperature" not in asked:
-        effective["temperature"] = GENERATE_DEFAULTS["temperature"]  # sampling was asked for, a temperature was not
+        effective["temperature"] = GENERATE_DEFAULTS["temperature"]  # the request asks to sample, without a temperature
     if effective["temperature"] == 0:
         effective["do_sample"] = False
     return _agreed(GenerationParameters, effective, asked)
 
 
-# What OpenAI's API says of a model that says nothing of itself.
+# OpenAI's defaults, for a model without its own.
 OPENAI_DEFAULTS: Mapping[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
@@ -82,23 +82,23 @@ def openai_parameters(
 ) -> dict[str, Any]:
     """The effective parameters of OpenAI's routes; `own` are those of the model's generation config.
 
-    The request's count most, then the registered ones, then the model's own, then OpenAI's. Where it is `unlimited`,
-    no limit of the length is among them.
+    The request's come first, then the registered ones, then the model's own, then OpenAI's. With `unlimited`, no limit
+    of the length is among them.
 
     Raises:
-        InvalidRequest: what was asked does not go together; names the field.
+        InvalidRequest: requested parameters contradict each other; names the field.
     """
     asked = dict(asked)
     if "do_sample" not in asked and {"temperature", "top_p"} & asked.keys():
-        asked["do_sample"] = True  # with OpenAI, everything is sampled
+        asked["do_sample"] = True  # OpenAI always samples
     effective = _effective_text(asked, OPENAI_DEFAULTS, own, _registered_for_text(record))
     if unlimited:
         return {name: value for name, value in effective.items() if name not in ("max_new_tokens", "max_length")}
     return effective
 
 
-# What the published schema says of a text generation, and TGI does: as many tokens, or as there is room for. It has no
-# beams, and a stream of tokens cannot be had from them.
+# The published schema's defaults for text generation, and TGI's: 1,024 tokens, or as many as there is room for. TGI has
+# no beams, which could not be streamed.
 HUB_DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 1024, "do_sample": False, "num_beams": 1}
 
 
@@ -106,19 +106,19 @@ def hub_parameters(record: ModelRecord, asked: Mapping[str, Any]) -> dict[str, A
     """The effective parameters of a text generation in Hugging Face's protocol.
 
     Raises:
-        InvalidRequest: what was asked does not go together; names the field.
+        InvalidRequest: requested parameters contradict each other; names the field.
     """
     return _effective_text(asked, HUB_DEFAULTS, _registered_for_text(record))
 
 
 def _registered_for_text(record: ModelRecord) -> dict[str, Any]:
-    """The registered parameters of a generation; how many answers are wanted is the request's alone to say."""
+    """The registered parameters of a generation, without the number of answers, which only a request sets."""
     known = GenerationParameters.model_fields.keys() - {"num_return_sequences"}
     return {name: value for name, value in record.parameters.items() if name in known}
 
 
 def _effective_text(asked: Mapping[str, Any], *below: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked over the layers below it; a temperature of 0 means greedy."""
+    """The requested parameters over the layers below; a temperature of 0 means greedy."""
     effective = merge(*below, asked)
     if effective.get("temperature") == 0:
         effective["do_sample"] = False
@@ -128,17 +128,17 @@ def _effective_text(asked: Mapping[str, Any], *below: Mapping[str, Any]) -> dict
 def task_parameters(
     record: ModelRecord, task: str, asked: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The effective parameters of a task: registered ones count for the model's own task and for tasks that write.
+    """The effective parameters of a task. Registered ones apply to the model's own task and to tasks that generate.
 
-    Elsewhere a name may mean something else (`top_k` of a generation is not that of fill-mask). `defaults` are what a
-    protocol has where neither the request nor the model says anything.
+    For other tasks a name may have another meaning (`top_k` of a generation is not that of fill-mask). `defaults` are
+    the protocol's, below the request's and the model's.
 
     Raises:
-        InvalidRequest: naming the field that is unknown, missing or wrong.
+        InvalidRequest: a field is unknown, missing or wrong; names it.
     """
     name = canonical_task(task)
     registered: dict[str, Any] = {}
-    own = MODEL_TYPES.get(record.model_type)  # a file written by hand or by a later version may have another
+    own = MODEL_TYPES.get(record.model_type)  # a file written by hand or by a later version may have an unknown type
     if name in GENERATION_TASKS or (own is not None and name == own.task):
         known = TASK_PARAMETERS[name].model_fields
         registered = {key: value for key, value in record.parameters.items() if key in known}
@@ -147,15 +147,15 @@ def task_parameters(
 
 
 def check_registered(model_type: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The default parameters as they are kept, if a model of this type can have them: its task's, and a generation's.
+    """Checks the default parameters of a model of this type, its task's and generation's; returns them as stored.
 
-    Unknown ones are refused however the server is set: what is kept would be believed for as long as it is there.
+    Unknown ones are refused whatever the server's setting, because stored parameters would seem to have an effect.
 
     Raises:
-        InvalidRequest: naming the field that is unknown or wrong, as `parameters.<name>`.
+        InvalidRequest: a field is unknown or wrong; names it as `parameters.<name>`.
     """
     own = TASK_PARAMETERS[MODEL_TYPES[model_type].task]
-    # What a task requires of each request need not be a default of the model.
+    # A field that a task requires of each request need not be a default of the model.
     required = {name: "label" for name, field in own.model_fields.items() if field.is_required()}
     parameters = own.given(parameters)
     mine = {name: value for name, value in parameters.items() if name in own.model_fields}

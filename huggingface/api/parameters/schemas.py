@@ -1,8 +1,8 @@
-"""What a caller may ask of generation and of each task: names, types, ranges, and what each means.
+"""The parameters of generation and of each task: names, types, ranges and meanings.
 
-Owns one pydantic model a task, which also becomes OpenAPI, and the translation of pydantic's complaints into the
-project's errors. Plain data, safe from any thread. A parameter stands here only if transformers 5.23 honours it and
-JSON can carry it; any other name is refused. Must not know models, tokenizers, torch or HTTP.
+Owns one pydantic model for each task, which also becomes OpenAPI, and the translation of pydantic's errors into the
+project's. Plain data, safe from any thread. A parameter is listed only if transformers 5.23 honours it and JSON can
+carry it; any other name is refused. Must not know models, tokenizers, torch or HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "validate",
 ]
 
-_LARGEST = 2**31 - 1  # a length, a count or a token id beyond this means nothing to any model
+_LARGEST = 2**31 - 1  # no model has a larger length, count or token id
 _MOST_SEQUENCES = 1024  # each one multiplies the memory of a step
 
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
@@ -34,43 +34,43 @@ TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # JSON has no other keys than strings
 Bias = Annotated[float, Field(ge=-100, le=100)]
-AnyText = Annotated[str, Field(min_length=0)]  # a bare `str` would let through text that has no UTF-8 form
+AnyText = Annotated[str, Field(min_length=0)]  # a bare `str` would accept text without a UTF-8 form
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-# Matching costs a pass over the vocabulary for every character.
+# Matching a stop string costs a pass over the vocabulary for each of its characters.
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(min_length=1, max_length=64)]
 
 
 def _maybe(description: str, **constraints: Any) -> Any:
-    """A parameter that need not be given; `None` stands for that here, as null does from a caller."""
+    """An optional parameter; `None`, or null in a body, means that it is not given."""
     return Field(default=None, description=description, **constraints)
 
 
 def _refuse(field: str, reason: str) -> PydanticCustomError:
-    """An error of a rule over several fields; `request_error` reads which of them it names."""
+    """The error of a rule over several fields; `request_error` reads the `field` that it names."""
     return PydanticCustomError("rule", "{reason}", {"field": field, "reason": reason})
 
 
 class Parameters(Fields):
-    """Root of all parameter models: strict types, no unknown names, no NaN or infinity."""
+    """The base of all parameter models: strict types, no unknown names, no NaN or infinity."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CommonGeneration(Parameters):
-    """What `generate` of transformers honours for every model that makes text, token by token."""
+    """The parameters that transformers' `generate` honours for every model that generates text."""
 
-    beams: ClassVar[int] = 1  # where none are asked for
+    beams: ClassVar[int] = 1  # the default number of beams
 
     max_new_tokens: int = _maybe("Most tokens to generate, prompt not counted.", ge=1, le=_LARGEST)
-    max_length: int = _maybe("Most tokens in all: prompt and new ones, or what a decoder writes.", ge=1, le=_LARGEST)
+    max_length: int = _maybe("Most tokens in total: prompt and new ones, or a decoder's output.", ge=1, le=_LARGEST)
     min_new_tokens: int = _maybe("No end of text before this many new tokens.", ge=0, le=_LARGEST)
     min_length: int = _maybe("No end of text before this length, as `max_length`.", ge=0, le=_LARGEST)
     max_time: float = _maybe("Seconds after which no further token is begun.", gt=0)
     stop_strings: Stop | Stops = _maybe("Text, or several, at which generation stops; it is kept.")
     eos_token_id: TokenId | TokenIds = _maybe("Token, or several, at which generation stops.")
-    do_sample: bool = _maybe("Draw each token at random by its probability; false takes the likeliest.")
+    do_sample: bool = _maybe("Sample each token at random by its probability; false takes the likeliest.")
     temperature: float = _maybe("Below 1 sharpens, above 1 flattens the choice; 0 is greedy.", ge=0)
     top_k: int = _maybe("Sample among this many likeliest tokens; 0 is no limit.", ge=0, le=_LARGEST)
     top_p: float = _maybe("Sample among the likeliest tokens that add up to this share.", gt=0, le=1)
@@ -106,7 +106,7 @@ class CommonGeneration(Parameters):
     @field_validator("temperature", "repetition_penalty", "encoder_repetition_penalty")
     @classmethod
     def _within_float32(cls, value: float) -> float:
-        # Logits are divided by these: beyond float32's reach they turn into NaN, which on a GPU ends the whole process.
+        # Logits are divided by these: beyond float32's range they become NaN, which on a GPU ends the whole process.
         if value != 0 and not 1e-4 <= value <= 1e4:
             raise ValueError("must lie between 0.0001 and 10000")
         return value
@@ -173,25 +173,25 @@ class GenerationParameters(CommonGeneration):
     forced_bos_token_id: TokenId = _maybe("First token of the answer (encoder-decoder models only).")
     guidance_scale: float = _maybe("Above 1 binds the text to the prompt (decoder-only models).", ge=1, le=100)
     presence_penalty: float = _maybe(
-        "Taken from the logit of every token made so far, prompt not counted.", ge=-2, le=2
+        "Subtracted from the logit of every token generated so far, prompt not counted.", ge=-2, le=2
     )
-    frequency_penalty: float = _maybe("The same, for each time that the token was made.", ge=-2, le=2)
+    frequency_penalty: float = _maybe("The same, for each time that the token was generated.", ge=-2, le=2)
     repeat_last_n: int = _maybe(
-        "How many of the last tokens these two and `repetition_penalty` look at; -1 is all of them, 0 none.",
+        "How many of the last tokens these two and `repetition_penalty` apply to; -1 is all of them, 0 none.",
         ge=-1,
         le=_LARGEST,
     )
     logit_bias: dict[TokenKey, Bias] = _maybe('Added to the logits of tokens: `{"token id": bias}`.', min_length=1)
-    seed: int = _maybe("Starts the random draws, so that an answer can be repeated.", ge=0, lt=2**63)
+    seed: int = _maybe("Seed of the sampling, so that an answer can be repeated.", ge=0, lt=2**63)
     stop_token_ids: TokenIds = _maybe("Tokens at which generation stops besides the end-of-text tokens.")
-    ignore_eos: bool = _maybe("Go on behind the end of the text, to the greatest length or another stop.")
+    ignore_eos: bool = _maybe("Continue after the end-of-text token, up to the length limit or another stop.")
 
 
 class TextGenerationParameters(CommonGeneration):
-    """`text-generation`: continue a text, or answer a chat."""
+    """`text-generation`: continues a text, or answers a chat."""
 
     guidance_scale: float = _maybe("Above 1 binds the text more closely to the prompt.", ge=1, le=100)
-    return_full_text: bool = _maybe("Give the prompt and the new text (default), or the new text only.")
+    return_full_text: bool = _maybe("Return the prompt and the new text (default), or only the new text.")
     prefix: AnyText = _maybe("Text put before each prompt; it is not part of the answer.")
     stop_sequence: Stop | Stops = _maybe("The same as `stop_strings`.")
     truncation: bool = _maybe("Cut a prompt that is longer than the tokenizer's limit.")
@@ -201,7 +201,7 @@ class TextGenerationParameters(CommonGeneration):
     add_special_tokens: bool = _maybe("Whether the tokenizer adds its special tokens to a plain prompt.")
     skip_special_tokens: bool = _maybe("Leave special tokens out of the answer (default).")
     clean_up_tokenization_spaces: bool = _maybe("Remove the spaces that tokens leave before punctuation.")
-    continue_final_message: bool = _maybe("Chats only: go on with the last message; no new turn.")
+    continue_final_message: bool = _maybe("Chats only: continue the last message instead of a new turn.")
 
     @model_validator(mode="after")
     def _one_way_to_stop(self) -> Self:
@@ -231,9 +231,9 @@ class TranslationParameters(Text2TextParameters):
 
 
 class QuestionAnsweringParameters(Parameters):
-    """`question-answering`: find the answer in a context."""
+    """`question-answering`: finds the answer in a context."""
 
-    top_k: Count = _maybe("How many answers to give.")
+    top_k: Count = _maybe("How many answers to return.")
     doc_stride: int = _maybe("Tokens that two pieces of a long context share.", ge=0, le=_LARGEST)
     max_answer_len: Count = _maybe("Longest answer, in tokens.")
     max_seq_len: Count = _maybe("Longest piece, question and context together, in tokens.")
@@ -257,19 +257,19 @@ class TokenizerArguments(Parameters):
 
 
 class FillMaskParameters(Parameters):
-    """`fill-mask`: what could stand at the mask."""
+    """`fill-mask`: finds words for the mask."""
 
-    top_k: Count = _maybe("How many candidates to give (default 5).")
+    top_k: Count = _maybe("How many candidates to return (default 5).")
     targets: Text | Texts = _maybe("Score only these; one not in the vocabulary counts as its first token.")
     tokenizer_kwargs: TokenizerArguments = _maybe("How the tokenizer reads the text.", strict=False)
 
 
 class TextClassificationParameters(Parameters):
-    """`text-classification`: which label a text, or a pair of texts, has."""
+    """`text-classification`: labels a text, or a pair of texts."""
 
     nulls = frozenset({"top_k"})
 
-    top_k: Count | None = _maybe("How many labels to give; null gives all.")
+    top_k: Count | None = _maybe("How many labels to return; null returns all.")
     function_to_apply: Literal["sigmoid", "softmax", "none"] = _maybe("How logits become scores.")
     truncation: bool = _maybe("Cut a text that is longer than the tokenizer's limit.")
     max_length: Count = _maybe("Longest text in tokens; the rest is cut.")
@@ -282,7 +282,7 @@ class TextClassificationParameters(Parameters):
 
 
 class TokenClassificationParameters(Parameters):
-    """`token-classification`: label the tokens of a text, such as the names in it."""
+    """`token-classification`: labels the tokens of a text, such as the names in it."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = _maybe(
         "How tokens are joined into entities."
@@ -290,7 +290,7 @@ class TokenClassificationParameters(Parameters):
     ignore_labels: list[AnyText] = _maybe('Labels left out of the answer (default `["O"]`).')
     stride: int = _maybe("Split a long text; neighbouring pieces share this many tokens.", ge=0, le=_LARGEST)
     is_split_into_words: bool = _maybe("Each input is a list of words.")
-    delimiter: AnyText = _maybe("What stands between words given as a list (default: a space).")
+    delimiter: AnyText = _maybe("Text between words that are given as a list (default: a space).")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -302,7 +302,7 @@ class TokenClassificationParameters(Parameters):
 
 
 class ZeroShotParameters(Parameters):
-    """`zero-shot-classification`: which of your own labels fits a text."""
+    """`zero-shot-classification`: finds which of your own labels fits a text."""
 
     candidate_labels: Text | Texts = Field(description="The labels: a list, or one text with commas between them.")
     hypothesis_template: Text = _maybe("Sentence with {} where the label goes.")
@@ -345,7 +345,7 @@ class FeatureExtractionParameters(Parameters):
 
 
 class TableQuestionAnsweringParameters(Parameters):
-    """`table-question-answering`: answer from the cells of a table."""
+    """`table-question-answering`: answers from the cells of a table."""
 
     sequential: bool = _maybe("Read the queries as one conversation; each sees the answers before it.")
     truncation: bool | Literal["drop_rows_to_fit", "do_not_truncate"] = _maybe(
@@ -373,13 +373,13 @@ TASK_PARAMETERS: Mapping[str, type[Parameters]] = MappingProxyType(
 def validate(
     model_cls: type[BaseModel], values: Mapping[str, Any], prefix: AnyText = "", *, lasts: bool = False
 ) -> dict[str, Any]:
-    """Check `values` against `model_cls` and return those that were given, as plain JSON values.
+    """Checks `values` against `model_cls`; returns the given ones as plain JSON values.
 
-    `prefix` goes before a field's name in messages (`parameters.` gives `parameters.top_p`). Values that are kept
-    (`lasts`) hold no unknown name even where the server takes such of requests.
+    `prefix` goes before a field's name in messages (`parameters.` gives `parameters.top_p`). For stored values
+    (`lasts`), unknown names are refused even where the server's setting accepts them in requests.
 
     Raises:
-        MissingField, UnknownField, InvalidRequest: for the first thing wrong, in that order; each names the field.
+        MissingField, UnknownField, InvalidRequest: for the first problem, in that order; each names the field.
     """
     try:
         model = model_cls.model_validate(dict(values), context={"prefix": prefix, "lasts": lasts})

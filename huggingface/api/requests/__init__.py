@@ -1,1 +1,1 @@
-"""A request from its model to its answer: who is active, which model it has, and what its routes work with."""
+"""Active requests: their lease of a model, their limits, and the services that routes use."""

@@ -1,6 +1,6 @@
-"""What the routes work with: the registry, the manager, and facts about this server, kept on the Flask app.
+"""The services that routes use: the registry, the manager, and facts about this server, stored on the Flask app.
 
-One `Services` an app; two apps in one process share nothing.
+Each app has one `Services`; two apps in one process share nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Services:
     manager: ModelManager
     options: LoadOptions
     requests: Requests
-    places: threading.BoundedSemaphore  # of requests that may wait for a model at once
+    places: threading.BoundedSemaphore  # for requests that wait for a model
     preflight: Preflight
     warmup: Warmup
     started: float = field(default_factory=time.monotonic)
@@ -46,10 +46,10 @@ def services() -> Services:
 
 @contextmanager
 def admitted() -> Iterator[None]:
-    """A place among the requests that wait for models, kept until the block ends.
+    """Holds a place among the requests that wait for models until the block ends.
 
     Raises:
-        ServerFull: there is none: with one more, no thread might be left for the routes that need no model.
+        ServerFull: no place is free. One more request could take the last thread from routes that need no model.
     """
     places = services().places
     if not places.acquire(blocking=False):

@@ -1,8 +1,8 @@
-"""Which requests may wait for something, and how many of them at once: the others always find a thread.
+"""Limits the number of requests that may wait, so that requests which never wait always find a thread.
 
-A request has a thread of the server for as long as it waits: for a model, for its users to go, for another process's
-lock, for the Hub, for its turn. So every route counts as one that may wait, unless it says that it answers `at_once`;
-beyond a number of them one more is refused, with `Retry-After`. A stream has its place until it is sent.
+A request holds a thread of the server while it waits: for a model, for a model's users, for another process's lock, for
+the Hub, for its turn. So every route may wait unless it is marked `at_once`; above the limit, a further request is
+refused with `Retry-After`. A stream holds its place until it is sent.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ View = TypeVar("View", bound=Callable[..., Any])
 
 _EXTENSION = "local-llm-waiting"
 _PLACE = "place_among_the_waiting"
-_STATIC = "static"  # what Flask calls a blueprint's route to its files
+_STATIC = "static"  # Flask's name for a blueprint's route to its files
 
 
 def at_once(view: View) -> View:
-    """Mark a view as one that waits for nothing: it has what it tells, and runs however many others wait.
+    """Marks a view that never waits; it runs however many other requests wait.
 
-    It stands below the route's own decorator.
+    The decorator stands below the route's own.
     """
     view.at_once = True  # type: ignore[attr-defined]
     return view
 
 
 class Waiting:
-    """The places of the requests that may wait, of which there are fewer than threads."""
+    """The places for requests that may wait, fewer than threads."""
 
     def __init__(self, threads: int) -> None:
-        """`threads` are those that serve requests; a sixteenth of them is kept for those that wait for nothing."""
+        """`threads` is the number that serve requests; a sixteenth is kept for requests that never wait."""
         self._places = threading.BoundedSemaphore(max(1, threads - max(1, threads // 16)))
 
     def admit(self) -> None:
-        """Give the present request a place, if it is one that may wait.
+        """Takes a place for the present request, if it may wait.
 
         Raises:
-            ServerFull: there is none.
+            ServerFull: no place is free.
         """
         if request.endpoint is None or request.endpoint.rpartition(".")[2] == _STATIC:
             return
@@ -52,35 +52,35 @@ class Waiting:
             raise ServerFull
 
     def take(self) -> bool:
-        """Give the present request a place, if there is one."""
+        """Takes a place for the present request; returns whether one was free."""
         if taken := self._places.acquire(blocking=False):
             setattr(g, _PLACE, self._places.release)
         return taken
 
     @staticmethod
     def keep(response: Response) -> Response:
-        """Let a stream keep the place until it is sent."""
+        """Keeps a stream's place until the stream is sent."""
         if response.is_streamed and (release := g.pop(_PLACE, None)) is not None:
             response.call_on_close(release)
         return response
 
     @staticmethod
     def leave(_: BaseException | None = None) -> None:
-        """Give the place back, unless a stream has it."""
+        """Frees the place, unless a stream holds it."""
         if (release := g.pop(_PLACE, None)) is not None:
             release()
 
 
 def may_wait() -> bool:
-    """Whether a request that is answered at once may wait for a moment all the same: as long as there are places."""
+    """Whether a place is free, so that a request which is marked `at_once` may still wait for a moment; takes it."""
     waiting: Waiting = current_app.extensions[_EXTENSION]
     return waiting.take()
 
 
 def init_waiting(app: Flask, threads: int, check: Callable[[Flask], None]) -> None:
-    """Bound the requests of `app` that wait; `check` puts before it whatever refuses requests altogether."""
+    """Limits the requests of `app` that wait; `check` registers the checks that refuse requests before that."""
     waiting = app.extensions[_EXTENSION] = Waiting(threads)
-    app.after_request(waiting.keep)  # of all that look at a response the first to be named is the last to run
+    app.after_request(waiting.keep)  # Flask runs the first registered function last
     app.teardown_request(waiting.leave)
     check(app)
     app.before_request(waiting.admit)
