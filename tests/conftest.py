@@ -26,6 +26,7 @@ for _name in [name for name in os.environ if name.startswith("LOCAL_LLM_")]:
 # Making the graphs of tiny models takes longer than most tests: those marked `each_backend` run with OpenVINO too.
 os.environ["LOCAL_LLM_BACKEND"] = "torch"
 
+import forked
 import tiny_models
 
 import huggingface
@@ -171,14 +172,9 @@ class Server:
             **environment,
         }
         self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py")],
-            cwd=directory,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        # What libraries read as they are imported, and what is about importing, needs a process of its own.
+        fresh = any(not name.startswith("LOCAL_LLM_") or name == "LOCAL_LLM_IMPORT_AT_START" for name in environment)
+        self.process = self._run(directory) if fresh else forked.Forked(self.environment, directory)
         started = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(started,))
         self._reader.start()
@@ -187,6 +183,17 @@ class Server:
         assert found, "the server did not start:\n" + "\n".join(self.lines)
         self.url = found[0]
         self.api = f"{self.url}/api/huggingface"
+
+    def _run(self, directory: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "app.py")]
+        return subprocess.Popen(
+            command,
+            cwd=directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def _read(self, started: threading.Event) -> None:
         assert self.process.stdout is not None

@@ -27,8 +27,8 @@ import json, sys
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-backends, folder = sys.argv[1:]
-for backend, arguments in json.loads(backends).items():
+runs, folder = sys.argv[1:]
+for backend, arguments in json.loads(runs):
     results = lm_eval.simple_evaluate(
         model=backend, model_args=arguments, tasks=["capitals"], batch_size=1, log_samples=True,
         task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
@@ -38,15 +38,16 @@ for backend, arguments in json.loads(backends).items():
 """
 
 
-def score(folder: Path, **backends: dict[str, Any]) -> list[list[list[tuple[float, bool]]]]:
-    """For each backend the log-likelihoods of all choices, and whether each is what the model would write itself."""
+def score(folder: Path, runs: list[tuple[str, dict[str, Any]]]) -> list[list[list[tuple[float, bool]]]]:
+    """For each run, a backend of the harness and its arguments, the log-likelihoods of all choices, and whether each is
+    what the model would write itself."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}
     environment |= {"HF_HOME": str(folder / "cache"), "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(backends), str(folder)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(runs), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    for backend, line in zip(backends, lines, strict=True):
+    for (backend, _), line in zip(runs, lines, strict=True):
         logging.getLogger(__name__).info("%s: %s", backend, line)
     return [json.loads(line.removeprefix("RESULT")) for line in lines]
 
@@ -71,26 +72,31 @@ def task(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("which", ["tiny", "starter"])
 def test_log_likelihoods_are_those_of_the_harness_own_backend(
-    which: str,
     task: Path,
     start_server: Callable[..., Server],
+    tmp_path: Path,
     models_dir: Path,
     starter_models_dir: Path,
     tiny: Callable[[str], str],
 ) -> None:
-    folder, model = (models_dir, tiny("gpt2")) if which == "tiny" else (starter_models_dir, STARTER)
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(folder))
-    server.add(model, "text-generation")
-    address, place = f"{server.url}/v1/completions", str(folder / model)
-    own = {"pretrained": place, "device": "cpu", "dtype": "float32", "max_length": 512}
-    served = {"model": model, "tokenizer": place, "base_url": address, "num_concurrent": 4, "max_length": 512}
-    ours, theirs = score(task, **{"local-completions": served, "hf": own})
-    assert len(ours) == len(QUESTIONS)
-    for one, other in zip(ours, theirs, strict=True):
-        assert [value for value, _ in one] == pytest.approx([value for value, _ in other], abs=1e-3)
-        assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
-    if which == "starter":
-        best = [max(range(3), key=lambda index: answers[index][0]) for answers in ours]
-        assert best[0] == 0, "it knows the capital of France"
+    root = tmp_path / "models"
+    runs: list[tuple[str, dict[str, Any]]] = []
+    for folder, model in ((models_dir, tiny("gpt2")), (starter_models_dir, STARTER)):
+        (root / model).parent.mkdir(parents=True)
+        (root / model).symlink_to(folder / model)
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(root))
+    for model in (tiny("gpt2"), STARTER):
+        server.add(model, "text-generation")
+        address, place = f"{server.url}/v1/completions", str(root / model)
+        served = {"model": model, "tokenizer": place, "base_url": address, "num_concurrent": 4, "max_length": 512}
+        runs.append(("local-completions", served))
+        runs.append(("hf", {"pretrained": place, "device": "cpu", "dtype": "float32", "max_length": 512}))
+    scored = score(task, runs)
+    for ours, theirs in (scored[:2], scored[2:]):
+        assert len(ours) == len(QUESTIONS)
+        for one, other in zip(ours, theirs, strict=True):
+            assert [value for value, _ in one] == pytest.approx([value for value, _ in other], abs=1e-3)
+            assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
+    capital = [value for value, _ in scored[2][0]]
+    assert max(capital) == capital[0], "the starter model knows the capital of France"
