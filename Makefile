@@ -13,9 +13,6 @@ BENCH := .venv-bench
 CLIENTS := .venv-clients
 UV := uv==0.13.8
 
-# The tests that load no model and start no server.
-FAST := $(patsubst %,tests/test_%.py,call_strings documents layout parameters registry registry_file tickets)
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -29,7 +26,7 @@ run: starter ## Install what is missing, bring the starter model, and serve on h
 	@exec $(PY) app.py
 
 check: lint ## Check format, lint and types, and run the tests that need no model: before each commit
-	$(PY) -m pytest $(FAST)
+	$(PY) -m pytest tests/unit
 
 test: starter $(STAMPS)/node lint ## Check format, lint and types, and run all tests (ARGS="-k name" goes to pytest)
 	$(PY) -m pytest $(ARGS)

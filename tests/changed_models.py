@@ -45,3 +45,17 @@ def text(model: loader.LoadedModel, prompt: str = "The little harbour") -> str:
     chunks = list(model.generate(GenerationRequest({"max_new_tokens": 6, "do_sample": False}, prompt=prompt)))
     model.close()
     return "".join(chunk.text for chunk in chunks)
+
+
+def sharded(folder: Path) -> None:
+    """Split the weights of a folder into two files and an index, as large models have them."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, parts = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    where = {name: parts[rank % 2] for rank, name in enumerate(names)}
+    for part in parts:
+        save_file({name: tensors[name] for name in names if where[name] == part}, folder / part)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

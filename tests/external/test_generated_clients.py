@@ -18,7 +18,7 @@ import pytest
 import requests
 from conftest import PATIENCE, Server
 
-CLIENTS = Path(__file__).resolve().parent / "clients"
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
 REGISTERED = {"max_new_tokens": 60, "temperature": 0.2, "repetition_penalty": 1.05}
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import PATIENCE, Server
 from documented import add_gpt2, emptied
 
-CLIENTS = Path(__file__).resolve().parent / "clients"
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
 DOCUMENTED_ADDRESS = "http://localhost:5000"
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -18,7 +18,7 @@ import requests
 import written_models
 from conftest import PATIENCE, Server
 
-CLIENTS = Path(__file__).resolve().parent / "clients"
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
 CONTEXT = "the cat sat on the mat and the dog ran to the house"
 # Method of huggingface.js, model, its type, `?task=`, arguments.
 TASKS: list[tuple[str, str, str, str, dict[str, Any]]] = [

@@ -6,16 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic_core import PydanticUndefined
+from repository import files, requirements
 from test_layout import FOLDERS
 
 from config import Settings
@@ -229,30 +227,6 @@ def test_the_changelog_tells_of_this_version() -> None:
 def test_the_version_is_the_same_everywhere(client: Any) -> None:
     assert client.get("/openapi.json").json["info"]["version"] == VERSION
     assert client.get("/").json["version"] == VERSION
-
-
-def files() -> Iterator[Path]:
-    """Every file that belongs to the repository: what git keeps or would; in a tree without git, all but caches."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode == 0:
-        yield from (ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
-        return
-    made = (".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis")
-    for path in ROOT.rglob("*"):
-        parts = path.relative_to(ROOT).parts
-        if path.is_file() and not set(parts) & set(made) and parts[:2] != ("data", "models"):
-            yield path
-
-
-def requirements(path: Path) -> list[Requirement]:
-    """What a requirements file names itself."""
-    lines = [line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
-    return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
 
 def test_the_lock_holds_every_requirement_at_its_version_and_leaves_what_torch_pins_to_torch() -> None:

@@ -53,7 +53,7 @@ def test_the_eight_documented_model_types_and_every_task_may_be_registered() -> 
 
 def test_the_table_of_tasks_is_read_without_torch() -> None:
     code = "import sys, huggingface.tasks, huggingface.api.parameters.schemas; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent.parent)
 
 
 @pytest.mark.parametrize("name", HEAD_OF)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, ROOT
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -26,7 +26,6 @@ from huggingface.errors import ModelExists, ModelNotFound, RegistryBusy
 from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 
-HERE = Path(__file__).parent
 THREADS, WRITES = 8, 13  # in each of the 2 processes: 208 changes a round
 ROUNDS = 20
 
@@ -38,10 +37,10 @@ class Writer:
         self.lines: list[dict[str, Any]] = []
         self._heard = threading.Condition()
         self._process = subprocess.Popen(
-            [sys.executable, HERE / "registry_writer.py", path, "killed", str(THREADS), str(WRITES)],
+            [sys.executable, ROOT / "tests" / "registry_writer.py", path, "killed", str(THREADS), str(WRITES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -259,7 +258,7 @@ def test_a_forked_server_shares_the_registry_without_hanging_or_counting_twice(t
         [sys.executable, "-W", "ignore", "-c", FORK, tmp_path / "models.json"],
         check=True,
         timeout=PATIENCE,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -298,7 +297,7 @@ def test_a_child_forked_between_a_rename_and_the_note_of_it_reads_the_file_anew(
         [sys.executable, "-W", "ignore", "-c", FORK_AMID, tmp_path / "models.json"],
         check=True,
         timeout=PATIENCE,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     registry = ModelRegistry(tmp_path / "models.json")
     assert [record.model_id for record in registry.list()] == ["first", "second", "third"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 import tiny_models
+from changed_models import sharded
 from conftest import PATIENCE, Server, until
 from embedding_models import build_embedding
 from hub_place import Place, load, refused, sent, works
@@ -102,20 +103,6 @@ def test_the_modules_of_a_sentence_embedding_model_are_brought_too(
     answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE).json()
     assert answer["pooling"] == "sentence-transformers"
     assert len(answer["data"][0]["embedding"]) == 12, "through its dense module"
-
-
-def sharded(folder: Path) -> None:
-    """Split the weights of a folder into two files and an index, as large models have them."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, parts = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    where = {name: parts[rank % 2] for rank, name in enumerate(names)}
-    for part in parts:
-        save_file({name: tensors[name] for name in names if where[name] == part}, folder / part)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def test_weights_in_several_files_are_fetched_and_a_lost_one_is_fetched_again(place: Place, server: Server) -> None:

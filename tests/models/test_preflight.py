@@ -16,12 +16,11 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import tiny_models
-from changed_models import copy, edit, load
+from changed_models import copy, edit, load, sharded
 from conftest import PATIENCE, ROOT
 from embedding_models import build_embedding
 from hub_place import Place
 from loaded_parts import noted_models
-from test_files import sharded
 
 from huggingface.errors import LoadError
 from huggingface.inspection.headers import GGUF_TYPES, HeaderDamaged, gguf_header, safetensors_header

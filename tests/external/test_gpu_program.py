@@ -15,7 +15,7 @@ from conftest import ROOT
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_documents import requirements
+from repository import requirements
 
 from benchmarks.gpu import __main__ as program
 

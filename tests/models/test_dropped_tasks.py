@@ -22,7 +22,7 @@ from huggingface.errors import Cancelled, InvalidRequest, UnknownField
 from huggingface.tasks.question_answering import QuestionAnswering
 from huggingface.tasks.text2text import Text2Text
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks.json").read_text(encoding="utf-8"))["cases"]
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "tasks.json").read_text(encoding="utf-8"))["cases"]
 FOX = "The quick brown fox jumps over the lazy dog."
 CODES = {
     "mbart": ("en_XX", "ro_RO"),

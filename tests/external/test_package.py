@@ -15,7 +15,7 @@ import pytest
 import requests
 from conftest import PATIENCE, ROOT
 from packaging.requirements import Requirement
-from test_documents import files, requirements
+from repository import files, requirements
 
 from huggingface.api.documented.system import VERSION
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import starter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What the published model's own tokenizer makes of its chat template with one user message, "hello world".
 PUBLISHED_HELLO_WORLD = [
