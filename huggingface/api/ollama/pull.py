@@ -1,7 +1,7 @@
-"""`POST /api/pull`: this server's download of a model, told in Ollama's words; then the model is registered.
+"""`POST /api/pull`: downloads a model, with progress in Ollama's form, and registers it.
 
-A client that leaves gives its wait up, and the download with it where no other request waits for it; what has arrived
-stays. Serves any request thread, and the thread of its work.
+When the client disconnects, the download is cancelled unless another request waits for it; what has arrived stays.
+Serves any request thread, and the thread of its work.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .models import digest
 from .names import Name, files_of, fits, parse
 from .schemas import OllamaPullBody
 
-# What Ollama takes of a repository of GGUF files where its name has no tag.
+# Ollama's choice in a repository of GGUF files for a name without a tag.
 _DEFAULT = "Q4_K_M"
 
 
 def pull(body: OllamaPullBody) -> dict[str, Any] | Response:
-    """Download a model, and register it.
+    """Downloads a model, and registers it.
 
-    Raises: what downloading raises; InvalidRequest where the name's tag is none that can be had.
+    Raises: the errors of downloading; InvalidRequest where the name's tag names no file.
     """
     if body.insecure is not None:
         note_ignored("insecure")
@@ -53,10 +53,10 @@ def pull(body: OllamaPullBody) -> dict[str, Any] | Response:
 
 
 def _wanted(called: str) -> Name:
-    """The name, if a model can have it.
+    """Parses the name of a model, and checks its id.
 
     Raises:
-        InvalidModelId: it is no id.
+        InvalidModelId: the id is invalid.
     """
     name = parse(called)
     with named({"model_id": "model"}):
@@ -67,7 +67,7 @@ def _wanted(called: str) -> Name:
 def _bring(
     present: Services, name: Name, gone: Callable[[], bool], watch: Callable[[Progress], None]
 ) -> dict[str, Any]:
-    """What the work is. On a thread of its own, perhaps: nothing here knows the request."""
+    """Downloads and registers a model. May run on its own thread, so it must not use Flask's request."""
     progress = Progress()
     watch(progress)
     try:
@@ -91,10 +91,10 @@ def _bring(
 
 
 def _found(present: Services, name: Name) -> ModelRecord:
-    """A record for a model that is not registered, with its file where it is one of a repository of GGUF files.
+    """A new record for a model, with its file if the repository holds GGUF files.
 
     Raises:
-        InvalidRequest: the tag names none of its files. ModelUnsupported: nothing here can run it.
+        InvalidRequest: the tag names none of its files. ModelUnsupported: this server cannot run the model.
     """
     record = ModelRecord(name.model_id, name.model_id.rpartition("/")[2], "")
     details = present.preflight.look(record)
@@ -112,10 +112,10 @@ def _found(present: Services, name: Name) -> ModelRecord:
 
 
 def _described(present: Services, record: ModelRecord) -> ModelRecord:
-    """The record of a model that is downloaded, with its type.
+    """The record of a downloaded model, with its type.
 
     Raises:
-        ModelUnsupported: its files do not tell what it is for.
+        ModelUnsupported: its files do not show its type.
     """
     details: Mapping[str, Any] = present.preflight.look(record)
     if details["model_type"] is None:
@@ -133,7 +133,7 @@ class _Lines(Writer[Moment]):
         self._begun = False
 
     def write(self, moment: Moment) -> Events:
-        """How many bytes have arrived, of all files together."""
+        """The bytes that have arrived, of all files together."""
         yield from self._begin()
         if moment.phase == "download" and moment.total:
             yield {
@@ -144,13 +144,13 @@ class _Lines(Writer[Moment]):
             }
 
     def end(self) -> Events:
-        """That it is there, and registered."""
+        """The last lines: the model is there and registered."""
         yield from self._begin()
         yield {"status": "writing manifest"}
         yield self._work.result()
 
     def error(self, error: LocalLLMError) -> Events:
-        """What ended it."""
+        """The error's body."""
         yield ollama_body(str(error), 500)
 
     def _begin(self) -> Events:

@@ -22,7 +22,7 @@ _LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is s
 
 
 class InFlight:
-    """One request. `request_id` is the server's, `client_id` what the client calls it, if it does."""
+    """One request. `request_id` is the server's id, `client_id` the client's own, if it sent one."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class InFlight:
         self._cancelled = False
         self._leased = False
         self._ticket: Ticket | None = None
-        self.failure: Exception | None = None  # what ended its chunks
+        self.failure: Exception | None = None  # the error that ended its chunks
 
     def gone(self) -> bool:
         """Whether nobody wants the answer any more."""
@@ -59,25 +59,25 @@ class InFlight:
             self._ticket.cancel()
 
     def leased(self) -> None:
-        """Note that it has its model."""
+        """Records that the request has its model."""
         self._leased = True
 
     def attach(self, ticket: Ticket) -> Ticket:
-        """Note what the engine gave for it."""
+        """Records the engine's ticket of the request."""
         self._ticket = ticket
         if self._cancelled:
             ticket.cancel()
         return ticket
 
     def chunks(self) -> Iterator[Chunk]:
-        """The ticket's chunks to the end.
+        """The ticket's chunks until the end.
 
-        Raises: what ended the request, if it is not for having been made whole.
+        Raises: the error that ended the request, if one did.
         """
         return (chunk for chunk in self.stream() if chunk is not None)
 
     def stream(self) -> Iterator[Chunk | None]:
-        """The same, with None every now and then where no chunk comes."""
+        """The ticket's chunks, and None from time to time while no chunk comes."""
         assert self._ticket is not None  # noqa: S101 - attached before it is read
         patience = HOLD
         try:
@@ -113,7 +113,7 @@ class InFlight:
         return True
 
     def explain(self, error: Cancelled) -> Cancelled:
-        """Why it was given up, as its client is to be told."""
+        """The error that tells the client why the request was cancelled."""
         if self._cancelled:
             return RequestCancelled(self.request_id)
         if self._expired and self._timeout is not None:
@@ -121,22 +121,22 @@ class InFlight:
         return error
 
     def release(self) -> None:
-        """Have the engine give up what is not made: the request has come to its end."""
+        """Cancels the rest of the generation, at the end of the request."""
         if self._ticket is not None and not self._ticket.done:
             self._ticket.cancel()
 
     @property
     def made(self) -> int:
-        """Tokens made so far."""
+        """Tokens generated so far."""
         return self._ticket.made if self._ticket is not None else 0
 
     @property
     def position(self) -> int | None:
-        """Its place in the queue, from 1; None where it does not wait in one."""
+        """The request's place in the queue, from 1; None where it does not wait in one."""
         return self._ticket.position if self._ticket is not None else None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `/requests` shows of it."""
+        """The request as `/requests` shows it."""
         ticket = self._ticket
         state = "waiting" if self.position is not None else "running" if self._leased else "loading"
         return {
@@ -156,7 +156,7 @@ class InFlight:
 
 
 class Requests:
-    """All requests of an app that wait or run, by their ids."""
+    """All active requests of an app, by their ids."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -164,10 +164,10 @@ class Requests:
 
     @contextmanager
     def hold(self, flight: InFlight) -> Iterator[InFlight]:
-        """List a request until the block ends, and explain to its client why it was given up, if it was.
+        """Lists a request until the block ends.
 
         Raises:
-            RequestCancelled, DeadlineExceeded: in place of a plain `Cancelled`.
+            RequestCancelled, DeadlineExceeded: in place of a plain `Cancelled`, to tell the client the reason.
         """
         with self._lock:
             self._flights[flight.request_id] = flight
@@ -183,15 +183,15 @@ class Requests:
                 del self._flights[flight.request_id]
 
     def list(self) -> list[InFlight]:
-        """Those that wait or run, oldest first."""
+        """The active requests, oldest first."""
         with self._lock:
             return list(self._flights.values())
 
     def cancel(self, request_id: str) -> None:
-        """Give a request up.
+        """Cancels a request.
 
         Raises:
-            RequestNotFound: no request of that id waits or runs.
+            RequestNotFound: no request with this id waits or runs.
         """
         with self._lock:
             flight = self._flights.get(request_id)

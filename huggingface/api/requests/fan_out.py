@@ -1,6 +1,6 @@
-"""Several generations for one request: begun as one ticket, each with a seed of its own, refused in the client's words.
+"""Runs several generations for one request as one ticket, each with its own seed; errors name the client's fields.
 
-What OpenAI's and Hugging Face's protocols have in common. Must not know either's bodies.
+All protocols share it. Must not know their bodies.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...served import ServedModel
 from ...types import Chunk, GenerationRequest
 from .active import InFlight
 
-# Generations of one request that are in the queue or run at once.
+# The most generations of one request that wait or run at once.
 _AT_ONCE = 32
 
 
 def begin(model: ServedModel, flight: InFlight, requests: Sequence[GenerationRequest]) -> JointTicket:
-    """Queue generations, read as one: the chunks' `index` is the place in `requests`.
+    """Queues generations as one ticket; a chunk's `index` is its generation's place in `requests`.
 
     Raises: as `LoadedModel.generate`.
     """
@@ -32,24 +32,24 @@ def begin(model: ServedModel, flight: InFlight, requests: Sequence[GenerationReq
 
 
 def seeded(parameters: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """The parameters of the `number`-th answer to one prompt: with a seed, each has another one."""
+    """The parameters of the answer with this `number` to one prompt: where there is a seed, each answer has its own."""
     if "seed" not in parameters:
         return dict(parameters)
     return {**parameters, "seed": parameters["seed"] + number}
 
 
 def likelihood(chunk: Chunk) -> float:
-    """The mean log-probability of a text's tokens."""
+    """The mean log-probability of a chunk's tokens."""
     values = [token.logprob or 0.0 for token in chunk.tokens]
     return sum(values) / max(len(values), 1)
 
 
 @contextmanager
 def named(names: Mapping[str, str]) -> Iterator[None]:
-    """Have refusals name the fields as the client's body does; `names` are these, by the engine's.
+    """Renames fields in the block's errors as in the client's body; `names` maps the engine's names to the body's.
 
     Raises:
-        InvalidRequest: in place of one that names the engine's field.
+        InvalidRequest: in place of an error that names the engine's field.
     """
     try:
         yield

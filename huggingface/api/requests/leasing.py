@@ -1,4 +1,4 @@
-"""A request gets its model: listed while it waits or runs, and given up when its client has gone."""
+"""Leases a model for a request: lists the request while it is active, and cancels it when its client disconnects."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def leased_model(
     streams: bool = False,
     keep_alive: float | None = None,
 ) -> Iterator[tuple[InFlight, ServedModel]]:
-    """The present request, listed, and its model, loaded and kept in memory until the block ends.
+    """Lists the present request and leases its model until the block ends; counts the outcome in the statistics.
 
-    `timeout` is in seconds from now, `keep_alive` in seconds from the end. How it went is counted.
+    `timeout` is in seconds from now, `keep_alive` in seconds from the end.
     """
     if keep_alive is not None and -1 < keep_alive < 0:
         raise InvalidRequest("Invalid value for field 'keep_alive': must be -1 (for ever), 0 or more", "keep_alive")
@@ -62,5 +62,5 @@ def leased_model(
         failure = failure or flight.failure or (Cancelled() if flight.gone() else None)
         if failure is None:
             present.manager.statistics.served(record.model_id, time.monotonic() - started, flight.made)
-        elif not isinstance(failure, LoadError):  # that is counted once for all who waited
+        elif not isinstance(failure, LoadError):  # a failed load is counted once for all requests that waited for it
             present.manager.statistics.failed(record.model_id, type(failure).__name__)

@@ -1,6 +1,6 @@
-"""Work that a request follows: a load of its own on a thread beside it, or a download that others may share.
+"""Work whose progress a request streams: its own load on another thread, or a download that others may share.
 
-`moments` is the source of such a stream. Any thread may ask how far work is.
+`moments` is the source of such a stream. Any thread may read the progress.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from ...errors import no_panics
 from ...progress import Moment, Progress
 from ..http.sse import HOLD, KEEP_ALIVE
 
-_BETWEEN = 0.1  # seconds between two looks at how far it is
+_BETWEEN = 0.1  # seconds between two reads of the progress
 
 
 class Followed(Protocol):
-    """Work whose progress can be watched, once it is known."""
+    """Work whose progress can be watched."""
 
     @property
     def progress(self) -> Progress | None:
-        """How far it is."""
+        """The progress; None before it is known."""
 
     @property
     def over(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the work has ended."""
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; returns whether it came."""
+        """Waits for the end; returns whether the work has ended."""
 
     def result(self) -> Any:
-        """What it gave.
+        """The result of ended work.
 
-        Raises: what it failed of.
+        Raises: the error that ended the work.
         """
 
 
@@ -69,27 +69,27 @@ class Work:
 
     @property
     def over(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the work has ended."""
         return self._done.done()
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; returns whether it came."""
+        """Waits for the end; returns whether the work has ended."""
         return bool(wait([self._done], seconds).done)
 
     def result(self) -> dict[str, Any]:
-        """What it gave, when it is over.
+        """The result; waits until the work has ended.
 
-        Raises: what it failed of.
+        Raises: the error that ended the work.
         """
         return self._done.result()
 
 
 def moments(work: Followed, hold: float = HOLD) -> Iterator[Moment | None]:
-    """How far the work is, each phase in its turn, to its end; None every now and then where nothing changes.
+    """Yields the work's progress until its end, phase by phase, and None from time to time while nothing changes.
 
-    Nothing is told for `hold` seconds, unless the work ends before; of work that fails before, nothing is.
+    The first item comes after `hold` seconds, or when the work ends; work that fails before that yields nothing.
 
-    Raises: what the work failed of.
+    Raises: the error that ended the work.
     """
     if work.wait(hold):
         work.result()
