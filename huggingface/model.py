@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .cancellation import NEVER, Cancellation
 from .engine.batch import Runner, TransformersBatch, sequence_of
 from .engine.bulk import run_in_batch
 from .engine.constraints import constraints_of
@@ -55,7 +56,6 @@ _GENERATION = "text-generation"  # the one task whose work the batch does
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
 
 _DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights that are copied out of their file before the load is over
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,12 @@ class Compute(Protocol):
     def weights(self) -> Mapping[str, int]:
         """Bytes of the weights on each device."""
 
-    def serve(self, memory: ModelMemory, given_up: Callable[[], bool]) -> Serving:
+    def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
         """Find out how the model is served best. On the thread that the model is prepared on.
 
         Raises:
             InvalidRequest: the backend was asked for by name, and cannot compute the model.
-            Cancelled: `given_up()` turned true.
+            Cancelled: by `cancellation`.
         """
 
 
@@ -175,7 +175,7 @@ class LoadedModel:
         # Of one call, so that another finds a place meanwhile.
         self._most_prompts = max(1, options.max_batch // 2)
         self._contexts = contexts(compute.model, setup.max_context)
-        self._closing = False
+        self._closing = Cancellation()
         self.resident = False  # whether its weights lie in memory of its own, and not in a mapped file
         self._made: Future[_Parts] | None = Future()
         small = self._memory.sizes.weights <= _DETACHED_AT_ONCE
@@ -198,7 +198,7 @@ class LoadedModel:
         try:
             use_device(self.device)
             if not detached:
-                detach(compute.model, lambda: self._closing)
+                detach(compute.model, self._closing)
             self.resident = True
             parts.set_result(self._make_parts(compute, tokenizer, pooling))
         except BaseException as error:
@@ -217,7 +217,7 @@ class LoadedModel:
         kept = unset(model)
         rows = vocabulary_rows(model)
         guard_vocabulary(model, tokenizer)
-        serving = compute.serve(memory, lambda: self._closing)
+        serving = compute.serve(memory, self._closing)
         self._backend, self.backend_reason = serving.backend, serving.declined or self.backend_reason
         constraints = constraints_of(model, tokenizer)
         texts = TokenTexts(tokenizer, lambda: constraints.tokens)
@@ -327,28 +327,28 @@ class LoadedModel:
         with typed(self.model_id):
             return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
-    def encode(self, text: str, gone: Callable[[], bool] = lambda: False) -> list[int]:
+    def encode(self, text: str, cancellation: Cancellation = NEVER) -> list[int]:
         """The tokens of a text, with the special ones that the model's tokenizer adds.
 
         Raises:
-            InvalidRequest: it has far more than the model can read. Cancelled: `gone()` turned true.
+            InvalidRequest: it has far more than the model can read. Cancelled: by `cancellation`.
         """
-        parts = self._open(gone)
+        parts = self._open(cancellation)
         with typed(self.model_id):
-            _check_lengths(parts, {"inputs": text}, gone)
+            _check_lengths(parts, {"inputs": text}, cancellation)
             return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
 
-    def count_prompt(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> int:
+    def count_prompt(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> int:
         """How many tokens the prompt of a generation is, special ones included; its context may hold fewer.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
             InvalidRequest: its chat template refuses the messages, or they are far beyond its context.
-            Cancelled: `gone()` turned true.
+            Cancelled: by `cancellation`.
         """
-        parts = self._open(gone)
+        parts = self._open(cancellation)
         self._check_generates(parts)
-        return parts.preparer.count(request, gone)
+        return parts.preparer.count(request, cancellation)
 
     @property
     def chat(self) -> ChatTraits:
@@ -368,36 +368,36 @@ class LoadedModel:
             return done.engine.failed
         return parts is not None and parts.done()
 
-    def generate(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> Ticket:
+    def generate(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Ticket:
         """Queue a generation; its ticket gives the text, and the errors of what computes it.
 
-        It is given up when `gone()`, which is asked at every step, or when the ticket is cancelled.
+        It is given up by `cancellation`, which is asked at every step, or when the ticket is cancelled.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
             InvalidRequest: the prompt or a parameter is one that this model cannot honour.
             QueueFull, OutOfMemory, EngineFailed, Cancelled: it was not taken into the queue.
         """
-        parts = self._open(gone)
+        parts = self._open(cancellation)
         self._check_generates(parts)
         submitted = time.monotonic()
-        prepared = parts.preparer.prepare(request, gone)
-        ticket = Ticket(prepared.prompt_tokens, parts.engine.wake, prepared.end)
+        prepared = parts.preparer.prepare(request, cancellation)
+        ticket = Ticket(prepared.prompt_tokens, prepared.end, cancellation)
         if parts.batched and prepared.settled is not None:
-            parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, gone, request.streams))
+            parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, request.streams))
         else:
 
-            def generate(given_up: Callable[[], bool]) -> None:
+            def generate(cancellation: Cancellation) -> None:
                 try:
-                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
+                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
                 except OutOfMemory as error:
                     if ticket.made or not self._memory.account.relieve():
                         raise
                     forget_frames(error)
-                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, given_up)
+                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
 
             parts.claims.check(prepared.asked)
-            parts.engine.submit_job(ticket, generate, gone)
+            parts.engine.submit_job(ticket, generate)
         return ticket
 
     def _check_generates(self, parts: _Parts) -> None:
@@ -409,7 +409,7 @@ class LoadedModel:
         task: str,
         inputs: Any,
         parameters: Mapping[str, Any],
-        gone: Callable[[], bool] = lambda: False,
+        cancellation: Cancellation = NEVER,
         adapter: str | None = None,
     ) -> Any:
         """Run a task and return its result as JSON values; it is batched with whoever else asks at the time.
@@ -420,72 +420,64 @@ class LoadedModel:
         Raises:
             UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
             QueueFull: as many calls wait as may.
-            Cancelled: `gone()` turned true, or the model is being unloaded.
+            Cancelled: by `cancellation`, or the model is being unloaded.
         """
-        parts = self._open(gone)
+        parts = self._open(cancellation)
         parts.adapters.check(adapter)
-        _check_lengths(parts, {"inputs": inputs, **parameters}, gone)
+        _check_lengths(parts, {"inputs": inputs, **parameters}, cancellation)
         if task == _GENERATION and parts.batched and asked_of(parts.solo.model, parameters, 0).rows == 1:
             generation = parts.generations.begin(inputs, parameters)
             limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
             limits["check_vocabulary"] = parts.preparer.check_vocabulary
-            if run_in_batch(generation, parts.engine, **limits, gone=gone, adapter=adapter):
+            if run_in_batch(generation, parts.engine, **limits, cancellation=cancellation, adapter=adapter):
                 parts.tasks.note(task)
                 return generation.result()
         if adapter is not None:
             parameters = {**parameters, "adapter": adapter}
         try:
-            return self._run(parts, task, inputs, parameters, gone)
+            return self._run(parts, task, inputs, parameters, cancellation)
         except OutOfMemory as error:
             if not self._memory.account.relieve():
                 raise
             forget_frames(error)
-            return self._run(parts, task, inputs, parameters, gone)
+            return self._run(parts, task, inputs, parameters, cancellation)
 
     def _run(
-        self, parts: _Parts, task: str, inputs: Any, parameters: Mapping[str, Any], gone: Callable[[], bool]
+        self, parts: _Parts, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation
     ) -> Any:
         parts.engine.check_queue_for_task()
-        call = parts.tasks.submit(task, inputs, parameters, gone)
+        call = parts.tasks.submit(task, inputs, parameters, cancellation)
         parts.engine.wake()
-        while True:
-            try:
-                return call.result(_LOOK_AGAIN)
-            except TimeoutError:
-                if gone():
-                    call.cancel()
-                    raise Cancelled from None
-            except Cancelled:
-                if parts.engine.failed:  # it broke between the look at its queue and the call
-                    raise EngineFailed(self.model_id) from None
-                raise
+        try:
+            return cancellation.result(call.future)
+        except Cancelled:
+            call.cancel()
+            if parts.engine.failed:  # it broke between the look at its queue and the call
+                raise EngineFailed(self.model_id) from None
+            raise
 
     def settles(self, seconds: float) -> bool:
         """Wait so long at most until it is known how it is served; tells whether it is."""
         made = self._made
         return made is None or bool(wait([made], seconds).done)
 
-    def prepared(self, gone: Callable[[], bool] = lambda: False) -> None:
+    def prepared(self, cancellation: Cancellation = NEVER) -> None:
         """Wait until it is known how it is served.
 
         Raises:
-            Cancelled: `gone()` turned true, or it is being unloaded. EngineFailed: it cannot be served.
+            Cancelled: by `cancellation`, or it is being unloaded. EngineFailed: it cannot be served.
         """
-        self._open(gone)
+        self._open(cancellation)
 
-    def _open(self, gone: Callable[[], bool] = lambda: False) -> _Parts:
+    def _open(self, cancellation: Cancellation = NEVER) -> _Parts:
         parts = self._made
-        while parts is not None:
-            try:
-                return parts.result(_LOOK_AGAIN)
-            except TimeoutError:
-                if gone():
-                    raise Cancelled from None
-        raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
+        if parts is None:
+            raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
+        return cancellation.result(parts)
 
     def close(self) -> None:
         """Cancel what runs, and give the memory back to the system. The model cannot be used afterwards."""
-        self._closing = True
+        self._closing.cancel()
         parts, self._made = self._made, None
         if parts is None:
             return
@@ -500,9 +492,9 @@ class LoadedModel:
         free()
 
 
-def _check_lengths(parts: _Parts, values: Mapping[str, Any], gone: Callable[[], bool]) -> None:
+def _check_lengths(parts: _Parts, values: Mapping[str, Any], cancellation: Cancellation) -> None:
     """Refuse what holds a text far longer than the model can read; a task's tokenizer has the engine's thread."""
-    if (field := parts.lengths.check(dict(values), "", gone)) is not None:
+    if (field := parts.lengths.check(dict(values), "", cancellation)) is not None:
         reason = f"longer than {parts.lengths.of_text} tokens, the most that is read of one text"
         raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
 

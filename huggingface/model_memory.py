@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import Cancelled
+from .cancellation import NEVER, Cancellation
 from .host.devices import free_bytes, indexed
 from .host.memory import drop_pages, mapped_files, release_freed
 from .types import PASSING, Sizes
@@ -162,7 +162,7 @@ class ModelMemory:
             self._peak = max(self._peak, present)
 
 
-def detach(model: Any, given_up: Callable[[], bool] = lambda: False) -> None:
+def detach(model: Any, cancellation: Cancellation = NEVER) -> None:
     """Copy weights that lie in a mapped file into memory of their own.
 
     Mapped, a load takes next to no time; but a file that another program overwrites in place would take the whole
@@ -170,7 +170,7 @@ def detach(model: Any, given_up: Callable[[], bool] = lambda: False) -> None:
     is not disturbed.
 
     Raises:
-        Cancelled: `given_up()` turned true.
+        Cancelled: by `cancellation`.
     """
     files = mapped_files()
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
@@ -179,8 +179,7 @@ def detach(model: Any, given_up: Callable[[], bool] = lambda: False) -> None:
             address = tensor.data_ptr()
             if tensor.device.type != "cpu" or not any(start <= address < end for start, end in files):
                 continue
-            if given_up():
-                raise Cancelled
+            cancellation.check()
             key = (address, tensor.shape)
             if key not in copies:
                 copies[key] = tensor.data.clone()

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+from .cancellation import Cancellation
 from .errors import Cancelled
 
 Phase = Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
@@ -55,7 +56,7 @@ class Moment:
 
 
 class Progress:
-    """One piece of work."""
+    """One piece of work; its `cancellation` is what it is cancelled by."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -65,7 +66,7 @@ class Progress:
         self._file: str | None = None
         self._error: str | None = None
         self._version = 0
-        self._cancelled = False
+        self.cancellation = Cancellation()
         self._seen: deque[tuple[float, int]] = deque()  # times and bytes that arrived then
         self._begun: list[tuple[int, Moment]] = []  # each phase as it began, and the version then
 
@@ -110,13 +111,11 @@ class Progress:
             while self._seen and now - self._seen[0][0] > _WINDOW:
                 self._seen.popleft()
             self._note()
-            cancelled = self._cancelled
-        if cancelled:
-            raise Cancelled("The download was cancelled")
+        self.check()
 
     def check(self) -> None:
         """Raise Cancelled if nobody wants the work any more."""
-        if self._cancelled:
+        if self.cancellation.cancelled:
             raise Cancelled("The download was cancelled")
 
     def end(self, phase: Phase, error: str | None = None) -> None:
@@ -137,15 +136,10 @@ class Progress:
 
     # Whoever watches -------------------------------------------------------------------------------------------------
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether it is to be given up."""
-        return self._cancelled
-
     def cancel(self) -> None:
-        """Have it given up at the next opportunity."""
+        """Have it given up at the next opportunity, and tell the watchers."""
         with self._changed:
-            self._cancelled = True
+            self.cancellation.cancel()
             self._note()
 
     @property
@@ -189,6 +183,7 @@ class _Part(Progress):
     def __init__(self, whole: Progress) -> None:
         super().__init__()
         self._whole = whole
+        self.cancellation = whole.cancellation
         before = whole.now()
         self._before = (before.total or 0, before.done)
 
@@ -204,10 +199,3 @@ class _Part(Progress):
 
     def advance(self, count: int) -> None:
         self._whole.advance(count)
-
-    def check(self) -> None:
-        self._whole.check()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._whole.cancelled

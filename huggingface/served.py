@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from .cancellation import Cancellation
 from .engine.ticket import Ticket
 from .types import ChatTraits, GenerationRequest
 
@@ -34,24 +35,24 @@ class ServedModel(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
 
-    def encode(self, text: str, gone: Callable[[], bool] = ...) -> list[int]:
+    def encode(self, text: str, cancellation: Cancellation = ...) -> list[int]:
         """The tokens of a text, with the special ones that its tokenizer adds."""
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text is, without special ones."""
 
-    def count_prompt(self, request: GenerationRequest, gone: Callable[[], bool] = ...) -> int:
+    def count_prompt(self, request: GenerationRequest, cancellation: Cancellation = ...) -> int:
         """How many tokens the prompt of a generation is, special ones included."""
 
-    def generate(self, request: GenerationRequest, gone: Callable[[], bool] = ...) -> Ticket:
-        """Queue a generation, which is given up when `gone()` turns true, or when its ticket is cancelled."""
+    def generate(self, request: GenerationRequest, cancellation: Cancellation = ...) -> Ticket:
+        """Queue a generation, which is given up by `cancellation`, or when its ticket is cancelled."""
 
     def run(
         self,
         task: str,
         inputs: Any,
         parameters: Mapping[str, Any],
-        gone: Callable[[], bool] = ...,
+        cancellation: Cancellation = ...,
         adapter: str | None = None,
     ) -> Any:
         """Run a task and return its result as JSON values."""

@@ -83,13 +83,13 @@ class Served:
     def generate(self, prompt: str, parameters: Mapping[str, Any], adapter: str | None = None) -> Ticket:
         """Queue a generation."""
         prepared = self.preparer.prepare(GenerationRequest(parameters, prompt=prompt, adapter=adapter))
-        ticket = Ticket(prepared.prompt_tokens, self.engine.wake, prepared.end)
+        ticket = Ticket(prepared.prompt_tokens, prepared.end)
         if self.batch is not None and prepared.settled is not None:
-            sequence = sequence_of(prepared, prepared.settled, self.tokenizer, ticket, lambda: False, False)
+            sequence = sequence_of(prepared, prepared.settled, self.tokenizer, ticket, False)
             self.engine.submit(sequence)
         else:
             self.engine.submit_job(
-                ticket, lambda gone: self.solo.generate(prepared, False, 0.0, ticket.put, gone), lambda: False
+                ticket, lambda cancellation: self.solo.generate(prepared, False, 0.0, ticket.put, cancellation)
             )
         return ticket
 
@@ -105,7 +105,7 @@ class Served:
         """The result of a task."""
         call = self.tasks.submit(task, inputs, parameters)
         self.engine.wake()
-        return call.result(60)
+        return call.future.result(60)
 
     def expect(self, model: Any, prompt: str, parameters: Mapping[str, Any]) -> str:
         """What `generate` of a model gives, called as a notebook would."""

@@ -153,9 +153,7 @@ def _wants_prompt(row: Row) -> bool:
     return sequence.prompt_logprobs and len(sequence.read_tokens) < sequence.prompt_tokens
 
 
-def sequence_of(
-    prepared: Prepared, settled: Settled, tokenizer: Any, ticket: Ticket, gone: Callable[[], bool], streams: bool
-) -> Sequence:
+def sequence_of(prepared: Prepared, settled: Settled, tokenizer: Any, ticket: Ticket, streams: bool) -> Sequence:
     """The row of the batch that gives a request what `generate` would."""
     config = settled.config
     tokens: list[int] = settled.input_ids[0].tolist()
@@ -170,7 +168,6 @@ def sequence_of(
         text=TextStream(tokenizer, prepared.stops, tokens, prepared.special_tokens, prepared.begin),
         sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), seed),
         parameters=prepared.parameters,
-        gone=gone,
         streams=streams,
         max_time=config.max_time,
         logprobs=prepared.logprobs,

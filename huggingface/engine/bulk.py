@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from ..errors import Cancelled, OutOfMemory, QueueFull
+from ..cancellation import LOOK_AGAIN, Cancellation
+from ..errors import OutOfMemory, QueueFull
 from .engine import Engine
 from .input_processor import Settled, fits_a_row
 from .sampling import Sampler
@@ -21,8 +23,6 @@ from .ticket import Ticket
 
 # How many prompts of a call wait in the engine's queue at once: the rest of it is for other callers.
 _QUEUED = 8
-
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the caller is still there, and at whether the queue has room
 
 
 class Call(Protocol):
@@ -62,8 +62,8 @@ class _Tokens:
 class _Told(Ticket):
     """A ticket that tells when it is admitted, and when it is done: its reader waits for many."""
 
-    def __init__(self, prompt_tokens: int, on_cancel: Callable[[], None], told: SimpleQueue[None]) -> None:
-        super().__init__(prompt_tokens, on_cancel)
+    def __init__(self, prompt_tokens: int, cancellation: Cancellation, told: SimpleQueue[None]) -> None:
+        super().__init__(prompt_tokens, cancellation=cancellation)
         self._told = told
 
     def admitted(self) -> None:
@@ -95,7 +95,7 @@ def run_in_batch(
     *,
     most: int,
     context: int | None,
-    gone: Callable[[], bool],
+    cancellation: Cancellation,
     check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     adapter: str | None = None,
 ) -> bool:
@@ -107,7 +107,7 @@ def run_in_batch(
 
     Raises:
         QueueFull: as many wait as may; only before the first prompt, the others of a call wait for room.
-        Cancelled: `gone()`, or the engine is being closed.
+        Cancelled: by `cancellation`, or the engine is being closed.
         LocalLLMError: what a prompt failed of; the others are given up.
     """
     told: SimpleQueue[None] = SimpleQueue()
@@ -116,7 +116,7 @@ def run_in_batch(
     try:
         while begun < call.count or running:
             while begun < call.count and len(running) < most and sum(row.waits for row in running.values()) < _QUEUED:
-                ready = ready or _row(call, begun, engine, context, gone, told, check_vocabulary, adapter)
+                ready = ready or _row(call, begun, context, cancellation, told, check_vocabulary, adapter)
                 if ready is None:
                     return False
                 try:
@@ -129,9 +129,9 @@ def run_in_batch(
                     break
                 running[begun], ready = ready, None
                 begun += 1
-            _wait(told)
-            if gone():
-                raise Cancelled
+            with suppress(Empty):
+                told.get(timeout=LOOK_AGAIN)
+            cancellation.check()
             for index in [index for index, row in running.items() if row.sequence.ticket.done]:
                 list(running[index].sequence.ticket)  # raises what ended it
                 call.finish(index, running.pop(index).tokens.all)
@@ -141,19 +141,11 @@ def run_in_batch(
             row.sequence.ticket.cancel()
 
 
-def _wait(told: SimpleQueue[None]) -> None:
-    try:
-        told.get(timeout=_LOOK_AGAIN)
-    except Empty:
-        return
-
-
 def _row(
     call: Call,
     index: int,
-    engine: Engine,
     context: int | None,
-    gone: Callable[[], bool],
+    cancellation: Cancellation,
     told: SimpleQueue[None],
     check_vocabulary: Callable[[int, str], None],
     adapter: str | None,
@@ -175,11 +167,10 @@ def _row(
         prompt_tokens=len(prompt),
         most=config.max_length,
         ends=frozenset() if ends is None else frozenset(ends.tolist()),
-        ticket=_Told(len(prompt), engine.wake, told),
+        ticket=_Told(len(prompt), cancellation, told),
         text=tokens,
         sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), None),
         parameters={},
-        gone=gone,
         max_time=config.max_time,
         adapter=adapter,
     )

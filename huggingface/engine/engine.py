@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from ..cancellation import Cancellation
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
 from ..host.memory import forget_frames, release_freed
 from ..types import EngineOptions, EngineStatus
@@ -98,7 +99,7 @@ class _Job:
 
     run: Callable[[], None]
     fail: Callable[[BaseException], None]
-    gone: Callable[[], bool]
+    cancellation: Cancellation
     ticket: Ticket | None = None
 
 
@@ -163,19 +164,17 @@ class Engine:
             sequence.ticket.position = waiting + 1
             self._inbox.append(sequence)
 
-    def submit_job(self, ticket: Ticket, work: Callable[[Callable[[], bool]], None], gone: Callable[[], bool]) -> None:
-        """Queue a generation that has the thread to itself; it gets a function that tells whether to give up.
+    def submit_job(self, ticket: Ticket, work: Callable[[Cancellation], None]) -> None:
+        """Queue a generation that has the thread to itself; it gets what cancels it.
 
         Raises: as `submit`.
         """
-
-        def given_up() -> bool:
-            return ticket.cancelled() or gone() or self._closing
+        cancellation = ticket.cancellation.child(lambda: self._closing)
 
         def run() -> None:
             ticket.admitted()
             started = time.monotonic()
-            work(given_up)
+            work(cancellation)
             self._served(time.monotonic() - started)
             ticket.finish()
 
@@ -185,7 +184,7 @@ class Engine:
             self._check_queue(waiting, 1 if self._job is None else 0)
             self._have_thread()
             ticket.position = waiting + 1
-            self._jobs.append(_Job(run, ticket.finish, given_up, ticket))
+            self._jobs.append(_Job(run, ticket.finish, cancellation, ticket))
 
     def call(self, work: Callable[[], T]) -> T:
         """Run `work` on the engine's thread between steps, and return what it returns, or raise what it raises.
@@ -197,7 +196,8 @@ class Engine:
         with self._changed:
             self._check_open()
             self._have_thread()
-            self._jobs.append(_Job(lambda: future.set_result(work()), future.set_exception, lambda: self._closing))
+            closing = Cancellation(lambda: self._closing)
+            self._jobs.append(_Job(lambda: future.set_result(work()), future.set_exception, closing))
         return future.result()
 
     def check_queue_for_task(self) -> None:
@@ -341,13 +341,13 @@ class Engine:
             if self._scheduler is not None:
                 self._scheduler.waiting.extend(self._inbox)
                 self._inbox.clear()
-            gone = [job for job in self._jobs if job.gone()]
-            for job in gone:
+            cancelled = [job for job in self._jobs if job.cancellation.cancelled]
+            for job in cancelled:
                 self._jobs.remove(job)
-        for job in gone:
+        for job in cancelled:
             job.fail(Cancelled())
         for sequence in self._everyone():
-            if sequence.ticket.cancelled() or sequence.gone():
+            if sequence.ticket.cancellation.cancelled:
                 self._fail(sequence, Cancelled())
 
     def _run_job(self) -> None:

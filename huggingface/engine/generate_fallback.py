@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..errors import Cancelled
+from ..cancellation import Cancellation
 from ..modeling.demand import Claims
 from ..modeling.steps import SomeToken, watched
 from ..types import Chunk, FinishReason, Timings, Token, Usage
@@ -40,15 +40,14 @@ class _EachToken(StoppingCriteria):  # type: ignore[misc]
     """
 
     def __init__(
-        self, cancelled: Callable[[], bool], seen: Callable[[torch.Tensor], None], constrained: Constrained | None
+        self, cancellation: Cancellation, seen: Callable[[torch.Tensor], None], constrained: Constrained | None
     ) -> None:
-        self._cancelled = cancelled
+        self._cancellation = cancellation
         self._seen = seen
         self._constrained = constrained
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if self._cancelled():
-            raise Cancelled
+        self._cancellation.check()
         self._seen(input_ids)
         if self._constrained is None:
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -96,7 +95,7 @@ class Solo:
         streams: bool,
         submitted: float,
         emit: Callable[[Chunk], None],
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
     ) -> None:
         """Generate; `emit` gets text as it is made where it `streams` and there is one sequence without beams, and at
         least one chunk for each returned sequence, the last one with the counts. `submitted` is when it was asked for,
@@ -104,7 +103,7 @@ class Solo:
 
         Raises:
             InvalidRequest: a parameter is one that this model cannot honour, or that there is never the memory for.
-            Cancelled: `cancelled()` turned true meanwhile.
+            Cancelled: by `cancellation`.
             Others as `failures.typed`.
         """
         with (
@@ -113,7 +112,7 @@ class Solo:
             watched(self.model, self._model_id),
             self._claims.held(prepared.asked) as reached,
         ):
-            self._generate(prepared, streams, submitted, emit, cancelled, reached)
+            self._generate(prepared, streams, submitted, emit, cancellation, reached)
 
     def _generate(
         self,
@@ -121,7 +120,7 @@ class Solo:
         streams: bool,
         submitted: float,
         emit: Callable[[Chunk], None],
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
         reached: Callable[[int], None],
     ) -> None:
         for attributes, name in self._unset:
@@ -141,7 +140,7 @@ class Solo:
                 emit(Chunk(shown, so_far=Usage(prompt_tokens, len(self._new_tokens(input_ids[0], prompt_tokens)))))
 
         processors = LogitsProcessorList([*prepared.processors, SomeToken(beams=prepared.asked.searches)])
-        criteria = StoppingCriteriaList([_EachToken(cancelled, seen, prepared.constrained)])
+        criteria = StoppingCriteriaList([_EachToken(cancellation, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
             output = self.model.generate(
                 **prepared.inputs,

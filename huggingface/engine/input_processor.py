@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from ..cancellation import NEVER, Cancellation
 from ..errors import ContextExceeded, InvalidRequest
 from ..modeling.demand import Wanted, asked_of
 from ..types import GenerationRequest
@@ -137,20 +138,20 @@ class Preparer:
         self._check_adapter = check_adapter
         self.check_vocabulary = check_vocabulary
 
-    def prepare(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> Prepared:
+    def prepare(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Prepared:
         """Tokens, parameters and processors of a request.
 
         Raises:
             InvalidRequest: the prompt or a parameter is one that this model cannot honour.
             GenerationFailed: its tokenizer or its settings cannot be used.
-            Cancelled: `gone()` turned true.
+            Cancelled: by `cancellation`.
         """
         with typed(self._model_id):
-            return self._prepare(request, gone)
+            return self._prepare(request, cancellation)
 
-    def _prepare(self, request: GenerationRequest, gone: Callable[[], bool]) -> Prepared:
+    def _prepare(self, request: GenerationRequest, cancellation: Cancellation) -> Prepared:
         self._check_adapter(request.adapter)
-        inputs = self.encode(request, gone)
+        inputs = self.encode(request, cancellation)
         prompt_tokens = inputs["input_ids"].shape[1] if inputs else 0
         end = str(self._tokenizer.decode(inputs["input_ids"][0, -_END:].tolist())) if inputs else ""
         parameters = self._fit(self._filled(request, prompt_tokens), prompt_tokens)
@@ -257,13 +258,13 @@ class Preparer:
             )
         return settled if fits_a_row(settled) else None
 
-    def encode(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> dict[str, torch.Tensor]:
+    def encode(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> dict[str, torch.Tensor]:
         """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
 
         Raises:
             InvalidRequest: the prompt is empty or too long for the model, or its chat template refuses the messages.
         """
-        ids = self._ids(request, self._lengths.of_prompt, gone)
+        ids = self._ids(request, self._lengths.of_prompt, cancellation)
         field = "prompt" if request.messages is None else "messages"
         if self._context is not None and len(ids) > self._context:
             raise self._too_long(field, len(ids))
@@ -278,16 +279,16 @@ class Preparer:
         input_ids = torch.tensor([ids], device=self._model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def count(self, request: GenerationRequest, gone: Callable[[], bool] = lambda: False) -> int:
+    def count(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> int:
         """How many tokens the request's prompt is, whether or not the model has room for them.
 
         Raises:
             InvalidRequest: its chat template refuses the messages, or they are far beyond the context.
             GenerationFailed: its tokenizer cannot be used.
-            Cancelled: `gone()` turned true.
+            Cancelled: by `cancellation`.
         """
         with typed(self._model_id):
-            return len(self._ids(request, self._lengths.of_text, gone))
+            return len(self._ids(request, self._lengths.of_text, cancellation))
 
     def _too_long(self, field: str, tokens: int, more: str = "") -> ContextExceeded:
         room = self._context or self._lengths.of_prompt
@@ -295,32 +296,32 @@ class Preparer:
         return ContextExceeded(f"Invalid value for field '{field}': {reason}", field, tokens, room)
 
     @contextmanager
-    def _reading(self, text: str, field: str, most: int, gone: Callable[[], bool]) -> Iterator[None]:
+    def _reading(self, text: str, field: str, most: int, cancellation: Cancellation) -> Iterator[None]:
         """Refuse a text of more than `most` tokens before the block reads it whole."""
         try:
-            with self._lengths.reading(text, most, gone):
+            with self._lengths.reading(text, most, cancellation):
                 yield
         except TooLong as error:
             raise self._too_long(field, error.tokens, "more than ") from None
 
-    def _read(self, text: str, field: str, most: int, gone: Callable[[], bool]) -> list[int]:
+    def _read(self, text: str, field: str, most: int, cancellation: Cancellation) -> list[int]:
         """Token ids of a text."""
-        with self._reading(text, field, most, gone):
+        with self._reading(text, field, most, cancellation):
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
         return ids
 
-    def _ids(self, request: GenerationRequest, most: int, gone: Callable[[], bool]) -> list[int]:
+    def _ids(self, request: GenerationRequest, most: int, cancellation: Cancellation) -> list[int]:
         """Token ids of the request's prompt, unless it has more than `most`."""
         if request.messages is not None:
-            return self._encode_messages(request, most, gone)
+            return self._encode_messages(request, most, cancellation)
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
                 raise refuse("prompt", f"holds a token that is not among the model's {size}")
             return list(request.tokens)
-        return self._read(str(request.prompt), "prompt", most, gone)
+        return self._read(str(request.prompt), "prompt", most, cancellation)
 
-    def _encode_messages(self, request: GenerationRequest, most: int, gone: Callable[[], bool]) -> list[int]:
+    def _encode_messages(self, request: GenerationRequest, most: int, cancellation: Cancellation) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         assert request.messages is not None  # noqa: S101 - it is a chat
         if self._tokenizer.chat_template is None:
@@ -328,13 +329,13 @@ class Preparer:
             turns: list[str] = [message["content"] or "" for message in request.messages]
             # An encoder-decoder's tokenizer ends the text itself.
             text = end.join(turns) + (end if self._reads_answer else "")
-            return self._read(text, "messages", most, gone)
+            return self._read(text, "messages", most, cancellation)
         turn = _turn(request)
         how = {"add_generation_prompt": turn == "new", "continue_final_message": turn == "continued"}
-        return self._laid_out(request, {**how, **request.template}, most, gone)
+        return self._laid_out(request, {**how, **request.template}, most, cancellation)
 
     def _laid_out(
-        self, request: GenerationRequest, how: Mapping[str, Any], most: int, gone: Callable[[], bool]
+        self, request: GenerationRequest, how: Mapping[str, Any], most: int, cancellation: Cancellation
     ) -> list[int]:
         """Token ids of the first layout that the model's template takes and shows whole, else of the first it takes.
 
@@ -344,11 +345,11 @@ class Preparer:
         taken: list[int] | None = None
         refusal: Exception | None = None
         for each in (request.messages, *request.fallbacks):
-            messages = Asked(each or (), gone)
+            messages = Asked(each or (), cancellation)
             try:
                 shown = messages.long or bool(request.told)
                 text = self._tokenizer.apply_chat_template(messages, tokenize=False, **how) if shown else ""
-                with self._reading(text, "messages", most, gone):
+                with self._reading(text, "messages", most, cancellation):
                     ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **how)
                 if not request.told or request.told in text:
                     return ids

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import Cancelled
+from ..cancellation import Cancellation
 
 _PIECE = 2**16  # characters; a text that has no more is read at once
 _EDGE = 8  # tokens that a piece has more than its share of the whole, for being cut out of it
 _AT_ONCE = 2  # long texts
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 # How many tokens of a text are read at least, where a task cuts it or reads it in pieces, or where it is only counted.
 _LEAST = 2**18
@@ -35,13 +34,13 @@ class TooLong(Exception):
 class Asked(list[Any]):
     """Messages of which a template reads the next only while somebody waits for the answer."""
 
-    def __init__(self, messages: Iterable[Any], gone: Callable[[], bool]) -> None:
+    def __init__(self, messages: Iterable[Any], cancellation: Cancellation) -> None:
         super().__init__(messages)
-        self._gone = gone
+        self._cancellation = cancellation
 
     def __iter__(self) -> Iterator[Any]:
         for message in super().__iter__():
-            _check(self._gone)
+            self._cancellation.check()
             yield message
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
@@ -65,48 +64,41 @@ class Lengths:
         self.of_text = max(self.of_prompt, _LEAST)
 
     @contextmanager
-    def reading(self, text: str, most: int, gone: Callable[[], bool]) -> Iterator[None]:
+    def reading(self, text: str, most: int, cancellation: Cancellation) -> Iterator[None]:
         """Check a text before the block reads it whole; a long one has a place among the few until the block ends.
 
         Raises:
-            TooLong: it has more than `most` tokens, however it is read. Cancelled: `gone()` turned true.
+            TooLong: it has more than `most` tokens, however it is read. Cancelled.
         """
         if len(text) <= _PIECE:
             yield
             return
-        while not self._places.acquire(timeout=_LOOK_AGAIN):
-            _check(gone)
+        cancellation.until(lambda seconds: self._places.acquire(timeout=seconds))
         try:
             tokens = 0
             for piece in _pieces(text):
-                _check(gone)
+                cancellation.check()
                 ids = self._tokenizer(piece, add_special_tokens=False, return_attention_mask=False)["input_ids"]
                 tokens += max(0, len(ids) - _EDGE)
                 if tokens > most:
                     raise TooLong(tokens)
-            _check(gone)
+            cancellation.check()
             yield
         finally:
             self._places.release()
 
-    def check(self, value: Any, field: str, gone: Callable[[], bool]) -> str | None:
+    def check(self, value: Any, field: str, cancellation: Cancellation) -> str | None:
         """The name of a text within JSON values that has more than `of_text` tokens; None where there is none.
 
-        Raises:
-            Cancelled: `gone()` turned true.
+        Raises: Cancelled.
         """
         for name, text in _long_texts(value, field):
             try:
-                with self.reading(text, self.of_text, gone):
+                with self.reading(text, self.of_text, cancellation):
                     pass
             except TooLong:
                 return name
         return None
-
-
-def _check(gone: Callable[[], bool]) -> None:
-    if gone():
-        raise Cancelled
 
 
 def _pieces(text: str) -> Iterator[str]:

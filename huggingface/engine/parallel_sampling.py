@@ -9,23 +9,24 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..cancellation import NEVER, Cancellation
 from ..errors import LocalLLMError, QueueFull
 from .ticket import Ticket
 
-# Gives the ticket of a generation that it begins.
-Begin = Callable[[], Ticket]
+# Begins a generation and gives its ticket, which is cancelled with what it is given.
+Begin = Callable[[Cancellation], Ticket]
 
 
 class JointTicket(Ticket):
     """Reads several tickets as one. It ends with the last of them, or with the first that fails."""
 
-    def __init__(self, begins: Sequence[Begin], most: int) -> None:
+    def __init__(self, begins: Sequence[Begin], most: int, cancellation: Cancellation = NEVER) -> None:
         """Begin up to `most` at once; `begins` are called on the reading thread, the first here.
 
         Raises: what the first one raises.
         """
         self._running: dict[int, Ticket] = {}
-        super().__init__()
+        super().__init__(cancellation=cancellation)
         self._left = deque(enumerate(begins))
         self._most = most
         self._ended = 0
@@ -34,7 +35,7 @@ class JointTicket(Ticket):
 
     def wait(self, timeout: float | None = None) -> bool:
         """As a single ticket's."""
-        while len(self._running) < self._most and self._left and not self._done and not self._cancelled:
+        while len(self._running) < self._most and self._left and not self._done and not self.cancellation.cancelled:
             try:
                 self._begin()
             except QueueFull as error:
@@ -45,12 +46,6 @@ class JointTicket(Ticket):
                 self.finish(error)
         return super().wait(timeout)
 
-    def cancel(self) -> None:
-        """Ask that all of it be given up."""
-        super().cancel()
-        for ticket in list(self._running.values()):
-            ticket.cancel()
-
     def finish(self, error: BaseException | None = None) -> None:
         """Say that no chunk will follow; the others are given up."""
         super().finish(error)
@@ -59,14 +54,12 @@ class JointTicket(Ticket):
 
     def _begin(self) -> None:
         index, begin = self._left[0]
-        ticket = begin()
+        ticket = begin(self.cancellation)
         self._left.popleft()
         self._running[index] = ticket
         self.prompt_tokens += ticket.prompt_tokens
         self.prompt_end = self.prompt_end or ticket.prompt_end
         ticket.forward(lambda chunk: self.put(replace(chunk, index=index)), lambda error: self._end(index, error))
-        if self._cancelled:
-            ticket.cancel()
 
     def _end(self, index: int, error: BaseException | None) -> None:
         with self._changed:

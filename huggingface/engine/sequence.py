@@ -7,7 +7,7 @@ ticket. Must not know torch: what draws its tokens and turns them into text is h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,7 +55,6 @@ class Sequence:
     text: Text
     sampler: Any
     parameters: Mapping[str, Any]
-    gone: Callable[[], bool]
     streams: bool = False
     max_time: float | None = None  # seconds from its admission after which no further token is begun
     slot: Slot | None = None

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..cancellation import NEVER, Cancellation
 from ..types import Chunk
 
 
@@ -22,16 +23,13 @@ class Ticket(Iterator[Chunk]):
     These may be read at any time.
     """
 
-    def __init__(
-        self, prompt_tokens: int = 0, on_cancel: Callable[[], None] = lambda: None, prompt_end: str = ""
-    ) -> None:
-        """`on_cancel` is called when the ticket is cancelled, by whoever does it."""
+    def __init__(self, prompt_tokens: int = 0, prompt_end: str = "", cancellation: Cancellation = NEVER) -> None:
+        """It is cancelled with `cancellation`, or by itself."""
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
         self._done = False
         self._error: BaseException | None = None
-        self._cancelled = False
-        self._on_cancel = on_cancel
+        self.cancellation = cancellation.child()
         self._put: Callable[[Chunk], None] | None = None
         self._finish: Callable[[BaseException | None], None] | None = None
         self.position: int | None = None
@@ -55,12 +53,7 @@ class Ticket(Iterator[Chunk]):
 
     def cancel(self) -> None:
         """Ask that the work be given up; it ends at its next step with `errors.Cancelled`."""
-        self._cancelled = True
-        self._on_cancel()
-
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled
+        self.cancellation.cancel()
 
     def forward(self, put: Callable[[Chunk], None], finish: Callable[[BaseException | None], None]) -> None:
         """Redirects chunks and the end to callbacks: buffered ones now, the others as they come."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .. import hub
+from ..cancellation import LOOK_AGAIN, NEVER, Cancellation
 from ..errors import Cancelled, DiskFull, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
@@ -29,7 +30,6 @@ from .job import Job, Key
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 _CLOSING = 2.0  # seconds that jobs get to end when the server stops; what they do then can be cut off at any point
 _BAR_AFTER = 1.0  # seconds that a job runs before there is a bar: most find all files in the cache
 
@@ -87,11 +87,11 @@ class Downloads:
             job.cancel()
         return bool(jobs)
 
-    def folder(self, record: ModelRecord, progress: Progress, gone: Callable[[], bool] = lambda: False) -> Path:
+    def folder(self, record: ModelRecord, progress: Progress, cancellation: Cancellation = NEVER) -> Path:
         """The folder with the model's files: its own in the models folder, or downloaded as far as they are not here.
 
-        `progress` is told what the download's own is, and gives the wait up when it is cancelled, as `gone()` does; the
-        download goes on where others want it.
+        `progress` follows the download's own. The wait ends when it is cancelled, or by `cancellation`; the download
+        goes on where others want it.
 
         Raises:
             LoadError: the files cannot be had. Cancelled: nobody waits any more, or somebody cancelled the download.
@@ -104,10 +104,9 @@ class Downloads:
             mirror = _Mirror(progress)
             version = -1
             while not job.over:
-                version, moment = job.progress.wait(version, _LOOK_AGAIN)
+                version, moment = job.progress.wait(version, LOOK_AGAIN)
                 mirror.show(moment)
-                if gone():
-                    raise Cancelled
+                cancellation.check()
             mirror.show(job.progress.now())
             return job.result()
         finally:
@@ -224,7 +223,7 @@ class Downloads:
         try:
             while before is not None and before.thread is not None and before.thread.is_alive():
                 job.progress.check()  # one that was cancelled, and has not noticed yet
-                before.thread.join(_LOOK_AGAIN)
+                before.thread.join(LOOK_AGAIN)
             started = time.monotonic()
             folder = files.local_folder(self._options.models_dir, job.model_id)
             adapters = sorted(job.adapters)
@@ -311,7 +310,7 @@ class Downloads:
                 bar.update(moment.done - bar.n)
                 if job.over:
                     return
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(LOOK_AGAIN)
 
 
 class _Mirror:

@@ -345,13 +345,7 @@ class Repository:
                 if attempt >= _ATTEMPTS or not is_passing(error):
                     raise
                 logger.warning("%s of %s was not had, trying again: %s", name, self.model_id, public(error))
-                self._rest(pause_after(error, attempt))
-
-    def _rest(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self._progress.check()
-            time.sleep(min(0.1, left))
+                self._progress.cancellation.wait(pause_after(error, attempt))
 
     def _count(self, name: str, size: int | None) -> Count:
         """How much of the file is there; one that was not expected is added to what there is to do."""

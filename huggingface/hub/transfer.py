@@ -157,7 +157,7 @@ def _pour(source: Source, partial: _Partial, count: Count) -> None:
 def _settle(count: Count, there: int) -> None:
     """Tell of the last bytes, whatever ended the transfer: that is what is raised, if anything is."""
     more, count.there = there - count.there, there
-    if more and not count.progress.cancelled:
+    if more and not count.progress.cancellation.cancelled:
         count.progress.advance(more)
 
 

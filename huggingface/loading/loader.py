@@ -192,7 +192,7 @@ def _loaded(load: Load, opened: Opened, before: Declined | None, memory: Memory 
         model = LoadedModel(setup, compute, load.tokenizer, engine_options(plan, options), pooling, memory)
         failed.callback(model.close)
         if opened.untried:
-            model.prepared(lambda: load.progress.cancelled)
+            model.prepared(load.progress.cancellation)
         failed.pop_all()
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..cancellation import Cancellation
 from ..engine.layers import NotBatchable
 from ..engine.torch.lora import Adapters
 from ..engine.torch.matmul import copies
@@ -97,14 +98,14 @@ class TorchCompute:
         """Bytes of the model's tensors by device, each storage once."""
         return tensor_bytes(self.model)
 
-    def serve(self, memory: ModelMemory, given_up: Callable[[], bool]) -> Serving:  # noqa: ARG002 - the protocol's
+    def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:  # noqa: ARG002 - the protocol's
         """In a batch, where that gives what the model itself gives; only decoders that generate text are tried."""
         if self._head == "seq2seq-lm":
             return Serving(self.backend, reason="it is an encoder-decoder")
         if self._head != "causal-lm":
             return Serving(self.backend, reason="it does not generate text")
         try:
-            runner = batch_runner(self.model, self._findings, self._key, given_up, self.adapters)
+            runner = batch_runner(self.model, self._findings, self._key, cancellation, self.adapters)
         except NotBatchable as error:
             logger.info("a %s is served one request at a time: %s", type(self.model).__name__, error)
             return Serving(self.backend, reason=str(error))

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..cancellation import LOOK_AGAIN, Cancellation
 from ..errors import Cancelled, ConversionFailed, LocalLLMError
 from ..host.memory import readable
 from ..progress import Moment, Progress
 from ..types import Pending
 from .budget import Budget
-from .leases import LOOK_AGAIN
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Conversion:
         self.held = False  # whether the budget counts them
         self.waiting = 0  # loads that cannot answer before it is made
         self.asked = 0  # models that torch computes until it is made
-        self.cancelled = False
+        self.cancellation = Cancellation()
         self.interrupted = 0
         self.tries = 0  # to open the graph where there was no room for both
         self.spare: Path | None = None  # the folder of a graph that is kept nowhere else
@@ -82,7 +82,7 @@ class Conversion:
 
     def cancel(self) -> None:
         """Have it given up at the next opportunity."""
-        self.cancelled = True
+        self.cancellation.cancel()
         self.progress.cancel()
 
 
@@ -216,12 +216,14 @@ class Conversions:
     def of(self, model_id: str) -> Conversion | None:
         """The model's conversion: one under way, or one that failed."""
         with self._changed:
-            return next((each for each in self._all if each.model_id == model_id and not each.cancelled), None)
+            return next(
+                (each for each in self._all if each.model_id == model_id and not each.cancellation.cancelled), None
+            )
 
     def shown(self) -> dict[str, ConversionStatus]:
         """How far each of them is, by model."""
         with self._changed:
-            return {each.model_id: each.status for each in self._all if not each.cancelled}
+            return {each.model_id: each.status for each in self._all if not each.cancellation.cancelled}
 
     # The worker ------------------------------------------------------------------------------------------------------
 
@@ -235,13 +237,13 @@ class Conversions:
             queue.sort(key=lambda each: not each.waiting)
             if not any(self._work(conversion) for conversion in queue):
                 with self._changed:
-                    if not any(conversion.cancelled for conversion in queue):
+                    if not any(conversion.cancellation.cancelled for conversion in queue):
                         self._changed.wait(_TRY_AGAIN)
 
     def _work(self, conversion: Conversion) -> bool:
         """Take a conversion as far as it comes now; tells whether it came any further."""
         with self._changed:
-            if conversion.cancelled:
+            if conversion.cancellation.cancelled:
                 if not conversion.settled.done():
                     self._settle(conversion, Cancelled())
                 return True
@@ -260,7 +262,7 @@ class Conversions:
                 self._settle(conversion)
         except Cancelled as error:
             with self._changed:
-                if conversion.cancelled:
+                if conversion.cancellation.cancelled:
                     self._settle(conversion, error)
                     return True
                 conversion.state, conversion.progress = "waiting", Progress()
@@ -346,7 +348,7 @@ class Conversions:
             conversion.progress.end("failed", str(error))
             if not conversion.made.done():
                 conversion.made.set_exception(error)
-            if conversion.cancelled or not conversion.asked:  # no model goes on without it
+            if conversion.cancellation.cancelled or not conversion.asked:  # no model goes on without it
                 self._all.remove(conversion)
             conversion.settled.set_result(None)
             self._changed.notify_all()

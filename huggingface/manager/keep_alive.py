@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..cancellation import LOOK_AGAIN
 from ..registry.records import ModelRecord
-from .leases import LOOK_AGAIN, Place, Places
+from .leases import Place, Places
 
 
 class KeepAlive:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from ..cancellation import LOOK_AGAIN, Cancellation
 from ..errors import Cancelled, MemoryHeld, ModelBusy
 from ..progress import Progress
 from ..registry.records import LoadSettings
@@ -23,8 +24,6 @@ from .claims import Claim, Claims
 
 if TYPE_CHECKING:
     from ..model import LoadedModel
-
-LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 
 class Loading:
@@ -175,16 +174,16 @@ class Places:
             self._claims.drain(claim, victims)
             self.changed.notify_all()
 
-    def wait_for_turn(self, claim: Claim, deadline: float, gone: Callable[[], bool]) -> None:
+    def wait_for_turn(self, claim: Claim, deadline: float, cancellation: Cancellation) -> None:
         """Wait until nobody uses the models that drain for a claim; where none does, for a moment.
 
         Raises:
-            Cancelled: `gone()` turned true, or the server is shutting down.
+            Cancelled: by `cancellation`, or the server is shutting down.
         """
         with self.changed:
             places = [self.of(model_id) for model_id in claim.victims]
             while (left := deadline - time.monotonic()) > 0:
-                if self.closed or gone():
+                if self.closed or cancellation.cancelled:
                     raise Cancelled
                 if places and not any(place.users for place in places):
                     return

@@ -154,7 +154,7 @@ class Loads:
         loader = self._loader.get()
         started = time.monotonic()
         self._refuse_at_once(record, settings)
-        folder = self._downloads.folder(record, progress, lambda: progress.cancelled)
+        folder = self._downloads.folder(record, progress)
         adapters = self._downloads.adapters(record, progress)
         heads = self._downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):

@@ -15,6 +15,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from ..cancellation import LOOK_AGAIN, NEVER, Cancellation
 from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
 from ..hub.downloads import Downloads
 from ..progress import Progress
@@ -24,7 +25,7 @@ from ..types import Forecast, LoadOptions, Unloaded
 from .budget import Budget
 from .conversions import Conversions
 from .keep_alive import KeepAlive
-from .leases import LOOK_AGAIN, Loading, Place, Places, Resident
+from .leases import Loading, Place, Places, Resident
 from .loader import LateLoader
 from .loads import Loads, is_stale, usable
 from .room import Room
@@ -112,7 +113,7 @@ class ModelManager:
     def lease(
         self,
         model_id: str,
-        gone: Callable[[], bool] = lambda: False,
+        cancellation: Cancellation = NEVER,
         keep_alive: float | None = None,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> Iterator[LoadedModel]:
@@ -121,9 +122,9 @@ class ModelManager:
         Raises:
             ModelNotFound, ModelDisabled: the registry says so.
             DependencyMissing, LoadError, InvalidRequest: it could not be loaded; all who waited for it are told so.
-            Cancelled: the server is shutting down, or `gone()` turned true while it was loaded.
+            Cancelled: the server is shutting down, or by `cancellation` while it was loaded.
         """
-        place, model, record = self._acquire(model_id, gone, watch)
+        place, model, record = self._acquire(model_id, cancellation, watch)
         try:
             yield model
         finally:
@@ -137,7 +138,7 @@ class ModelManager:
         settings: LoadSettings | None = None,
         keep_alive: float | None = None,
         wait_for_graph: bool = False,
-        gone: Callable[[], bool] = lambda: False,
+        cancellation: Cancellation = NEVER,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> LoadedModel:
         """Brings the model into memory; with `force_reload` again, once the leases on the old one have ended.
@@ -149,10 +150,10 @@ class ModelManager:
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
         """
         if settings is None:
-            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, gone, watch)
+            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
         before = self._override(model_id, settings)
         try:
-            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, gone, watch)
+            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
         except LocalLLMError:
             with self._changed:  # what failed is not to be in the way of whoever asks next
                 place = self._places.of(model_id)
@@ -166,7 +167,7 @@ class ModelManager:
         force_reload: bool,
         keep_alive: float | None,
         wait_for_graph: bool,
-        gone: Callable[[], bool],
+        cancellation: Cancellation,
         watch: Callable[[Progress], None],
     ) -> LoadedModel:
         if force_reload:
@@ -178,7 +179,7 @@ class ModelManager:
                 watch(loading.progress)
                 self._loads.fill(record, place, loading)
                 loading.done.result()
-        with self.lease(model_id, gone, keep_alive, watch) as model:
+        with self.lease(model_id, cancellation, keep_alive, watch) as model:
             conversion = self.conversions.of(model_id) if wait_for_graph else None
         if conversion is None:
             return model
@@ -187,9 +188,8 @@ class ModelManager:
             if conversion.progress is not told:  # each try has its own
                 told = conversion.progress
                 watch(told)
-            if gone():
-                raise Cancelled
-        with self.lease(model_id, gone, keep_alive, watch) as model:
+            cancellation.check()
+        with self.lease(model_id, cancellation, keep_alive, watch) as model:
             return model
 
     def _override(self, model_id: str, settings: LoadSettings) -> LoadSettings:
@@ -305,7 +305,7 @@ class ModelManager:
         return self._places.loading()
 
     def forecast(
-        self, model_id: str, settings: LoadSettings | None = None, gone: Callable[[], bool] = lambda: False
+        self, model_id: str, settings: LoadSettings | None = None, cancellation: Cancellation = NEVER
     ) -> Forecast:
         """What a load of the model would take, whether there is room for it, and who would go for it.
 
@@ -314,9 +314,8 @@ class ModelManager:
 
         Raises: as `lease`, but for what only comes out when weights are read.
         """
-        while not self._forecasting.acquire(timeout=LOOK_AGAIN):
-            if gone() or self._places.closed:
-                raise Cancelled
+        cancellation = cancellation.child(lambda: self._places.closed)
+        cancellation.until(lambda seconds: self._forecasting.acquire(timeout=seconds))
         try:
             return self._forecast(model_id, settings)
         finally:
@@ -330,7 +329,7 @@ class ModelManager:
     # Loading ---------------------------------------------------------------------------------------------------------
 
     def _acquire(
-        self, model_id: str, gone: Callable[[], bool], watch: Callable[[Progress], None]
+        self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
     ) -> tuple[Place, LoadedModel, ModelRecord]:
         """The model's place, counted as in use, the model in it, and its record."""
         asked = False
@@ -344,11 +343,10 @@ class ModelManager:
                 if (
                     place.reserved
                     or self._places.drains(model_id)
-                    or (loading is not None and loading.progress.cancelled)
+                    or (loading is not None and loading.progress.cancellation.cancelled)
                 ):
                     self._changed.wait(LOOK_AGAIN)
-                    if gone():
-                        raise Cancelled
+                    cancellation.check()
                     continue
                 stale = place.model is not None and is_stale(place.model, record)
                 if place.model is not None and not stale:
@@ -372,7 +370,7 @@ class ModelManager:
             if not asked:
                 self.statistics.missed(model_id)
                 asked = True
-            self._wait_for(place, loading, record, gone)
+            self._wait_for(place, loading, record, cancellation)
             model = loading.model  # which cannot go now, except with the server
             assert model is not None  # noqa: S101 - the load has succeeded
             try:
@@ -383,18 +381,14 @@ class ModelManager:
                 raise
             self._leave(place, model, record)
 
-    def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, gone: Callable[[], bool]) -> None:
+    def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
         """Wait for a load, and count as a user of its model then. Once nobody waits any more, the load is cancelled.
 
-        Raises: as the load does; Cancelled where `gone()`.
+        Raises: as the load does; Cancelled.
         """
         try:
-            while not wait([loading.done], LOOK_AGAIN).done:
-                if gone():
-                    raise Cancelled
-            loading.done.result()
-            if gone():
-                raise Cancelled
+            cancellation.result(loading.done)
+            cancellation.check()
         except BaseException:
             with self._changed:
                 if loading.model is not None:

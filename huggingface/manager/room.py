@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
+from ..cancellation import LOOK_AGAIN
 from ..errors import MemoryHeld, NeverFits
 from ..host.devices import by_index
 from ..host.memory import readable
@@ -18,7 +19,7 @@ from ..progress import Progress
 from ..types import Estimate, Forecast
 from .budget import Budget
 from .eviction import Idle, choose
-from .leases import LOOK_AGAIN, Places
+from .leases import Places
 
 
 class Room:
@@ -86,7 +87,7 @@ class Room:
                 if not told:
                     progress.begin("waiting")
                     told = True
-                self._places.wait_for_turn(claim, deadline, lambda: progress.cancelled)
+                self._places.wait_for_turn(claim, deadline, progress.cancellation)
 
     def relieve(self, model_id: str) -> bool:
         """Take the model that was used longest ago out of memory for the sake of another; False if there is none."""

@@ -96,7 +96,7 @@ class Takeover:
             account.keep(estimate.device, estimate.kv_cache)
             after = self._loads.open(record, conversion, settings, account)
             conversion.spare = None  # it goes with the model
-            after.prepared(lambda: conversion.cancelled)
+            after.prepared(conversion.cancellation)
             if after.effective["backend"] != backend:
                 raise ConversionFailed(after.backend_reason or "its graph cannot be found")
             with self._places.changed:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..cancellation import Cancellation
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, no_panics
 from .padded_batch import Lane, Outputs, Tensors, token_count
 
@@ -24,50 +25,45 @@ _AHEAD = 2048
 
 
 class TaskCall:
-    """A call that was submitted, for any thread to wait for or to cancel."""
+    """A call that was submitted, for any thread to wait for or to cancel.
 
-    __slots__ = ("_future",)
+    `future` gives the result as JSON values, or the LocalLLMError why there is none.
+    """
+
+    __slots__ = ("future",)
 
     def __init__(self) -> None:
-        self._future: Future[Any] = Future()
-
-    def result(self, timeout: float | None = None) -> Any:
-        """The result as JSON values; waits for it, for at most `timeout` seconds.
-
-        Raises:
-            TimeoutError: it is not done yet, and goes on. LocalLLMError: why there is no result.
-        """
-        return self._future.result(timeout)
+        self.future: Future[Any] = Future()
 
     def cancel(self) -> None:
         """Give it up, unless it is done: the result is `Cancelled` at once, and no further batch is computed for it."""
         self.settle(error=Cancelled())
 
     def done(self) -> bool:
-        """Whether `result` returns, or raises, at once."""
-        return self._future.done()
+        """Whether it has a result, or an error."""
+        return self.future.done()
 
     def settle(self, value: Any = None, error: BaseException | None = None) -> None:
         """Give it its result or its error, unless it has one already. For the batcher."""
         with suppress(InvalidStateError):
             if error is None:
-                self._future.set_result(value)
+                self.future.set_result(value)
             else:
-                self._future.set_exception(error)
+                self.future.set_exception(error)
 
     def when_done(self, tell: Callable[[TaskCall], None]) -> None:
         """Have `tell` called, on whichever thread settles the call. For the batcher."""
-        self._future.add_done_callback(lambda _: tell(self))
+        self.future.add_done_callback(lambda _: tell(self))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a call asks for; `gone`, asked on the engine's thread, tells whether to give up."""
+    """What a call asks for; `cancellation` is asked on the engine's thread."""
 
     task: str
     inputs: Any
     parameters: Mapping[str, Any]
-    gone: Callable[[], bool]
+    cancellation: Cancellation
 
 
 class Work(Protocol):
@@ -157,8 +153,7 @@ class _Batched(_Job):
     def prepare(self, count: int) -> None:
         """Make up to `count` more rows ready, asking before each whether to go on."""
         for _ in range(count):
-            if self.request.gone():
-                raise Cancelled
+            self.request.cancellation.check()
             row = next(self._source, None)
             if row is None:
                 return
@@ -210,10 +205,10 @@ class Batcher:
 
     # From any thread --------------------------------------------------------------------------------------------------
 
-    def submit(self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool]) -> TaskCall:
+    def submit(self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation) -> TaskCall:
         """Queue a call; see `TaskRunner.submit`."""
         call = TaskCall()
-        request = Request(task, inputs, parameters, lambda: call.done() or cancelled())
+        request = Request(task, inputs, parameters, cancellation.child(call.done))
         with self._lock:
             closed = self._closed
             if not closed:
@@ -286,11 +281,11 @@ class Batcher:
         """Let go of calls that are done or given up, and of all their rows."""
         for job in self._jobs:
             try:
-                gone = job.request.gone()
+                cancelled = job.request.cancellation.cancelled
             except Exception as error:  # noqa: BLE001 - whoever can't be asked is not there
                 self._fail(job, error)
             else:
-                if gone:
+                if cancelled:
                     job.call.cancel()
         self._sweep()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..errors import Cancelled
+from ..cancellation import Cancellation
 from .inputs import refuse
 
 _TOKEN_FIELDS = (
@@ -84,8 +84,8 @@ def check_sequences(arguments: Mapping[str, Any], model: Any, *, do_sample: bool
         raise refuse("num_return_sequences", "must be 1 without sampling or beams, which give a single answer")
 
 
-def stop_when(cancelled: Callable[[], bool], reached: Callable[[int], None] = lambda _: None) -> Any:
-    """A `StoppingCriteriaList` that asks `cancelled` after each token and raises `Cancelled` when it says so.
+def stop_when(cancellation: Cancellation, reached: Callable[[int], None] = lambda _: None) -> Any:
+    """A `StoppingCriteriaList` that raises `Cancelled` after a token where `cancellation` says so.
 
     `reached` is told how many tokens there are.
     """
@@ -95,8 +95,7 @@ def stop_when(cancelled: Callable[[], bool], reached: Callable[[int], None] = la
         def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
             import torch
 
-            if cancelled():
-                raise Cancelled
+            cancellation.check()
             reached(input_ids.shape[1])
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

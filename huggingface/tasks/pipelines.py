@@ -8,7 +8,7 @@ Importing this imports torch and transformers. Used on the model's engine thread
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.pipelines.base import ChunkPipeline
 
-from ..errors import Cancelled, GenerationFailed
+from ..cancellation import NEVER, Cancellation
+from ..errors import GenerationFailed
 from ..modeling.demand import Claims, asked_of
 from .generation import stop_when
 from .inputs import refuse
@@ -35,16 +36,15 @@ from .positions import max_positions
 
 
 class Guard:
-    """What is put in front of a pipeline's `forward`. `cancelled` is the running request's."""
+    """What is put in front of a pipeline's `forward`. `cancellation` is the running request's."""
 
-    cancelled: Callable[[], bool] = staticmethod(lambda: False)
+    cancellation: Cancellation = NEVER
     limit: int | None = None  # tokens that the model can read
     reads_nothing = False  # whether an input without any token means something
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
         """`Pipeline.forward` of one item (or one piece of one), unless cancelled, empty or too long."""
-        if self.cancelled():
-            raise Cancelled
+        self.cancellation.check()
         tokens = token_count(model_inputs)
         self.check(tokens)
         try:
@@ -97,9 +97,9 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
         tokens = int(model_inputs["input_ids"].shape[-1])
         parameters.update(self._lengths(tokens, parameters))
         if "custom_generate" in parameters or self.claims is None:  # somebody else makes the tokens
-            return super().forward(model_inputs, stopping_criteria=stop_when(self.cancelled), **parameters)
+            return super().forward(model_inputs, stopping_criteria=stop_when(self.cancellation), **parameters)
         with self.claims.held(asked_of(self.model, parameters, tokens)) as reached:
-            criteria = stop_when(self.cancelled, reached)
+            criteria = stop_when(self.cancellation, reached)
             return super().forward(model_inputs, stopping_criteria=criteria, **parameters)
 
     def _lengths(self, tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ Must not know HTTP, the registry, nor how the model was loaded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Cancelled, InvalidRequest, UnknownField
+from ..cancellation import NEVER, Cancellation
+from ..errors import InvalidRequest, UnknownField
 from . import inputs as check
 from .context_pieces import Example, Options, Piece, pieces
 from .json_values import json_value
@@ -26,20 +27,15 @@ _PADDING = (True, False, "longest", "max_length", "do_not_pad")
 _CONTEXT = "context"
 
 
-def _never() -> bool:
-    return False
-
-
 class QuestionAnswering:
     """`QuestionAnswering(model, tokenizer)({"question": ..., "context": ...})`.
 
     `model` is a `PreTrainedModel` with a question-answering head (start and end logits), on any device; `tokenizer`
-    its own. `cancelled` is asked before each piece of each context. Behaves as 4.57.6's `QuestionAnsweringPipeline`.
+    its own. Behaves as 4.57.6's `QuestionAnsweringPipeline`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, cancelled: Callable[[], bool] = _never) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._cancelled = cancelled
         accepted = inspect.signature(model.forward).parameters
         self._names = [name for name in _input_names(tokenizer) if name in accepted]
         self._segments = getattr(model.config, "type_vocab_size", 2) != 1
@@ -53,7 +49,7 @@ class QuestionAnswering:
             fixed={"use_cache": False} if "use_cache" in accepted else {},
         )
 
-    def __call__(self, inputs: Any, *, cancelled: Callable[[], bool] | None = None, **parameters: Any) -> Any:
+    def __call__(self, inputs: Any, *, cancellation: Cancellation = NEVER, **parameters: Any) -> Any:
         """Answer one `{"question", "context"}` or a list of them; `question` alone or both may be lists of texts.
 
         Returns `{"score", "start", "end", "answer"}` for one question: `score` a probability, `start` and `end`
@@ -63,20 +59,16 @@ class QuestionAnswering:
 
         Raises:
             InvalidRequest: naming the part of `inputs` or the parameter that cannot be honoured.
-            Cancelled: once `cancelled` answers True.
+            Cancelled: by `cancellation`, which is asked before each piece of each context.
         """
         options = _options(parameters)
         examples = _examples(inputs)
-        stop = cancelled or self._cancelled
-        answers = [self.best(self._read(example, options, stop), options) for example in examples]
+        answers = [self.best(self._read(example, options, cancellation), options) for example in examples]
         return answers[0] if len(answers) == 1 else answers
 
-    def _read(
-        self, example: Example, options: Options, cancelled: Callable[[], bool]
-    ) -> Iterator[tuple[Piece, Outputs]]:
+    def _read(self, example: Example, options: Options, cancellation: Cancellation) -> Iterator[tuple[Piece, Outputs]]:
         for piece in self.pieces(example, options):
-            if cancelled():
-                raise Cancelled
+            cancellation.check()
             try:
                 outputs = self.lane.run_alone(piece.tensors)
             except IndexError as error:

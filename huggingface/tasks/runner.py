@@ -14,8 +14,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..cancellation import NEVER, Cancellation
 from ..errors import (
-    Cancelled,
     EngineFailed,
     GenerationFailed,
     LocalLLMError,
@@ -98,16 +98,16 @@ class TaskRunner:
         self._opened["translation" if task.startswith("translation_") else task] = None
 
     def submit(
-        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
+        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation = NEVER
     ) -> TaskCall:
         """Queue `task` on `inputs`, one item or a list, for `step` to do as transformers' pipeline of that name would.
 
         `parameters` are those of `TASK_PARAMETERS`, validated; `adapter` among them names the adapter that the model is
-        to answer as, which is one that it has. `cancelled` tells, on the engine's thread, that the client has gone:
-        asked before each batch, item and token. Any thread; every error comes from the call's `result`: those of
+        to answer as, which is one that it has. `cancellation` is asked on the engine's thread, before each batch,
+        item and token. Any thread; every error comes from the call's `future`: those of
         `run`, and `Cancelled` after `close`.
         """
-        return self._calls.submit(task, inputs, parameters, cancelled)
+        return self._calls.submit(task, inputs, parameters, cancellation)
 
     def step(self) -> bool:
         """Do the next bounded piece of the calls that were submitted; whether there is more. Errors go to the calls.
@@ -135,23 +135,21 @@ class TaskRunner:
         """How many calls were submitted and have no result yet."""
         return self._calls.pending
 
-    def run(
-        self, task: str, inputs: Any, parameters: Mapping[str, Any], cancelled: Callable[[], bool] = lambda: False
-    ) -> Any:
+    def run(self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation = NEVER) -> Any:
         """Do `task` at once, item after item: what `submit` gives, and to the last bit what transformers gives.
 
-        `cancelled` is asked between items, between the pieces of one, and between tokens.
+        `cancellation` is asked between items, between the pieces of one, and between tokens.
 
         Raises:
             InvalidRequest: the inputs or a parameter cannot be used with this model, or it cannot do the task.
-            Cancelled: `cancelled` said so.
+            Cancelled: by `cancellation`.
             GenerationFailed, OutOfMemory: the model failed.
         """
-        request = Request(task, inputs, parameters, cancelled)
+        request = Request(task, inputs, parameters, cancellation)
         try:
             with no_panics():
                 work = self._begin(request)
-                result = self._whole(request) if work is None else _one_by_one(work, cancelled)
+                result = self._whole(request) if work is None else _one_by_one(work, cancellation)
         except LocalLLMError:
             raise
         except Exception as error:
@@ -212,19 +210,19 @@ class TaskRunner:
             return self._answer(request)
 
     def _answer(self, request: Request) -> Any:
-        name, parameters, cancelled = canonical_task(request.task), dict(request.parameters), request.gone
+        name, parameters = canonical_task(request.task), dict(request.parameters)
         if name == "table-question-answering":
-            return json_value(self._call(name, *self._checked(name, request), cancelled))
+            return json_value(self._call(name, *self._checked(name, request), request.cancellation))
         from ..modeling.steps import watched
         from .text2text import Text2Text
 
         with watched(self._model, self._model_id):
             if name == "text-generation":
                 inputs, parameters = text_generation.checked(request.inputs, parameters, self._model, self._tokenizer)
-                return json_value(self._call(name, inputs, parameters, cancelled))
+                return json_value(self._call(name, inputs, parameters, request.cancellation))
             parameters = generation_arguments(parameters, self._model)
             answer = Text2Text(self._model, self._tokenizer, request.task, claims=self._claims)
-            return json_value(answer(request.inputs, cancelled=cancelled, **parameters))
+            return json_value(answer(request.inputs, cancellation=request.cancellation, **parameters))
 
     def _checked(self, name: str, request: Request) -> tuple[Any, dict[str, Any]]:
         """The inputs and parameters of a call, fit for the pipeline of the task `name`."""
@@ -272,14 +270,14 @@ class TaskRunner:
             if arguments["max_length"] <= special:
                 raise shapes.refuse(field + "max_length", f"must exceed the {special} special tokens of an input")
 
-    def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancelled: Callable[[], bool]) -> Any:
+    def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancellation: Cancellation) -> Any:
         pipeline = self._pipeline(name)
         pipeline.call_count = 0  # it counts calls only to complain of many
-        pipeline.cancelled = cancelled
+        pipeline.cancellation = cancellation
         try:
             return pipeline(inputs, **parameters)
         finally:
-            del pipeline.cancelled  # it may hold on to the whole request
+            del pipeline.cancellation  # it may hold on to the whole request
 
     def _pipeline(self, name: str, adapter: str | None = None, part: Any = None) -> Any:
         """The pipeline of a task, around a `part` of the model where one is given; its lane is the adapter's own."""
@@ -385,13 +383,12 @@ def _split(request: Request) -> tuple[str | None, Request]:
     return adapter, replace(request, parameters=parameters)
 
 
-def _one_by_one(work: Work, gone: Callable[[], bool]) -> Any:
+def _one_by_one(work: Work, cancellation: Cancellation) -> Any:
     """The result of a call whose rows are computed each alone."""
 
     def computed(index: int) -> Iterator[tuple[Any, Outputs]]:
         for tensors, known in work.rows(index):
-            if gone():
-                raise Cancelled
+            cancellation.check()
             try:
                 outputs = work.lane.run_alone(tensors)
             except Exception as error:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from ..errors import Cancelled, InvalidRequest, UnknownField
+from ..cancellation import NEVER, Cancellation
+from ..errors import InvalidRequest, UnknownField
 from ..modeling.demand import Claims, asked_of
 from . import inputs as check
 from .positions import max_positions
@@ -70,17 +71,13 @@ _NOT_TEXT = frozenset({"return_dict_in_generate", "output_scores", "output_logit
 _TRUNCATION = (True, False, "longest_first", "only_first", "do_not_truncate")
 
 
-def _never() -> bool:
-    return False
-
-
 class Text2Text:
     """One task on one model: `Text2Text(model, tokenizer, "summarization")("A long text ...")`.
 
     `model` is a `PreTrainedModel` with a language-modelling head over an encoder and a decoder, on any device;
-    `tokenizer` its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `cancelled` is asked between texts and
-    between tokens; `claims` asks for the memory that is taken. Behaves as 4.57.6's `Text2TextGenerationPipeline`,
-    `SummarizationPipeline`, `TranslationPipeline`.
+    `tokenizer` its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `claims` asks for the
+    memory that is taken. Behaves as 4.57.6's `Text2TextGenerationPipeline`, `SummarizationPipeline`,
+    `TranslationPipeline`.
 
     Raises:
         InvalidRequest: on `task`, when it is none of these.
@@ -91,7 +88,6 @@ class Text2Text:
         model: Any,
         tokenizer: Any,
         task: str,
-        cancelled: Callable[[], bool] = _never,
         claims: Claims | None = None,
     ) -> None:
         translation = _TRANSLATION.fullmatch(task)
@@ -105,7 +101,6 @@ class Text2Text:
             translation = _TRANSLATION.fullmatch(task)
         self._model = model
         self._tokenizer = tokenizer
-        self._cancelled = cancelled
         self._claims = claims
         self._name = name
         self._key = _KEYS[name]
@@ -115,9 +110,7 @@ class Text2Text:
         self._decoder_positions = max_positions(model.get_decoder())
         self._reads_answer = not model.config.is_encoder_decoder  # the answer goes on from the text, and counts with it
 
-    def __call__(
-        self, inputs: str | list[str], *, cancelled: Callable[[], bool] | None = None, **parameters: Any
-    ) -> list[Any]:
+    def __call__(self, inputs: str | list[str], *, cancellation: Cancellation = NEVER, **parameters: Any) -> list[Any]:
         """Answer `inputs`, one text or a list of them, with `[{"<task>_text": ...}, ...]`.
 
         For one text: a list with one answer for each of `num_return_sequences`. For a list: a list with one answer
@@ -127,10 +120,9 @@ class Text2Text:
 
         Raises:
             InvalidRequest: naming the field that cannot be honoured.
-            Cancelled: once `cancelled` answers True.
+            Cancelled: by `cancellation`, which is asked between texts and between tokens.
         """
         given = check.texts(inputs)
-        stop = cancelled or self._cancelled
         own = {name: value for name, value in parameters.items() if name in _OWN_PARAMETERS | _LANGUAGES}
         asked = self._generation_parameters(parameters)
         self._check_own(own)
@@ -141,10 +133,9 @@ class Text2Text:
         settings = self._settings(asked)
         answers = []
         for index, text in enumerate([given] if isinstance(given, str) else given):
-            if stop():
-                raise Cancelled
+            cancellation.check()
             field = "inputs" if isinstance(given, str) else f"inputs.{index}"
-            answers.append(self._answer(text, field, own, asked, settings, stop))
+            answers.append(self._answer(text, field, own, asked, settings, cancellation))
         if isinstance(given, str):
             return answers[0]
         return [each[0] for each in answers] if all(len(each) == 1 for each in answers) else answers
@@ -265,7 +256,7 @@ class Text2Text:
         own: Mapping[str, Any],
         asked: Mapping[str, Any],
         settings: Mapping[str, Any],
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
     ) -> list[dict[str, str]]:
         import torch
 
@@ -279,7 +270,7 @@ class Text2Text:
         try:
             settings = {**self._lengths(settings, tokens), **forced}
             with torch.inference_mode(), _blaming(asked), self._memory(tensors, settings, asked) as reached:
-                rows = self._generate(tensors, settings, cancelled, reached)
+                rows = self._generate(tensors, settings, cancellation, reached)
         except IndexError as error:
             if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
                 raise
@@ -338,7 +329,7 @@ class Text2Text:
         self,
         tensors: Mapping[str, Any],
         settings: Mapping[str, Any],
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
         reached: Callable[[int], None],
     ) -> Any:
         """The tokens of each answer, `(num_return_sequences, length)`."""
@@ -353,7 +344,7 @@ class Text2Text:
             name: None for name, value in settings.items() if value is None and getattr(model, name, None) is not None
         }
         reader = {"tokenizer": self._tokenizer} if settings.get("stop_strings") else {}
-        watch = _Watch(cancelled, reached, self._decoder_positions, settings.get("max_length"))
+        watch = _Watch(cancellation, reached, self._decoder_positions, settings.get("max_length"))
         criteria = StoppingCriteriaList([watch])
         return self._model.generate(**tensors, generation_config=config, stopping_criteria=criteria, **none, **reader)
 
@@ -363,19 +354,18 @@ class _Watch:
 
     def __init__(
         self,
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
         reached: Callable[[int], None],
         positions: int | None,
         max_length: int | None,
     ) -> None:
-        self._cancelled = cancelled
+        self._cancellation = cancellation
         self._reached = reached
         self._positions = positions
         self._max_length = max_length
 
     def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        if self._cancelled():
-            raise Cancelled
+        self._cancellation.check()
         length = input_ids.shape[1]
         self._reached(length)
         if self._positions is not None and self._positions < length < (self._max_length or length + 1):

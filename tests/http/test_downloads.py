@@ -21,6 +21,7 @@ from hub import Repository
 from hub_place import Place, refused, works
 
 from huggingface import hub
+from huggingface.cancellation import Cancellation
 from huggingface.errors import (
     Cancelled,
     DiskFull,
@@ -572,14 +573,14 @@ def test_the_adapters_of_a_model_are_brought_with_it_and_never_as_pickles(place:
 
 def test_a_download_ends_when_nobody_wants_it_any_more(place: Place, downloads: Downloads) -> None:
     publish(place, "org/left").rate[WEIGHTS] = MB
-    gone = threading.Event()
+    gone = Cancellation()
     with ThreadPoolExecutor(3) as threads:
         waits = [
-            threads.submit(downloads.folder, record("org/left"), Progress(), gone.is_set),
+            threads.submit(downloads.folder, record("org/left"), Progress(), gone),
             threads.submit(downloads.folder, record("org/left"), Progress()),
         ]
         arriving(place, "org/left", MB // 4)
-        gone.set()
+        gone.cancel()
         with pytest.raises(Cancelled):
             waits[0].result(PATIENCE)
         job = downloads.get("org/left")
@@ -593,13 +594,13 @@ def test_a_download_of_loads_alone_is_given_up_with_the_last_and_one_that_was_as
 ) -> None:
     for model_id, asked in (("org/mere-load", False), ("org/asked", True)):
         publish(place, model_id).rate[WEIGHTS] = 2 * MB
-        gone = threading.Event()
+        gone = Cancellation()
         with ThreadPoolExecutor(1) as threads:
-            wait = threads.submit(downloads.folder, record(model_id), Progress(), gone.is_set)
+            wait = threads.submit(downloads.folder, record(model_id), Progress(), gone)
             arriving(place, model_id)
             if asked:
                 downloads.start(record(model_id))
-            gone.set()
+            gone.cancel()
             with pytest.raises(Cancelled):
                 wait.result(PATIENCE)
         job = downloads.get(model_id)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 
+from huggingface.cancellation import Cancellation
 from huggingface.engine.failures import typed
 from huggingface.errors import (
     Cancelled,
@@ -52,6 +53,7 @@ from huggingface.manager.eviction import Idle, choose
 from huggingface.manager.leases import Places
 from huggingface.manager.manager import ModelManager
 from huggingface.manager.room import Room
+from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry
 from huggingface.types import EngineOptions, Estimate, GenerationRequest, LoadOptions
@@ -242,7 +244,7 @@ def test_an_idle_model_goes_for_another_whether_the_device_is_named_with_its_ind
     forecast = room.forecast("new", estimate)
     assert (forecast.fits, forecast.evicts) == (True, ["idle"])
     assert (dict(forecast.available), dict(forecast.limits)) == ({"cuda:0": 40}, {"cuda:0": 100})
-    room.make("new", {"cuda": 50}, lambda: False)
+    room.make("new", {"cuda": 50}, Progress())
     assert gone == ["idle"]
     budget.settle("new")
     budget.note("new", "weights", {"cuda:0": 50})
@@ -520,7 +522,7 @@ def test_who_waits_for_memory_has_his_turn_when_those_who_use_it_are_done(
     def keep_busy(model_id: str, offset: float) -> None:
         time.sleep(offset)
         while not stop.is_set():
-            with manager.lease(model_id, stop.is_set):
+            with manager.lease(model_id, Cancellation(stop.is_set)):
                 time.sleep(0.3)
 
     with ThreadPoolExecutor(4) as pool:
@@ -551,7 +553,7 @@ def test_whose_memory_came_free_takes_it_before_those_who_waited_for_the_model_t
             asked.release()
             return False
 
-        with manager.lease(model_id, looks):
+        with manager.lease(model_id, Cancellation(looks)):
             order.append(model_id)
 
     for _ in range(3):
@@ -582,7 +584,7 @@ def test_a_load_that_was_refused_is_next_when_it_is_asked_for_again(
             asked.set()
             return False
 
-        with manager.lease("sized/a", looks):
+        with manager.lease("sized/a", Cancellation(looks)):
             asked.set()
             done.wait()
 
@@ -1249,10 +1251,10 @@ def test_who_leaves_a_forced_load_does_not_end_it_for_who_asked(
     with ThreadPoolExecutor(2) as pool:
         forced = pool.submit(manager.load, tiny("llama"), force_reload=True)
         assert reading.wait(10)
-        gone = threading.Event()
-        other = pool.submit(manager.load, tiny("llama"), gone=gone.is_set)
+        gone = Cancellation()
+        other = pool.submit(manager.load, tiny("llama"), cancellation=gone)
         time.sleep(0.2)
-        gone.set()
+        gone.cancel()
         with pytest.raises(Cancelled):
             other.result(10)
         assert forced.result(10).setup.record.model_id == tiny("llama")

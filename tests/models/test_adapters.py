@@ -23,6 +23,7 @@ from test_slots import Lists
 from tiny_tokenizers import TEXT
 from transformers import pipeline
 
+from huggingface.cancellation import NEVER
 from huggingface.engine.bulk import run_in_batch
 from huggingface.engine.slots import SMALLEST, SlotTable
 from huggingface.errors import (
@@ -341,9 +342,9 @@ def test_a_task_is_done_by_its_adapter(
     for each, call in zip(asked, calls, strict=True):
         plain = model if each is None else references[each].base_model.model
         wanted = TaskRunner(name, plain, tokenizer, head).run(task, inputs, parameters)
-        assert _rounded(call.result(0)) == _rounded(wanted), each
+        assert _rounded(call.future.result(0)) == _rounded(wanted), each
         assert _rounded(runner.run(task, inputs, {**parameters, "adapter": each})) == _rounded(wanted)
-    assert len({json.dumps(_rounded(call.result(0))) for call in calls}) > 1
+    assert len({json.dumps(_rounded(call.future.result(0))) for call in calls}) > 1
 
 
 def test_prompts_of_a_task_are_made_by_their_adapter_in_the_batch(llama: Any) -> None:
@@ -353,7 +354,7 @@ def test_prompts_of_a_task_are_made_by_their_adapter_in_the_batch(llama: Any) ->
     prompts = [" ".join(WORDS[at : at + 5]) for at in range(4)]
     for adapter in ("a", None):
         call = texts.begin(prompts, {"max_new_tokens": 8, "do_sample": False})
-        done = run_in_batch(call, served.engine, most=4, context=512, gone=lambda: False, adapter=adapter)
+        done = run_in_batch(call, served.engine, most=4, context=512, cancellation=NEVER, adapter=adapter)
         plain = references[adapter] if adapter is None else references[adapter].base_model.model
         wanted = pipeline("text-generation", model=plain, tokenizer=served.tokenizer)(
             prompts, max_new_tokens=8, do_sample=False

@@ -31,6 +31,7 @@ from test_task_batching import near
 import huggingface
 from app import create_app
 from config import Settings
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled
 from huggingface.loading import loader
 from huggingface.loading.backend import Declined
@@ -310,7 +311,9 @@ def test_clients_that_leave_do_not_end_the_conversion(
     seen = []
     for _ in range(2):
         with pytest.raises(Cancelled):
-            manager.load(MODEL, wait_for_graph=True, gone=lambda: MODEL in manager.conversions.shown())
+            manager.load(
+                MODEL, wait_for_graph=True, cancellation=Cancellation(lambda: MODEL in manager.conversions.shown())
+            )
         seen.append(manager.conversions.of(MODEL))
     assert seen[0] is seen[1] is not None, "the second goes on with what the first began"
     assert graphs(models) == []

@@ -18,6 +18,7 @@ import torch
 import transformers
 from tiny_models import build
 
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled, InvalidRequest, UnknownField
 from huggingface.tasks.question_answering import QuestionAnswering
 from huggingface.tasks.text2text import Text2Text
@@ -286,7 +287,7 @@ def test_unknown_parameters_say_what_is_known(models: Models) -> None:
 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_cancelled_text_stops_at_the_next_token(models: Models, beams: int) -> None:
-    """`cancelled` is asked before every text and after every token, and its Yes is the end."""
+    """The probe is asked before every text and after every token, and its Yes is the end."""
     asked = 0
 
     def cancelled() -> bool:
@@ -295,7 +296,7 @@ def test_a_cancelled_text_stops_at_the_next_token(models: Models, beams: int) ->
         return asked == 5
 
     with pytest.raises(Cancelled):
-        models.text("nllb", "summarization")(FOX, num_beams=beams, min_length=100, cancelled=cancelled)
+        models.text("nllb", "summarization")(FOX, num_beams=beams, min_length=100, cancellation=Cancellation(cancelled))
     assert asked == 5
 
 
@@ -308,9 +309,9 @@ def test_a_cancelled_question_stops_at_the_next_piece(models: Models) -> None:
         asked += 1
         return asked == 3
 
-    ask = QuestionAnswering(*models.load("bert-qa"), cancelled=cancelled)
+    ask = models.questions("bert-qa")
     with pytest.raises(Cancelled):
-        ask({"question": "Who?", "context": FOX * 90}, max_seq_len=64)
+        ask({"question": "Who?", "context": FOX * 90}, max_seq_len=64, cancellation=Cancellation(cancelled))
     assert asked == 3
 
 

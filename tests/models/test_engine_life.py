@@ -156,7 +156,7 @@ def test_a_model_is_closed_while_it_rests(resting: Any, family: Any) -> None:
     with pytest.raises(Cancelled):
         loaded.run("text-generation", "The cat", GREEDY)
     with pytest.raises(Cancelled):
-        tasks.submit("feature-extraction", "a", {}).result(0)
+        tasks.submit("feature-extraction", "a", {}).future.result(0)
     engine.wake()
     assert threads_of("llama") == []
 
@@ -174,7 +174,7 @@ def test_closing_in_any_moment_answers_everyone(resting: Any) -> None:
                 try:
                     assert engine.call(lambda: "done") == "done"
                     ticket = Ticket()
-                    engine.submit_job(ticket, lambda given_up: None, lambda: False)
+                    engine.submit_job(ticket, lambda _: None)
                     list(ticket)
                 except Cancelled:
                     return count

@@ -21,6 +21,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled
 from huggingface.loading import loader
 from huggingface.registry.records import ModelRecord
@@ -317,7 +318,8 @@ def test_a_request_that_was_given_up_holds_no_memory(models_dir: Path, tiny: Any
     gc.disable()
     try:
         with pytest.raises(Cancelled):
-            list(model.generate(GenerationRequest({"max_new_tokens": 50}, prompt="x"), lambda: next(asked) > 5))
+            request = GenerationRequest({"max_new_tokens": 50}, prompt="x")
+            list(model.generate(request, Cancellation(lambda: next(asked) > 5)))
         assert next(asked) > 5
         assert not [thing for thing in gc.get_objects() if type(thing) is DynamicCache]
     finally:

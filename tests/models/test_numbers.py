@@ -163,9 +163,9 @@ def test_a_text_without_numbers_harms_none_of_those_that_are_computed_beside_it(
         while runner.step():
             pass
         with pytest.raises(GenerationFailed, match="not a number"):
-            broken.result(0)
+            broken.future.result(0)
         for call, answer in zip(calls, wanted, strict=True):
-            found = call.result(0)
+            found = call.future.result(0)
             assert [each["entity"] for each in found] == [each["entity"] for each in answer]
     assert batches == [5, 1, 1, 5, 5, 5, 5], "all at once each time; the first time two of them alone to compare"
 

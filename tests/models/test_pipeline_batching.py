@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from task_models import CHAT, Models, on_one_thread
 from test_engine import draw_parameters, draw_prompt, idle
 from tiny_tokenizers import TEXT
 
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled, InvalidRequest, QueueFull
 from huggingface.model import LoadedModel
 from huggingface.types import GenerationRequest
@@ -75,9 +75,9 @@ class Served:
             self.loaded: LoadedModel = serve(name, model, tokenizer, **options)
         self.batch = noted[self.loaded.model_id].batch
 
-    def run(self, inputs: Any, parameters: dict[str, Any], *gone: Callable[[], bool]) -> Any:
+    def run(self, inputs: Any, parameters: dict[str, Any], *cancellation: Cancellation) -> Any:
         """The answer of the served model."""
-        return self.loaded.run(TASK, inputs, {"do_sample": False, **parameters}, *gone)
+        return self.loaded.run(TASK, inputs, {"do_sample": False, **parameters}, *cancellation)
 
     def expect(self, inputs: Any, parameters: dict[str, Any]) -> Any:
         """The answer of transformers."""
@@ -327,12 +327,12 @@ def test_a_full_queue_refuses_a_call_at_once(family: Any) -> None:
 def test_a_call_that_is_given_up_frees_its_slots_at_the_next_step(family: Any) -> None:
     """A client that hangs up in the middle of a list: no slot stays taken, and nothing more is begun."""
     served = family("llama")
-    gone = threading.Event()
+    gone = Cancellation()
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(served.run, ["The cat", "A dog", "What"] * 40, LONG, gone.is_set)
+        call = pool.submit(served.run, ["The cat", "A dog", "What"] * 40, LONG, gone)
         while served.loaded.status.running < 30:
             time.sleep(0.001)
-        gone.set()
+        gone.cancel()
         with Watch(served) as watch:
             with pytest.raises(Cancelled):
                 call.result(5)

@@ -316,7 +316,6 @@ def waiting(tokens: list[int]) -> Sequence:
         text=Nothing(),
         sampler=Nothing(),
         parameters={},
-        gone=lambda: False,
     )
 
 

@@ -19,6 +19,7 @@ from task_models import HEAD_OF, LONG, Models, on_one_thread
 from test_tasks import SAME
 from transformers import AutoTokenizer
 
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory
 from huggingface.tasks.batching import TaskCall
 from huggingface.tasks.runner import TaskRunner
@@ -54,7 +55,7 @@ def finish(runner: TaskRunner, *calls: TaskCall) -> list[Any]:
 
 def outcome(call: TaskCall) -> Any:
     try:
-        return call.result(timeout=0)
+        return call.future.result(timeout=0)
     except LocalLLMError as error:
         return error
 
@@ -137,7 +138,7 @@ def test_callers_on_threads_of_their_own_each_get_their_answer(models: Models) -
     answers: dict[int, Any] = {}
 
     def ask(index: int) -> None:
-        answers[index] = runner.submit("sentiment-analysis", WORDS[index], {"top_k": 1 + index % 2}).result(
+        answers[index] = runner.submit("sentiment-analysis", WORDS[index], {"top_k": 1 + index % 2}).future.result(
             timeout=PATIENCE
         )
 
@@ -262,14 +263,14 @@ def test_a_call_that_generates_takes_one_step_among_the_others(models: Models) -
 def test_a_long_call_that_is_given_up_stops_before_the_next_batch_and_harms_no_other(models: Models, how: str) -> None:
     loaded = exact(models, "bert-embed")
     runner = TaskRunner(*loaded, "base")
-    gone = threading.Event()
+    gone = Cancellation()
     with forwards(loaded[1]) as seen:
-        long = runner.submit("feature-extraction", texts(1000), {}, gone.is_set)
+        long = runner.submit("feature-extraction", texts(1000), {}, gone)
         other = runner.submit("feature-extraction", texts(90, 40), {})
         while len(seen) < 5:
             runner.step()
         assert not long.done()
-        gone.set() if how == "gone" else long.cancel()
+        gone.cancel() if how == "gone" else long.cancel()
         before = len(seen)
         (left, found) = finish(runner, long, other)
     assert isinstance(left, Cancelled)
@@ -283,7 +284,10 @@ def test_a_client_that_is_gone_before_its_turn_costs_no_forward_pass(models: Mod
     runner = TaskRunner(*loaded, "causal-lm")
     assert runner.supported
     with forwards(loaded[1].base_model) as seen:
-        calls = [runner.submit(task, "the cat", {}, lambda: True) for task in ("feature-extraction", "text-generation")]
+        calls = [
+            runner.submit(task, "the cat", {}, Cancellation(lambda: True))
+            for task in ("feature-extraction", "text-generation")
+        ]
         assert all(isinstance(found, Cancelled) for found in finish(runner, *calls))
     assert seen == []
     assert runner.opened == ()
@@ -392,7 +396,10 @@ def test_a_client_that_cannot_be_asked_harms_no_other(models: Models) -> None:
     def broken() -> bool:
         raise OSError
 
-    calls = [runner.submit("feature-extraction", "a", {}, broken), runner.submit("feature-extraction", "a", {})]
+    calls = [
+        runner.submit("feature-extraction", "a", {}, Cancellation(broken)),
+        runner.submit("feature-extraction", "a", {}),
+    ]
     lost, found = finish(runner, *calls)
     assert isinstance(lost, GenerationFailed)
     assert near(found, runner.run("feature-extraction", "a", {}))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from task_models import CHAT, LONG, TABLE, Models, on_one_thread
 
+from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled, GenerationFailed, InvalidRequest, MissingField
 from huggingface.tasks.positions import max_positions
 from huggingface.tasks.runner import TaskRunner
@@ -32,7 +33,8 @@ def new_tokens(models: Models, name: str, prompt: str, **parameters: Any) -> int
     """How many tokens a greedy answer has, counted by what the model was asked to compute."""
     runner = models.runner(name)
     seen = []
-    runner.run("text-generation", prompt, {"do_sample": False, **parameters}, lambda: bool(seen.append(1)))
+    counting = Cancellation(lambda: bool(seen.append(1)))
+    runner.run("text-generation", prompt, {"do_sample": False, **parameters}, counting)
     return len(seen) - 1  # asked once before the prompt, then after each token
 
 
@@ -299,8 +301,9 @@ def test_a_cancelled_task_stops_between_tokens_items_and_pieces(
     models: Models, name: str, task: str, inputs: Any, parameters: dict[str, Any]
 ) -> None:
     asked: list[int] = []
+    cancellation = Cancellation(lambda: len(asked) > 2 or bool(asked.append(1)))
     with pytest.raises(Cancelled):
-        models.runner(name).run(task, inputs, parameters, lambda: len(asked) > 2 or bool(asked.append(1)))
+        models.runner(name).run(task, inputs, parameters, cancellation)
     assert len(asked) == 3
     assert models.run(name, task, inputs[:1] if isinstance(inputs, list) else inputs, **parameters)
 
@@ -334,6 +337,6 @@ def test_a_finished_call_keeps_nothing_of_the_request(models: Models) -> None:
             return False
 
     request = Request()
-    models.runner("gpt2").run("text-generation", "a", {"max_new_tokens": 2}, request.cancelled)
+    models.runner("gpt2").run("text-generation", "a", {"max_new_tokens": 2}, Cancellation(request.cancelled))
     gc.collect()
     assert not [found for found in gc.get_referrers(request) if type(found).__name__ == "method"]

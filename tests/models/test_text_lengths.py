@@ -12,6 +12,7 @@ import changed_models
 import pytest
 from transformers import AutoTokenizer
 
+from huggingface.cancellation import NEVER, Cancellation
 from huggingface.engine.lengths import Lengths, TooLong
 from huggingface.errors import Cancelled, ContextExceeded, InvalidRequest
 from huggingface.types import GenerationRequest
@@ -41,7 +42,7 @@ def tokenizer(request: Any, tiny: Any, models_dir: Path) -> Any:
 def test_what_is_far_too_long_is_refused_before_it_is_read_whole(tokenizer: Any) -> None:
     """Of more than a million characters a small part tells that they do not fit a context of a thousand tokens."""
     counting = Counting(tokenizer)
-    with pytest.raises(TooLong) as error, Lengths(counting, 1000).reading(LONG, 2000, lambda: False):
+    with pytest.raises(TooLong) as error, Lengths(counting, 1000).reading(LONG, 2000, NEVER):
         raise AssertionError
     assert error.value.tokens > 2000
     assert counting.characters < 200_000
@@ -60,7 +61,7 @@ def test_what_fits_is_never_refused(tokenizer: Any) -> None:
     )
     for text in texts:
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        with Lengths(tokenizer, None).reading(text, count, lambda: False):
+        with Lengths(tokenizer, None).reading(text, count, NEVER):
             pass
 
 
@@ -74,18 +75,18 @@ def test_a_reading_ends_when_nobody_waits_for_it(tokenizer: Any) -> None:
         return asked[-1]
 
     lengths = Lengths(counting, None)
-    with pytest.raises(Cancelled), lengths.reading(LONG, 10**9, gone):
+    with pytest.raises(Cancelled), lengths.reading(LONG, 10**9, Cancellation(gone)):
         raise AssertionError
     assert counting.characters < 200_000
     text = LONG[:100_000]
-    with lengths.reading(text, 10**9, lambda: False), lengths.reading(text, 10**9, lambda: False):
+    with lengths.reading(text, 10**9, NEVER), lengths.reading(text, 10**9, NEVER):
         read = counting.characters
-        with pytest.raises(Cancelled), lengths.reading(text, 10**9, lambda: True):
+        with pytest.raises(Cancelled), lengths.reading(text, 10**9, Cancellation(lambda: True)):
             raise AssertionError
         assert counting.characters == read
-        with lengths.reading("short", 10**9, lambda: False):  # which needs no turn
+        with lengths.reading("short", 10**9, NEVER):  # which needs no turn
             pass
-        waiting = threading.Thread(target=lambda: lengths.reading(text, 10**9, lambda: False).__enter__())
+        waiting = threading.Thread(target=lambda: lengths.reading(text, 10**9, NEVER).__enter__())
         waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()
@@ -135,7 +136,7 @@ def test_a_chat_that_is_given_up_is_not_laid_out_to_its_end(model: Any) -> None:
     for source in ({"messages": [{"role": "user", "content": WORDS}] * 1000}, {"prompt": LONG}):
         for call in (model.generate, model.count_prompt):
             with pytest.raises(Cancelled):
-                call(GenerationRequest({"max_new_tokens": 1}, **source), lambda: True)
+                call(GenerationRequest({"max_new_tokens": 1}, **source), Cancellation(lambda: True))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_a_task_refuses_a_text_that_would_hold_the_model_for_a_minute(
             model.run(task, inputs, parameters)
         assert error.value.field == field
         with pytest.raises(Cancelled):
-            model.run(task, inputs, parameters, lambda: True)
+            model.run(task, inputs, parameters, Cancellation(lambda: True))
     finally:
         model.close()
 

@@ -12,6 +12,7 @@ from flask import Response
 
 from huggingface.api.http.sse import NAMED_SSE, NDJSON, SSE, Encoding, Events, Writer, event_stream
 from huggingface.api.requests.work import Work, moments
+from huggingface.cancellation import Cancellation
 from huggingface.errors import InvalidRequest, LocalLLMError
 from huggingface.progress import Moment, Progress
 
@@ -124,18 +125,18 @@ def followed(work: Callable[..., dict[str, Any]], hold: float = 600) -> list[Mom
 def test_work_is_told_to_its_end() -> None:
     progress = Progress()
 
-    def work(gone: Callable[[], bool], watch: Callable[[Progress], None]) -> dict[str, Any]:
+    def work(cancellation: Cancellation, watch: Callable[[Progress], None]) -> dict[str, Any]:
         watch(progress)
         progress.begin("read", 1)
         progress.end("ready")
-        return {"done": not gone()}
+        return {"done": not cancellation.cancelled}
 
     told = followed(work)
     assert [moment and moment.phase for moment in told] == ["read", "ready"]
 
 
 def test_of_work_that_fails_at_once_nothing_is_told() -> None:
-    def work(_: Callable[[], bool], watch: Callable[[Progress], None]) -> dict[str, Any]:
+    def work(_: Cancellation, watch: Callable[[Progress], None]) -> dict[str, Any]:
         watch(Progress())
         raise InvalidRequest("no")
 
@@ -148,9 +149,9 @@ def test_of_work_that_fails_at_once_nothing_is_told() -> None:
 def test_work_is_given_up_when_its_stream_ends_before_it() -> None:
     ended = threading.Event()
 
-    def work(gone: Callable[[], bool], watch: Callable[[Progress], None]) -> dict[str, Any]:
+    def work(cancellation: Cancellation, watch: Callable[[Progress], None]) -> dict[str, Any]:
         watch(Progress())
-        while not gone():
+        while not cancellation.cancelled:
             ended.wait(0.01)
         ended.set()
         return {}

@@ -38,12 +38,13 @@ FOLDERS: dict[str, set[str]] = {
 # The modules beside the folders, which any folder may import; and which of these each may import.
 MODULES: dict[str, set[str]] = {
     "errors": set(),
+    "cancellation": {"errors"},
     "types": {"errors"},
-    "progress": {"errors"},
+    "progress": {"cancellation", "errors"},
     "hub_errors": {"errors"},
-    "served": {"engine", "types"},
-    "model_memory": {"host", "errors", "types"},
-    "model": {"engine", "tasks", "modeling", "registry", "host", "model_memory", "errors", "types"},
+    "served": {"engine", "cancellation", "types"},
+    "model_memory": {"host", "cancellation", "errors", "types"},
+    "model": {"engine", "tasks", "modeling", "registry", "host", "model_memory", "cancellation", "errors", "types"},
 }
 
 # Where a library may be imported, as patterns of paths (`*` is any part of one); and where only inside of a function,

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from huggingface.engine.parallel_sampling import JointTicket
+from huggingface.cancellation import Cancellation
+from huggingface.engine.parallel_sampling import Begin, JointTicket
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import GenerationFailed, QueueFull
 from huggingface.types import Chunk
@@ -22,7 +23,7 @@ def ended(text: str) -> Ticket:
 
 
 def test_what_ends_at_once_is_read_all_the_same() -> None:
-    joint = JointTicket([lambda: ended("a"), lambda: ended("b"), lambda: ended("c")], 2)
+    joint = JointTicket([lambda _: ended("a"), lambda _: ended("b"), lambda _: ended("c")], 2)
     assert joint.prompt_end == "the end"
     assert sorted((chunk.index, chunk.text) for chunk in joint) == [(0, "a"), (1, "b"), (2, "c")]
     assert joint.prompt_tokens == 9
@@ -32,7 +33,7 @@ def test_no_more_than_so_many_run_at_once() -> None:
     running: list[Ticket] = []
     most = 0
 
-    def begin() -> Ticket:
+    def begin(_: Cancellation) -> Ticket:
         nonlocal most
         ticket = Ticket()
         running.append(ticket)
@@ -57,7 +58,7 @@ def test_no_more_than_so_many_run_at_once() -> None:
 def test_a_full_queue_is_waited_for_and_refuses_only_the_first() -> None:
     tries = 0
 
-    def begin() -> Ticket:
+    def begin(_: Cancellation) -> Ticket:
         nonlocal tries
         tries += 1
         if tries in (2, 3):
@@ -66,7 +67,7 @@ def test_a_full_queue_is_waited_for_and_refuses_only_the_first() -> None:
 
     first = Ticket()
 
-    def begin_first() -> Ticket:
+    def begin_first(_: Cancellation) -> Ticket:
         nonlocal tries
         tries += 1
         return first
@@ -79,39 +80,58 @@ def test_a_full_queue_is_waited_for_and_refuses_only_the_first() -> None:
     first.finish()
     assert [chunk.text for chunk in joint] == ["4"]
 
-    def refuse() -> Ticket:
+    def refuse(_: Cancellation) -> Ticket:
         raise QueueFull("m", 9, 1)
 
     with pytest.raises(QueueFull):
         JointTicket([refuse], 2)
 
 
+def beginning(tickets: list[Ticket]) -> Begin:
+    """Begins a generation, and adds its ticket to these."""
+
+    def begin(cancellation: Cancellation) -> Ticket:
+        tickets.append(Ticket(cancellation=cancellation))
+        return tickets[-1]
+
+    return begin
+
+
 def test_one_that_fails_ends_all() -> None:
-    tickets = [Ticket(), Ticket()]
-    joint = JointTicket([lambda: tickets[0], lambda: tickets[1]], 2)
+    tickets: list[Ticket] = []
+    joint = JointTicket([beginning(tickets)] * 2, 2)
     assert not joint.wait(0.01)
     tickets[0].finish(GenerationFailed("broken"))
     with pytest.raises(GenerationFailed):
         list(joint)
-    assert tickets[1].cancelled()
+    assert tickets[1].cancellation.cancelled
 
 
 def test_to_cancel_one_is_to_cancel_all() -> None:
-    tickets = [Ticket(), Ticket()]
-    joint = JointTicket([lambda: tickets[0], lambda: tickets[1]], 2)
+    tickets: list[Ticket] = []
+    joint = JointTicket([beginning(tickets)] * 2, 2)
     joint.wait(0.01)
     joint.cancel()
-    assert all(ticket.cancelled() for ticket in tickets)
+    assert [ticket.cancellation.cancelled for ticket in tickets] == [True, True]
 
 
 def test_one_that_begins_while_all_is_cancelled_is_cancelled_too() -> None:
-    first, late = Ticket(), Ticket()
+    tickets: list[Ticket] = []
+    begin = beginning(tickets)
 
-    def begin_late() -> Ticket:
+    def begin_late(cancellation: Cancellation) -> Ticket:
         joint.cancel()
-        return late
+        return begin(cancellation)
 
-    joint = JointTicket([lambda: first, begin_late], 2)
+    joint = JointTicket([begin, begin_late], 2)
     joint.wait(0.01)
-    assert first.cancelled()
-    assert late.cancelled()
+    assert [ticket.cancellation.cancelled for ticket in tickets] == [True, True]
+
+
+def test_none_begins_for_a_client_that_has_gone() -> None:
+    tickets: list[Ticket] = []
+    client = Cancellation()
+    joint = JointTicket([beginning(tickets)] * 3, 2, client)
+    client.cancel()
+    assert not joint.wait(0.01)
+    assert [ticket.cancellation.cancelled for ticket in tickets] == [True]

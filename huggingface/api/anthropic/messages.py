@@ -76,7 +76,7 @@ def count(record: ModelRecord, body: schemas.CountBody) -> dict[str, Any]:
         conversation = Conversation(model.chat, chat_messages(body), wish_of(body))
         hides_thinking(body, conversation)
         [request] = conversation.requests({}, 1, streams=False, logprobs=None, adapter=body.adapter)
-        return {"input_tokens": model.count_prompt(request, flight.gone)}
+        return {"input_tokens": model.count_prompt(request, flight.cancellation)}
 
 
 class _Blocks:

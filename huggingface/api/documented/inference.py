@@ -70,7 +70,7 @@ def generate(body: inference_schemas.GenerateBody) -> dict[str, Any] | Response:
         flight, model = stack.enter_context(leased_model(record, "generate", timeout, bool(streams), keep_alive))
         with named({} if "messages" in source else {"messages": "prompt"}):
             request = _request(record, source, parameters, bool(streams), constraint, adapter)
-            flight.attach(model.generate(request, flight.gone))
+            flight.attach(model.generate(request, flight.cancellation))
 
         def answer(chunks: list[Chunk]) -> dict[str, Any]:
             return _generated(record, source, chunks, forms | ({"adapter": adapter} if adapter is not None else {}))
@@ -87,7 +87,7 @@ def pipeline(body: inference_schemas.PipelineBody) -> dict[str, Any]:
     record = registry.get(body.model_id)
     parameters = task_parameters(record, body.task, body.model_extra or {})
     with leased_model(record, body.task, body.timeout, keep_alive=body.keep_alive) as (flight, model):
-        results = model.run(body.task, body.inputs, parameters, flight.gone, body.adapter)
+        results = model.run(body.task, body.inputs, parameters, flight.cancellation, body.adapter)
     registry.record_use(record.model_id)
     return {
         "success": True,

@@ -10,9 +10,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from flask import Response, request
+from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
+from ...cancellation import Cancellation
 from ...errors import InvalidRequest, LocalLLMError, MissingField, ModelExists, ModelNotFound
 from ...progress import Moment, Progress
 from ...registry import records
@@ -20,6 +21,7 @@ from ...tasks import MODEL_TYPES
 from ..http.errors import body as failure
 from ..http.sse import Events, Writer, event_stream
 from ..parameters.effective import check_registered
+from ..requests.leasing import client_cancellation
 from ..requests.services import Services, admitted, services
 from ..requests.waiting import at_once
 from ..requests.work import Work, moments
@@ -185,14 +187,14 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
     settings = {name: given[name] for name in records.LOAD_SETTINGS if name in given}
     _check_settings(replace(record, keep_alive=body.keep_alive, **settings))
 
-    def load(gone: Callable[[], bool], watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+    def load(cancellation: Cancellation, watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
         model = manager.load(
             record.model_id,
             force_reload=body.force_reload,
             settings=records.LoadSettings(**settings) if settings else None,
             keep_alive=body.keep_alive,
             wait_for_graph=body.wait_for_graph,
-            gone=gone,
+            cancellation=cancellation,
             watch=watch,
         )
         _describe(present, record, model.setup.commit)
@@ -208,7 +210,7 @@ def load_model(path: schemas.ModelPath, body: model_schemas.LoadBody) -> dict[st
 
     if not body.stream:
         with admitted():
-            return load(request.environ.get("waitress.client_disconnected", lambda: False))
+            return load(client_cancellation())
     with ExitStack() as stack:
         stack.enter_context(admitted())
         work = stack.enter_context(Work(load))
@@ -269,8 +271,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
     if (model := called(path.model_id, "estimate")) is not None:
         return dict(get_model(model))
     given = query.model_dump(exclude_unset=True)
-    gone = request.environ.get("waitress.client_disconnected", lambda: False)
-    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given), gone)
+    forecast = services().manager.forecast(path.model_id, records.LoadSettings(**given), client_cancellation())
     estimate = forecast.estimate
     answer = {
         "success": True,

@@ -108,7 +108,7 @@ def _run(
     with named(fields):
         parameters = task_parameters(record, task, asked, defaults)
         with leased_model(record, task, None) as (flight, model):
-            result = model.run(task, inputs, parameters, flight.gone)
+            result = model.run(task, inputs, parameters, flight.cancellation)
     services().registry.record_use(record.model_id)
     return shape(result, isinstance(inputs, list))
 
@@ -199,9 +199,9 @@ def _embed(
     options = {field: wanted[field] for field in ("prompt_name", "truncate", "dimensions") if field in wanted}
     with named(fields), leased_model(record, name, None) as (flight, model):
         if name == _FEATURES and not model.pools:
-            result = model.run(_FEATURES, asked, _token_features(record, wanted), flight.gone)
+            result = model.run(_FEATURES, asked, _token_features(record, wanted), flight.cancellation)
         else:
-            result = model.run("sentence-embeddings", asked, options, flight.gone)["embeddings"]
+            result = model.run("sentence-embeddings", asked, options, flight.cancellation)["embeddings"]
             if name == _SIMILARITY:
                 result = [_cosine(result[0], other) for other in result[1:]]
             else:

@@ -51,7 +51,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
         request = GenerationRequest(
             parameters,
             prompt=prompt if most is None else None,
-            tokens=None if most is None else model.encode(prompt, flight.gone)[-most:],  # TGI too keeps the end
+            tokens=None if most is None else model.encode(prompt, flight.cancellation)[-most:],  # TGI too keeps the end
             streams=streams,
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),
@@ -64,7 +64,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
             made = sorted(flight.chunks(), key=lambda chunk: chunk.index)
             made.sort(key=likelihood, reverse=True)
             return jsonify([_answer(made, prompt, wanted, parameters)])
-        flight.attach(model.generate(request, flight.gone))
+        flight.attach(model.generate(request, flight.cancellation))
         return event_stream(flight.stream(), _Writer(prompt, wanted, parameters), stack)
 
 

@@ -101,7 +101,7 @@ def answer(
             [request] = source.requests(
                 parameters, 1, streams=body.streams, logprobs=body.alternatives, adapter=body.adapter
             )
-            ticket = flight.attach(model.generate(request, flight.gone))
+            ticket = flight.attach(model.generate(request, flight.cancellation))
         wanted.check_prompt(ticket.prompt_tokens)
         lines = _Lines(body.model, shape, source.parser(ticket.prompt_end), Times(begun, loaded))
         if not body.streams:

@@ -62,13 +62,13 @@ def _vectors(
     with leased_model(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         loaded = time.monotonic()
         if wanted.num_ctx is not None:
-            longest = max((len(model.encode(text, flight.gone)) for text in texts), default=0)
+            longest = max((len(model.encode(text, flight.cancellation)) for text in texts), default=0)
             if longest > wanted.num_ctx:
                 raise refused("num_ctx", f"a text has {longest} tokens, and is not cut to {wanted.num_ctx}")
             note_ignored("options.num_ctx")
         if not texts:
             return [], 0, loaded
-        result = model.run("sentence-embeddings", list(texts), parameters, flight.gone, body.adapter)
+        result = model.run("sentence-embeddings", list(texts), parameters, flight.cancellation, body.adapter)
     services().registry.record_use(record.model_id)
     return result["embeddings"], result["tokens"], loaded
 

@@ -11,8 +11,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from flask import Response, request
+from flask import Response
 
+from ...cancellation import Cancellation
 from ...errors import InvalidRequest, LocalLLMError, ModelExists, ModelNotFound, ModelUnsupported
 from ...progress import Moment, Progress
 from ...registry.records import ModelRecord, check_model_id
@@ -20,6 +21,7 @@ from ..http.errors import ollama_body
 from ..http.fields import note_ignored
 from ..http.sse import NDJSON, Events, Writer, event_stream
 from ..requests.fan_out import named
+from ..requests.leasing import client_cancellation
 from ..requests.services import Services, admitted, services
 from ..requests.work import Work, moments
 from .models import digest
@@ -39,12 +41,12 @@ def pull(body: OllamaPullBody) -> dict[str, Any] | Response:
         note_ignored("insecure")
     name, present = _wanted(body.called), services()
 
-    def bring(gone: Callable[[], bool], watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
-        return _bring(present, name, gone, watch)
+    def bring(cancellation: Cancellation, watch: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+        return _bring(present, name, cancellation, watch)
 
     if body.stream is False:
         with admitted():
-            bring(request.environ.get("waitress.client_disconnected", lambda: False))
+            bring(client_cancellation())
         return {"status": "success"}
     with ExitStack() as stack:
         stack.enter_context(admitted())
@@ -65,7 +67,7 @@ def _wanted(called: str) -> Name:
 
 
 def _bring(
-    present: Services, name: Name, gone: Callable[[], bool], watch: Callable[[Progress], None]
+    present: Services, name: Name, cancellation: Cancellation, watch: Callable[[Progress], None]
 ) -> dict[str, Any]:
     """Downloads and registers a model. May run on its own thread, so it must not use Flask's request."""
     progress = Progress()
@@ -82,7 +84,7 @@ def _bring(
         new = False
     except ModelNotFound:
         record, new = _found(present, name), True
-    present.manager.downloads.folder(record, progress, gone)
+    present.manager.downloads.folder(record, progress, cancellation)
     if new:
         record = _described(present, record)
         with suppress(ModelExists):  # another pull was first

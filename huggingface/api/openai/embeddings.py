@@ -30,7 +30,7 @@ def embed(record: ModelRecord, body: EmbeddingBody) -> EmbeddingsAnswer:
     with leased_model(record, "embeddings", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         if body.input_type is not None:
             parameters |= _prompt_of(body.input_type, model.prompts)
-        result = model.run("sentence-embeddings", body.input, parameters, flight.gone, body.adapter)
+        result = model.run("sentence-embeddings", body.input, parameters, flight.cancellation, body.adapter)
         pooling: Pooling = "sentence-transformers" if model.pools else "mean"
     services().registry.record_use(record.model_id)
     written = _as_base64 if body.encoding_format == "base64" else list
@@ -70,7 +70,7 @@ def rerank(record: ModelRecord, body: RerankBody) -> RerankAnswer:
     parameters = {} if body.truncate is None else {"truncate": body.truncate}
     with leased_model(record, "rerank", body.timeout, keep_alive=body.keep_alive) as (flight, model):
         result = model.run(
-            "rerank", {"query": body.query, "documents": documents}, parameters, flight.gone, body.adapter
+            "rerank", {"query": body.query, "documents": documents}, parameters, flight.cancellation, body.adapter
         )
     services().registry.record_use(record.model_id)
     ranked = sorted(enumerate(result["scores"]), key=lambda item: -item[1])

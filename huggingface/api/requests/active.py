@@ -1,7 +1,7 @@
 """The requests that wait or run: who they are, how far they are, and giving them up.
 
 One `Requests` an app. A request is given up for one of three reasons: its client has hung up, its own timeout ran out,
-or somebody cancelled it by its id. Whoever works for it asks `gone()`. Any thread; must not know models or tensors.
+or somebody cancelled it by its id. Its work asks its `cancellation`. Any thread; must not know models or tensors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ...cancellation import Cancellation
 from ...engine.ticket import Ticket
 from ...errors import Cancelled, DeadlineExceeded, RequestCancelled, RequestNotFound
 from ...types import Chunk, timestamp
 from ..http.sse import HOLD, KEEP_ALIVE
-
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether the one who waits is still there
 
 
 class InFlight:
@@ -28,18 +27,17 @@ class InFlight:
         self,
         model_id: str,
         task: str,
+        cancellation: Cancellation,
         *,
-        disconnected: Callable[[], bool],
         client_id: str | None = None,
         timeout: float | None = None,
         stream: bool = False,
         used: Callable[[], None] = lambda: None,
     ) -> None:
-        """`disconnected` tells whether the client has hung up; `timeout` is in seconds from now. `used` is called when
-        all chunks are made."""
+        """The deadline of `cancellation` is in `timeout` seconds. `used` is called when all chunks are made."""
         self.request_id = secrets.token_hex(8)
         self._about = {"client_request_id": client_id, "model_id": model_id, "task": task, "stream": stream}
-        self._disconnected = disconnected
+        self.cancellation = cancellation
         self._timeout = timeout
         self._used = used
         self._date, self._started = timestamp(), time.monotonic()
@@ -48,15 +46,10 @@ class InFlight:
         self._ticket: Ticket | None = None
         self.failure: Exception | None = None  # the error that ended its chunks
 
-    def gone(self) -> bool:
-        """Whether nobody wants the answer any more."""
-        return self._cancelled or self._expired or self._disconnected()
-
     def cancel(self) -> None:
-        """Give it up; whoever works for it notices at the next step."""
+        """Give it up; its work notices at the next step."""
         self._cancelled = True
-        if self._ticket is not None:
-            self._ticket.cancel()
+        self.cancellation.cancel()
 
     def leased(self) -> None:
         """Records that the request has its model."""
@@ -65,8 +58,6 @@ class InFlight:
     def attach(self, ticket: Ticket) -> Ticket:
         """Records the engine's ticket of the request."""
         self._ticket = ticket
-        if self._cancelled:
-            ticket.cancel()
         return ticket
 
     def chunks(self) -> Iterator[Chunk]:
@@ -82,7 +73,7 @@ class InFlight:
         patience = HOLD
         try:
             while True:
-                if not self._wait(self._ticket, patience):
+                if not self.cancellation.until(self._ticket.wait, patience):
                     yield None
                 elif (chunk := next(self._ticket, None)) is not None:
                     yield chunk
@@ -97,26 +88,11 @@ class InFlight:
             self.failure = error
             raise
 
-    def _wait(self, ticket: Ticket, seconds: float) -> bool:
-        """Wait until the ticket has a chunk, or an end, at most so long; tells whether it has.
-
-        Raises:
-            Cancelled: nobody wants the answer any more. The work is told, and is not waited for.
-        """
-        until = time.monotonic() + seconds
-        while not ticket.wait(max(0.0, min(_LOOK_AGAIN, until - time.monotonic()))):
-            if self.gone():
-                ticket.cancel()
-                raise Cancelled
-            if time.monotonic() >= until:
-                return False
-        return True
-
     def explain(self, error: Cancelled) -> Cancelled:
         """The error that tells the client why the request was cancelled."""
         if self._cancelled:
             return RequestCancelled(self.request_id)
-        if self._expired and self._timeout is not None:
+        if self.cancellation.expired and self._timeout is not None:
             return DeadlineExceeded(self._timeout)
         return error
 
@@ -149,10 +125,6 @@ class InFlight:
             "started": self._date,
             "age": round(time.monotonic() - self._started, 3),
         }
-
-    @property
-    def _expired(self) -> bool:
-        return self._timeout is not None and time.monotonic() - self._started > self._timeout
 
 
 class Requests:

@@ -26,7 +26,7 @@ def begin(model: ServedModel, flight: InFlight, requests: Sequence[GenerationReq
 
     Raises: as `LoadedModel.generate`.
     """
-    ticket = JointTicket([partial(model.generate, request, flight.gone) for request in requests], _AT_ONCE)
+    ticket = JointTicket([partial(model.generate, request) for request in requests], _AT_ONCE, flight.cancellation)
     flight.attach(ticket)
     return ticket
 

@@ -8,12 +8,19 @@ from contextlib import contextmanager
 
 from flask import g, request
 
+from ...cancellation import Cancellation
 from ...errors import Cancelled, InvalidRequest, LoadError
 from ...registry.records import ModelRecord
 from ...served import ServedModel
 from ..documented.requests import client_request_id
 from .active import InFlight
 from .services import admitted, services
+
+
+def client_cancellation(timeout: float | None = None) -> Cancellation:
+    """What cancels the work for the present request: its client hangs up, or its `timeout` in seconds runs out."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return Cancellation(request.environ.get("waitress.client_disconnected"), deadline=deadline)
 
 
 @contextmanager
@@ -34,7 +41,7 @@ def leased_model(
     flight = InFlight(
         record.model_id,
         task,
-        disconnected=request.environ.get("waitress.client_disconnected", lambda: False),
+        client_cancellation(timeout),
         client_id=client_request_id(),
         timeout=timeout,
         stream=streams,
@@ -48,7 +55,7 @@ def leased_model(
         with (
             present.requests.hold(flight),
             admitted(),
-            manager.lease(record.model_id, flight.gone, keep_alive) as model,
+            manager.lease(record.model_id, flight.cancellation, keep_alive) as model,
         ):
             flight.leased()
             try:
@@ -59,7 +66,7 @@ def leased_model(
         failure = error
         raise
     finally:
-        failure = failure or flight.failure or (Cancelled() if flight.gone() else None)
+        failure = failure or flight.failure or (Cancelled() if flight.cancellation.cancelled else None)
         if failure is None:
             present.manager.statistics.served(record.model_id, time.monotonic() - started, flight.made)
         elif not isinstance(failure, LoadError):  # a failed load is counted once for all requests that waited for it

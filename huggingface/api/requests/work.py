@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Protocol
 
+from ...cancellation import Cancellation
 from ...errors import no_panics
 from ...progress import Moment, Progress
 from ..http.sse import HOLD, KEEP_ALIVE
@@ -43,10 +44,10 @@ class Followed(Protocol):
 class Work:
     """Work that one request waits for: it begins with the block, and is given up where the block ends before it."""
 
-    def __init__(self, work: Callable[[Callable[[], bool], Callable[[Progress], None]], dict[str, Any]]) -> None:
-        """`work` gets a function that tells whether its client has gone, and one to call with its progress."""
+    def __init__(self, work: Callable[[Cancellation, Callable[[Progress], None]], dict[str, Any]]) -> None:
+        """`work` gets what cancels it, and a function to call with its progress."""
         self._work = work
-        self._gone = threading.Event()
+        self._cancellation = Cancellation()
         self._done: Future[dict[str, Any]] = Future()
         self.progress: Progress | None = None
 
@@ -55,12 +56,12 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._gone.set()
+        self._cancellation.cancel()
 
     def _run(self) -> None:
         try:
             with no_panics():
-                self._done.set_result(self._work(self._gone.is_set, self._watch))
+                self._done.set_result(self._work(self._cancellation, self._watch))
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
             self._done.set_exception(error)
 

@@ -7,11 +7,12 @@ later load, on another machine perhaps, is tried as well without torch's weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from ...cancellation import NEVER, Cancellation
 from ...errors import Cancelled
 from ..borders import nearest, past, small
 from ..layers import NotBatchable, probe
@@ -36,7 +37,7 @@ def lengths(model: PreTrainedModel) -> tuple[int, ...]:
     return (first, *_LENGTHS[1:])
 
 
-def check_small(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: False) -> None:
+def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> None:
     """See that a graph of the model's code is right beyond a length at which it changes, where that is too far to be
     read: on a small model of it.
 
@@ -48,7 +49,7 @@ def check_small(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: F
         return
     try:
         tried = small(model)
-        expected = torch_expects(tried, given_up)
+        expected = torch_expects(tried, cancellation)
     except Cancelled:
         raise
     except Exception as error:
@@ -63,12 +64,11 @@ def check_small(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: F
         raise NotBatchable(f"beyond {border} tokens: {error}") from error
 
 
-def torch_expects(model: PreTrainedModel, given_up: Callable[[], bool] = lambda: False) -> list[Expected]:
+def torch_expects(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> list[Expected]:
     """What torch gives, for `check`."""
     expected = []
     for prompt in some_prompts(model, lengths(model)):
-        if given_up():
-            raise Cancelled
+        cancellation.check()
         expected.append(expect(model, prompt))
     return expected
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ...errors import Cancelled
+from ...cancellation import NEVER, Cancellation
 from ..layers import NotBatchable
 from . import graph as graphs
 from .failures import infer
@@ -220,18 +220,17 @@ def samples(
     *,
     kept: bool,
     most: int | None = None,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
 ) -> Iterator[Sample]:
     """Batches of ragged rows with what torch gives for them, to `check` a graph with: those that are to be `kept`, or
     those that are tried once. `most` is how many tokens the model can read.
 
     Raises:
-        Cancelled: `given_up()` turned true.
+        Cancelled: by `cancellation`.
     """
     reads = _LONGEST if most is None else min(most, _LONGEST)
     for lengths in _KEPT if kept else (*_ONCE, (_longest(model, most, reads),)):
-        if given_up():
-            raise Cancelled
+        cancellation.check()
         inputs = _batch(model, form, padding, [min(length, reads) if kept else length for length in lengths], most)
         yield Sample(inputs, dict(_run(model, inputs)))
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import Cancelled
+from ...cancellation import NEVER, Cancellation
 from ...host.memory import release_freed
 
 # (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs), contiguous: some models take views of them.
@@ -109,14 +109,14 @@ class Products:
         self,
         twin: nn.Module,
         findings: MutableMapping[Hashable, Any] | None = None,
-        given_up: Callable[[], bool] = lambda: False,
+        cancellation: Cancellation = NEVER,
     ) -> None:
         """Replace the twin's products by ones of the fastest ways; nothing is changed where there is no choice.
 
         `findings` keep what was found out about this machine for the next model.
 
         Raises:
-            Cancelled: `given_up()` turned true.
+            Cancelled: by `cancellation`.
         """
         uses = Counter(id(parameter) for module in twin.modules() for parameter in module._parameters.values())
         found = [
@@ -134,7 +134,7 @@ class Products:
             return [product.weight[:outputs] for product in alike[kind][:count]]
 
         counts = {kind: len(products) for kind, products in alike.items()}
-        tried = _found_out(counts, some, findings, given_up)
+        tried = _found_out(counts, some, findings, cancellation)
         for kind, products in alike.items():
             for product in products:
                 product.ways = tried[kind].ways
@@ -257,7 +257,7 @@ def _found_out(
     counts: Mapping[_Kind, int],
     some: _Some,
     findings: MutableMapping[Hashable, Any] | None,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
 ) -> dict[_Kind, _Finding]:
     """What is fastest for products of each kind, of which there are so many."""
     known: MutableMapping[Hashable, Any] = {} if findings is None else findings
@@ -269,22 +269,21 @@ def _found_out(
         key = ("products", replace(kind, outputs=outputs), count, torch.get_num_threads())
         if key not in known:
             with torch.inference_mode():
-                known[key] = _try(kind, some(kind, count, outputs), given_up)
+                known[key] = _try(kind, some(kind, count, outputs), cancellation)
         tried: _Finding = known[key]
         share = kind.outputs / outputs
         found[kind] = replace(tried, lying=tried.lying * share, packed=tried.packed * share)
     return found
 
 
-def _try(kind: _Kind, weights: Sequence[torch.Tensor], given_up: Callable[[], bool]) -> _Finding:
+def _try(kind: _Kind, weights: Sequence[torch.Tensor], cancellation: Cancellation) -> _Finding:
     packed = _try_to_pack(weights)
     # With their type: while a model of half precision is read, transformers makes that torch's default.
     bias = torch.zeros(weights[0].shape[0], dtype=torch.float32, device="cpu") if kind.bias else None
     ways = []
     as_they_lie = laid_out = 0.0
     for size in _SIZES:
-        if given_up():
-            raise Cancelled
+        cancellation.check()
         rows = torch.rand(size, kind.inputs, dtype=torch.float32, device="cpu") - 0.5
         way, seconds = _fastest(rows, weights, bias)
         ways.append(way)

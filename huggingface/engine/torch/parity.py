@@ -8,7 +8,7 @@ Called on the thread that prepares a model. Must not know how requests look.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ...cancellation import NEVER, Cancellation
 from ...errors import Cancelled
 from ..borders import beyond, nearest, small
 from ..layers import NotBatchable
@@ -69,7 +70,7 @@ def batch_runner(
     model: PreTrainedModel,
     findings: MutableMapping[Hashable, Any] | None = None,
     key: Hashable = None,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
     adapters: Adapters | None = None,
 ) -> BatchRunner:
     """The runner that serves this model in a batch, as fast as it can be right.
@@ -79,7 +80,7 @@ def batch_runner(
 
     Raises:
         NotBatchable: none gives the model's own numbers; the message says why.
-        Cancelled: `given_up()` turned true.
+        Cancelled: by `cancellation`.
     """
     noted: MutableMapping[Hashable, Any] = {} if findings is None or key is None else findings
     known = noted.get(("parity", key))
@@ -88,10 +89,10 @@ def batch_runner(
     if known is not None:
         by_segments, mixes = known
         runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
-        runner.use_fastest_products(findings, given_up)
+        runner.use_fastest_products(findings, cancellation)
         return runner
     try:
-        runner = _find(model, findings, given_up, adapters)
+        runner = _find(model, findings, cancellation, adapters)
     except _Unforeseen:
         raise
     except NotBatchable as error:
@@ -104,12 +105,12 @@ def batch_runner(
 def _find(
     model: PreTrainedModel,
     findings: MutableMapping[Hashable, Any] | None,
-    given_up: Callable[[], bool],
+    cancellation: Cancellation,
     adapters: Adapters | None,
 ) -> BatchRunner:
     border = nearest(model.config.get_text_config())
     try:
-        expected = _all_expected(model, adapters, given_up, beyond(model, _PRODUCTS))
+        expected = _all_expected(model, adapters, cancellation, beyond(model, _PRODUCTS))
     except Cancelled:
         raise
     except Exception as error:
@@ -124,12 +125,12 @@ def _find(
             runner = BatchRunner(model, by_segments=by_segments, adapters=adapters, mixes=mixes)
             if runner.by_segments is by_segments:
                 for rows in expected:
-                    _check(rows, runner, model.dtype, given_up)
+                    _check(rows, runner, model.dtype, cancellation)
                 if border >= len(expected[0][0].prompt):
-                    _check_small(model, border, by_segments=by_segments, given_up=given_up)
-                runner.use_fastest_products(findings, given_up)
+                    _check_small(model, border, by_segments=by_segments, cancellation=cancellation)
+                runner.use_fastest_products(findings, cancellation)
                 for rows in expected:
-                    _check(rows, runner, model.dtype, given_up)
+                    _check(rows, runner, model.dtype, cancellation)
                 return runner
         except NotBatchable as error:
             reasons.append(str(error))
@@ -147,7 +148,7 @@ def _find(
 def _all_expected(
     model: PreTrainedModel,
     adapters: Adapters | None,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
     longest: int = 0,
 ) -> list[list[Expected]]:
     """Three rows at a time that go together: the model's own, and each of its adapters with another and the model.
@@ -161,8 +162,7 @@ def _all_expected(
     trios = [(None, None, None), *((None, names[at], names[at - 1]) for at in range(0, len(names), 2))]
 
     def expected(prompt: list[int], name: str | None) -> Expected:
-        if given_up():
-            raise Cancelled
+        cancellation.check()
         with nullcontext() if adapters is None else adapters.active(name):
             return expect(model, prompt, name)
 
@@ -173,7 +173,7 @@ def _all_expected(
     return rows
 
 
-def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, given_up: Callable[[], bool]) -> None:
+def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, cancellation: Cancellation) -> None:
     """See that the model's code is right beyond a length at which it changes, on a small model of it.
 
     Raises:
@@ -181,7 +181,7 @@ def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, give
     """
     try:
         tried = small(model)
-        expected = _all_expected(tried, None, given_up, _PROMPTS[0])
+        expected = _all_expected(tried, None, cancellation, _PROMPTS[0])
     except Cancelled:
         raise
     except Exception as error:
@@ -190,14 +190,13 @@ def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, give
     try:
         runner = BatchRunner(tried, by_segments=by_segments)
         for rows in expected:
-            _check(rows, runner, tried.dtype, given_up)
+            _check(rows, runner, tried.dtype, cancellation)
     except NotBatchable as error:
         raise NotBatchable(f"beyond {border} tokens: {error}") from error
 
 
-def _check(expected: Sequence[Expected], runner: BatchRunner, dtype: torch.dtype, given_up: Callable[[], bool]) -> None:
-    if given_up():
-        raise Cancelled
+def _check(expected: Sequence[Expected], runner: BatchRunner, dtype: torch.dtype, cancellation: Cancellation) -> None:
+    cancellation.check()
     for logits, wanted in zip(compare(expected, runner), expected, strict=True):
         _check_close(logits, wanted.logits, dtype)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ...cancellation import NEVER, Cancellation
 from ...modeling.rotary import changing
 from ..layers import NotBatchable, layer_kinds, probe
 from ..slots import Lengths, Slot
@@ -109,14 +110,14 @@ class BatchRunner:
         self.by_segments = by_segments and attend_by_segments(self._twin, self.cache)
 
     def use_fastest_products(
-        self, findings: MutableMapping[Hashable, Any] | None = None, given_up: Callable[[], bool] = lambda: False
+        self, findings: MutableMapping[Hashable, Any] | None = None, cancellation: Cancellation = NEVER
     ) -> None:
         """Find out how this machine multiplies fastest, and do so from now on; see `Products`.
 
         Layers that are switched stay as they are: some of them read the base's weights, wherever these lie.
         """
         if self._adapters is None or self._mix is not None:
-            self.products = Products(self._twin, findings, given_up)
+            self.products = Products(self._twin, findings, cancellation)
 
     @property
     def lengths(self) -> Lengths:

@@ -6,13 +6,14 @@ Called by the loader, on its thread or in the process that converts. Must not kn
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...cancellation import NEVER, Cancellation
 from ...engine.layers import NotBatchable, probe
 from ...engine.openvino import agreement
 from ...engine.openvino import graph as graphs
@@ -21,7 +22,6 @@ from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import OpenVINORunner, read_graph
 from ...engine.torch.cache import LayerShape
 from ...engine.torch.parity import Expected, room_for
-from ...errors import Cancelled
 from ...host.memory import few_file_pages, release_freed
 from .graph_store import EXPECTED, Place
 
@@ -54,21 +54,19 @@ class Graph:
         """Bytes of its weights."""
         return self.path.with_suffix(".bin").stat().st_size
 
-    def runner(self, tokens: int, reserve: Reserve, given_up: Callable[[], bool] = lambda: False) -> OpenVINORunner:
+    def runner(self, tokens: int, reserve: Reserve, cancellation: Cancellation = NEVER) -> OpenVINORunner:
         """What computes with it, tried; its KV cache has room for `tokens`.
 
         Raises:
-            NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
+            NotBatchable: it does not give here what torch gave. Cancelled: by `cancellation`.
         """
         weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
         with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
-            if given_up():
-                raise Cancelled
+            cancellation.check()
             runner = OpenVINORunner(graph, self.windows, self.shapes, max(tokens, room_for(self.expected)), reserve)
             del graph
-            if given_up():
-                raise Cancelled
+            cancellation.check()
             agreement.check(runner, self.expected, _CLOSE[self.quantization])
         release_freed()
         return runner
@@ -84,7 +82,7 @@ def make(
     place: Place,
     quantization: str | None,
     spare: Path,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
 ) -> None:
     """Make a graph of a float32 model, which is used up, see that it gives what torch gives, and keep it.
 
@@ -92,18 +90,17 @@ def make(
 
     Raises:
         NotBatchable: the model cannot be served so; that is noted.
-        Cancelled: `given_up()` turned true. OSError: there is no room on the disk.
+        Cancelled: by `cancellation`. OSError: there is no room on the disk.
         OpenVINOMissing: nncf is not installed.
     """
     try:
         graphs.check_kinds(model)
-        agreement.check_small(model, given_up)
+        agreement.check_small(model, cancellation)
         shapes = tuple(shape for shape in probe(model) if shape is not None)
-        expected = tuple(agreement.torch_expects(model, given_up))
+        expected = tuple(agreement.torch_expects(model, cancellation))
         with computed("convert"):
             graph = graphs.convert(model)
-        if given_up():
-            raise Cancelled
+        cancellation.check()
         windows = graphs.windows(model)
         _let_go(model)
         if quantization is not None:
@@ -113,8 +110,7 @@ def make(
             del trial
             release_freed()
             graph = graphs.compress(graph, quantization)
-            if given_up():
-                raise Cancelled
+            cancellation.check()
         about = {
             "windows": {str(layer): width for layer, width in windows.items()},
             "layers": [[*shape.keys, *shape.values] for shape in shapes],

@@ -7,7 +7,7 @@ Called by the loader, on its thread or in the process that converts. Must not kn
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...cancellation import NEVER, Cancellation
 from ...engine.layers import NotBatchable
 from ...engine.openvino import encoder as encoders
 from ...engine.openvino.encoder import Encoder, Form, Padding, Sample
@@ -22,7 +23,6 @@ from ...engine.openvino.failures import computed
 from ...engine.openvino.graph import compress
 from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import read_graph
-from ...errors import Cancelled
 from ...host.memory import few_file_pages, release_freed
 from ...tasks import Head
 from ...tasks.positions import max_positions
@@ -52,21 +52,19 @@ class EncoderGraph:
         """Bytes of its weights."""
         return self.path.with_suffix(".bin").stat().st_size
 
-    def encoder(self, shell: Any, reserve: Reserve, given_up: Callable[[], bool] = lambda: False) -> Encoder:
+    def encoder(self, shell: Any, reserve: Reserve, cancellation: Cancellation = NEVER) -> Encoder:
         """What computes with it, tried, and put behind the forward pass of `shell`, a model without weights.
 
         Raises:
-            NotBatchable: it does not give here what torch gave. Cancelled: `given_up()` turned true.
+            NotBatchable: it does not give here what torch gave. Cancelled: by `cancellation`.
         """
         weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
         with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
-            if given_up():
-                raise Cancelled
+            cancellation.check()
             encoder = Encoder(graph, self.form)
             del graph
-            if given_up():
-                raise Cancelled
+            cancellation.check()
             encoders.check(encoder, self.expected, self.quantization)
         release_freed()
         encoder.serve(shell, reserve)
@@ -84,7 +82,7 @@ def make(
     place: Place,
     quantization: str | None,
     spare: Path,
-    given_up: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation = NEVER,
 ) -> None:
     """Make a graph of a float32 model, see that it gives what torch gives, and keep it.
 
@@ -92,7 +90,7 @@ def make(
 
     Raises:
         NotBatchable: the model cannot be served so; that is noted.
-        Cancelled: `given_up()` turned true. OSError: there is no room on the disk.
+        Cancelled: by `cancellation`. OSError: there is no room on the disk.
         OpenVINOMissing: nncf is not installed.
     """
     padding = Padding(tokenizer.pad_token_id, tokenizer.padding_side == "left")
@@ -101,7 +99,7 @@ def make(
             form = encoders.find_form(model, tokenizer.model_input_names)
             graph = encoders.convert(model, form)
         with computed("compute"):
-            some = partial(encoders.samples, model, form, padding, most=max_positions(model), given_up=given_up)
+            some = partial(encoders.samples, model, form, padding, most=max_positions(model), cancellation=cancellation)
             expected = tuple(some(kept=True))
             trial = Encoder(graph if quantization is None else graph.clone(), form)
             encoders.check(trial, expected)
@@ -111,8 +109,7 @@ def make(
         release_freed()
         if quantization is not None:
             graph = compress(graph, quantization)
-            if given_up():
-                raise Cancelled
+            cancellation.check()
         place.keep(graph, _about(form), _tensors(expected), spare)
     except NotBatchable as error:
         place.refuse(str(error))

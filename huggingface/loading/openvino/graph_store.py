@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
+from ...cancellation import LOOK_AGAIN
 from ...engine.layers import NotBatchable
 from ...engine.openvino.graph import constant_bytes
 from ...engine.openvino.library import openvino, versions
@@ -42,7 +43,6 @@ _FORMAT = 3
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
 _ABANDONED = 24 * 3600  # seconds after which an incomplete graph is nobody's any more
-_LOOK_AGAIN = 0.2  # seconds between two looks at whether a graph that another server makes is still wanted
 
 
 class Place:
@@ -114,7 +114,7 @@ class Place:
             lock = FileLock(self._folder / ".lock", thread_local=False)
         while lock is not None and not lock.is_locked:
             try:
-                lock.acquire(timeout=_LOOK_AGAIN)
+                lock.acquire(timeout=LOOK_AGAIN)
             except Timeout:
                 check()
             except (OSError, NotImplementedError):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...cancellation import Cancellation
 from ...engine.layers import NotBatchable
 from ...engine.openvino import library
 from ...engine.openvino.lazy_weights import Reserve
@@ -192,16 +193,16 @@ class GraphCompute:
         """Bytes of the graph's."""
         return {"cpu": self._graph.weight_bytes}
 
-    def serve(self, memory: ModelMemory, given_up: Callable[[], bool]) -> Serving:
+    def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
         """By the graph, in a batch or behind the model's own forward pass."""
         graph = self._graph
         reserve = Reserve(self.model, self._shell.read, memory.take_own, self._shell.weights)
         try:
             if isinstance(graph, EncoderGraph):
-                encoder = graph.encoder(self.model, reserve, given_up)
+                encoder = graph.encoder(self.model, reserve, cancellation)
                 memory.set_weights({"cpu": encoder.weight_bytes})
                 return Serving(self.backend, reason="it does not generate text", encoder=encoder)
-            runner = graph.runner(self._kv_cache_bytes // graph.token_bytes, reserve, given_up)
+            runner = graph.runner(self._kv_cache_bytes // graph.token_bytes, reserve, cancellation)
         except NotBatchable as error:
             logger.warning("a %s is not computed by OpenVINO: %s", type(self.model).__name__, error)
             self._refuse(str(error))
@@ -216,7 +217,7 @@ class GraphCompute:
         reserve.stay()
         compute = TorchCompute(self._head, self.model)
         memory.set_weights(compute.weights)
-        return replace(compute.serve(memory, given_up), declined=declined)
+        return replace(compute.serve(memory, cancellation), declined=declined)
 
 
 def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
@@ -344,9 +345,9 @@ def convert(wanted: Wanted, progress: Progress) -> None:
         place, quantization = _place(plan, options), plan.placement.quantization
         if plan.head in encoder.HEADS:
             tokenizer = read_tokenizer(plan)
-            encoder.make(model, tokenizer, place, quantization, spare, lambda: progress.cancelled)
+            encoder.make(model, tokenizer, place, quantization, spare, progress.cancellation)
         else:
-            decoder.make(model, place, quantization, spare, lambda: progress.cancelled)
+            decoder.make(model, place, quantization, spare, progress.cancellation)
     except (NotBatchable, library.OpenVINOMissing) as error:
         raise ConversionFailed(str(error)) from error
     except OSError as error:

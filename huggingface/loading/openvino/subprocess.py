@@ -21,13 +21,13 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from ...cancellation import LOOK_AGAIN
 from ...errors import ConversionFailed
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
 from ...types import LoadOptions
 
 _END = 5.0  # seconds that a process which is ending may take for it
-_LOOK_AGAIN = 0.1  # seconds between two looks at whether anybody still waits
 _ROOT = Path(__file__).resolve().parents[3]
 
 # The signals by which a process ends that did something wrong, and will again.
@@ -74,7 +74,7 @@ def convert(wanted: Wanted, progress: Progress) -> None:
         while True:
             progress.check()
             try:
-                line = lines.get(timeout=_LOOK_AGAIN)
+                line = lines.get(timeout=LOOK_AGAIN)
             except Empty:
                 continue
             if line is None:
