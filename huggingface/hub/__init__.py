@@ -1,10 +1,10 @@
-"""From a Hub repository to a folder of its cache that holds all a model needs.
+"""Brings the files that a model needs from a Hub repository into a folder of the Hub's cache.
 
-The Hub is `huggingface_hub`'s: its cache, token, offline switch and `HF_ENDPOINT`. Any thread may call this; it imports
-neither torch nor transformers. Here is which files a model or an adapter needs; `repository` knows what there is, and
-`transfer` brings it. A repository is taken at one commit; what an interrupted download left out, down to the
-bytes of a file, is fetched the next time, and while the Hub cannot be asked, what is complete in the cache is used.
-Every failure is a `LoadError` that names the model, says what to do, and holds no path of this machine.
+Uses `huggingface_hub`'s cache, token, offline switch and `HF_ENDPOINT`. Any thread may call it; it imports neither
+torch nor transformers. This module decides which files a model or an adapter needs; `repository` knows which files
+exist, and `transfer` downloads them. All files come from one commit. What an interrupted download left out, down to the
+bytes of a file, is fetched the next time; while the Hub cannot be asked, complete files in the cache are used. Every
+failure is a `LoadError` that names the model, says what to do, and contains no path of this machine.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from . import cache
 from .disk import Claims
 from .repository import Repository
 
-# What describes a model and its tokenizer, beside the weights. Where the Hub tells which files there are, those that
-# fit a pattern are fetched; where it does not, these names are tried: all that transformers' tokenizers read.
+# Files beside the weights that describe a model and its tokenizer. Where the Hub lists its files, those that match a
+# pattern are fetched; where it does not, these names are tried: all that transformers' tokenizers read.
 _PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.spm", "*.jinja", "*.tiktoken", "*.codes", "*.tokenizer")
 _UNWANTED = ("*.index.json", "trainer_state.json", "all_results.json", "*_results.json", "README.txt", "LICENSE.txt")
 _TEMPLATES = "additional_chat_templates/"
-# What the modules of a sentence-transformers model lie in, beside its transformer: `1_Pooling/config.json`.
+# Files of a sentence-transformers model's modules, beside its transformer: `1_Pooling/config.json`.
 _MODULE_FILE = re.compile(r"[0-9]+_[A-Za-z0-9_]+/(config\.json|model\.safetensors)")
 
 _NAMES = (
@@ -84,17 +84,23 @@ def fetch(
     resolved: Callable[[str], None] = lambda _: None,
     claims: Claims | None = None,
 ) -> Path:
-    """Bring a repository's files into the Hub's cache, as far as they are not there; returns the cached folder.
+    """Downloads the missing files of a repository into the Hub's cache; returns the folder there.
 
-    The folder is named for the commit. Weights come last: where they are complete, so is the rest. With `gguf_file`
-    that one file is the weights, and all else, a config too, is brought as far as there is such. The Python files of
-    the repository are brought only for an id among `trusted`. `revision` is a branch, a tag or a commit. `offline`
-    allows no packet. `resolved` is told the commit when it is known. `progress` is told of all bytes, and has the work
-    given up when it is cancelled; what has arrived stays for the next time. Room on the disk is had among `claims`.
+    The folder is named after the commit. Weights come last: if they are complete, so is the rest. What has arrived
+    stays for the next time. Disk space is claimed among `claims`.
+
+    Args:
+        allow_pickle: weights may be pickles.
+        trusted: ids of repositories whose Python files may be downloaded.
+        revision: a branch, a tag or a commit.
+        gguf_file: this one file holds the weights; other files, a config too, are fetched where they exist.
+        progress: counts all bytes; its cancellation cancels the download.
+        offline: sends no packet.
+        resolved: is called with the commit when it is known.
 
     Raises:
-        FilesMissing, FilesGated, HubUnreachable, FilesRefused, FilesCorrupt, DiskFull, LoadError: as their names say.
-        Cancelled: nobody wants it any more.
+        FilesMissing, FilesGated, HubUnreachable, FilesRefused, FilesCorrupt, DiskFull, LoadError: see `errors`.
+        Cancelled: the download is cancelled.
     """
 
     def bring(repository: Repository) -> list[Path]:
@@ -111,7 +117,7 @@ def fetch(
 def fetch_config(
     model_id: str, *, trusted: frozenset[str] = frozenset(), revision: str | None = None, offline: bool = False
 ) -> Path:
-    """Bring a repository's `config.json`, and the code that belongs to it, into the Hub's cache; returns the folder.
+    """Downloads a repository's `config.json`, and its code, into the Hub's cache; returns the folder.
 
     Raises: as `fetch`.
     """
@@ -131,7 +137,7 @@ def fetch_adapter(
     offline: bool = False,
     claims: Claims | None = None,
 ) -> Path:
-    """Bring a LoRA adapter's config and weights into the Hub's cache; returns the cached folder.
+    """Downloads a LoRA adapter's config and weights into the Hub's cache; returns the folder.
 
     Raises: as `fetch`.
     """
@@ -150,7 +156,7 @@ def fetch_adapter(
 
 
 def adapter_head(adapter_id: str) -> dict[str, Tensor]:
-    """The tensors of a LoRA adapter's weights, by name, without any of their numbers.
+    """Fetches the header of a LoRA adapter's weights: its tensors by name, without their values.
 
     Raises: as `fetch`.
     """
@@ -165,10 +171,10 @@ def adapter_head(adapter_id: str) -> dict[str, Tensor]:
 
 
 def claim_adapter(adapter_id: str, claims: Claims) -> None:
-    """Have room on the disk for what is missing of a LoRA adapter, before it is its turn.
+    """Claims disk space for the missing files of a LoRA adapter, before its download begins.
 
     Raises:
-        DiskFull: there is none. Else: as `fetch`.
+        DiskFull: the disk lacks space. Otherwise as `fetch`.
     """
     with hub_errors(adapter_id, None):
         repository = Repository(adapter_id, claims=claims)
@@ -177,7 +183,7 @@ def claim_adapter(adapter_id: str, claims: Claims) -> None:
 
 
 def partial_bytes(model_id: str) -> int | None:
-    """How many bytes lie in the cache of files that are not whole; None where there is no such file."""
+    """How many bytes of incomplete files are in the cache; None where there are no such files."""
     sizes = [path.stat().st_size for path in cache.partials(model_id) if path.exists()]
     return sum(sizes) if sizes else None
 
@@ -194,13 +200,13 @@ def _fetch(
     *,
     whole: bool = True,
 ) -> Path:
-    """Have `bring` fetch files, the file `key` first, and see that all of them are of one commit.
+    """Calls `bring` to fetch files, the file `key` first, and checks that all of them are of one commit.
 
-    `whole` tells that they are all that a load needs.
+    `whole`: they are all that a load needs.
     """
     progress = progress or Progress()
     with hub_errors(repository_id, revision):
-        for _ in range(2):  # once more if the repository changed in between
+        for _ in range(2):  # once more if the repository changed meanwhile
             progress.check()
             progress.begin("download")
             repository = Repository(repository_id, revision, offline=offline, progress=progress, claims=claims)
@@ -220,7 +226,7 @@ def _fetch(
 
 
 def _model(repository: Repository, allow_pickle: bool, trusted: frozenset[str]) -> list[Path]:
-    """The paths of a model's files: its config, what describes it and its tokenizer, its code, its weights."""
+    """The paths of a model's files: its config, descriptions, tokenizer, code and weights."""
     config = repository.get("config.json")
     folder = config.parent
     weights = _weight_names(repository, folder, allow_pickle)
@@ -233,7 +239,7 @@ def _model(repository: Repository, allow_pickle: bool, trusted: frozenset[str]) 
 
 
 def _gguf(repository: Repository, file: str) -> list[Path]:
-    """The path of the one file that holds the weights, and those of what describes the model beside it."""
+    """The path of the one file that holds the weights, and of the files that describe the model."""
     if not repository.online:
         repository.get(file)
     small = list(dict.fromkeys(["config.json", *_small_files(repository)]))
@@ -243,7 +249,7 @@ def _gguf(repository: Repository, file: str) -> list[Path]:
 
 
 def _small_files(repository: Repository) -> list[str]:
-    """The names of the files beside config and weights that may matter; not all of them need to exist."""
+    """The names of files beside config and weights that may matter; not all of them need to exist."""
     names = repository.names()
     if not names:
         return list(_NAMES)
@@ -261,7 +267,7 @@ def _small_files(repository: Repository) -> list[str]:
 
 
 def _weight_names(repository: Repository, folder: Path, allow_pickle: bool) -> list[str]:
-    """The files that the weights are in, an index first where there is one."""
+    """The names of the weights' files, an index first where there is one."""
     model_id = repository.model_id
     names = files.weight_names(files.read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
     first = next((name for name in names if repository.has(name)), None)
@@ -271,7 +277,7 @@ def _weight_names(repository: Repository, folder: Path, allow_pickle: bool) -> l
         if not repository.online:
             repository.fail()
         raise FilesMissing(
-            f"Model '{model_id}': its repository on the Hub holds no weights of a kind known here (model.safetensors)"
+            f"Model '{model_id}': its repository on the Hub holds no weights of a supported kind (model.safetensors)"
         )
     if not first.endswith(".json"):
         return [first]
@@ -280,7 +286,7 @@ def _weight_names(repository: Repository, folder: Path, allow_pickle: bool) -> l
 
 
 def _weights(repository: Repository, folder: Path, names: Iterable[str]) -> list[Path]:
-    """The paths of the weights, each file whole."""
+    """The paths of the weights, each file complete."""
     paths = [repository.get(name) for name in names]
     for path in paths:
         if path.suffix == ".safetensors" and repository.online and not files.is_whole(path):
@@ -289,7 +295,7 @@ def _weights(repository: Repository, folder: Path, names: Iterable[str]) -> list
 
 
 def _code(repository: Repository, folder: Path, trusted: frozenset[str]) -> list[Path]:
-    """Fetch the modules that the model's `auto_map` names and, one from another, those that they import."""
+    """Fetches the modules that the model's `auto_map` names, and the modules that they import."""
     paths = []
     for owner, names in files.code_modules(folder, repository.model_id).items():
         source = repository

@@ -1,7 +1,7 @@
 """The Hub's cache, as `huggingface_hub` lays it out: for each repository blobs, snapshots by commit, and references.
 
-Any number of threads and processes have the same one; nothing here sends a packet. Must not know what a model is made
-of, nor how a file comes.
+Many threads and processes share it; nothing here sends a packet. Must not know what a model consists of, or how a file
+is downloaded.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .transfer import PARTIAL, partial_of
 
 logger = logging.getLogger(__name__)
 
-_STALE = 24 * 3600.0  # seconds after which a partial file that no download went on with is taken to be given up
-# A tag that can be a file's name.
+_STALE = 24 * 3600.0  # seconds after which a partial file that no download continued counts as abandoned
+# A tag that can be a file name.
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 def storage(model_id: str) -> Path:
-    """The folder that the cache has, or would have, for the repository."""
+    """The cache's folder for the repository, whether it exists or not."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -29,7 +29,7 @@ def storage(model_id: str) -> Path:
 
 
 def find(model_id: str, name: str, revision: str | None) -> Path | None:
-    """The file of the repository at a revision, or None where it is not here."""
+    """The repository's file at a revision; None where it is not in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(model_id, name, revision=revision)
@@ -37,20 +37,20 @@ def find(model_id: str, name: str, revision: str | None) -> Path | None:
 
 
 def blob(model_id: str, etag: str | None) -> Path | None:
-    """Where the cache keeps, or would keep, what has this tag; None for one that is no file's name."""
+    """The path of the blob with this tag, whether it exists or not; None for a tag that cannot be a file name."""
     if etag is None or not _TAG.fullmatch(etag):
         return None
     return storage(model_id) / "blobs" / etag
 
 
 def lock(path: Path) -> Path:
-    """The lock that `huggingface_hub` too takes to write the blob at `path`."""
+    """The lock for writing the blob at `path`; `huggingface_hub` takes it too."""
     repository = path.parent.parent
     return repository.parent / ".locks" / repository.name / f"{path.name}.lock"
 
 
 def present(model_id: str, etag: str | None, size: int) -> int:
-    """How many of the `size` bytes of what has this tag are here, whole or in a partial file."""
+    """How many of the `size` bytes of the blob with this tag are here, complete or in a partial file."""
     path = blob(model_id, etag)
     if path is None:
         return 0
@@ -61,14 +61,14 @@ def present(model_id: str, etag: str | None, size: int) -> int:
 
 
 def partials(model_id: str) -> list[Path]:
-    """The files of the repository of which only a part is here."""
+    """The partial files of the repository."""
     return sorted((storage(model_id) / "blobs").glob(f"*{PARTIAL}"))
 
 
 def keep_commit(model_id: str, revision: str, commit: str) -> None:
-    """Note that this commit is what the revision stands for, now that all of it is here.
+    """Records the commit that a revision stands for, once all of its files are here.
 
-    So that the next load without a Hub finds it, and not one that was begun later and never completed.
+    So the next load without a Hub finds it, and not a commit whose download was never completed.
     """
     reference = storage(model_id) / "refs" / revision
     try:
@@ -77,12 +77,12 @@ def keep_commit(model_id: str, revision: str, commit: str) -> None:
             beside = reference.with_name(f"{reference.name}.{time.monotonic_ns()}")
             beside.write_text(commit, encoding="utf-8")
             beside.replace(reference)
-    except OSError as error:  # a cache that others keep, and that is read only here
+    except OSError as error:  # a shared cache that is read-only here
         logger.debug("the commit of %s could not be noted: %s", model_id, error)
 
 
 def sweep(model_id: str) -> None:
-    """Remove what is left of downloads that were given up long ago, perhaps as the file has changed since."""
+    """Deletes partial files that were abandoned long ago, perhaps because the file has changed since."""
     for path in partials(model_id):
         try:
             if time.time() - path.stat().st_mtime > _STALE:

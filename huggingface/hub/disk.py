@@ -1,7 +1,7 @@
-"""Room on disks, for all downloads of a server together: what those that run still need is nobody else's.
+"""Disk space for all downloads of a server: each download claims the bytes that it still needs.
 
-Standard library only; any thread may call it. Must not know what is downloaded. Other programs, and another server on
-the same disk, are seen only by what is free.
+Standard library only; any thread may call it. Must not know what is downloaded. Other programs, and other servers on
+the same disk, show only in the free bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class NoRoom(Exception):
-    """There is no room for `missing` bytes: `free` ones are free on that disk, of which `promised` are for others."""
+    """The disk lacks space for `missing` bytes: it has `free` ones, of which `promised` are claimed by others."""
 
     def __init__(self, missing: int, free: int, promised: int) -> None:
         super().__init__(missing, free, promised)
@@ -21,16 +21,16 @@ class NoRoom(Exception):
 
 
 class Disk:
-    """The disks of this machine, and what running downloads still need on each."""
+    """The disks of this machine, and the bytes that running downloads still need on each."""
 
     def __init__(self, free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free) -> None:
-        """`free` tells how many bytes are free on the disk of a folder."""
+        """`free` returns how many bytes are free on a folder's disk."""
         self._free = free
         self._lock = threading.Lock()
-        self._claims: list[tuple[Claims, str, int, Callable[[], int]]] = []  # whose, of what, where, how much still
+        self._claims: list[tuple[Claims, str, int, Callable[[], int]]] = []  # whose, what, device, missing bytes
 
     def claims(self) -> Claims:
-        """Those of one download, to be released when it is over."""
+        """The claims of one download; release them when it ends."""
         return Claims(self)
 
     def claim(self, claims: Claims, what: str, place: Path, missing: Callable[[], int]) -> None:
@@ -51,21 +51,21 @@ class Disk:
 
 
 class Claims:
-    """What one download needs on disks, by what it brings there."""
+    """The disk space that one download claims, by what it downloads."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
     def claim(self, what: str, place: Path, missing: Callable[[], int]) -> None:
-        """Have the room for `what` on the disk of `place`, which need not exist yet, in place of what was had for it.
+        """Claims space for `what` on the disk of `place`, which need not exist yet; replaces an earlier claim for it.
 
-        `missing` tells how many bytes have still to come there, at any time and from any thread.
+        `missing` returns how many bytes must still arrive there; any thread may call it at any time.
 
         Raises:
-            NoRoom: as its name says; nothing is changed.
+            NoRoom: the disk lacks space; nothing changes.
         """
         self._disk.claim(self, what, place, missing)
 
     def release(self) -> None:
-        """Give up all of it."""
+        """Releases all of these claims."""
         self._disk.release(self)

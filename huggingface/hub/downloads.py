@@ -1,8 +1,8 @@
 """Downloads as jobs that any number of callers share: one at a time for a model, its revision, GGUF file and adapters.
 
-Any thread may call anything here; every job has a thread of its own. A job goes on while somebody wants it: a load that
-waits for it, or whoever asked for the download itself. What it brought stays, whatever ends it, and the next one goes
-on from there. It must not know HTTP's routes, the registry or what is in memory.
+Any thread may call anything here; every job has its own thread. A job goes on while a load waits for it, or until it is
+cancelled if the download itself was asked for. Downloaded bytes stay, whatever ends the job, and the next job continues
+from there. Must not know HTTP's routes, the registry or what is in memory.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ from .job import Job, Key
 
 logger = logging.getLogger(__name__)
 
-_CLOSING = 2.0  # seconds that jobs get to end when the server stops; what they do then can be cut off at any point
-_BAR_AFTER = 1.0  # seconds that a job runs before there is a bar: most find all files in the cache
+_CLOSING = 2.0  # seconds that jobs get to end when the server stops; the process's end may interrupt them at any point
+_BAR_AFTER = 1.0  # seconds until a job draws a bar: most find all files in the cache
 
 
 class Downloads:
     """All downloads of one server."""
 
     def __init__(self, options: LoadOptions, *, terminal: TextIO | None = None, disk: Disk | None = None) -> None:
-        """`terminal` is where bars are drawn; where it is None, on stderr, if that is a terminal. `disk` is whose room
-        all downloads share."""
+        """`terminal` is where bars are drawn; None for stderr, if that is a terminal. `disk` holds the claims of all
+        downloads."""
         self._options = options
         self._terminal = terminal
         self._disk = disk or Disk()
         self._lock = threading.Lock()
         self._latest: dict[str, Job] = {}  # by model
-        self._jobs: dict[Key, Job] = {}  # the last of each kind
+        self._jobs: dict[Key, Job] = {}  # the latest by key
         self._closed = False
 
     def start(self, record: ModelRecord) -> Job:
-        """Begin to download the model, or join whoever does; it goes on until it is done or cancelled.
+        """Starts a download of the model, or joins the one that runs; it goes on until it is complete or cancelled.
 
         A model that has a folder in the models folder is ready at once.
 
         Raises:
-            Cancelled: the server is stopping. FilesMissing: its folder cannot be read.
+            Cancelled: the server is stopping.
+            FilesMissing: the model's folder cannot be read.
         """
         job = Job(record)
         folder = files.local_folder(self._options.models_dir, record.model_id)
@@ -66,21 +67,21 @@ class Downloads:
         return job
 
     def get(self, model_id: str) -> Job | None:
-        """The latest job of the model since the server's start, whether it runs or is over."""
+        """The latest job of the model since the server's start, running or ended."""
         with self._lock:
             return self._latest.get(model_id)
 
     def running(self, model_id: str) -> bool:
-        """Whether a download of the model is under way."""
+        """Whether a download of the model is running."""
         job = self.get(model_id)
         return job is not None and not job.over
 
     def left_behind(self, model_id: str) -> int | None:
-        """How many bytes of files that are not whole an ended download left; None where there is no such file."""
+        """How many bytes of incomplete files an ended download left; None where there are no such files."""
         return hub.partial_bytes(model_id)
 
     def cancel(self, model_id: str) -> bool:
-        """Give up every download of the model; what has arrived stays. Returns whether there was one."""
+        """Cancels every download of the model; downloaded bytes stay. Returns whether one was running."""
         with self._lock:
             jobs = [job for job in self._jobs.values() if job.model_id == model_id and not job.over]
         for job in jobs:
@@ -88,13 +89,14 @@ class Downloads:
         return bool(jobs)
 
     def folder(self, record: ModelRecord, progress: Progress, cancellation: Cancellation = NEVER) -> Path:
-        """The folder with the model's files: its own in the models folder, or downloaded as far as they are not here.
+        """The folder with the model's files: in the models folder, or downloaded as far as files are missing.
 
-        `progress` follows the download's own. The wait ends when it is cancelled, or by `cancellation`; the download
-        goes on where others want it.
+        `progress` follows the download's own. Its cancellation, or `cancellation`, ends the wait; the download goes on
+        if other callers need it.
 
         Raises:
-            LoadError: the files cannot be had. Cancelled: nobody waits any more, or somebody cancelled the download.
+            LoadError: the files cannot be downloaded.
+            Cancelled: the wait or the download was cancelled.
         """
         folder = files.local_folder(self._options.models_dir, record.model_id)
         if folder is not None:
@@ -113,10 +115,10 @@ class Downloads:
             self._leave(job)
 
     def present(self, record: ModelRecord) -> Path:
-        """The folder with the model's files, as they are on this machine; no packet is sent.
+        """The folder with the model's files on this machine; sends no packet.
 
         Raises:
-            LoadError: they are not here, or cannot be used.
+            LoadError: the files are not here, or cannot be used.
         """
         folder = files.local_folder(self._options.models_dir, record.model_id)
         if folder is not None:
@@ -129,7 +131,7 @@ class Downloads:
             ) from error
 
     def described(self, record: ModelRecord) -> Path:
-        """A folder with the model's config, fetched if it is not here; its weights need not be there.
+        """A folder with the model's config, fetched if it is missing; the weights need not be there.
 
         Raises: as `folder`.
         """
@@ -144,19 +146,19 @@ class Downloads:
         )
 
     def adapters(self, record: ModelRecord, progress: Progress | None = None) -> dict[str, Path]:
-        """The folders of the record's adapters by their names, downloaded as far as they are not here.
+        """The folders of the record's adapters by name, downloaded as far as files are missing.
 
         Raises: as `folder`.
         """
         wanted = record.adapters or {}
-        with self._claims(()) as claims:  # as a rule they are here
+        with self._claims(()) as claims:  # usually the adapters are here
             return {
                 name: self._adapter(adapter, (progress or Progress()).part(), claims)
                 for name, adapter in wanted.items()
             }
 
     def adapter_heads(self, record: ModelRecord) -> list[Mapping[str, Tensor]]:
-        """The heads of the weights of the record's adapters; of one that is not here, only the head is fetched.
+        """The headers of the weights of the record's adapters; fetches only the header if an adapter is not here.
 
         Raises: as `folder`.
         """
@@ -174,7 +176,7 @@ class Downloads:
         return read_head(f"Adapter '{adapter_id}'", folder)
 
     def close(self) -> None:
-        """Give up all downloads, and let none begin; what has arrived stays."""
+        """Cancels all downloads and refuses new ones; downloaded bytes stay."""
         with self._lock:
             self._closed = True
             jobs = list(self._jobs.values())
@@ -187,7 +189,7 @@ class Downloads:
                 job.thread.join(max(0.0, end - time.monotonic()))
 
     def _join(self, record: ModelRecord, *, keep: bool) -> Job:
-        """The running job for what the record asks for, or a new one."""
+        """Joins the running job for the record's files, or starts one."""
         new = Job(record)
         with self._lock:
             if self._closed:
@@ -199,7 +201,7 @@ class Downloads:
             self._latest[record.model_id] = job
             if job is new:
                 self._jobs[job.key] = job
-                # A daemon, as a connection that has fallen silent must not hold up the end of the process.
+                # A daemon thread: a silent connection must not delay the end of the process.
                 job.thread = threading.Thread(
                     target=self._run, args=(job, before), name=f"download-{job.model_id}", daemon=True
                 )
@@ -207,7 +209,7 @@ class Downloads:
         return job
 
     def _leave(self, job: Job) -> None:
-        """Want the job no more."""
+        """Leaves a job; cancels it if no other load waits for it and the download itself was not asked for."""
         with self._lock:
             job.wanted -= 1
             unwanted = not job.wanted and not job.kept
@@ -215,14 +217,14 @@ class Downloads:
             job.cancel()
 
     def _run(self, job: Job, before: Job | None) -> None:
-        """What a job's thread does."""
+        """Runs a job on its own thread."""
         drawing = threading.Thread(target=self._draw, args=(job,), name=f"{job.model_id}-bar", daemon=True)
         terminal = self._terminal or sys.stderr
         if self._terminal is not None or (terminal is not None and terminal.isatty()):
             drawing.start()
         try:
             while before is not None and before.thread is not None and before.thread.is_alive():
-                job.progress.check()  # one that was cancelled, and has not noticed yet
+                job.progress.check()  # `before` was cancelled but has not ended yet
                 before.thread.join(LOOK_AGAIN)
             started = time.monotonic()
             folder = files.local_folder(self._options.models_dir, job.model_id)
@@ -277,10 +279,10 @@ class Downloads:
 
     @contextmanager
     def _claims(self, adapters: Iterable[str]) -> Iterator[Claims]:
-        """Room on the disk for one piece of work, that of these adapters from the start: their turn comes later.
+        """Claims disk space for one piece of work; that of `adapters` at the start, because they are downloaded later.
 
         Raises:
-            DiskFull: there is none for these.
+            DiskFull: the disk lacks space for the adapters.
         """
         claims = self._disk.claims()
         try:
@@ -290,14 +292,14 @@ class Downloads:
                         hub.claim_adapter(adapter, claims)
                     except DiskFull:
                         raise
-                    except LocalLLMError as error:  # it is said when its turn comes
-                        logger.debug("the size of %s is not known: %s", adapter, error)
+                    except LocalLLMError as error:  # its own download reports it
+                        logger.debug("the size of %s is unknown: %s", adapter, error)
             yield claims
         finally:
             claims.release()
 
     def _draw(self, job: Job) -> None:
-        """Keep a bar on the terminal as long as the job runs."""
+        """Draws a bar on the terminal while the job runs."""
         from tqdm import tqdm
 
         with tqdm(
@@ -314,17 +316,17 @@ class Downloads:
 
 
 class _Mirror:
-    """Shows in one progress what another tells."""
+    """Copies one progress to another."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._seen: Moment | None = None
 
     def show(self, moment: Moment) -> None:
-        """Catch up with `moment`.
+        """Catches up with `moment`.
 
         Raises:
-            Cancelled: nobody wants what the progress is of.
+            Cancelled: the progress that is written to is cancelled.
         """
         seen, self._seen = self._seen, moment
         if moment.phase != "waiting":

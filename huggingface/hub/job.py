@@ -1,6 +1,6 @@
-"""One download that any number of callers share: what it is of, how far it is, and how it ended.
+"""One download that any number of callers share: what it downloads, its progress, and its result.
 
-Any thread may call anything here. It must not know what brings the files, nor what else is being downloaded.
+Any thread may call anything here. Must not know how files are downloaded, or which other downloads run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Key = tuple[str, str | None, str | None, frozenset[str]]
 
 
 class Job:
-    """One download. `commit` and `folder` are known in its course, `error` is what it ended with, if it failed."""
+    """One download. `commit` and `folder` become known while it runs; `error` is set if it fails."""
 
     def __init__(self, record: ModelRecord) -> None:
         self.model_id = record.model_id
@@ -29,45 +29,45 @@ class Job:
         self.error: LocalLLMError | None = None
         self._ended = threading.Event()
         self._ending = threading.Lock()
-        # Of `Downloads`, under its lock.
+        # Guarded by the lock of `Downloads`.
         self.wanted = 0
         self.kept = False
         self.thread: threading.Thread | None = None
 
     @property
     def key(self) -> Key:
-        """What there is one job for at a time."""
+        """What identifies the download: at most one job with this key runs at a time."""
         return self.model_id, self.revision, self.gguf_file, self.adapters
 
     @property
     def over(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the job has ended."""
         return self._ended.is_set()
 
     @property
     def brought(self) -> bool:
-        """Whether any byte came from the Hub in the last seconds."""
+        """Whether bytes came from the Hub in the last seconds."""
         return self.progress.now().speed > 0
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; returns whether it came."""
+        """Waits for the end of the job; returns whether it has ended."""
         return self._ended.wait(seconds)
 
     def result(self) -> Path:
-        """The folder with the files, of a job that is over.
+        """The folder with the files, for a job that has ended.
 
-        Raises: what it failed of.
+        Raises: the error that ended the job.
         """
         if self.folder is None:
             raise self.error or Cancelled
         return self.folder
 
     def resolved(self, commit: str) -> None:
-        """Note which commit the revision stands for."""
+        """Records the commit that the revision stands for."""
         self.commit = commit
 
     def end(self, folder: Path | None = None, error: LocalLLMError | None = None) -> None:
-        """Come to the end; who comes second with this changes nothing."""
+        """Ends the job; a second call changes nothing."""
         with self._ending:
             if self._ended.is_set():
                 return
@@ -79,6 +79,6 @@ class Job:
             self._ended.set()
 
     def cancel(self, reason: str = "The download was cancelled") -> None:
-        """Be over at once. Its thread ends when it next looks, which a silent connection may put off for seconds."""
+        """Ends the job at once. Its thread ends at its next check, which a silent connection may delay for seconds."""
         self.end(error=Cancelled(reason))
         self.progress.cancel()

@@ -1,8 +1,8 @@
 """One repository, as the Hub shows it at one commit or as the Hub's cache has it: its files by name, and their sizes.
 
-A file comes by `transfer`, and `huggingface_hub` then puts it in its place in its `cache`. One thread has an object of
-this. It must not know what a model is made of. Errors are the library's, but for `Cancelled` and what `get` and
-`expect` say.
+`transfer` downloads a file, and `huggingface_hub` then puts it in its place in its `cache`. One thread uses a
+`Repository`. Must not know what a model consists of. Errors are the library's, except `Cancelled` and those that `get`
+and `expect` list.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3  # of one file, where the Hub stumbles; seconds between them: 1, 2
-_HEADWAY = 1024**2  # bytes of a file that came since the last stumble, and have the attempts counted from the start
-_FRESH = 60.0  # seconds in which the address of a file, which is signed for a while, is not asked for again
+_ATTEMPTS = 3  # attempts to fetch a file when the Hub fails temporarily; seconds between them: 1, 2
+_HEADWAY = 1024**2  # bytes of a file since the last failure that reset the count of attempts
+_FRESH = 60.0  # seconds for which the address of a file is reused, because it is signed for a limited time
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# What git allows in the name of a branch or tag, as far as it could lead out of the cache's folder of references.
+# What git allows in the name of a branch or tag, and does not lead out of the cache's folder of references.
 _REVISION = re.compile(
     r"(?!.*(\.\.|//|/\.|@\{|\.lock(/|\Z)))[^\s./~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}"
 )
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the Hub's description of a repository tells of a file; `etag` is its blob's name in the cache."""
+    """A file in the Hub's description of a repository; `etag` is its blob's name in the cache."""
 
     size: int | None
     etag: str | None
@@ -51,7 +51,7 @@ class _Entry:
 
 
 class Repository:
-    """One repository at one revision: a branch, a tag, a commit, or the default branch where it is None."""
+    """One repository at one revision: a branch, a tag, a commit, or None for the default branch."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Repository:
         progress: Progress | None = None,
         claims: Claims | None = None,
     ) -> None:
-        """`offline` allows no packet; `progress` is told of every byte; room on the disk is had among `claims`.
+        """`offline` sends no packet; `progress` counts every byte; disk space is claimed among `claims`.
 
         Raises:
             FilesMissing: no repository can have such a revision.
@@ -71,21 +71,21 @@ class Repository:
             raise unknown_revision(model_id, revision)
         self.model_id = model_id
         self.online = False
-        self.commit: str | None = None  # where the Hub tells it
+        self.commit: str | None = None  # if the Hub names it
         self._revision = revision
         self._offline = offline
         self._progress = progress or Progress()
         self._claims = claims or Disk().claims()
         self._key = ""
         self._listing: dict[str, _Entry] | None = None
-        self._asked: dict[str, tuple[float, HfFileMetadata]] = {}  # and when
+        self._asked: dict[str, tuple[float, HfFileMetadata]] = {}  # with the time of each answer
         self._absent: set[str] = set()
         self._counts: dict[str, Count] = {}
         self._total: int | None = None
         self._failure: Exception | None = None
 
     def open(self, key: str) -> None:
-        """Find out whether the Hub can be asked, and for which commit. `key` is a file that has to be there."""
+        """Finds out whether the Hub can be asked, and for which commit. `key` is a file that must exist."""
         from huggingface_hub import HfApi, constants, get_hf_file_metadata
 
         self._key = key
@@ -94,21 +94,21 @@ class Repository:
         patience = constants.HF_HUB_ETAG_TIMEOUT
         try:
             info = HfApi().model_info(self.model_id, revision=self._revision, timeout=patience, files_metadata=True)
-        except Exception as error:  # noqa: BLE001 - as in transformers: many small Hubs serve files and nothing else
+        except Exception as error:  # noqa: BLE001 - as in transformers: many small Hubs serve only files
             logger.debug("the Hub does not describe %s: %s", self.model_id, error)
         else:
             self._take(info)
         if self.commit is None:
             try:
                 get_hf_file_metadata(self._url(key), timeout=patience)
-            except Exception as error:  # noqa: BLE001 - the cache may do; if not, `fail` raises it
+            except Exception as error:  # noqa: BLE001 - the cache may suffice; if not, `fail` raises it
                 self._failure = error
-                logger.info("the Hub does not give %s, so its cached files are used: %s", self.model_id, error)
+                logger.info("the Hub does not serve %s, so its cached files are used: %s", self.model_id, error)
                 return
         self.online = True
 
     def _take(self, info: Any) -> None:
-        """Learn from the Hub's description; any part of it may be absent."""
+        """Reads the Hub's description; any part of it may be absent."""
         listing = {}
         for sibling in info.siblings or ():
             sha256 = sibling.lfs.sha256 if sibling.lfs else None
@@ -120,7 +120,7 @@ class Repository:
             self._listing = listing
 
     def names(self) -> Iterable[str]:
-        """The files that the repository has, as far as the Hub tells; empty where it does not."""
+        """The names of the repository's files, as far as the Hub lists them; otherwise empty."""
         if self._listing is not None:
             return self._listing
         return self._list() if self.online else ()
@@ -136,16 +136,16 @@ class Repository:
         return names if self._key in names else ()
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file; of the cache, where the Hub cannot be asked."""
+        """Whether the repository has the file, or the cache where the Hub cannot be asked."""
         if self._listing is not None:
             return name in self._listing
         return self._cached(name) is not None if not self.online else self._ask(name) is not None
 
     def expect(self, names: Iterable[str]) -> None:
-        """Say which files will be fetched, as far as there are such: the progress is told how much that is.
+        """Announces the files that will be fetched, as far as they exist, and their size to the progress.
 
         Raises:
-            DiskFull: there is no room for what is missing.
+            DiskFull: the disk lacks space for the missing bytes.
         """
         extents = self._extents(names)
         for name, (_, present) in extents.items():
@@ -157,10 +157,10 @@ class Repository:
         self._progress.expect(total, there)
 
     def claim(self, names: Iterable[str]) -> None:
-        """Have room on the disk for these files, as far as there are such, before they are expected.
+        """Claims disk space for these files, as far as they exist, before they are announced by `expect`.
 
         Raises:
-            DiskFull: there is none.
+            DiskFull: the disk lacks space.
         """
         missing = sum(size - present for size, present in self._extents(names).values())
         self._claim(lambda: missing)
@@ -174,7 +174,7 @@ class Repository:
         return extents
 
     def _extent(self, name: str) -> tuple[int | None, int]:
-        """The size of a file, None where there is none or it is not told; and how much of it is here."""
+        """A file's size, None where it does not exist or is unknown; and how many of its bytes are here."""
         entry = self._listing.get(name) if self._listing is not None else None
         cached = self._cached(name) if self.commit is not None or not self.online else None
         if not self.online:
@@ -194,7 +194,7 @@ class Repository:
         try:
             self._claims.claim(self.model_id, cache.storage(self.model_id), missing)
         except NoRoom as error:
-            others = f", {_text(error.promised)} of them for what else is being downloaded" if error.promised else ""
+            others = f", {_text(error.promised)} of them for other downloads" if error.promised else ""
             raise DiskFull(
                 f"Model '{self.model_id}': {_text(error.missing)} are still to be downloaded, and the disk of the "
                 f"Hub's cache has {_text(error.free)} free{others}; make room there, or set HF_HOME to a place on "
@@ -202,7 +202,7 @@ class Repository:
             ) from error
 
     def find(self, name: str) -> Path | None:
-        """The file in the cache, fetched if it was not there, or None where the repository has no such file."""
+        """The file's path in the cache, fetched if it is missing; None where the repository has no such file."""
         if name in self._absent or (self._listing is not None and name not in self._listing):
             return None
         if not self.online:
@@ -216,10 +216,11 @@ class Repository:
             raise
 
     def get(self, name: str, *, force: bool = False) -> Path:
-        """The file in the cache; with `force` downloaded again, even where it is there.
+        """The file's path in the cache; with `force` the file is downloaded again.
 
         Raises:
-            FilesMissing: the repository has none. Else: whatever tells why it cannot be had.
+            FilesMissing: the repository has no such file.
+            Otherwise the error that ended the download.
         """
         path = self._fetch(name, force=True) if force else self.find(name)
         if path is None:
@@ -231,13 +232,13 @@ class Repository:
         return path
 
     def fail(self) -> NoReturn:
-        """Raise why the Hub cannot be asked."""
+        """Raises the reason why the Hub cannot be asked."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         raise self._failure or OfflineModeIsEnabled("offline")
 
     def keep(self, folder: Path) -> None:
-        """Note in the cache that the revision stands for the commit in `folder`, now that all of it is there."""
+        """Records in the cache that the revision stands for the commit in `folder`, once all of it is there."""
         revision = self._revision or "main"
         if self.commit is not None and self.online and revision != self.commit:
             cache.keep_commit(self.model_id, revision, folder.name)
@@ -245,16 +246,16 @@ class Repository:
     # One file --------------------------------------------------------------------------------------------------------
 
     def _fetch(self, name: str, *, force: bool = False) -> Path:
-        """Have the file in the cache; passing failures are waited out.
+        """Brings the file into the cache; tries again after temporary failures.
 
-        Raises: what `is_absent` knows, where there is none.
+        Raises: an error for which `is_absent` is true, if the repository has no such file.
         """
         cached = self._cached(name)
         entry = self._listing.get(name) if self._listing is not None else None
         if cached is not None and self.commit is not None and not force:
             if entry is None or entry.sha256 is None or cached.stat().st_size == entry.size:
-                return cached  # at a commit: it cannot have changed
-            force = True  # something cut it short
+                return cached  # a commit's files never change
+            force = True  # the file was cut short
         self._progress.at(name)
         try:
             return self._patiently(name, lambda: self._download(name, force=force))
@@ -266,15 +267,15 @@ class Repository:
         from huggingface_hub.utils import is_package_available
 
         metadata = self._metadata(name)
-        self._asked.pop(name, None)  # should this fail, the address may be why
+        self._asked.pop(name, None)  # if the download fails, the address may be the reason
         count, path = self._count(name, metadata.size), self._cached(name)
         blob = cache.blob(self.model_id, metadata.etag)
         if metadata.xet_file_data is not None and (metadata.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:
-            # The Hub gives files so large in parts only, which `hf_xet` puts together; that cannot be resumed.
+            # The Hub serves such large files only in parts, which `hf_xet` joins; such a download cannot be resumed.
             if constants.HF_HUB_DISABLE_XET or not is_package_available("hf_xet"):
                 raise LoadError(
-                    f"Model '{self.model_id}': {name} is so large that the Hub gives it to the package hf_xet only; "
-                    "install that (pip install hf_xet)"
+                    f"Model '{self.model_id}': {name} is so large that the Hub serves it only to the package hf_xet; "
+                    "install it (pip install hf_xet)"
                 )
             hub_bar: Any = bar(count)
             path = Path(
@@ -284,13 +285,13 @@ class Repository:
             if blob is not None and metadata.commit_hash is not None:
                 transfer(self._source(name, metadata), blob, cache.lock(blob), count, force=force)
                 if force and path is not None:
-                    path.unlink(missing_ok=True)  # where there are no links, it is the damaged file itself
+                    path.unlink(missing_ok=True)  # without symbolic links, this is the damaged file itself
             path = Path(hf_hub_download(self.model_id, name, revision=self._at))
         count.set(path.stat().st_size)
         return path
 
     def _source(self, name: str, metadata: HfFileMetadata) -> Source:
-        """Where the file is to be had; the token goes to the Hub only, as in `huggingface_hub`'s own downloads."""
+        """The file's address and headers; the token goes only to the Hub, as in `huggingface_hub`'s own downloads."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
 
@@ -307,7 +308,7 @@ class Repository:
         return Source(url, headers, metadata.size, sha256)
 
     def _ask(self, name: str) -> HfFileMetadata | None:
-        """What the Hub tells of the file, None where there is none."""
+        """The Hub's metadata of the file; None where there is no such file."""
         if name in self._absent:
             return None
         try:
@@ -319,7 +320,7 @@ class Repository:
             raise
 
     def _metadata(self, name: str) -> HfFileMetadata:
-        """What the Hub tells of the file, with a short patience: `hf_hub_download` itself would try for minutes."""
+        """The Hub's metadata of the file, with a short timeout: `hf_hub_download` itself would try for minutes."""
         from huggingface_hub import constants, get_hf_file_metadata
 
         asked, metadata = self._asked.get(name, (0.0, None))
@@ -329,9 +330,11 @@ class Repository:
         return metadata
 
     def _patiently(self, name: str, work: Callable[[], T]) -> T:
-        """Do `work` on a file, again where the Hub stumbles, as long as that gets it further.
+        """Does `work` on a file; repeats it after temporary failures while that makes progress.
 
-        Raises: what the last attempt failed of. Cancelled.
+        Raises:
+            Cancelled: the download is cancelled.
+            Otherwise the last attempt's error.
         """
         attempt, reached = 0, 0
         while True:
@@ -344,11 +347,11 @@ class Repository:
                 reached = there
                 if attempt >= _ATTEMPTS or not is_passing(error):
                     raise
-                logger.warning("%s of %s was not had, trying again: %s", name, self.model_id, public(error))
+                logger.warning("%s of %s could not be fetched, trying again: %s", name, self.model_id, public(error))
                 self._progress.cancellation.wait(pause_after(error, attempt))
 
     def _count(self, name: str, size: int | None) -> Count:
-        """How much of the file is there; one that was not expected is added to what there is to do."""
+        """The count of the file's bytes; the size of a file that was not announced is added to the total."""
         if name not in self._counts:
             self._counts[name] = Count(self._progress)
             if self._total is not None and size is not None:
@@ -358,7 +361,7 @@ class Repository:
 
     @property
     def _at(self) -> str | None:
-        """The revision to ask for: the commit, once it is known."""
+        """The revision to request: the commit, once it is known."""
         return self.commit or self._revision
 
     def _url(self, name: str) -> str:
@@ -371,5 +374,5 @@ class Repository:
 
 
 def _text(size: int) -> str:
-    """A number of bytes for people."""
+    """Formats a number of bytes for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

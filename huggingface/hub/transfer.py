@@ -1,9 +1,9 @@
-"""One file of the Hub into one blob of its cache, from where an earlier attempt stopped.
+"""Downloads one file from the Hub into a blob of its cache, continuing where an earlier attempt stopped.
 
-What has arrived lies beside the blob under a name of our own, which no reader of the cache takes for a file of a model;
-it outlives a cancelled download, a lost connection and a killed process, and becomes the blob when it is whole and has
-the checksum that the Hub tells. Any thread and process may call this: the cache's own lock lets one at a time write.
-It must not know models or revisions, nor what is to be tried again.
+The partial file lies beside the blob under a name of its own, which no reader of the cache takes for a model's file. It
+survives a cancelled download, a lost connection and a killed process, and becomes the blob when it is complete and has
+the checksum that the Hub announces. Any thread and process may call this: the cache's own lock admits one writer at a
+time. Must not know models or revisions, or what is tried again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 PARTIAL = ".local-llm.part"
 
-_STRIDE = 1024**2  # bytes between two looks at a file that is read, and at most between two that are told of
-_TELL = 0.1  # seconds, at most, between two times that arriving bytes are told of
+_STRIDE = 1024**2  # bytes between two checks while a file is read, and at most between two reports of progress
+_TELL = 0.1  # seconds, at most, between two reports of progress
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a file is to be had, with which headers, and what it is, as far as the Hub tells."""
+    """Where to download a file, with which headers, and its size and checksum as far as the Hub announces them."""
 
     url: str
     headers: Mapping[str, str] = field(repr=False)
@@ -41,7 +41,7 @@ class Source:
 
 
 class Count:
-    """How many bytes of one file are there, told to the progress of all of them."""
+    """Counts the bytes of one file that have arrived, and reports them to the progress of all files."""
 
     def __init__(self, progress: Progress, there: int = 0) -> None:
         """`there` are bytes that the progress counts already."""
@@ -49,10 +49,10 @@ class Count:
         self.there = there
 
     def set(self, there: int) -> None:
-        """Note how many there are now.
+        """Sets how many bytes have arrived.
 
         Raises:
-            Cancelled: nobody wants the file any more.
+            Cancelled: the download is cancelled.
         """
         more, self.there = there - self.there, there
         if more:
@@ -62,11 +62,13 @@ class Count:
 
 
 def transfer(source: Source, blob: Path, lock: Path, count: Count, *, force: bool = False) -> None:
-    """Bring the file to `blob`, if it is not there; with `force` from its first byte, replacing the one there.
+    """Downloads the file to `blob`, if it is missing; with `force` from the first byte, replacing an existing file.
 
     Raises:
-        Cancelled: nobody wants it any more. Damaged, Stalled: as their names say.
-        OSError and the errors of `huggingface_hub` and its HTTP library: the transfer broke off. What is there stays.
+        Cancelled: the download is cancelled.
+        Damaged, Stalled: see `hub_errors`.
+        OSError and the errors of `huggingface_hub` and its HTTP library: the transfer broke off; the partial file
+            stays.
     """
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +85,17 @@ def transfer(source: Source, blob: Path, lock: Path, count: Count, *, force: boo
                 _pour(source, partial, count)
             if source.sha256 is not None and partial.sha256 != source.sha256:
                 partial.discard()
-                raise Damaged("its checksum is not the one that the Hub tells", resumed=resumed)
+                raise Damaged("its checksum differs from the Hub's", resumed=resumed)
             partial.become(blob)
 
 
 def partial_of(blob: Path) -> Path:
-    """Where the first bytes of a blob lie until it is whole."""
+    """The path of a blob's first bytes until it is complete."""
     return blob.with_name(f"{blob.name}{PARTIAL}")
 
 
 def bar(count: Count) -> type:
-    """What `hf_xet` reports to, in place of a bar of tqdm's: its bytes are added to `count`."""
+    """A class that `hf_xet` uses in place of tqdm's bar; it adds the bytes to `count`."""
 
     class Bar:
         total: int | None = None
@@ -105,10 +107,10 @@ def bar(count: Count) -> type:
             count.set(count.there + more)
 
         def update_transfer(self, more: int) -> None:
-            """Bytes that came; those that were put into the file are what counts."""
+            """Does nothing: received bytes count once they are written to the file."""
 
         def set_postfix_str(self, *_: object, **__: object) -> None:
-            """Nothing is drawn."""
+            """Draws nothing."""
 
         set_transfer_postfix_str = refresh = close = set_postfix_str
 
@@ -116,12 +118,12 @@ def bar(count: Count) -> type:
 
 
 def _pour(source: Source, partial: _Partial, count: Count) -> None:
-    """Ask for what is missing, and write it as it comes."""
+    """Requests the missing bytes, and writes them as they arrive."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
-    # Compressed, a file has neither the size that is told nor bytes that can be counted from.
+    # A compressed file would differ from the announced size, and could not be resumed at a byte.
     headers = {**source.headers, "Accept-Encoding": "identity"}
     if partial.size:
         headers["Range"] = f"bytes={partial.size}-"
@@ -130,7 +132,7 @@ def _pour(source: Source, partial: _Partial, count: Count) -> None:
         with get_session().stream("GET", source.url, headers=headers, timeout=patience) as response:
             if response.status_code == 416 and partial.size:
                 partial.restart()
-                raise ConnectionError("the Hub's file is shorter than what is here of it")
+                raise ConnectionError("the Hub's file is shorter than the partial file here")
             hf_raise_for_status(response)
             _align(response, source, partial)
             count.set(partial.size)
@@ -144,43 +146,43 @@ def _pour(source: Source, partial: _Partial, count: Count) -> None:
                 else:
                     count.progress.check()
     except httpx2.TimeoutException as error:
-        raise Stalled(f"nothing came for {patience} s") from error
+        raise Stalled(f"no bytes came for {patience} s") from error
     finally:
         _settle(count, partial.size)
     if source.size is not None and partial.size != source.size:
         if partial.size < source.size:
             raise ConnectionError("the file ended early")
         partial.discard()
-        raise Damaged(f"it has more than the {source.size} bytes that the Hub tells", resumed=False)
+        raise Damaged(f"it has more than the {source.size} bytes that the Hub announces", resumed=False)
 
 
 def _settle(count: Count, there: int) -> None:
-    """Tell of the last bytes, whatever ended the transfer: that is what is raised, if anything is."""
+    """Reports the last bytes, whatever ended the transfer, and raises nothing that would hide its error."""
     more, count.there = there - count.there, there
     if more and not count.progress.cancellation.cancelled:
         count.progress.advance(more)
 
 
 def _align(response: Response, source: Source, partial: _Partial) -> None:
-    """See that the answer goes on where the partial file ends, or let that begin again; and that it is the file."""
+    """Checks that the response is the announced file, from the partial one's end; else restarts or refuses it."""
     resumed = partial.size > 0
     span = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status_code != 206:
-        if resumed:  # the range was not taken notice of
+        if resumed:  # the server ignored the range
             partial.restart()
     elif span is None or int(span[1]) != partial.size:
         partial.restart()
-        raise ConnectionError("the Hub sent another part of the file than it was asked for")
+        raise ConnectionError("the Hub sent another part of the file than was requested")
     announced = None
     if response.headers.get("Content-Encoding", "identity").lower() == "identity":
         announced = (None if span[2] == "*" else span[2]) if span else response.headers.get("Content-Length")
     if announced is not None and source.size is not None and int(announced) != source.size:
         partial.discard()
-        raise Damaged(f"it has {announced} bytes, and not the {source.size} that the Hub tells", resumed=False)
+        raise Damaged(f"it has {announced} bytes, but the Hub announces {source.size}", resumed=False)
 
 
 class _Partial:
-    """The first bytes of a blob: on disk at once, and in the checksum. One thread has it at a time, under the lock."""
+    """The first bytes of a blob, on disk and in the checksum. One thread uses it at a time, under the lock."""
 
     def __init__(self, blob: Path, progress: Progress) -> None:
         self.path = partial_of(blob)
@@ -205,32 +207,32 @@ class _Partial:
         self._file.close()
 
     def become(self, blob: Path) -> None:
-        """Be the blob, which is whole."""
+        """Becomes the blob, which is complete."""
         self._file.close()
         self.path.replace(blob)
 
     @property
     def sha256(self) -> str:
-        """Of all that is there."""
+        """The checksum of the bytes that are here."""
         return self._digest.hexdigest()
 
     def write(self, chunk: bytes) -> None:
-        """Append to it."""
+        """Appends a chunk."""
         rest = memoryview(chunk)
-        while rest:  # an unbuffered file may take a part only
+        while rest:  # an unbuffered file may write only a part
             written = self._file.write(rest)
             self._digest.update(rest[:written])
             self.size += written
             rest = rest[written:]
 
     def restart(self) -> None:
-        """Forget what is there."""
+        """Drops the bytes that are here."""
         self._file.truncate(0)
         self._digest = hashlib.sha256()
         self.size = 0
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Deletes the partial file."""
         self.restart()
         self._file.close()
         self.path.unlink(missing_ok=True)
@@ -238,10 +240,11 @@ class _Partial:
 
 @contextmanager
 def _held(lock: Path, blob: Path, count: Count) -> Iterator[None]:
-    """The lock that `huggingface_hub` too takes for this blob; while another has it, its progress is told as ours."""
+    """Takes the blob's lock, which `huggingface_hub` takes too; while another holder downloads, its progress is
+    reported."""
     from filelock import FileLock, Timeout
 
-    holder = FileLock(lock, mode=0o664)  # as huggingface_hub has it: a group may share a cache
+    holder = FileLock(lock, mode=0o664)  # as huggingface_hub does: a group may share a cache
     while True:
         try:
             holder.acquire(timeout=0.2)
