@@ -1,1 +1,1 @@
-"""Which model is in memory: leases, loads, the budget, evictions, and what is kept about them."""
+"""Which model is in memory: leases, loads, the budget, evictions and statistics."""

@@ -1,9 +1,9 @@
-"""How much memory models may take on each device, and who has taken how much.
+"""The most memory that models may take on each device, and how much each owner has.
 
-A ledger, not an allocator: whoever takes memory says so before, and says what it really was after. What is free is
-asked of the system each time, because others live on this machine too; and what the process has beyond all that anybody
-noted is measured, because it comes with the models' work. Standard library only; any thread may call anything here.
-Must not know models, only their names.
+A ledger, not an allocator: owners record memory before they allocate it, and correct the number afterwards. Free memory
+is read from the system each time, because other programs use this machine too; memory of the process beyond all records
+is measured, because it comes with the models' work. Standard library only; any thread may call anything here. Must not
+know models, only their names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LEAST = 1000  # bytes
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-_LENIENT = 0.1  # of a limit in bytes, which the process may have besides before a load is refused for it
+_LENIENT = 0.1  # share of a limit in bytes that the process may use unrecorded before a load is refused
 _KV_CACHE = "kv cache"  # the part of a model that grows
-_WINDOW = 60.0  # seconds for which the most that was taken besides counts: it comes and goes with the work
+_WINDOW = 60.0  # seconds for which the largest unrecorded use counts: it comes and goes with the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Limit:
 
 
 def parse_limits(text: str) -> dict[str, Limit]:
-    """The limits that a setting names: `12GB`, `0.8`, or `cpu=12GB,cuda:0=0.9`; `*` is every device not named.
+    """Parses a setting's limits: `12GB`, `0.8`, or `cpu=12GB,cuda:0=0.9`; `*` is every device not named.
 
     Raises:
-        ValueError: the part that cannot be read, and what may stand there.
+        ValueError: a part is invalid; the message names it, and the allowed forms.
     """
     limits = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -48,7 +48,7 @@ def parse_limits(text: str) -> dict[str, Limit]:
         device = device.strip() or "*"
         found = _AMOUNT.fullmatch(amount.strip())
         if (device != "*" and not _DEVICE.fullmatch(device)) or not found or found[2].upper() not in _UNITS:
-            raise ValueError(f"'{part}' is no amount of memory (12GB, 0.8) or device with one (cuda:0=20GB)")
+            raise ValueError(f"'{part}' is not an amount of memory (12GB, 0.8) or a device with one (cuda:0=20GB)")
         number, unit = float(found[1]), found[2].upper()
         size = int(number * _UNITS[unit])
         if indexed(device) in limits:
@@ -63,10 +63,10 @@ def parse_limits(text: str) -> dict[str, Limit]:
 
 
 class Budget:
-    """The ledger. Devices are named as torch does; `cuda` is `cuda:0`.
+    """The ledger. Devices are named as in torch; `cuda` means `cuda:0`.
 
-    What counts as an owner's on a device is the most of three: what it has noted, that with the part of it that was set
-    aside whole (`keep`), and, until it settles, what it reserved.
+    An owner's bytes on a device count as the largest of three: the bytes that it recorded, these with a floor for the
+    part that has one (`keep`), and, until `settle`, the bytes that it reserved.
     """
 
     def __init__(
@@ -75,9 +75,8 @@ class Budget:
         free: Callable[[str], int | None] = free_bytes,
         resident: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`free` tells how many bytes could be taken on a device just now, None where that cannot be told; `resident`
-        how many this process has on the CPU, None where nobody is to ask.
-        """
+        """`free` returns how many bytes are free on a device, None if unknown; `resident` how many bytes this process
+        has on the CPU, None if they are not measured."""
         self._limits = dict(limits or {})
         self._free = free
         self._resident = resident
@@ -86,21 +85,21 @@ class Budget:
         self._kept: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
         self._coming: dict[str, dict[str, int]] = defaultdict(dict)
         self._idle_process: int | None = None
-        self._unnoted: deque[tuple[float, int]] = deque()  # readings of the clock, and bytes that only become fewer
+        self._unnoted: deque[tuple[float, int]] = deque()  # times and bytes; the bytes only decrease
 
     def begin(self) -> None:
-        """Say that no model is there yet, but all that they need in common: what the process has now is its own.
+        """Records what the process has before the first model is loaded; these bytes count for no model.
 
-        Only the first time counts.
+        Only the first call counts.
         """
         with self._lock:
             if self._idle_process is None:
                 self._idle_process = self._resident()
 
     def reserve(self, owner: str, needs: Mapping[str, int]) -> bool:
-        """Set memory aside that `owner` is about to take, all of it or, where there is no room, nothing.
+        """Reserves memory on all devices for `owner`, or nothing where it does not fit; returns whether it fits.
 
-        It counts as taken until `settle`.
+        It counts as allocated until `settle`.
         """
         needs = by_index(needs)
         with self._lock:
@@ -111,18 +110,19 @@ class Budget:
             return True
 
     def lacking(self, owner: str, device: str, need: int) -> int:
-        """How many bytes others would have to give back, so that `owner` could have as many as it needs."""
+        """The bytes that other owners must give back, so that `owner` can have `need` bytes."""
         with self._lock:
             return max(0, self._lacking(owner, indexed(device), need))
 
     def settle(self, owner: str) -> None:
-        """What `owner` had reserved is not needed any more: it has been taken and noted, or will not be."""
+        """Ends an owner's reservation: its memory is allocated and recorded, or will not be."""
         with self._lock:
             for reserved in self._coming.values():
                 reserved.pop(owner, None)
 
     def note(self, owner: str, part: str, sizes: Mapping[str, int]) -> None:
-        """Note how many bytes a part of `owner` (its weights, its KV cache) has on each device, in place of before."""
+        """Records how many bytes a part of `owner` (its weights, its KV cache) has on each device, in place of earlier
+        ones."""
         with self._lock:
             for parts in self._held.values():
                 parts.pop((owner, part), None)
@@ -131,29 +131,30 @@ class Budget:
                     self._held[indexed(device)][owner, part] = size
 
     def keep(self, owner: str, part: str, device: str, size: int) -> bool:
-        """Set `size` bytes aside, in place of before, that a part of `owner` may have at any time, if they are there to
-        be had."""
+        """Reserves a floor of `size` bytes for a part of `owner`, in place of an earlier one; returns whether they are
+        free."""
         with self._lock:
             return self._set(self._kept, owner, part, indexed(device), size)
 
     def take(self, owner: str, part: str, device: str, size: int) -> bool:
-        """Note `size` bytes more for a part of `owner`, if there is room for them or they were set aside; a negative
-        size gives back."""
+        """Records `size` bytes more for a part of `owner`, if they are free or within its floor; may be negative.
+
+        Returns whether the bytes may be allocated.
+        """
         device = indexed(device)
         with self._lock:
             before = self._held[device].get((owner, part), 0)
             return self._set(self._held, owner, part, device, max(0, before + size))
 
     def leave(self, owner: str) -> None:
-        """Have all that `owner` has count as its own, whatever it gives back, until it is forgotten: what is let go of
-        comes back to the system later."""
+        """Freezes the owner's byte count until `forget`: freed memory reaches the system later."""
         with self._lock:
             for device in list(self._held):
                 if size := self._counted(device).get(owner, 0):
                     self._coming[device][owner] = size
 
     def rename(self, owner: str, name: str) -> None:
-        """Have all that is an owner's be under another name from now on."""
+        """Moves all that an owner has to another name."""
         with self._lock:
             for parts in (*self._held.values(), *self._kept.values()):
                 for key in [key for key in parts if key[0] == owner]:
@@ -163,7 +164,7 @@ class Budget:
                     reserved[name] = reserved.pop(owner)
 
     def forget(self, owner: str) -> None:
-        """Note that `owner` has nothing any more."""
+        """Removes an owner with all that it has."""
         with self._lock:
             for parts in (*self._held.values(), *self._kept.values()):
                 for key in [key for key in parts if key[0] == owner]:
@@ -172,7 +173,7 @@ class Budget:
                 reserved.pop(owner, None)
 
     def held(self, owner: str | None = None) -> dict[str, int]:
-        """Bytes by device that count as `owner`'s, or all together."""
+        """The bytes that count as `owner`'s, or as all owners', by device."""
         with self._lock:
             sums = {
                 device: sum(size for name, size in self._counted(device).items() if owner in (None, name))
@@ -181,24 +182,24 @@ class Budget:
         return {device: size for device, size in sums.items() if size}
 
     def holders(self, device: str) -> dict[str, int]:
-        """Bytes on a device that count as each owner's."""
+        """The bytes on a device that count as each owner's."""
         with self._lock:
             return self._counted(indexed(device))
 
     def room(self, device: str) -> int | None:
-        """Bytes that a load could take on a device now; None where nothing limits them."""
+        """The bytes that a load could take on a device now; None for no limit."""
         with self._lock:
             return self._room(indexed(device))
 
     def most(self, device: str) -> int | None:
-        """Bytes that models could have on a device if all of them went; None where nothing limits them."""
+        """The bytes that models could have on a device if all of them were evicted; None for no limit."""
         device = indexed(device)
         with self._lock:
             room = self._room(device, 0)
             return None if room is None else room + self._taken(device)
 
     def besides(self, device: str) -> int:
-        """Bytes of a limit that models cannot have now, as the process has them besides what is noted."""
+        """The bytes of a limit that models cannot have now, because the process uses them beyond the records."""
         with self._lock:
             return self._besides(indexed(device), _LENIENT)
 
@@ -207,7 +208,7 @@ class Budget:
     ) -> bool:
         parts, key = ledger[device], (owner, part)
         before, counted = parts.get(key, 0), self._counted(device).get(owner, 0)
-        # What grows with the work is held back earlier than what is loaded for it: it cannot be taken away again.
+        # Memory that grows with the work is refused earlier than a load: it cannot be taken away again.
         room = self._room(device, self._besides(device)) if size > before else None
         parts[key] = size
         if room is not None and self._counted(device).get(owner, 0) - counted > room:
@@ -230,7 +231,7 @@ class Budget:
     def _room(self, device: str, besides: int | None = None) -> int | None:
         limit = self._limit(device)
         free = self._free(device)
-        # What is set aside is not taken yet, and so is still among what is free.
+        # Reserved memory is not allocated yet, so it still counts as free.
         taken, held = self._taken(device), self._held[device]
         coming = taken - sum(size for (_, part), size in held.items() if part != PASSING)
         if limit.bytes is not None:
@@ -246,20 +247,19 @@ class Budget:
             return 0
         own = self._counted(device).get(owner, 0)
         others = self._taken(device) - own
-        # Whoever has it all to himself is let in whatever the process has besides: else he might be kept out for ever.
+        # An owner without others is admitted whatever the process uses besides: otherwise it could be refused for ever.
         return max(need - alone - own, min(need - room - own, others))
 
     def _limit(self, device: str) -> Limit:
         return self._limits.get(device) or self._limits.get(device.split(":")[0]) or self._limits.get("*") or Limit()
 
     def _besides(self, device: str, lenient: float = 0.0) -> int:
-        """What the process has had on a device lately besides what is noted, as far as that is more than a share of the
-        limit."""
+        """The process's largest recent unrecorded use of a device, less a share of the limit that it may have."""
         limit = self._limit(device).bytes
         if device != "cpu" or limit is None or self._idle_process is None:
             return 0
         now, resident = time.monotonic(), self._resident()
-        # While somebody takes what he has reserved, or gives it back, nobody can tell whose it is.
+        # While an owner allocates what it has reserved, or frees it, the difference belongs to no one for sure.
         if resident is not None and not self._coming[device]:
             size = resident - self._idle_process - sum(self._held[device].values())
             while self._unnoted and self._unnoted[-1][1] <= size:
@@ -272,46 +272,46 @@ class Budget:
 
 
 class Account:
-    """Where one model asks for memory: see `loading.model.Memory`."""
+    """The account of one model in the budget: see `model_memory.Memory`."""
 
     def __init__(self, budget: Budget, owner: str, relieve: Callable[[], bool]) -> None:
-        """`owner` is its name in the budget; `relieve` has others give memory up."""
+        """`owner` is the model's name in the budget; `relieve` evicts another model."""
         self.relieve = relieve
         self._budget = budget
         self._owner = owner
-        self._naming = threading.Lock()  # under one name or the other, never in between
+        self._naming = threading.Lock()  # so that each call uses one name, before or after `rename`
 
     @property
     def owner(self) -> str:
-        """Its name in the budget."""
+        """The model's name in the budget."""
         return self._owner
 
     def rename(self, owner: str) -> None:
-        """Have another name in the budget from now on."""
+        """Changes the model's name in the budget."""
         with self._naming:
             self._budget.rename(self._owner, owner)
             self._owner = owner
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
-        """Say how many bytes a part of the model has on each device."""
+        """Records how many bytes a part of the model has on each device."""
         with self._naming:
             self._budget.note(self._owner, part, sizes)
 
     def keep(self, device: str, size: int) -> None:
-        """Have so many bytes of KV cache to itself, if they are there."""
+        """Reserves `size` bytes of KV cache for the model, if they are free."""
         with self._naming:
             self._budget.keep(self._owner, _KV_CACHE, device, size)
 
     def take(self, part: str, device: str, size: int) -> bool:
-        """Ask for bytes more, or give them back where they are negative."""
+        """Asks for `size` bytes more, or gives back a negative `size`; returns whether they may be allocated."""
         with self._naming:
             return self._budget.take(self._owner, part, device, size)
 
     def settle(self) -> None:
-        """Say that all is taken that a load takes."""
+        """Ends the load's reservation: all that the load takes is allocated."""
         with self._naming:
             self._budget.settle(self._owner)
 
     def most(self, device: str) -> int | None:
-        """How many bytes the owner could have if all others went; None where nothing limits them."""
+        """The most bytes that the owner could have if all others were evicted; None for no limit."""
         return self._budget.most(device)

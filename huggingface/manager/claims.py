@@ -1,8 +1,8 @@
-"""Who waits for memory, in the order they came, and which models let no new users in for them.
+"""Loads that wait for memory, oldest first, and the models that admit no new users for them.
 
-A load that waits has a claim. It outlives a refusal for a while: a client that asks again when `Retry-After` says so is
-still first, and the models that should make room for it do not fill again meanwhile. Otherwise callers that follow one
-another closely enough could keep a model out for ever. Not thread-safe: `Places` guards it with its lock.
+A waiting load has a claim. The claim outlives a refusal for some seconds: a client that retries after `Retry-After` is
+still first, and the models that should make room for it do not fill again meanwhile. Otherwise overlapping requests
+could keep a model out for ever. Not thread-safe: `Places` guards it with its lock.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ class Claims:
         return claim
 
     def leave(self, claim: Claim, *, refused: bool) -> None:
-        """End a claim at once, or some seconds after a refusal."""
+        """Ends a claim at once, or some seconds after a refusal."""
         if refused:
             claim.until = time.monotonic() + _KEPT
         else:
             self._claims.pop(claim.model_id, None)
 
     def first(self, claim: Claim) -> bool:
-        """Whether no older claim is left."""
+        """Whether a claim is the oldest."""
         self._forget_old()
         return next(iter(self._claims.values()), None) is claim
 
     def drains(self, model_id: str) -> bool:
-        """Whether a model lets no new users in, so that those it has can end."""
+        """Whether a model admits no new users, so that its users end."""
         self._forget_old()
         return any(model_id in claim.victims for claim in self._claims.values())
 
     def drain(self, claim: Claim, model_ids: Collection[str]) -> None:
-        """Let no new users in to these models for a claim, and to those it had before again."""
+        """Stops these models from admitting users for a claim; the claim's earlier victims admit users again."""
         claim.victims = frozenset(model_ids)
 
     def _forget_old(self) -> None:

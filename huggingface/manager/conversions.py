@@ -1,9 +1,9 @@
-"""Graphs that are made while torch answers: one at a time, whether or not a caller waits.
+"""Converts models to graphs while torch answers: one at a time, whether a caller waits or not.
 
-A conversion waits for memory within the budget, runs, and is handed to the manager, which has its model computed by the
-graph from then on. It survives the client that caused it, and ends with an unload, a removal or the server. One that
-failed is not begun again until the model is unloaded or a load asks for OpenVINO by name. Any thread may call it. Must
-not know the registry, the loader or HTTP.
+A conversion waits for memory within the budget, runs, and reaches the manager, whose model the graph computes from then
+on. It survives the request that caused it, and ends with an unload, a removal or the server. A failed conversion is not
+repeated until the model is unloaded or a load asks for OpenVINO by name. Any thread may call it. Must not know the
+registry, the loader or HTTP.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 State = Literal["waiting", "converting", "opening", "failed"]
 
-_TRY_AGAIN = 1.0  # seconds until a conversion that lacks memory, or a model that is in use, is looked at again
-_INTERRUPTIONS = 3  # times that a conversion gives its memory to a load, before it is given up
+_TRY_AGAIN = 1.0  # seconds until a conversion that lacks memory, or a model that is in use, is checked again
+_INTERRUPTIONS = 3  # how often a conversion gives its memory to a load before it fails
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionStatus:
-    """How far a conversion is, and why it waits or failed; `bytes` of memory are what making the graph takes."""
+    """How far a conversion is, and why it waits or failed; `bytes` is the memory that it takes."""
 
     state: State
     reason: str | None
@@ -43,45 +43,47 @@ class ConversionStatus:
 
 
 class Conversion:
-    """One graph: `made` is its end, with the folder of a graph that is kept nowhere else where a load waits for it;
-    `settled` comes when the model is computed by it, or will not be. But for these, the worker's only.
+    """One conversion to a graph.
+
+    `made` ends with the graph; its result is the folder of a graph that is stored nowhere else, where a load waits for
+    it. `settled` ends when the graph computes the model, or never will. All else is for the worker thread only.
     """
 
     def __init__(
         self, model_id: str, pending: Pending, make: Callable[[Progress, bool], Path | None], need: Callable[[], int]
     ) -> None:
-        """`pending` is what is made. `make` makes it, and is told whether other work goes first; `need`
-        tells how many bytes of memory that takes."""
+        """`pending` is what the conversion makes. `make` makes it; its second argument says whether other work goes
+        first. `need` returns how many bytes of memory that takes."""
         self.model_id = model_id
         self.pending = pending
         self.make = make
         self.need = need
-        self.progress = Progress()  # of this try
+        self.progress = Progress()  # of this attempt
         self.made: Future[Path | None] = Future()
         self.settled: Future[None] = Future()
         self.state: State = "waiting"
         self.reason: str | None = None
         self.bytes: int | None = None
-        self.held = False  # whether the budget counts them
-        self.waiting = 0  # loads that cannot answer before it is made
-        self.asked = 0  # models that torch computes until it is made
+        self.held = False  # whether the budget counts `bytes`
+        self.waiting = 0  # loads that cannot answer without the graph
+        self.asked = 0  # models that torch computes until the graph is made
         self.cancellation = Cancellation()
         self.interrupted = 0
-        self.tries = 0  # to open the graph where there was no room for both
-        self.spare: Path | None = None  # the folder of a graph that is kept nowhere else
+        self.tries = 0  # attempts to open the graph where memory has no room for both models
+        self.spare: Path | None = None  # the folder of a graph that is stored nowhere else
 
     @property
     def owner(self) -> str:
-        """Its name in the budget."""
+        """The conversion's name in the budget."""
         return f"conversion of {self.model_id}"
 
     @property
     def status(self) -> ConversionStatus:
-        """How far it is."""
+        """How far the conversion is."""
         return ConversionStatus(self.state, self.reason, self.bytes or 0, self.progress.now())
 
     def cancel(self) -> None:
-        """Have it given up at the next opportunity."""
+        """Cancels the conversion at its next check."""
         self.cancellation.cancel()
         self.progress.cancel()
 
@@ -96,41 +98,45 @@ class Conversions:
         take_over: Callable[[Conversion], bool],
         stays: Callable[[Conversion, str], None],
     ) -> None:
-        """`ready` tells whether a graph may be made, now that its model is loaded; `take_over` has the model computed
-        by a graph that is made, and tells whether that is settled or is to be tried again; `stays` hears why torch goes
-        on."""
+        """`ready` returns whether a conversion may begin, because its model's load is over. `take_over` lets a finished
+        graph compute its model, and returns whether that is settled or must be tried again. `stays` is called with the
+        reason why torch goes on."""
         self._budget = budget
         self._ready = ready
         self._take_over = take_over
         self._stays = stays
         self._changed = threading.Condition()
-        self._all: list[Conversion] = []  # of a model no more than one that is not cancelled
-        self._current: Conversion | None = None  # that the thread works on
+        self._all: list[Conversion] = []  # at most one of a model that is not cancelled
+        self._current: Conversion | None = None  # the one that the thread works on
         self._thread: threading.Thread | None = None
         self._closed = False
 
     # Requesting a graph ----------------------------------------------------------------------------------------------
 
     def add(self, conversion: Conversion) -> Conversion:
-        """Have a graph made for a model that torch computes meanwhile; returns what makes it already, or has failed."""
+        """Starts the conversion of a model that torch computes meanwhile; returns the model's running or failed one
+        instead, if there is one."""
         with self._changed:
             conversion = self._joined(conversion, again=False)
             conversion.asked += 1
             return conversion
 
     def wait(self, conversion: Conversion, progress: Progress) -> Path | None:
-        """Have a graph made, and wait for it; `progress` is told how far that is, and may be cancelled: the conversion
-        goes on. Returns the folder of a graph that is kept nowhere else: it is the caller's.
+        """Converts a model and waits for the graph; returns the folder of a graph that is stored nowhere else.
+
+        The caller owns that folder. `progress` follows the conversion; its cancellation ends the wait, the conversion
+        goes on.
 
         Raises:
-            ConversionFailed: there is none. Cancelled: `progress` was cancelled, or the conversion.
+            ConversionFailed: there is no graph.
+            Cancelled: `progress` or the conversion was cancelled.
         """
         with self._changed:
             conversion = self._joined(conversion, again=True)
             conversion.waiting += 1
             current = self._current
             if current not in (None, conversion) and not (current.made.done() or current.waiting):
-                current.reason = "another model's comes first, which a load waits for"
+                current.reason = "another model's conversion comes first, because a load waits for it"
                 current.progress.cancel()
         version, phase = -1, None
         try:
@@ -148,8 +154,10 @@ class Conversions:
         return conversion.made.result()
 
     def _joined(self, conversion: Conversion, *, again: bool) -> Conversion:
-        """The conversion that makes this graph: one under way, one that failed but for where it is to be tried `again`,
-        or this one; with the lock held."""
+        """The model's conversion that makes this graph, or `conversion` itself, started; with the lock held.
+
+        With `again`, a failed conversion is replaced.
+        """
         present = self.of(conversion.model_id)
         if present is not None and present.pending == conversion.pending and not (again and present.state == "failed"):
             return present
@@ -169,7 +177,7 @@ class Conversions:
     # Cancelling a conversion ----------------------------------------------------------------------------------------
 
     def cancel(self, model_id: str) -> None:
-        """Give up a model's conversion, and wait until it is; one that failed may be tried again afterwards."""
+        """Cancels a model's conversion and waits for its end; forgets a failed one, so that it may be tried again."""
         with self._changed:
             conversion = self.of(model_id)
             if conversion is None:
@@ -178,7 +186,7 @@ class Conversions:
         wait([conversion.settled])
 
     def _give_up(self, conversion: Conversion) -> None:
-        """Cancel a conversion, or forget that it failed; with the lock held."""
+        """Cancels a conversion, or forgets a failed one; with the lock held."""
         conversion.cancel()
         if conversion.state == "failed":
             self._all.remove(conversion)
@@ -187,21 +195,23 @@ class Conversions:
         self._changed.notify_all()
 
     def give_way(self) -> bool:
-        """Have a conversion that no load waits for give its memory up; tells whether one did. It begins again when
-        there is memory."""
+        """Interrupts a conversion that no load waits for, so that it frees its memory; returns whether there was one.
+
+        The conversion begins again when there is memory.
+        """
         with self._changed:
             running = next((each for each in self._all if each.held and not each.waiting), None)
             if running is None or running.made.done():
                 return False
             running.interrupted += 1
-            running.reason = "it gave its memory to a load"
+            running.reason = "it freed its memory for a load"
             attempt = running.progress
             attempt.cancel()
             self._changed.wait_for(lambda: running.progress is not attempt or running.made.done())
             return True
 
     def close(self) -> None:
-        """Give all of them up, and wait until they are."""
+        """Cancels all conversions and waits for their end."""
         with self._changed:
             self._closed = True
             for conversion in self._all:
@@ -211,17 +221,17 @@ class Conversions:
         if thread is not None:
             thread.join()
 
-    # Looking ---------------------------------------------------------------------------------------------------------
+    # Status -----------------------------------------------------------------------------------------------------------
 
     def of(self, model_id: str) -> Conversion | None:
-        """The model's conversion: one under way, or one that failed."""
+        """The model's conversion, running or failed."""
         with self._changed:
             return next(
                 (each for each in self._all if each.model_id == model_id and not each.cancellation.cancelled), None
             )
 
     def shown(self) -> dict[str, ConversionStatus]:
-        """How far each of them is, by model."""
+        """How far each conversion is, by model."""
         with self._changed:
             return {each.model_id: each.status for each in self._all if not each.cancellation.cancelled}
 
@@ -241,7 +251,7 @@ class Conversions:
                         self._changed.wait(_TRY_AGAIN)
 
     def _work(self, conversion: Conversion) -> bool:
-        """Take a conversion as far as it comes now; tells whether it came any further."""
+        """Takes a conversion as far as it can get now; returns whether it got further."""
         with self._changed:
             if conversion.cancellation.cancelled:
                 if not conversion.settled.done():
@@ -256,7 +266,7 @@ class Conversions:
             conversion.state = "opening"
             if not self._take_over(conversion):
                 return False
-            with self._changed:  # a model may have been loaded for it since
+            with self._changed:  # a load may have asked for the graph since
                 if conversion.asked != asked:
                     return True
                 self._settle(conversion)
@@ -268,8 +278,8 @@ class Conversions:
                 conversion.state, conversion.progress = "waiting", Progress()
                 self._changed.notify_all()
             if conversion.interrupted < _INTERRUPTIONS:
-                return False  # so that what it gave way to takes the memory first
-            self._fail(conversion, ConversionFailed("memory is short: its conversion gave way to other loads"))
+                return False  # so that the load that interrupted it takes the memory first
+            self._fail(conversion, ConversionFailed("memory is short: loads interrupted its conversion too often"))
         except Exception as error:
             if not isinstance(error, LocalLLMError):
                 logger.exception("the conversion of %s failed", conversion.model_id)
@@ -281,11 +291,10 @@ class Conversions:
         return True
 
     def _begin(self, conversion: Conversion) -> bool:
-        """Set memory aside for a conversion; tells whether it may begin. One that a load waits for does so in any case:
-        it was asked for.
+        """Reserves memory for a conversion; returns whether it may begin. It always may if a load waits for it.
 
         Raises:
-            ConversionFailed: it takes more than there could ever be.
+            ConversionFailed: it takes more memory than models may ever have.
         """
         waited = conversion.waiting > 0
         if not waited and not self._ready(conversion):
@@ -307,10 +316,11 @@ class Conversions:
         return False
 
     def _make(self, conversion: Conversion) -> None:
-        """Have the graph made.
+        """Runs the conversion.
 
         Raises:
-            ConversionFailed: it cannot be. Cancelled: it is to be given up, or gives way.
+            ConversionFailed: the graph cannot be made.
+            Cancelled: the conversion is cancelled or interrupted.
         """
         try:
             spare = conversion.make(conversion.progress, conversion.waiting == 0)
@@ -328,9 +338,9 @@ class Conversions:
             self._changed.notify_all()
 
     def _settle(self, conversion: Conversion, error: Cancelled | None = None) -> None:
-        """Forget a conversion that has come to its end; with the lock held."""
+        """Removes a conversion that has ended; with the lock held."""
         self._all.remove(conversion)
-        if conversion.spare is not None:  # no load has taken it
+        if conversion.spare is not None:  # no load has taken the folder
             shutil.rmtree(conversion.spare, ignore_errors=True)
         conversion.progress.end("ready" if error is None else "cancelled")
         if error is not None and not conversion.made.done():
@@ -339,8 +349,8 @@ class Conversions:
         self._changed.notify_all()
 
     def _fail(self, conversion: Conversion, error: LocalLLMError) -> None:
-        """Keep a conversion that failed, so that it is not begun again, and say why torch goes on."""
-        logger.warning("%s has no graph in use: %s", conversion.model_id, error)
+        """Keeps a failed conversion, so that it is not repeated, and reports why torch goes on."""
+        logger.warning("%s is not computed by a graph: %s", conversion.model_id, error)
         with self._changed:
             conversion.state, conversion.reason = "failed", str(error)
             if conversion.spare is not None:
@@ -348,7 +358,7 @@ class Conversions:
             conversion.progress.end("failed", str(error))
             if not conversion.made.done():
                 conversion.made.set_exception(error)
-            if conversion.cancellation.cancelled or not conversion.asked:  # no model goes on without it
+            if conversion.cancellation.cancelled or not conversion.asked:  # no model waits for the graph
                 self._all.remove(conversion)
             conversion.settled.set_result(None)
             self._changed.notify_all()

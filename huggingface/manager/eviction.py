@@ -1,4 +1,4 @@
-"""Which models go, where another one needs their memory: a choice among numbers.
+"""Chooses the models to evict for another model, from numbers alone.
 
 Standard library only; no state, no lock, no clock.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """A model that nobody uses: when it was last used (any clock), and how many bytes it has on each device."""
+    """A model that no request uses: when it was last used (any clock), and its bytes on each device."""
 
     model_id: str
     used: float
@@ -19,9 +19,9 @@ class Idle:
 
 
 def choose(idle: Sequence[Idle], lacking: Mapping[str, int]) -> list[Idle]:
-    """Those of `idle` that make up for what is lacking on each device, or nobody where all of them would not.
+    """The models of `idle` whose eviction frees `lacking` bytes on each device; none if all of them do not suffice.
 
-    Least recently used first; whoever turns out not to be needed, because a larger one went as well, stays.
+    Least recently used first; a model that a larger one makes superfluous stays.
     """
     rest = {device: size for device, size in lacking.items() if size > 0}
     chosen: list[Idle] = []
@@ -33,7 +33,7 @@ def choose(idle: Sequence[Idle], lacking: Mapping[str, int]) -> list[Idle]:
             rest = _without(rest, model)
     if rest:
         return []
-    for model in sorted(chosen, key=lambda model: -model.used):  # the latest used has the best claim to stay
+    for model in sorted(chosen, key=lambda model: -model.used):  # the most recently used has the best claim to stay
         others = [other for other in chosen if other is not model]
         if all(sum(other.held.get(device, 0) for other in others) >= size for device, size in lacking.items()):
             chosen = others

@@ -1,4 +1,4 @@
-"""How long a model stays in memory after its last use, and the thread that takes it out then.
+"""How long a model stays in memory after its last use, and the thread that then unloads it.
 
 Must not know the loader or HTTP.
 """
@@ -15,31 +15,31 @@ from .leases import Place, Places
 
 
 class KeepAlive:
-    """Takes models out of memory whose time is up."""
+    """Unloads models whose keep-alive is over."""
 
     def __init__(self, places: Places, seconds: float, evict: Callable[[str], bool]) -> None:
-        """`seconds` is how long a model stays where neither its record nor a request says; -1: for ever. `evict` takes
-        one out of memory if its time still is up."""
+        """`seconds` is how long a model stays where neither its record nor a request says; -1: for ever. `evict`
+        unloads a model if its time is still over."""
         self._places = places
         self._seconds = seconds
         self._evict = evict
         self._reaper: threading.Thread | None = None
 
     def begin(self, place: Place, record: ModelRecord, keep_alive: float | None) -> None:
-        """Begin a model's time, which no request uses any more; with the lock held."""
+        """Starts the keep-alive time of a model that no request uses any more; with the lock held."""
         if keep_alive is None:
             keep_alive = record.keep_alive if record.keep_alive is not None else self._seconds
         self.expire(place, None if keep_alive < 0 else place.used + keep_alive)
 
     def expire(self, place: Place, when: float | None) -> None:
-        """Has the model unloaded at `when` (`time.monotonic`) unless it is in use; None: never. With the lock held."""
+        """Unloads the model at `when` (`time.monotonic`) unless it is in use; None: never. With the lock held."""
         place.expires = when
         if place.expires is not None and self._reaper is None and not self._places.closed:
             self._reaper = threading.Thread(target=self._reap, name="keep-alive")
             self._reaper.start()
 
     def _reap(self) -> None:
-        """Take out of memory what has expired, until nothing will."""
+        """Unloads expired models until none will expire."""
         while True:
             with self._places.changed:
                 waiting = {name: place.expires for name, place in self._places.all() if place.expires is not None}
@@ -56,7 +56,7 @@ class KeepAlive:
                 self._evict(model_id)
 
     def close(self) -> None:
-        """Wait for the thread, once the places are closed."""
+        """Waits for the thread, after the places are closed."""
         with self._places.changed:
             reaper = self._reaper
         if reaper is not None:

@@ -1,7 +1,7 @@
-"""The models' places in memory: which is there, who uses it, who waits for it to go.
+"""The models' places in memory: which model is there, how many requests use it, and who waits for exclusive access.
 
-One lock guards all of it; it is never held while a model is loaded, waited for or let go. What is done with the models
-is the manager's business. Any thread may call it. Must not know the registry, torch or HTTP.
+One lock guards all of it; it is never held while a model is loaded, waited for or unloaded. The manager decides what
+happens to the models. Any thread may call it. Must not know the registry, torch or HTTP.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 
 
 class Loading:
-    """A load under way: everyone who asks meanwhile waits for it, and fails as it fails.
+    """A load that runs: all requests for the model wait for it, and fail if it fails.
 
-    When it has succeeded, each of those who wait counts as a user of the model: it cannot go before they get it.
+    After it has succeeded, each of these requests counts as a user of the model, so the model is not evicted before
+    they get it.
     """
 
     def __init__(self, *, forced: bool = False) -> None:
-        """A `forced` load goes on whether anybody waits for it or not."""
+        """A `forced` load goes on even if no request waits for it."""
         self.progress = Progress()
         self.done: Future[None] = Future()
         self.forced = forced
         self.waiting = 0
-        self.model: LoadedModel | None = None  # where it has succeeded: those who waited count as its users
+        self.model: LoadedModel | None = None  # set on success: the requests that waited count as its users
 
 
 @dataclass(slots=True)
@@ -46,23 +47,23 @@ class Place:
     """One model's place in memory. Times are readings of `time.monotonic`."""
 
     model: LoadedModel | None = None
-    account: Account | None = None  # of the model
+    account: Account | None = None  # the model's account in the budget
     users: int = 0
-    replaced: dict[LoadedModel, int] = field(default_factory=dict)  # users of those that another has taken over from
+    replaced: dict[LoadedModel, int] = field(default_factory=dict)  # users of models that were replaced by a takeover
     loading: Loading | None = None
-    reserved: bool = False  # someone has it alone, or waits for the users to go: no new ones are let in
-    overrides: LoadSettings = field(default_factory=LoadSettings)  # what the last load asked for, over the record
+    reserved: bool = False  # exclusive access is granted or waited for: no new users
+    overrides: LoadSettings = field(default_factory=LoadSettings)  # the settings of the last load, over the record's
     used: float = 0.0
     expires: float | None = None
     load_seconds: float = 0.0
 
     @property
     def idle(self) -> bool:
-        """Whether there is a model that nobody uses or is about to."""
+        """Whether there is a model that no request uses or is about to use."""
         return self.model is not None and not self.users and not self.reserved and self.loading is None
 
     def replace(self, model: LoadedModel, account: Account) -> LoadedModel | None:
-        """Have those that come from now on use another model; returns the one before if nobody uses it."""
+        """Lets new users have another model; returns the previous model if it has no users."""
         before, users = self.model, self.users - sum(self.replaced.values())
         self.model, self.account = model, account
         if before is None or not users:
@@ -71,7 +72,7 @@ class Place:
         return None
 
     def left(self, model: LoadedModel) -> bool:
-        """Note that a user has left a model; tells whether that was the last one of a model that was replaced."""
+        """Counts a user less for a model; returns whether that was the last user of a replaced model."""
         self.users -= 1
         if model not in self.replaced:
             return False
@@ -84,7 +85,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model in memory, as it is at one moment; `expires_at` is ISO 8601 in UTC, None for never or while in use."""
+    """A model in memory at one moment; `expires_at` is ISO 8601 in UTC, None for never or while in use."""
 
     model: LoadedModel
     users: int
@@ -94,29 +95,30 @@ class Resident:
 
 
 class Places:
-    """All places, and the lock that guards them: `changed`, which is notified of every change that somebody awaits."""
+    """All places, and the lock that guards them; the condition `changed` is notified of every change that a thread
+    awaits."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.closed = False
-        self._places: dict[str, Place] = {}  # never shrinks: a place may be waited for, and an empty one is tiny
+        self._places: dict[str, Place] = {}  # never shrinks: a thread may wait for a place, and an empty one is tiny
         self._claims = Claims()
 
-    # With the lock held ----------------------------------------------------------------------------------------------
+    # With the lock held -----------------------------------------------------------------------------------------------
 
     def of(self, model_id: str) -> Place:
-        """The model's place, made if it has none."""
+        """The model's place, created if it is missing."""
         return self._places.setdefault(model_id, Place())
 
     def all(self) -> list[tuple[str, Place]]:
-        """Every place there ever was, by id."""
+        """Every place, by id."""
         return list(self._places.items())
 
     def drains(self, model_id: str) -> bool:
-        """Whether a model lets no new users in, for the sake of one that waits for its memory."""
+        """Whether a model admits no new users, because a load waits for its memory."""
         return self._claims.drains(model_id)
 
-    # With or without it ----------------------------------------------------------------------------------------------
+    # With or without the lock -----------------------------------------------------------------------------------------
 
     @contextmanager
     def alone(self, model_id: str, deadline: float) -> Iterator[Place]:
@@ -142,14 +144,14 @@ class Places:
             self.free(place)
 
     def free(self, place: Place) -> None:
-        """Let others have a place that somebody had alone."""
+        """Ends the exclusive access to a place."""
         with self.changed:
             place.reserved = False
             self.changed.notify_all()
 
     @contextmanager
     def claim(self, model_id: str) -> Iterator[Claim]:
-        """The model's turn for memory, behind those who came before; a refusal keeps it for a while."""
+        """The model's turn for memory, after older claims; a refusal keeps it for some seconds."""
         with self.changed:
             claim = self._claims.enter(model_id)
         refused = False
@@ -164,18 +166,18 @@ class Places:
                 self.changed.notify_all()
 
     def is_first(self, claim: Claim) -> bool:
-        """Whether nobody has waited for memory for longer."""
+        """Whether a claim is the oldest."""
         with self.changed:
             return self._claims.first(claim)
 
     def drain(self, claim: Claim, victims: Collection[str]) -> None:
-        """Let no new users in to these models until the claim ends, and to those that drained for it before again."""
+        """Stops these models from admitting users until the claim ends; earlier victims of the claim admit again."""
         with self.changed:
             self._claims.drain(claim, victims)
             self.changed.notify_all()
 
     def wait_for_turn(self, claim: Claim, deadline: float, cancellation: Cancellation) -> None:
-        """Wait until nobody uses the models that drain for a claim; where none does, for a moment.
+        """Waits until no request uses the claim's victims; for a moment if it has none.
 
         Raises:
             Cancelled: by `cancellation`, or the server is shutting down.
@@ -188,10 +190,10 @@ class Places:
                 if places and not any(place.users for place in places):
                     return
                 self.changed.wait(min(left, LOOK_AGAIN))
-                if not places:  # another load is under way, or is first: what is to be done changes with it
+                if not places:  # another load runs, or is first: its end changes what fits
                     return
 
-    # Looking: views of a moment --------------------------------------------------------------------------------------
+    # Snapshots --------------------------------------------------------------------------------------------------------
 
     def loaded(self) -> dict[str, LoadedModel]:
         """The models in memory, by id."""
@@ -199,12 +201,12 @@ class Places:
             return {model_id: place.model for model_id, place in self.all() if place.model is not None}
 
     def loading(self) -> dict[str, Progress]:
-        """The loads under way, by id."""
+        """The loads that run, by id."""
         with self.changed:
             return {model_id: place.loading.progress for model_id, place in self.all() if place.loading is not None}
 
     def residents(self, pinned: Collection[str]) -> dict[str, Resident]:
-        """The models in memory and who uses them, by id."""
+        """The models in memory and how many requests use each, by id."""
         with self.changed:
             now, clock = time.monotonic(), datetime.now(UTC).replace(tzinfo=None)
             found = {}
@@ -219,7 +221,7 @@ class Places:
             return found
 
     def last_used(self, *, busy: bool = False) -> dict[str, float]:
-        """When the models that nobody uses were last used, by id; those that are in use too where `busy`."""
+        """When idle models were last used, by id; with `busy` those in use too."""
         with self.changed:
             return {
                 model_id: place.used
@@ -228,7 +230,7 @@ class Places:
             }
 
     def goes(self, model_id: str) -> bool:
-        """Whether a model is about to go."""
+        """Whether a model is about to be unloaded."""
         with self.changed:
             place = self._places.get(model_id)
             return place is None or place.reserved or self.closed

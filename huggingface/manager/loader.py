@@ -1,4 +1,4 @@
-"""What loads models, imported late: what the manager asks of it, which mypy holds `loading.loader` to, and when."""
+"""The loader, imported late, and the functions that the manager calls: mypy checks `loading.loader` against them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from ..model_memory import Memory
 
 
-# Of the weights of adapters: their tensors by name.
+# For each adapter, the tensors of its weights by name.
 Heads = Iterable["Mapping[str, Tensor]"]
 
 
 class Loader(Protocol):
-    """See `loading.loader` for what each function does, and raises."""
+    """See `loading.loader` for what each function does and raises."""
 
     def warm_up(self) -> None:
-        """Set up what the first load would wait for."""
+        """Sets up what the first load would wait for."""
 
     def load(
         self,
@@ -44,7 +44,7 @@ class Loader(Protocol):
         make: Callable[[Pending, Progress], Path | None] | None = ...,
         spare: Path | None = ...,
     ) -> LoadedModel:
-        """Bring a model, whose files are in `folder`, into memory."""
+        """Loads a model, whose files are in `folder`."""
 
     def convert(
         self,
@@ -57,7 +57,8 @@ class Loader(Protocol):
         backend: str,
         aside: bool = ...,
     ) -> Path | None:
-        """Make what a backend lacks for a model; the folder of what cannot be kept beside it."""
+        """Makes what a backend lacks for a model; returns the folder of a result that cannot be stored beside the
+        model."""
 
     def estimate(
         self,
@@ -69,10 +70,10 @@ class Loader(Protocol):
         described: bool = ...,
         adapters: Heads = ...,
     ) -> Estimate:
-        """What a load would take."""
+        """Computes what a load would take."""
 
     def check(self, record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
-        """Refuse settings that a load would refuse."""
+        """Refuses settings that a load would refuse."""
 
     def rough_bytes(
         self,
@@ -81,7 +82,7 @@ class Loader(Protocol):
         folder: Path,
         adapters: Heads = ...,
     ) -> int:
-        """About as many bytes as a load takes at most, told at once."""
+        """A quick upper bound of the bytes that a load takes."""
 
 
 if TYPE_CHECKING:
@@ -89,17 +90,17 @@ if TYPE_CHECKING:
 
 
 class LateLoader:
-    """The loader, imported when it is first needed, or in the background. Any thread may call it."""
+    """The loader, imported on its first use, or in the background. Any thread may call it."""
 
     def __init__(self, imported: Callable[[], None]) -> None:
-        """`imported` is called once, when all is there that the process then has for itself."""
+        """`imported` is called once, when the process has all the memory that it needs without a model."""
         self._imported = imported
         self._timer: threading.Timer | None = None
         self._warm = False
         self._warming_up = threading.Lock()
 
     def get(self) -> Loader:
-        """The loader, ready for work.
+        """The loader, ready to load.
 
         Raises:
             DependencyMissing: torch or transformers cannot be imported.
@@ -113,13 +114,13 @@ class LateLoader:
         return loader
 
     def begin(self, delay: float) -> None:
-        """Import it in the background, `delay` seconds from now; where that fails, the first load says so."""
+        """Imports the loader in the background, `delay` seconds from now; if that fails, the first load reports it."""
         self._timer = threading.Timer(delay, self._try)
         self._timer.name = "import-libraries"
         self._timer.start()
 
     def close(self) -> None:
-        """Wait for an import under way: an interpreter that ends in the middle of one may crash."""
+        """Waits for a running import: an interpreter that ends during an import may crash."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()

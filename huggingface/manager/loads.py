@@ -1,4 +1,4 @@
-"""Loads: from a record to a model in memory, its files and its room first.
+"""Loads models: from a record to a model in memory, with its files and its memory before that.
 
 Any thread may call it. Must not know HTTP; torch only through the loader.
 """
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLENTY = 2  # times what a load takes at most, in which case no closer look is needed
+_PLENTY = 2  # times the load's rough size; if so much is free, no estimate is needed
 
 
 class Loads:
-    """Brings models into their places."""
+    """Loads models into their places."""
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class Loads:
         self._statistics = statistics
 
     def fill(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
-        """Fill `place`, and settle `loading` for all who wait for it; `spare` as `loader.load` has it."""
+        """Loads a model into `place`, and ends `loading` for all who wait; `spare` as in `loader.load`."""
         model, failure = None, None
         account = self.account(record.model_id, record.model_id)
         started = time.monotonic()
         try:
             model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
-        except BaseException as error:  # noqa: BLE001 - it is raised by `loading` for everyone who waits
+        except BaseException as error:  # noqa: BLE001 - `loading` raises it for all who wait
             failure = error
         seconds = time.monotonic() - started
         with self._places.changed:
@@ -93,7 +93,7 @@ class Loads:
     def open(
         self, record: ModelRecord, conversion: Conversion, settings: LoadSettings, account: Account
     ) -> LoadedModel:
-        """Opens a model by the graph that a conversion has made, beside the one in its place.
+        """Opens the graph of a finished conversion, beside the model in its place.
 
         Raises: as `loader.load`.
         """
@@ -108,11 +108,11 @@ class Loads:
         )
 
     def account(self, owner: str, model_id: str) -> Account:
-        """The account of `owner` in the budget, for which idle models other than `model_id` may go."""
+        """The account of `owner` in the budget; it may evict idle models other than `model_id`."""
         return Account(self._budget, owner, partial(self._room.relieve, model_id))
 
     def estimate(self, record: ModelRecord, settings: LoadSettings) -> Estimate:
-        """What a load of a model would take, whether its weights are here or not.
+        """Estimates what a load of a model would take, whether its weights are here or not.
 
         Raises: as `ModelManager.lease`.
         """
@@ -188,7 +188,7 @@ class Loads:
         return model
 
     def _conversion(self, record: ModelRecord, settings: LoadSettings, folder: Path, pending: Pending) -> Conversion:
-        """What makes the graph of a model that is loaded, or is being loaded, with these settings."""
+        """The conversion of a model that is loaded, or is being loaded, with these settings."""
         loader = self._loader.get()
 
         def make(progress: Progress, aside: bool) -> Path | None:
@@ -211,7 +211,7 @@ class Loads:
         folder: Path,
         adapters: Heads,
     ) -> bool:
-        """Set memory aside without a closer look, where there is far more than the model could take."""
+        """Reserves a rough size where far more is free, so that no estimate is needed; returns whether it did."""
         if record.gguf_file is not None or settings.device_map is not None or settings.quantization is not None:
             return False
         device = resolve_device(settings.device or self._options.device)
@@ -219,7 +219,7 @@ class Loads:
         return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
 
     def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
-        """Reads a model; where memory runs out all the same, evicts the idle ones and reads it once more."""
+        """Reads a model; if memory still runs out, evicts idle models and reads it once more."""
         try:
             return read()
         except OutOfMemory:
@@ -244,7 +244,7 @@ def usable(registry: ModelRegistry, model_id: str) -> ModelRecord:
 
 
 def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
-    """Whether a model was loaded as another than it is registered as now, or its engine broke."""
+    """Whether a model was loaded from an outdated record, or its engine broke."""
     then = model.setup.record
     now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
     return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed

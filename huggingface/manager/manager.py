@@ -1,9 +1,9 @@
-"""Which model is in memory, and who uses it.
+"""The manager: which model is in memory, and which requests use it.
 
-`ModelManager` is the one owner of loaded models; any thread may call it. A model is loaded once however many ask for
-it, is never taken away from whoever holds a lease, and no lock is held while one is loaded, waited for or let go.
-Where memory is short, models that nobody uses go for one that is wanted. It knows the registry, the downloads and,
-late, the loader; nothing of HTTP, and torch only through the loader.
+`ModelManager` owns all loaded models; any thread may call it. A model is loaded once for all requests that wait for it,
+and never unloaded while a lease on it lasts. No lock is held while a model is loaded, waited for or unloaded. Where
+memory is short, idle models are evicted for a requested one. It knows the registry, the downloads and, imported late,
+the loader; it must not know HTTP, and knows torch only through the loader.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class ModelManager:
-    """Loads, lends and unloads models."""
+    """Loads, leases and unloads models."""
 
     def __init__(
         self,
@@ -51,10 +51,13 @@ class ModelManager:
         budget: Budget | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        """`keep_alive` is how many seconds a model stays after its last use, where nobody says otherwise; -1: for ever.
+        """Loads no model yet.
 
-        `busy_timeout` is how many seconds an unload waits for the model's users, and `memory_timeout` how many a load
-        waits for those of models that are to go for it.
+        Args:
+            busy_timeout: seconds that an unload waits for the model's requests.
+            keep_alive: seconds that a model stays after its last use, where neither record nor request says; -1: for
+                ever.
+            memory_timeout: seconds that a load waits for the requests of models that it evicts.
         """
         self.budget = budget or Budget()
         self.downloads = Downloads(options)
@@ -67,7 +70,7 @@ class ModelManager:
         self._loader = LateLoader(self.budget.begin)
         self._unloader = unloader = Unloader(registry, places, self.budget, self.statistics)
         self._keep_alive = KeepAlive(
-            places, keep_alive, lambda model_id: unloader.evict(model_id, "its time is up", expired=True)
+            places, keep_alive, lambda model_id: unloader.evict(model_id, "its keep-alive is over", expired=True)
         )
         self.conversions = Conversions(
             self.budget,
@@ -101,13 +104,14 @@ class ModelManager:
         self._forecasting = threading.Lock()
 
     def import_libraries(self, delay: float) -> None:
-        """Import what loading needs, in the background, `delay` seconds from now: the first load need not wait for it.
+        """Imports the loader's libraries in the background, `delay` seconds from now: the first load need not wait
+        then.
 
-        Where it cannot be imported, the first load says so.
+        If the import fails, the first load reports it.
         """
         self._loader.begin(delay)
 
-    # Lending ---------------------------------------------------------------------------------------------------------
+    # Leases -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def lease(
@@ -117,12 +121,15 @@ class ModelManager:
         keep_alive: float | None = None,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> Iterator[LoadedModel]:
-        """The model, loaded if it was not, and kept in memory until the block ends; then for `keep_alive` seconds.
+        """Leases the model until the block ends; loads it first if it is not in memory.
+
+        Afterwards it stays for `keep_alive` seconds. `watch` gets the load's progress.
 
         Raises:
             ModelNotFound, ModelDisabled: the registry says so.
-            DependencyMissing, LoadError, InvalidRequest: it could not be loaded; all who waited for it are told so.
-            Cancelled: the server is shutting down, or by `cancellation` while it was loaded.
+            DependencyMissing, LoadError, InvalidRequest: the load failed; all requests that waited for it get the
+                error.
+            Cancelled: by `cancellation` while the model was loaded, or the server is shutting down.
         """
         place, model, record = self._acquire(model_id, cancellation, watch)
         try:
@@ -141,11 +148,11 @@ class ModelManager:
         cancellation: Cancellation = NEVER,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> LoadedModel:
-        """Brings the model into memory; with `force_reload` again, once the leases on the old one have ended.
+        """Brings the model into memory; with `force_reload` loads it again, once the leases on the old one have ended.
 
-        `settings` are in effect over the record's until the model is unloaded; where it is in memory with others, it
-        is loaded again. `wait_for_graph` waits until it is computed by its graph, or known that it will not be. `watch`
-        gets the progress of what is waited for.
+        `settings` apply over the record's until the model is unloaded; a model in memory with other settings is loaded
+        again. `wait_for_graph` waits until a graph computes the model, or never will. `watch` gets the progress of each
+        wait.
 
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
         """
@@ -155,7 +162,7 @@ class ModelManager:
         try:
             return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
         except LocalLLMError:
-            with self._changed:  # what failed is not to be in the way of whoever asks next
+            with self._changed:  # the settings of a failed load must not affect the next request
                 place = self._places.of(model_id)
                 if place.overrides == settings and place.model is None:
                     place.overrides = before
@@ -185,7 +192,7 @@ class ModelManager:
             return model
         told = None
         while not wait([conversion.settled], LOOK_AGAIN).done:
-            if conversion.progress is not told:  # each try has its own
+            if conversion.progress is not told:  # each attempt has its own
                 told = conversion.progress
                 watch(told)
             cancellation.check()
@@ -193,9 +200,9 @@ class ModelManager:
             return model
 
     def _override(self, model_id: str, settings: LoadSettings) -> LoadSettings:
-        """Have these settings in effect from the next load on, and none with others in memory; returns those before.
+        """Applies these settings from the next load on, and unloads a model with others; returns the earlier settings.
 
-        Raises: what a load with them would, as far as that is known before weights are read; nothing is changed then.
+        Raises: as a load with them, as far as that is known before weights are read; then nothing changes.
         """
         record = usable(self._registry, model_id)
         with self._changed:
@@ -204,7 +211,7 @@ class ModelManager:
         if before == settings:
             return before
         loader = self._loader.get()
-        with suppress(FilesMissing, HubUnreachable):  # files that are not here yet say nothing
+        with suppress(FilesMissing, HubUnreachable):  # without the files nothing can be checked yet
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
         with self._places.alone(model_id, self._busy_deadline) as place:
@@ -214,13 +221,13 @@ class ModelManager:
 
     @property
     def _busy_deadline(self) -> float:
-        """Until when an unload that begins now waits for the model's users, as `time.monotonic` tells it."""
+        """When an unload that begins now stops waiting for the model's requests, a reading of `time.monotonic`."""
         return time.monotonic() + self._busy_timeout
 
     # Unloading -------------------------------------------------------------------------------------------------------
 
     def unload(self, model_id: str) -> Unloaded:
-        """Take the model out of memory, if it is there, after those who use it are done.
+        """Unloads the model, if it is in memory, after the requests that use it.
 
         Raises:
             ModelBusy: they did not end within the busy timeout; the model stays.
@@ -229,10 +236,10 @@ class ModelManager:
             return self._clear(model_id, place)
 
     def unload_all(self) -> None:
-        """Take every model out of memory, after those who use it are done.
+        """Unloads all models, after the requests that use them.
 
         Raises:
-            ModelBusy: some were in use for longer than the busy timeout, and stay; it names them.
+            ModelBusy: some were in use for longer than the busy timeout and stay; the message names them.
         """
         deadline = self._busy_deadline
         busy = []
@@ -251,11 +258,11 @@ class ModelManager:
             raise ModelBusy(f"In use, and still in memory: {', '.join(busy)}. The other models were cleared")
 
     def remove(self, model_id: str) -> dict[str, Any]:
-        """Remove the model from the registry and from memory; returns the registry's new content.
+        """Removes the model from the registry and from memory; returns the registry's new content.
 
         Raises:
             ModelNotFound: no such model is registered.
-            ModelBusy: those who use it did not end within the busy timeout; nothing was changed.
+            ModelBusy: the requests that use it did not end within the busy timeout; nothing was changed.
         """
         self._registry.check_present(model_id)
         with self._places.alone(model_id, self._busy_deadline) as place:
@@ -266,13 +273,13 @@ class ModelManager:
         return content
 
     def _clear(self, model_id: str, place: Place) -> Unloaded:
-        """Empty a place that this thread has alone, of what was asked for at the last load too."""
+        """Empties a place that this thread has exclusively, and drops the settings of its last load."""
         self.conversions.cancel(model_id)
         place.overrides = LoadSettings()
         return self._unloader.release(model_id, place)
 
     def close(self) -> None:
-        """Cancel all work and empty the memory; no model is lent or loaded afterwards."""
+        """Cancels all work and empties the memory; no model is leased or loaded afterwards."""
         with self._changed:
             self._places.closed = True
             models = [place.model for _, place in self._places.all() if place.model is not None]
@@ -290,29 +297,29 @@ class ModelManager:
         self._keep_alive.close()
         self._loader.close()
 
-    # Looking ---------------------------------------------------------------------------------------------------------
+    # Snapshots --------------------------------------------------------------------------------------------------------
 
     def loaded(self) -> dict[str, LoadedModel]:
-        """The models in memory, by id; a view of this moment."""
+        """The models in memory, by id, at this moment."""
         return self._places.loaded()
 
     def residents(self) -> dict[str, Resident]:
-        """The models in memory and who uses them, by id; a view of this moment."""
+        """The models in memory and how many requests use each, by id, at this moment."""
         return self._places.residents(self._unloader.pinned())
 
     def loading(self) -> dict[str, Progress]:
-        """The loads under way, by id."""
+        """The loads that run, by id."""
         return self._places.loading()
 
     def forecast(
         self, model_id: str, settings: LoadSettings | None = None, cancellation: Cancellation = NEVER
     ) -> Forecast:
-        """What a load of the model would take, whether there is room for it, and who would go for it.
+        """Estimates a load of the model, whether it fits, and which models it would evict.
 
-        Of a model that is not here yet no more than its config is fetched. One is told at a time: that is work for the
-        interpreter, and many at once would leave nobody else his turn.
+        Fetches only the config of a model that is not here. Computes one forecast at a time: it keeps the interpreter
+        busy, and many at once would stop other threads.
 
-        Raises: as `lease`, but for what only comes out when weights are read.
+        Raises: as `lease`, except errors that only reading the weights shows.
         """
         cancellation = cancellation.child(lambda: self._places.closed)
         cancellation.until(lambda seconds: self._forecasting.acquire(timeout=seconds))
@@ -331,10 +338,10 @@ class ModelManager:
     def _acquire(
         self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
     ) -> tuple[Place, LoadedModel, ModelRecord]:
-        """The model's place, counted as in use, the model in it, and its record."""
+        """The model's place, with a user more, the model in it, and its record."""
         asked = False
         while True:
-            record = usable(self._registry, model_id)  # looked up in every round: a wait may have been for its removal
+            record = usable(self._registry, model_id)  # in every round: a wait may end with its removal
             with self._changed:
                 if self._places.closed:
                     raise Cancelled("The server is shutting down")
@@ -371,7 +378,7 @@ class ModelManager:
                 self.statistics.missed(model_id)
                 asked = True
             self._wait_for(place, loading, record, cancellation)
-            model = loading.model  # which cannot go now, except with the server
+            model = loading.model  # only the server's end can unload it now
             assert model is not None  # noqa: S101 - the load has succeeded
             try:
                 if not self._places.closed and not is_stale(model, usable(self._registry, model_id)):
@@ -382,7 +389,7 @@ class ModelManager:
             self._leave(place, model, record)
 
     def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
-        """Wait for a load, and count as a user of its model then. Once nobody waits any more, the load is cancelled.
+        """Waits for a load; its model then has one user more. If no request waits any more, the load is cancelled.
 
         Raises: as the load does; Cancelled.
         """
@@ -400,21 +407,21 @@ class ModelManager:
             raise
 
     def _leave(self, place: Place, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None) -> None:
-        """Count as a user of a model no longer."""
+        """Counts a user less for a model."""
         with self._changed:
             last = place.left(model)
             place.used = time.monotonic()
             if place.users == 0 and place.model is not None:
                 self._keep_alive.begin(place, record, keep_alive)
             self._changed.notify_all()
-        if last:  # the answer is not to wait for that
+        if last:  # on a thread of its own, so that the answer need not wait
             arguments = (record.model_id, model)
             threading.Thread(
                 target=self._takeover.close_replaced, args=arguments, name=f"close-{record.model_id}"
             ).start()
 
     def _drop_stale(self, record: ModelRecord) -> None:
-        """Takes a model out of memory that a load must replace."""
+        """Unloads a model that a load must replace."""
         with self._places.alone(record.model_id, self._busy_deadline) as place:
             if place.model is not None and is_stale(place.model, record):
                 self.conversions.cancel(record.model_id)

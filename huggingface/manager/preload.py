@@ -1,4 +1,4 @@
-"""Models that are loaded before anybody asks: those of a setting at the start, and those that a caller names.
+"""Loads models before a request needs them: those of a setting at the start, and those that a caller names.
 
 One thread loads them one after the other; any thread may call anything here. Must not know HTTP.
 """
@@ -20,10 +20,10 @@ State = Literal["waiting", "loading", "ready", "failed"]
 
 
 class Warmup:
-    """Loads models in the background, and tells how far that is."""
+    """Loads models in the background, and reports how far that is."""
 
     def __init__(self, manager: ModelManager, first: Sequence[str] = ()) -> None:
-        """`first` are the models that a server is to have in memory before it counts as ready."""
+        """`first` are the models that must be in memory before the server counts as ready."""
         self._manager = manager
         self._first = tuple(dict.fromkeys(first))
         self._lock = threading.Lock()
@@ -32,11 +32,11 @@ class Warmup:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to load those that belong to the start."""
+        """Starts to load the first models."""
         self.add(self._first)
 
     def add(self, model_ids: Iterable[str]) -> dict[str, State]:
-        """Have further models loaded; returns how far each of them is."""
+        """Queues further models; returns the state of each."""
         model_ids = tuple(model_ids)
         with self._lock:
             for model_id in model_ids:
@@ -50,7 +50,7 @@ class Warmup:
 
     @property
     def missing(self) -> dict[str, tuple[State, str | None]]:
-        """Of those that belong to the start, the ones that are not in yet, and why a failed one is not."""
+        """The first models that are not ready yet, each with its state and the reason of a failure."""
         with self._lock:
             return {name: self._states[name] for name in self._first if self._states[name][0] != "ready"}
 
@@ -67,10 +67,10 @@ class Warmup:
                 with no_panics(), self._manager.lease(model_id) as model:
                     model.prepared()
             except LocalLLMError as error:
-                logger.warning("%s could not be loaded at the start: %s", model_id, error)
+                logger.warning("%s could not be preloaded: %s", model_id, error)
                 state = ("failed", str(error))
             except Exception:
-                logger.exception("%s could not be loaded at the start", model_id)
+                logger.exception("%s could not be preloaded", model_id)
                 state = ("failed", "An internal error; the server's log has the details")
             with self._lock:
                 self._states[model_id] = state

@@ -1,7 +1,7 @@
 """Computes the shortfall of a load, evicts idle models for it, and reports what holds the rest.
 
-`Room` counts with the budget and chooses among the models that nobody uses; how one is taken out of memory is handed
-in. Any thread may call it. Must not know the registry, the loader or HTTP.
+`Room` counts with the budget and chooses among idle models; a function of the caller evicts them. Any thread may call
+it. Must not know the registry, the loader or HTTP.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ class Room:
         evict: Callable[[str, str], bool],
         give_way: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`timeout` is how many seconds a load waits for the users of models that are to go for it.
+        """Makes room for nothing yet.
 
-        `pinned` tells which models may not go. `evict` takes one out of memory if nobody uses it, and is told why; it
-        tells whether the model went. `give_way` has work that can wait give its memory up, and tells whether it did.
+        Args:
+            timeout: seconds that a load waits for the requests of models that it evicts.
+            pinned: returns the models that are never evicted.
+            evict: unloads a model, for a reason, if no request uses it; returns whether it did.
+            give_way: interrupts work that can wait, so that it frees memory; returns whether it did.
         """
         self._budget = budget
         self._places = places
@@ -45,22 +48,24 @@ class Room:
         self._pinned = pinned
         self._evict = evict
         self._give_way = give_way
-        self._making = threading.Lock()  # two loads must not count on the same memory, or on the same victims
+        self._making = threading.Lock()  # two loads must not count on the same free memory, or on the same victims
 
     def take_if_plenty(self, model_id: str, device: str, size: int, times: float) -> bool:
-        """Set so many bytes aside for a model, if there is room for so many times as much; tells whether."""
+        """Reserves `size` bytes for a model if `times` as many are free; returns whether it did."""
         with self._making:
             room = self._budget.room(device)
             return (room is None or room >= times * size) and self._budget.reserve(model_id, {device: size})
 
     def make(self, model_id: str, needs: Mapping[str, int], progress: Progress) -> None:
-        """Set memory aside for a model, in bytes by device; others may have to go for it.
+        """Reserves memory for a model, in bytes by device; may evict other models.
 
-        Who has waited longest is next. Where the others are in use, nobody new gets them, so that the turn comes.
+        The load that has waited longest is next. While the other models are in use, they admit no new users, so that
+        its turn comes.
 
         Raises:
             NeverFits: it is more than all models together may have.
-            MemoryHeld: the others are pinned, or still in use after the memory timeout. Cancelled: `progress` was.
+            MemoryHeld: the others are pinned, or still in use after the memory timeout.
+            Cancelled: `progress` was cancelled.
         """
         deadline, needs, told = time.monotonic() + self._timeout, by_index(needs), False
         with self._places.claim(model_id) as claim:
@@ -90,9 +95,9 @@ class Room:
                 self._places.wait_for_turn(claim, deadline, progress.cancellation)
 
     def relieve(self, model_id: str) -> bool:
-        """Take the model that was used longest ago out of memory for the sake of another; False if there is none."""
+        """Evicts the least recently used idle model for another model; returns whether there was one."""
         while not self._making.acquire(timeout=LOOK_AGAIN):
-            if self._places.goes(model_id):  # and whoever waits for that may hold the lock
+            if self._places.goes(model_id):  # the thread that waits for the unload may hold the lock
                 return False
         try:
             for idle in sorted(self._idle(model_id), key=lambda idle: idle.used):
@@ -103,7 +108,7 @@ class Room:
             self._making.release()
 
     def forecast(self, model_id: str, estimate: Estimate) -> Forecast:
-        """Whether there is room for what a load takes, and who would go for it."""
+        """Whether a load would fit, and which models it would evict."""
         own, estimate = self._budget.held(model_id), replace(estimate, devices=by_index(estimate.devices))
         lacking, rooms, most = {}, {}, {}
         for device, need in estimate.devices.items():
@@ -117,10 +122,10 @@ class Room:
         return Forecast(estimate, rooms, most, fits, possible, [model.model_id for model in goes])
 
     def lacking(self, model_id: str, needs: Mapping[str, int]) -> dict[str, int]:
-        """How many bytes more are needed on each device than there are.
+        """The bytes that are missing on each device.
 
         Raises:
-            NeverFits: there could never be as many.
+            NeverFits: it is more than models may ever have.
         """
         lacking = {}
         for device, need in by_index(needs).items():
@@ -136,7 +141,7 @@ class Room:
         return lacking
 
     def _held(self, model_id: str, needs: Mapping[str, int]) -> MemoryHeld:
-        """Who has the memory that a model needs."""
+        """The error that says what holds the memory that a model needs."""
         pinned, idle = self._pinned(), self._places.last_used()
         texts = []
         for device, need in needs.items():
@@ -156,7 +161,7 @@ class Room:
         return MemoryHeld(f"No room for model '{model_id}' now: {'; '.join(texts) or 'its memory was taken meanwhile'}")
 
     def _idle(self, but: str, *, busy: bool = False) -> list[Idle]:
-        """The models that may go for another one; those that are in use too where `busy`."""
+        """The models that may be evicted for another one; with `busy` those in use too."""
         stay = (but, *self._pinned())
         found = self._places.last_used(busy=busy)
         return [Idle(name, used, self._budget.held(name)) for name, used in found.items() if name not in stay]

@@ -1,7 +1,7 @@
-"""How the models were used: latencies, speeds, loads, hits and failures, kept in a file beside the registry.
+"""Statistics of each model: latencies, speeds, loads, cache hits and failures, stored in a file beside the registry.
 
-Counters are noted in memory and written behind, added to what other processes wrote meanwhile; a damaged file is set
-aside as the registry's is. Any thread may call anything here, and nothing here makes a request fail. Must not know
+Counters are kept in memory and written later, added to those that other processes wrote meanwhile; a damaged file is
+set aside as the registry's is. Any thread may call anything here, and nothing here makes a request fail. Must not know
 HTTP or models, only their names.
 """
 
@@ -24,15 +24,15 @@ from ..registry.file import RegistryFile, Version
 
 logger = logging.getLogger(__name__)
 
-# Latencies are counted in classes whose bounds grow by this factor, so that a quantile is known to half of it, and
-# counts of several processes can be added. Source: Masson, Rim, Lee: "DDSketch", PVLDB 12(12), 2019.
+# Latencies are counted in classes whose bounds grow by this factor: a quantile is exact to half of it, and the counts
+# of several processes can be added. Source: Masson, Rim, Lee: "DDSketch", PVLDB 12(12), 2019.
 _GROWTH = 1.05
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What was counted of one model; seconds and tokens are sums."""
+    """The counts of one model; seconds and tokens are sums."""
 
     sums: Counter[str] = field(default_factory=Counter)  # requests, tokens, cache_hits, seconds of loads, …
     latencies: Counter[int] = field(default_factory=Counter)  # requests by class of latency
@@ -40,7 +40,7 @@ class _Counts:
     last_load: float | None = None
 
     def add(self, other: _Counts) -> None:
-        """Count what `other` counted too."""
+        """Adds the counts of `other`."""
         self.sums.update(other.sums)
         self.latencies.update(other.latencies)
         self.errors.update(other.errors)
@@ -56,7 +56,7 @@ class _Counts:
 
     @classmethod
     def from_json(cls, value: Any) -> _Counts:
-        """Raises: ValueError, TypeError, KeyError, AttributeError where it is nothing that `to_json` wrote."""
+        """Raises: ValueError, TypeError, KeyError, AttributeError if `to_json` did not write the value."""
         sums = Counter({str(name): _number(number) for name, number in value["sums"].items()})
         latencies = Counter({int(key): int(count) for key, count in value["latencies"].items()})
         errors = Counter({str(kind): int(count) for kind, count in value["errors"].items()})
@@ -64,7 +64,7 @@ class _Counts:
         return cls(sums, latencies, errors, None if last is None else _number(last))
 
     def shown(self) -> dict[str, Any]:
-        """As the API shows it: seconds, tokens a second, counts."""
+        """Returns the fields that the API shows: seconds, tokens per second, counts."""
         requests, loads, busy = self.sums["requests"], self.sums["loads"], self.sums["generation_seconds"]
         return {
             "requests": requests,
@@ -98,51 +98,51 @@ def _number(value: Any) -> Any:
 
 
 class Statistics:
-    """The counters, and the file at `path` that they survive in; without one they are of this process only."""
+    """The counters, and the file at `path` that keeps them; without a path they last as long as the process."""
 
     def __init__(self, path: Path | None = None, *, delay: float = 5.0) -> None:
-        """`delay` is how many seconds what is in the file may be late."""
+        """`delay` is the most seconds until counts are written to the file."""
         self._file = None if path is None else RegistryFile(path, lock_timeout=5.0)
         self._delay = delay
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._pending: dict[str, _Counts] = {}
-        self._kept: dict[str, _Counts] = {}  # what the file said when it was last looked at
-        self._removed: set[str] = set()  # whose counts are to go from the file
+        self._kept: dict[str, _Counts] = {}  # the file's counts when it was last read
+        self._removed: set[str] = set()  # models whose counts are deleted from the file
         self._version: Version | None = None
         self._writer: threading.Thread | None = None
         self._closing = False
 
-    # What happens ----------------------------------------------------------------------------------------------------
+    # Events -----------------------------------------------------------------------------------------------------------
 
     def served(self, model_id: str, seconds: float, tokens: int) -> None:
-        """A request was answered, `seconds` after it came; `tokens` are those that were made for it."""
+        """Counts an answered request: `seconds` from its arrival to its answer, and the generated `tokens`."""
         sums = {"requests": 1, "tokens": tokens, "generation_seconds": seconds if tokens else 0.0}
         key = math.ceil(math.log(max(seconds, 1e-6), _GROWTH))
         self._note(model_id, _Counts(Counter(sums), Counter({key: 1})))
 
     def failed(self, model_id: str, kind: str) -> None:
-        """A request or a load of the model ended with an error of this kind."""
+        """Counts a request or a load that ended with an error of this kind."""
         self._note(model_id, _Counts(errors=Counter({kind: 1})))
 
     def found(self, model_id: str) -> None:
-        """The model was in memory when it was asked for."""
+        """Counts a request that found its model in memory."""
         self._note(model_id, _Counts(Counter(cache_hits=1)))
 
     def missed(self, model_id: str) -> None:
-        """The model was not in memory when it was asked for."""
+        """Counts a request that did not find its model in memory."""
         self._note(model_id, _Counts(Counter(cache_misses=1)))
 
     def loaded(self, model_id: str, seconds: float) -> None:
-        """The model was loaded."""
+        """Counts a load."""
         self._note(model_id, _Counts(Counter({"loads": 1, "load_seconds": seconds}), last_load=seconds))
 
     def evicted(self, model_id: str) -> None:
-        """The model went to make room for another."""
+        """Counts an eviction."""
         self._note(model_id, _Counts(Counter(evictions=1)))
 
     def removed(self, model_id: str) -> None:
-        """The model is no longer registered: nothing of it is kept. What is counted from now on is another's."""
+        """Deletes the counts of a model that is no longer registered; later counts belong to another model."""
         with self._lock:
             self._pending.pop(model_id, None)
             self._removed.add(model_id)
@@ -151,7 +151,7 @@ class Statistics:
     # Looking ---------------------------------------------------------------------------------------------------------
 
     def shown(self) -> dict[str, dict[str, Any]]:
-        """What was counted so far, by model."""
+        """The counts so far, by model."""
         with self._lock:
             self._read()
             both: dict[str, _Counts] = {}
@@ -161,7 +161,7 @@ class Statistics:
         return {model_id: counts.shown() for model_id, counts in sorted(both.items())}
 
     def close(self) -> None:
-        """Write what is pending, and end the thread."""
+        """Writes pending counts and ends the thread."""
         with self._lock:
             self._closing = True
             writer = self._writer
@@ -180,27 +180,27 @@ class Statistics:
             self._write_later()
 
     def _write_later(self) -> None:
-        """Have what is pending written; with the lock held."""
+        """Starts the thread that writes pending counts; with the lock held."""
         if self._file is not None and not self._closing and (self._writer is None or not self._writer.is_alive()):
             self._wake.clear()
             self._writer = threading.Thread(target=self._write_behind, name="statistics", daemon=True)
             self._writer.start()
 
     def _remaining(self, removed: Set[str]) -> dict[str, _Counts]:
-        """What the file says of models that are still registered."""
+        """The file's counts of models that are still registered."""
         return {model_id: counts for model_id, counts in self._kept.items() if model_id not in removed}
 
     def _write_behind(self) -> None:
-        """Write once, a while after the first thing was counted; what is counted later begins another thread."""
+        """Writes once, `delay` seconds after the first new count; later counts start another thread."""
         self._wake.wait(self._delay)
         with self._lock:
             if self._closing:
-                return  # whoever closes writes
+                return  # `close` writes
             self._writer = None
         self._flush()
 
     def _flush(self) -> None:
-        """Add what is pending to the file."""
+        """Adds pending counts to the file."""
         if self._file is None or not (self._pending or self._removed):
             return
         try:
@@ -226,11 +226,11 @@ class Statistics:
                         self._pending = pending
                         self._removed |= removed
                     raise
-        except RegistryError as error:  # it stays pending, and the next thing that is counted tries again
-            logger.warning("statistics are not written now: %s", error)
+        except RegistryError as error:  # the counts stay pending, and the next count tries again
+            logger.warning("statistics could not be written, the next count tries again: %s", error)
 
     def _read(self, *, locked: bool = False) -> None:
-        """Look at the file, if it has changed; with the lock of the file held a damaged one is set aside."""
+        """Reads the file, if it has changed; with the file's lock held, sets a damaged one aside."""
         if self._file is None:
             return
         with suppress(RegistryError):
@@ -254,5 +254,5 @@ class Statistics:
 
 
 def beside(registry: Path) -> Path:
-    """Where the statistics of a registry's models are kept."""
+    """The path of the statistics of a registry's models."""
     return registry.with_name(f"{registry.stem}.statistics.json")

@@ -1,6 +1,6 @@
-"""Takeovers: a model that another backend answers for is computed by its graph, once that is made.
+"""Takeovers: a finished graph computes a model that another backend has computed so far.
 
-Called by the thread that makes graphs. Must not know HTTP; torch only through the loader.
+The conversions' thread calls it. Must not know HTTP; torch only through the loader.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 32  # looks for a moment in which no request uses a model, before new ones wait for it
+_PATIENCE = 32  # attempts to find a model idle before new requests wait for it
 
 
 class Takeover:
-    """Has models computed by their graphs."""
+    """Replaces models by models that a graph computes."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Takeover:
         keep_alive: KeepAlive,
         timeout: float,
     ) -> None:
-        """`timeout` is how many seconds new users of a model may wait for a reload."""
+        """`timeout` is how many seconds new requests of a model may wait for a reload."""
         self._registry = registry
         self._places = places
         self._budget = budget
@@ -54,22 +54,23 @@ class Takeover:
         self._memory_timeout = timeout
 
     def may_convert(self, conversion: Conversion) -> bool:
-        """Whether a model's load is over, so that its conversion does not disturb what is measured there."""
+        """Whether a model's load is over, so that its conversion does not disturb the load's measurements."""
         with self._places.changed:
             place = self._places.of(conversion.model_id)
             return place.loading is None and (place.model is None or place.model.settles(0))
 
     def stays(self, conversion: Conversion, reason: str) -> None:
-        """Say why a model has no graph."""
+        """Records why no graph computes a model."""
         with self._places.changed:
             model = self._places.of(conversion.model_id).model
             if model is not None and model.setup.pending == conversion.pending:
                 model.backend_reason = reason
 
     def take_over(self, conversion: Conversion) -> bool:
-        """Have a model computed by its graph from the next request on; requests that have begun end as they began.
-        Where there is no room for both, the weights in memory go first, as soon as no request uses them. Returns
-        whether that is settled.
+        """Lets a graph compute a model from the next request on; requests that have begun end as they began.
+
+        Where memory has no room for both, the weights in memory are unloaded first, as soon as no request uses them.
+        Returns whether the takeover is settled.
 
         Raises: as a load does; torch goes on then.
         """
@@ -95,7 +96,7 @@ class Takeover:
         try:
             account.keep(estimate.device, estimate.kv_cache)
             after = self._loads.open(record, conversion, settings, account)
-            conversion.spare = None  # it goes with the model
+            conversion.spare = None  # the folder is deleted with the model
             after.prepared(conversion.cancellation)
             if after.effective["backend"] != backend:
                 raise ConversionFailed(after.backend_reason or "its graph cannot be found")
@@ -117,8 +118,11 @@ class Takeover:
         return True
 
     def _reload(self, conversion: Conversion, record: ModelRecord) -> bool:
-        """Reloads a model by its graph when it is idle. Where it is always in use, new leases wait now and then until
-        those before have ended, for as long as a load may wait for them. Returns whether that is settled."""
+        """Reloads a model with its graph when it is idle. Returns whether the takeover is settled.
+
+        Where the model is always in use, new leases wait now and then until earlier ones have ended, for as long as a
+        load may wait for them.
+        """
         conversion.tries += 1
         patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
         conversion.reason = "there is no room for both while it is in use"
@@ -141,16 +145,16 @@ class Takeover:
         if place.model is not None:
             if place.model.setup.pending is not None:
                 raise ConversionFailed("its graph cannot be found")
-            conversion.spare = None  # it goes with the model
+            conversion.spare = None  # the folder is deleted with the model
         return True
 
     def close_replaced(self, model_id: str, model: LoadedModel) -> None:
-        """Close a model that another has taken over from."""
+        """Closes a model that a takeover replaced."""
         self._budget.leave(_replaced(model_id))
         model.close()
         self._budget.forget(_replaced(model_id))
 
 
 def _replaced(model_id: str) -> str:
-    """The name in the budget of a model that another has taken over from."""
+    """The name in the budget of a model that a takeover replaced."""
     return f"{model_id} before"

@@ -1,4 +1,4 @@
-"""Taking models out of memory, and telling what came back.
+"""Unloads models, and measures how much memory came back.
 
 Any thread may call it. Must not know the loader or HTTP.
 """
@@ -20,8 +20,8 @@ from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
-_ALMOST_ALL = 0.9  # of a model's memory, that should come back after an unload
-_NOTICED = 64 * 2**20  # bytes that a model has to have for the log to say that they did not
+_ALMOST_ALL = 0.9  # the part of a model's memory that should come back after an unload
+_NOTICED = 64 * 2**20  # bytes of a model from which the log warns if they did not
 
 
 class Unloader:
@@ -34,15 +34,14 @@ class Unloader:
         self._statistics = statistics
 
     def pinned(self) -> frozenset[str]:
-        """The models that may not go for another one."""
+        """The models that may not be evicted for another one."""
         try:
             return frozenset(record.model_id for record in self._registry.list() if record.pinned)
-        except LocalLLMError:  # the registry cannot be read just now: no model goes for that
+        except LocalLLMError:  # the registry cannot be read now, so no model is evicted
             return frozenset(self._places.loaded())
 
     def evict(self, model_id: str, why: str, *, expired: bool = False) -> bool:
-        """Take a model out of memory if still nobody uses it, and its time still is up where it `expired`; tells
-        whether it went."""
+        """Unloads a model if it is still idle and, with `expired`, its time is still over; returns whether it did."""
         with self._places.changed:
             place = self._places.of(model_id)
             if not place.idle or self._places.closed:
@@ -51,7 +50,7 @@ class Unloader:
                 return False
             place.reserved = True
         try:
-            logger.info("taking %s out of memory: %s", model_id, why)
+            logger.info("unloading %s: %s", model_id, why)
             place.overrides = LoadSettings()
             self.release(model_id, place)
             if not expired:
@@ -61,7 +60,7 @@ class Unloader:
         return True
 
     def release(self, model_id: str, place: Place) -> Unloaded:
-        """Empty a place that this thread has alone; tells what the model had, and what came back."""
+        """Empties a place that this thread has exclusively; returns what the model had, and what came back."""
         with self._places.changed:
             model, place.model = place.model, None
             place.expires = None
