@@ -61,16 +61,21 @@ def init_app(
     unknown_parameters: UnknownParameters = "refuse",
     held_bytes: int = 256 * 1024**2,
 ) -> None:
-    """Put the services on `app` and register the routes.
+    """Registers the services and the routes on `app`.
 
-    `registry` is the JSON file, `options` say how models are loaded. `busy_timeout` is how many seconds an unload waits
-    for the model's users, `memory_timeout` how many a load waits for those of others, `keep_alive` how many a model
-    stays after its last use (-1: for ever). `memory_limits` are what models may take on each device, `preload` the
-    models to load at the start. `threads` are those that serve requests (an eighth of them is kept for those that need
-    no model), `allowed_hosts` are names under which the server may be addressed besides the local ones,
-    `allowed_origins` patterns of web pages' origins that may use it besides those of this machine.
-    `unknown_parameters` says whether a request with a parameter that nothing here knows is refused, `held_bytes` how
-    many bytes of request bodies may be held at once.
+    Args:
+        registry: the registry's JSON file.
+        options: how models are loaded.
+        busy_timeout: seconds that an unload waits for the model's requests to end.
+        threads: how many serve requests; an eighth of them is kept for requests that need no model.
+        keep_alive: seconds that a model stays in memory after its last use; -1 for ever.
+        memory_timeout: seconds that a load waits for requests of the models that it evicts.
+        memory_limits: the most memory that models may take, by device.
+        preload: the models to load at the start.
+        allowed_hosts: names for the server in a `Host` header, besides the local ones.
+        allowed_origins: patterns of origins whose web pages may use the server, besides those of this machine.
+        unknown_parameters: whether a request with an unknown parameter is refused.
+        held_bytes: the most bytes of request bodies that are held at once.
     """
     records = ModelRegistry(registry)
     manager = ModelManager(
@@ -105,10 +110,10 @@ def init_app(
 
 
 def start(app: OpenAPI, import_delay: float | None) -> None:
-    """What a server does before it serves: read the registry, so that a damaged file is told of now and not later.
+    """Reads the registry, so that a damaged file is reported at the start, and begins to load models.
 
-    `import_delay` is how many seconds from now torch and transformers are imported in the background; None leaves that
-    to the first load.
+    `import_delay` is the seconds until torch and transformers are imported in the background; None leaves the import to
+    the first load.
     """
     services: Services = app.extensions[EXTENSION]
     try:
@@ -123,7 +128,7 @@ def start(app: OpenAPI, import_delay: float | None) -> None:
 
 
 def close(app: OpenAPI) -> None:
-    """Cancel all work, empty the memory, and write what the registry still holds back. Safe to call twice."""
+    """Cancels all work, empties the memory, and writes pending changes. Safe to call twice."""
     services: Services = app.extensions[EXTENSION]
     try:
         services.manager.close()

@@ -1,7 +1,7 @@
-"""Whether work is still wanted: one object that goes from a request down to the loop that computes its answer.
+"""One object that cancels work: it goes from a request down to the loop that computes the answer.
 
-Work asks it between its steps, and waits through it. Any thread may call anything here. It must not know whose work
-it is.
+Work asks its `Cancellation` between steps, and waits through it. Any thread may call anything here. Must not know which
+work it cancels.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .errors import Cancelled
 
 T = TypeVar("T")
 
-LOOK_AGAIN = 0.1  # seconds between two looks at what nothing wakes a thread for
+LOOK_AGAIN = 0.1  # seconds between two polls of what wakes no thread
 
 
 class Cancellation:
-    """Cancelled by `cancel`, by its parent, at its deadline, or when its probe says so; and from then on for good."""
+    """Is cancelled by `cancel`, by its parent, at its deadline, or by its probe, and then stays cancelled."""
 
     __slots__ = ("_cancelled", "_deadline", "_event", "_parent", "_probe")
 
@@ -32,7 +32,7 @@ class Cancellation:
         parent: Cancellation | None = None,
         deadline: float | None = None,
     ) -> None:
-        """`probe` tells, on any thread and in no time, whether the client has gone; `deadline` is a reading of
+        """`probe` says, on any thread and at once, whether the client has left; `deadline` is a reading of
         `time.monotonic`."""
         self._cancelled = False
         self._event = Event()
@@ -42,7 +42,7 @@ class Cancellation:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the work is to be given up."""
+        """Whether the work is cancelled."""
         if not self._cancelled and (
             (self._parent is not None and self._parent.cancelled)
             or (self._deadline is not None and self.expired)
@@ -57,36 +57,37 @@ class Cancellation:
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def cancel(self) -> None:
-        """Have the work given up at its next step."""
+        """Cancels the work at its next step."""
         self._cancelled = True
         self._event.set()
 
     def check(self) -> None:
-        """Go on only if the work is still wanted.
+        """Continues only if the work is not cancelled.
 
         Raises:
-            Cancelled: it is not.
+            Cancelled: the work is cancelled.
         """
         if self.cancelled:
             raise Cancelled
 
     def child(self, probe: Callable[[], bool] | None = None) -> Cancellation:
-        """One that is cancelled with this one, or by itself."""
+        """Returns a `Cancellation` that is cancelled with this one, or alone."""
         return Cancellation(probe, parent=self)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long, or until it is cancelled, at once where that is by `cancel`; tells whether it is."""
+        """Waits `seconds`, or until the work is cancelled (`cancel` wakes it at once); returns whether it is."""
         end = time.monotonic() + seconds
         while not self.cancelled and (left := end - time.monotonic()) > 0:
             self._event.wait(min(left, LOOK_AGAIN))
         return self.cancelled
 
     def until(self, ready: Callable[[float], T], seconds: float = math.inf) -> T:
-        """Repeat `ready`, which waits for something for as many seconds at most as it is given, until it gives what is
-        true, or until so many seconds have passed; returns what it gave last.
+        """Repeats `ready` until it returns a true value or `seconds` have passed; returns its last value.
+
+        `ready` waits for something, at most for the seconds that it is given.
 
         Raises:
-            Cancelled: the work is not wanted any more.
+            Cancelled: the work is cancelled.
         """
         end = time.monotonic() + seconds
         while not (found := ready(max(0.0, min(LOOK_AGAIN, end - time.monotonic())))):
@@ -96,13 +97,13 @@ class Cancellation:
         return found
 
     def result(self, future: Future[T]) -> T:
-        """Wait for a future's result.
+        """Waits for a future's result.
 
-        Raises: what it failed of; Cancelled where that is not wanted any more.
+        Raises: the future's error; Cancelled if the work is cancelled first.
         """
         if not future.done():
             self.until(lambda seconds: wait([future], seconds).done)
         return future.result()
 
 
-NEVER = Cancellation()  # of work that is always wanted: nothing calls its `cancel`
+NEVER = Cancellation()  # for work that is never cancelled: nothing calls its `cancel`

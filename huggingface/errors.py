@@ -1,8 +1,8 @@
 """The one tree of errors: what can go wrong, in the project's own words.
 
-Errors are raised where they happen and know nothing of HTTP; `api/errors.py` holds the one table that gives each a
-status. A message is written for the user who caused it: it names the field or the model and says what to do.
-It must hold nothing private (no path of this machine, no token). Any thread may raise any of them.
+Errors are raised where they happen and know nothing of HTTP; `api/http/errors.py` holds the one table that gives each a
+status. A message is written for the user who caused it: it names the field or the model and says what to do. It must
+hold nothing private (no path of this machine, no token). Any thread may raise any of them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\
 
 
 class LocalLLMError(Exception):
-    """Root of every error that this project raises on purpose; `str(error)` is the message for the user."""
+    """Root of all errors that this project raises on purpose; `str(error)` is the message for the user."""
 
 
 class LibraryPanic(Exception):
-    """Compiled code of a library gave up: a panic of Rust's, which Python does not count among its `Exception`s."""
+    """A library's compiled code panicked: a panic in Rust, which is not one of Python's `Exception`s."""
 
 
 @contextmanager
 def no_panics() -> Iterator[None]:
-    """Raise a panic within as a `LibraryPanic`, so that what catches errors catches it too.
+    """Raises a panic in the block as a `LibraryPanic`, so that handlers of `Exception` catch it too.
 
-    What ends the process or a generator passes as it is.
+    Exceptions that end the process or a generator pass unchanged.
     """
     try:
         yield
@@ -64,7 +64,7 @@ class MissingField(InvalidRequest):
 
 
 class UnknownField(InvalidRequest):
-    """A field that nothing here honours."""
+    """A field that no part of the request honours."""
 
     def __init__(self, field: str, known: Iterable[str] = (), meant: str | None = None) -> None:
         names = ", ".join(sorted(known))
@@ -73,7 +73,7 @@ class UnknownField(InvalidRequest):
 
 
 class InvalidModelId(InvalidRequest):
-    """The id is not one that the Hub would accept, so neither a folder nor a repository can carry it."""
+    """The Hub would not accept the id, so no folder or repository can have it."""
 
 
 class ProtectedField(InvalidRequest):
@@ -84,7 +84,7 @@ class ProtectedField(InvalidRequest):
 
 
 class UnsupportedTask(InvalidRequest):
-    """The model cannot do what is asked of it; the message lists the tasks that it can do."""
+    """The model cannot do the task; the message lists the tasks that it can do."""
 
     def __init__(self, model_id: str, task: str, supported: Iterable[str]) -> None:
         names = ", ".join(supported) or "none of this server's tasks"
@@ -102,21 +102,21 @@ class DependencyMissing(LocalLLMError):
 
 
 class ModelNotFound(LocalLLMError):
-    """No model of that id is registered; `hint` says what could be done about it."""
+    """No model with that id is registered; `hint` says what the user can do."""
 
     def __init__(self, model_id: str, hint: str = "") -> None:
         super().__init__(f"Model '{model_id}' not found{hint}")
 
 
 class ModelExists(LocalLLMError):
-    """A model of that id is registered already."""
+    """A model with that id is registered already."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(f"Model '{model_id}' already exists")
 
 
 class ModelDisabled(LocalLLMError):
-    """The record's status says that the model is not to be used."""
+    """The record's status is `disabled`."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(f"Model '{model_id}' is disabled; set its status to 'available' to use it")
@@ -138,43 +138,43 @@ class StorageFull(RegistryError):
 
 
 class LoadError(LocalLLMError):
-    """A registered model could not be brought into memory; the message names it and says what to do."""
+    """A registered model could not be loaded; the message names it and says what to do."""
 
 
 class FilesMissing(LoadError):
-    """Neither a folder of the models folder nor a Hub repository carries the id, or a needed file is not in it."""
+    """No folder in the models folder and no Hub repository has the id, or a needed file is missing."""
 
 
 class FilesGated(LoadError):
-    """The Hub refuses the files: the repository is gated or private and no accepted token was given."""
+    """The Hub refuses the files: the repository is gated or private, and no accepted token was given."""
 
 
 class HubUnreachable(LoadError):
-    """The files are not here, and the Hub cannot be asked: offline by choice or by circumstance."""
+    """The files are not here, and the Hub cannot be asked: it is switched off or cannot be reached."""
 
 
 class FilesCorrupt(LoadError):
-    """The files are there but are damaged, incomplete, or do not fit together."""
+    """The files are damaged, incomplete, or do not fit together."""
 
 
 class FilesRefused(LoadError):
-    """The files could be loaded only by running code that the settings do not allow: pickles, or remote code."""
+    """Loading the files would run code that the settings do not allow: pickles, or remote code."""
 
 
 class ModelUnsupported(LoadError):
-    """The files are sound, but the installed libraries do not know such a model."""
+    """The files are sound, but the installed libraries do not support the model."""
 
 
 class NotServed(ModelUnsupported):
-    """The model is of a kind that does none of this server's tasks, whatever becomes of its files."""
+    """The model is of a kind that does none of this server's tasks, whatever its files are."""
 
 
 class DeviceMissing(LoadError):
-    """The device that the settings name is not there."""
+    """The machine has no such device as the settings name."""
 
 
 class DeviceFailed(LoadError):
-    """The device failed in a way that only a new process recovers from, as CUDA does after an error in a kernel."""
+    """The device failed so that only a new process can use it again, as CUDA does after an error in a kernel."""
 
     def __init__(self, device: str, reason: str) -> None:
         said = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
@@ -182,7 +182,7 @@ class DeviceFailed(LoadError):
 
 
 class DownloadNotFound(LocalLLMError):
-    """No download of that model runs, or ever did."""
+    """No download of that model runs or has run."""
 
     def __init__(self, model_id: str, more: str = "") -> None:
         super().__init__(f"No download of model '{model_id}'{more}")
@@ -193,7 +193,7 @@ class DiskFull(LoadError):
 
 
 class OutOfMemory(LoadError):
-    """The device has not enough memory for what was asked."""
+    """The device has not enough free memory for what was asked."""
 
 
 class NeverFits(LoadError):
@@ -201,18 +201,18 @@ class NeverFits(LoadError):
 
 
 class MemoryHeld(LoadError):
-    """The model would fit, but for models that are in use or pinned; `retry_after` is in seconds."""
+    """The model would fit if others were not in use or pinned; `retry_after` is in seconds."""
 
     retry_after = 5
 
 
 class ModelBusy(LocalLLMError):
-    """The model is in use, and whoever uses it did not finish within the time allowed."""
+    """The model is in use, and its requests did not end within the allowed time."""
 
 
 class ServerFull(LocalLLMError):
-    """As many requests wait for models as may; the others shall still find a thread for what needs no model. Or as many
-    bytes of requests are held as may be."""
+    """Too many requests wait for models, so that no thread would be left for other requests; or the bodies of requests
+    hold too many bytes."""
 
     def __init__(self, message: str = "Too many requests are waiting for models; try again later") -> None:
         super().__init__(message)
@@ -222,18 +222,18 @@ class ServerFull(LocalLLMError):
 
 
 class GenerationFailed(LocalLLMError):
-    """A step of the model raised, or gave no numbers; only the requests concerned are failed."""
+    """A step of the model raised, or its logits were not numbers; only the requests concerned fail."""
 
 
 class EngineFailed(LocalLLMError):
-    """What computes for the model is broken for good; the next request loads the model again."""
+    """The model's engine is broken for good; the next request loads the model again."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(f"Model '{model_id}' failed and is out of service; the next request loads it again")
 
 
 class QueueFull(LocalLLMError):
-    """As many requests wait for this model as may; `retry_after` is in how many seconds there should be room."""
+    """The model's queue is full; `retry_after` is the seconds until there should be room."""
 
     def __init__(self, model_id: str, waiting: int, retry_after: int) -> None:
         super().__init__(
@@ -243,18 +243,18 @@ class QueueFull(LocalLLMError):
 
 
 class NotReady(LocalLLMError):
-    """Models that are to be in memory before the server counts as ready are not there yet, or failed to load."""
+    """Models that must be in memory before the server is ready are not loaded yet, or failed to load."""
 
 
 class Cancelled(LocalLLMError):
-    """The work was given up: its client has left, or the model is being taken out of memory."""
+    """The work was cancelled: its client has left, or the model is being unloaded."""
 
     def __init__(self, message: str = "The request was cancelled, or the server is stopping") -> None:
         super().__init__(message)
 
 
 class ConversionFailed(LocalLLMError):
-    """A model has no graph; the message says why. `final` tells that another try would end alike."""
+    """A model has no graph; the message says why. `final`: another attempt would fail in the same way."""
 
     def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
@@ -262,7 +262,7 @@ class ConversionFailed(LocalLLMError):
 
 
 class RequestCancelled(Cancelled):
-    """Somebody cancelled the request by its id."""
+    """The request was cancelled by its id."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"Request '{request_id}' was cancelled")
@@ -276,17 +276,17 @@ class DeadlineExceeded(Cancelled):
 
 
 class RequestNotFound(LocalLLMError):
-    """No request of that id waits or runs."""
+    """No active request has that id."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"Request '{request_id}' not found")
 
 
 def public(error: BaseException, *folders: Path) -> str:
-    """An error's first line, fit for a client: file names keep their last part only.
+    """An error's first line, safe for a client: paths are cut down to the file's name.
 
-    `folders` are those whose names the error may hold; a name that holds a space is recognized
-    only when its folder is given.
+    `folders` are folders whose names the error may contain: a name with a space in it is recognized only if its folder
+    is given.
     """
     lines = str(error).strip().splitlines()
     if not lines:

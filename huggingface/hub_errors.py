@@ -1,9 +1,8 @@
-"""What an error of `huggingface_hub`, or of a transfer from the Hub, means to the user: the one place that knows its
-many kinds.
+"""Turns errors of `huggingface_hub`, or of a transfer from the Hub, into errors for the user.
 
-Pure functions of an exception and what it came from; any thread may call them. Imports neither torch nor transformers,
-and must not know what was being done. Every result is a `LoadError` that names the model, says what to do, and holds no
-path of this machine.
+The one module that knows their many kinds. Pure functions of an exception and its causes; any thread may call them.
+Imports neither torch nor transformers, and must not know what was being done. Every result is a `LoadError` that names
+the model, says what to do, and contains no path of this machine.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from contextlib import contextmanager
 
 from .errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
 
-_LONGEST_WAIT = 300.0  # seconds that a Hub may ask to wait before the next request; it counts in windows of that length
+_LONGEST_WAIT = 300.0  # the longest wait in seconds that a Hub can ask for; its rate limits use windows of this length
 
 
 class Damaged(Exception):
-    """What arrived is not what the Hub tells of the file; it was thrown away.
+    """The received bytes are not what the Hub says of the file; they were deleted.
 
-    `resumed` tells that a part of it was of an earlier attempt, so that a fresh one may go better.
+    `resumed`: a part of them came from an earlier attempt, so a new one may succeed.
     """
 
     def __init__(self, reason: str, *, resumed: bool) -> None:
@@ -29,17 +28,17 @@ class Damaged(Exception):
 
 
 class Stalled(ConnectionError):
-    """The Hub, or its storage, sent nothing for as long as is waited for a byte."""
+    """The Hub, or its storage, sent nothing within the time allowed for a byte."""
 
 
 def damaged(model_id: str, name: str, reason: str = "") -> FilesCorrupt:
-    """The error of a file that arrived, but not as the Hub says that it is."""
+    """The error for a file that differs from what the Hub says of it."""
     what = f" ({reason})" if reason else ""
     return FilesCorrupt(f"Model '{model_id}': {name} was damaged on its way from the Hub{what}; load the model again")
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error came from, if it came from one."""
+    """The HTTP status in an error or its causes, if there is one."""
     for cause in _chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -48,7 +47,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_absent(error: BaseException) -> bool:
-    """Whether the Hub says that there is no such file, in its own words (an error code) or by a plain 404."""
+    """Whether the Hub says that the file does not exist, by its own error code or a plain 404."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     known = any(isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError) for cause in _chain(error))
@@ -56,10 +55,10 @@ def is_absent(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether another attempt may go better.
+    """Whether another attempt may succeed.
 
-    Not after a silence, which was waited for long enough already; except in the middle of a file, where a new
-    connection often helps.
+    Not after a timeout, which has waited long enough already, except in the middle of a file, where a new connection
+    often helps.
     """
     if isinstance(error, Damaged | Stalled):
         return isinstance(error, Stalled) or error.resumed
@@ -71,7 +70,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def pause_after(error: BaseException, attempt: int) -> float:
-    """Seconds to the next attempt: as many as the Hub asks for, if it does."""
+    """Seconds until the next attempt: as many as the Hub asks for, if it does."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     headers: Mapping[str, str] = next(
@@ -96,7 +95,7 @@ def _is_transport(error: BaseException) -> bool:
 
 @contextmanager
 def hub_errors(model_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever a call to the Hub raises within the block into a `LoadError` for the user; but not `Cancelled`."""
+    """Turns any error of a call to the Hub in the block into a `LoadError` for the user, except `Cancelled`."""
     try:
         yield
     except LocalLLMError:
@@ -106,7 +105,7 @@ def hub_errors(model_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def unknown_revision(model_id: str, revision: str) -> FilesMissing:
-    """The error of a revision that the repository does not have."""
+    """The error for a revision that the repository does not have."""
     return FilesMissing(f"Model '{model_id}' has no branch, tag or commit '{revision}' on the Hub; check its revision")
 
 
@@ -159,7 +158,7 @@ def _hub_error(model_id: str, revision: str | None, error: BaseException) -> Loa
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
+    """The error and its causes, outermost first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

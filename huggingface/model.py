@@ -1,7 +1,7 @@
-"""A model in memory: its engine, its tasks, how requests are put to them, and how much memory it takes.
+"""A model in memory: its engine, its tasks, and how requests reach them.
 
-`loader` makes it of files, the manager keeps it. Any thread may call it. Must not know files, the registry, the manager
-or HTTP.
+`loader` builds it from files, the manager keeps it. Any thread may call it. Must not know files, the registry, the
+manager or HTTP.
 """
 
 from __future__ import annotations
@@ -50,36 +50,35 @@ from .types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, P
 
 logger = logging.getLogger(__name__)
 
-_GENERATION = "text-generation"  # the one task whose work the batch does
+_GENERATION = "text-generation"  # the one task that the batch computes
 
-# Of a generation config: what an answer's caller may set too.
+# The sampling parameters of a generation config that a caller may set too.
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
 
-_DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights that are copied out of their file before the load is over
+_DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights up to which a load itself copies them out of their file
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a model was loaded as: `effective` are the settings that are in effect, by their names."""
+    """How a model was loaded; `effective` are the effective settings, by name."""
 
     record: ModelRecord
     head: Head
     device: str
     effective: Mapping[str, Any]
-    backend_reason: str | None = None  # why a backend that is preferred to the one that computes it does not
-    pending: Pending | None = None  # what a backend that is preferred lacks, where another one computes meanwhile
+    backend_reason: str | None = None  # why the preferred backend does not compute the model
+    pending: Pending | None = None  # what the preferred backend lacks, while another one computes the model
     max_context: int | None = None
-    commit: str | None = None  # of its repository, where it came from the Hub
-    folder: Path | None = None  # of its own, for parts that are offloaded to the disk; goes with the model
+    commit: str | None = None  # of the repository, where the model came from the Hub
+    folder: Path | None = None  # for parts that are offloaded to the disk; deleted with the model
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How a backend serves a model: in a batch by a `runner`, or one request at a time for a `reason`.
 
-    `encoder` stands behind the model's own forward pass, where a graph computes that. `declined` is why a backend that
-    was tried with this model does not compute it. `unwritten` are bytes that count as the model's and do not lie in
-    memory.
+    `encoder` replaces the model's own forward pass where a graph computes it. `declined` says why a backend that was
+    tried does not compute this model. `unwritten` returns the bytes that count as the model's but are not in memory.
     """
 
     backend: str
@@ -97,9 +96,9 @@ class Serving:
 
 
 class Compute(Protocol):
-    """What a backend has opened a model with.
+    """A model that a backend has opened.
 
-    `model` is transformers' own; with a graph, its weights are there only while they are needed.
+    `model` is transformers' own; with a graph, its weights are in memory only while they are needed.
     """
 
     model: Any
@@ -114,17 +113,17 @@ class Compute(Protocol):
         """Bytes of the weights on each device."""
 
     def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
-        """Find out how the model is served best. On the thread that the model is prepared on.
+        """Finds the best way to serve the model. Runs on the thread that prepares the model.
 
         Raises:
-            InvalidRequest: the backend was asked for by name, and cannot compute the model.
+            InvalidRequest: the backend was asked for by name and cannot compute the model.
             Cancelled: by `cancellation`.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a model in memory is made of; dropped as a whole."""
+    """The parts of a model in memory; dropped together."""
 
     engine: Engine
     tasks: TaskRunner
@@ -153,10 +152,9 @@ class LoadedModel:
         pooling: Pooling | LocalLLMError | None = None,
         memory: Memory | None = None,
     ) -> None:
-        """`pooling` is what makes one vector of a text's, or why there is none; `memory` is where the model asks for
-        memory.
+        """`pooling` makes one vector from a text's, or is the error why none is made; `memory` is the model's account.
 
-        How the model is served best is found out on a thread of its own, which every request waits for.
+        A thread of the model's own finds out how it is served best; every request waits for that.
         """
         self.setup = setup
         self.model_id = setup.record.model_id
@@ -166,22 +164,22 @@ class LoadedModel:
         self.dtype = str(compute.model.dtype).removeprefix("torch.")
         self.loaded_at = timestamp()
         self.pools = pooling is not None
-        # Texts that go before others, by their names.
+        # Texts to put before other texts, by name.
         self.prompts: Mapping[str, str] = pooling.prompts if isinstance(pooling, Pooling) else {}
         self._memory = ModelMemory(setup.device, memory)
         self._options = options
         self._backend, self.backend_reason = compute.backend, setup.backend_reason
         self._memory.set_weights(compute.weights)
-        # Of one call, so that another finds a place meanwhile.
+        # Of one call: so that another call's prompts find slots meanwhile.
         self._most_prompts = max(1, options.max_batch // 2)
         self._contexts = contexts(compute.model, setup.max_context)
         self._closing = Cancellation()
-        self.resident = False  # whether its weights lie in memory of its own, and not in a mapped file
+        self.resident = False  # whether the weights are in memory of their own, not in a mapped file
         self._made: Future[_Parts] | None = Future()
         small = self._memory.sizes.weights <= _DETACHED_AT_ONCE
         if small:
             detach(compute.model)
-        # It ends, as the load's thread does: see `loader.load`.
+        # The thread ends after its work, as the load's does: see `loader.load`.
         work = partial(self._prepare, self._made, compute, tokenizer, pooling, small)
         self._preparing = threading.Thread(target=work, name=f"prepare-{self.model_id}")
         self._preparing.start()
@@ -194,7 +192,7 @@ class LoadedModel:
         pooling: LocalLLMError | Pooling | None,
         detached: bool,
     ) -> None:
-        """Take the weights into memory of its own, and find out how the model is served."""
+        """Copies the weights into memory of their own, and finds out how the model is served."""
         try:
             use_device(self.device)
             if not detached:
@@ -211,7 +209,7 @@ class LoadedModel:
             self._memory.account.settle()
 
     def _make_parts(self, compute: Compute, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
-        """Find out how the model is served, and build all that serves it."""
+        """Finds out how the model is served, and builds the parts that serve it."""
         model_id, model, options, memory = self.model_id, compute.model, self._options, self._memory
         forget_between_passes(model)
         kept = unset(model)
@@ -254,35 +252,35 @@ class LoadedModel:
         solo = Solo(model_id, model, tokenizer, texts, claims, adapters.active, kept)
         generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
         memory.set_copied(serving.copied_bytes)
-        release_freed()  # trying took memory
+        release_freed()  # the trials took memory
         return _Parts(
             engine, tasks, preparer, solo, claims, tokenizer, lengths, batch is not None, generations, adapters
         )
 
     @property
     def effective(self) -> Mapping[str, Any]:
-        """The settings that are in effect, by their names."""
+        """The effective settings, by name."""
         return {**self.setup.effective, "backend": self._backend}
 
     @property
     def sizes(self) -> Sizes:
-        """How much memory it takes at this moment."""
+        """How much memory the model takes now."""
         return self._memory.sizes
 
     @property
     def expected_back(self) -> int:
-        """Bytes that the system should have back once it is closed."""
+        """Bytes that a close should give back to the system."""
         return self._memory.expected_back
 
     @property
     def opened_tasks(self) -> tuple[str, ...]:
-        """The tasks that were run since the load, whose pipelines are kept."""
+        """The tasks that have run since the load; their pipelines are kept."""
         parts = self._done
         return () if parts is None else parts.tasks.opened
 
     @property
     def status(self) -> EngineStatus | None:
-        """What its engine is doing; None where it has been taken out of memory."""
+        """What the engine is doing; None after the model was unloaded."""
         parts = self._made
         if parts is not None and not parts.done():
             return EngineStatus("starting", None, None, 0, 0, 0, 0, 0, 0, self._options.kv_cache_bytes)
@@ -291,7 +289,7 @@ class LoadedModel:
 
     @property
     def engine(self) -> Engine:
-        """What all of its work runs on, once it is known how it is served.
+        """The engine that runs all of the model's work, once the model is prepared.
 
         Raises: as `prepared`.
         """
@@ -299,7 +297,7 @@ class LoadedModel:
 
     @property
     def tasks(self) -> TaskRunner:
-        """What it can be asked besides texts, token by token; from `engine`'s thread, but for what says otherwise.
+        """The model's tasks. For the engine's thread, except where a method says otherwise.
 
         Raises: as `prepared`.
         """
@@ -307,31 +305,32 @@ class LoadedModel:
 
     @property
     def _done(self) -> _Parts | None:
-        """What it is made of, if that is there and is whole."""
+        """The parts, if they are ready and whole."""
         parts = self._made
         return parts.result() if parts is not None and parts.done() and parts.exception() is None else None
 
     @property
     def own_parameters(self) -> Mapping[str, Any]:
-        """What its generation config says of drawing tokens; lengths and ends apply anyhow."""
-        config = getattr(self._open().solo.model, "generation_config", None)  # which only what generates has
+        """The sampling parameters in the model's generation config; its lengths and end tokens apply in any case."""
+        config = getattr(self._open().solo.model, "generation_config", None)  # only models that generate have one
         return {name: value for name in _DRAWING if (value := getattr(config, name, None)) is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
+        """Decodes tokens to text, special tokens included."""
         with typed(self.model_id):
             return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens its tokenizer makes of a text, without special ones."""
+        """Counts a text's tokens, without special ones."""
         with typed(self.model_id):
             return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
     def encode(self, text: str, cancellation: Cancellation = NEVER) -> list[int]:
-        """The tokens of a text, with the special ones that the model's tokenizer adds.
+        """Tokenizes a text, with the special tokens that the tokenizer adds.
 
         Raises:
-            InvalidRequest: it has far more than the model can read. Cancelled: by `cancellation`.
+            InvalidRequest: the text is far longer than the model can read.
+            Cancelled: by `cancellation`.
         """
         parts = self._open(cancellation)
         with typed(self.model_id):
@@ -339,11 +338,11 @@ class LoadedModel:
             return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
 
     def count_prompt(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> int:
-        """How many tokens the prompt of a generation is, special ones included; its context may hold fewer.
+        """Counts the tokens of a generation's prompt, special ones included; they may exceed the model's context.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
-            InvalidRequest: its chat template refuses the messages, or they are far beyond its context.
+            InvalidRequest: the chat template refuses the messages, or they are far longer than the context.
             Cancelled: by `cancellation`.
         """
         parts = self._open(cancellation)
@@ -352,7 +351,7 @@ class LoadedModel:
 
     @property
     def chat(self) -> ChatTraits:
-        """How it lays chats out."""
+        """How the model lays chats out."""
         tokenizer = self._open().tokenizer
         added = tokenizer.added_tokens_decoder
         special = frozenset(token.content for token in added.values() if token.special)
@@ -362,21 +361,21 @@ class LoadedModel:
 
     @property
     def failed(self) -> bool:
-        """Whether its engine is broken, and a load replaces the model."""
+        """Whether the engine is broken, so that a load replaces the model."""
         parts, done = self._made, self._done
         if done is not None:
             return done.engine.failed
         return parts is not None and parts.done()
 
     def generate(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Ticket:
-        """Queue a generation; its ticket gives the text, and the errors of what computes it.
+        """Queues a generation; its ticket delivers the text, and the errors of the engine.
 
-        It is given up by `cancellation`, which is asked at every step, or when the ticket is cancelled.
+        `cancellation`, which every step checks, or a cancel of the ticket ends the generation.
 
         Raises:
             UnsupportedTask: the model has no head that generates text.
-            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
-            QueueFull, OutOfMemory, EngineFailed, Cancelled: it was not taken into the queue.
+            InvalidRequest: the model cannot honour the prompt or a parameter.
+            QueueFull, OutOfMemory, EngineFailed, Cancelled: the generation was not queued.
         """
         parts = self._open(cancellation)
         self._check_generates(parts)
@@ -412,14 +411,15 @@ class LoadedModel:
         cancellation: Cancellation = NEVER,
         adapter: str | None = None,
     ) -> Any:
-        """Run a task and return its result as JSON values; it is batched with whoever else asks at the time.
+        """Runs a task and returns its result as JSON values; concurrent calls are batched.
 
-        Prompts of `text-generation` run as generations do, unless they ask for what only the model itself can: beams.
-        `adapter` names one of the model's.
+        Prompts of `text-generation` run as generations do, unless they use beams, which only the model's own `generate`
+        computes. `adapter` is one of the model's adapters.
 
         Raises:
-            UnsupportedTask: the model cannot do it. InvalidRequest: inputs or parameters that it cannot honour.
-            QueueFull: as many calls wait as may.
+            UnsupportedTask: the model cannot do the task.
+            InvalidRequest: the model cannot honour the inputs or parameters.
+            QueueFull: the task's queue is full.
             Cancelled: by `cancellation`, or the model is being unloaded.
         """
         parts = self._open(cancellation)
@@ -452,40 +452,41 @@ class LoadedModel:
             return cancellation.result(call.future)
         except Cancelled:
             call.cancel()
-            if parts.engine.failed:  # it broke between the look at its queue and the call
+            if parts.engine.failed:  # the engine broke after its queue was checked
                 raise EngineFailed(self.model_id) from None
             raise
 
     def settles(self, seconds: float) -> bool:
-        """Wait so long at most until it is known how it is served; tells whether it is."""
+        """Waits up to `seconds` until the model is prepared; returns whether it is."""
         made = self._made
         return made is None or bool(wait([made], seconds).done)
 
     def prepared(self, cancellation: Cancellation = NEVER) -> None:
-        """Wait until it is known how it is served.
+        """Waits until the model is prepared: until it is known how it is served.
 
         Raises:
-            Cancelled: by `cancellation`, or it is being unloaded. EngineFailed: it cannot be served.
+            Cancelled: by `cancellation`, or the model is being unloaded.
+            EngineFailed: the model cannot be served.
         """
         self._open(cancellation)
 
     def _open(self, cancellation: Cancellation = NEVER) -> _Parts:
         parts = self._made
         if parts is None:
-            raise Cancelled(f"Model '{self.model_id}' has been taken out of memory")
+            raise Cancelled(f"Model '{self.model_id}' was unloaded")
         return cancellation.result(parts)
 
     def close(self) -> None:
-        """Cancel what runs, and give the memory back to the system. The model cannot be used afterwards."""
+        """Cancels running work and gives the memory back to the system. The model cannot be used afterwards."""
         self._closing.cancel()
         parts, self._made = self._made, None
         if parts is None:
             return
-        if parts.exception() is None:  # waits for it to be prepared, which is given up soon
+        if parts.exception() is None:  # waits for the preparation, which the cancel above ends soon
             parts.result().engine.close()
             parts.result().preparer.close()
         del parts
-        self._preparing.join()  # it holds the model
+        self._preparing.join()  # the thread holds the model
         self._memory.forget()
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)
@@ -493,13 +494,13 @@ class LoadedModel:
 
 
 def _check_lengths(parts: _Parts, values: Mapping[str, Any], cancellation: Cancellation) -> None:
-    """Refuse what holds a text far longer than the model can read; a task's tokenizer has the engine's thread."""
+    """Refuses texts far longer than the model can read, before a task's tokenizer takes the engine's thread."""
     if (field := parts.lengths.check(dict(values), "", cancellation)) is not None:
-        reason = f"longer than {parts.lengths.of_text} tokens, the most that is read of one text"
+        reason = f"longer than {parts.lengths.of_text} tokens, the limit for one text"
         raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
 
 
 def use_device(device: str) -> None:
-    """Make a CUDA device this thread's current one: kernels that are not torch's run there, not at their tensors."""
+    """Makes a CUDA device the thread's current one: kernels outside torch run there, not on their tensors' device."""
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)

@@ -1,6 +1,6 @@
-"""How much memory a model in memory takes: what its parts have, what it asks for, and what comes back after it.
+"""Counts the memory of a model: what its parts use, what it asks for, and what a close gives back.
 
-Counts may be asked for by any thread. Must not know what computes the model, the manager or HTTP.
+Any thread may read the counts. Must not know what computes the model, the manager or HTTP.
 """
 
 from __future__ import annotations
@@ -20,78 +20,78 @@ from .types import PASSING, Sizes
 
 
 class Memory(Protocol):
-    """Where a model asks for memory, and says how much it has."""
+    """The account where a model asks for memory and reports what it uses."""
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
-        """Say how many bytes a part of the model has on each device."""
+        """Records how many bytes a part of the model has on each device."""
 
     def take(self, part: str, device: str, size: int) -> bool:
-        """Ask for bytes more, or give them back where they are negative; tells whether they may be taken."""
+        """Asks for `size` bytes more, or gives back a negative `size`; returns whether they may be allocated."""
 
     def keep(self, device: str, size: int) -> None:
-        """Reserve so many bytes of KV cache for the model, if they are available, before they are taken."""
+        """Reserves `size` bytes of KV cache for the model, if they are free, before they are allocated."""
 
     def settle(self) -> None:
-        """Say that all is taken and noted that a load takes: what was reserved for it may go to others."""
+        """Ends a load's reservation: all that the load takes is allocated and recorded."""
 
     def relieve(self) -> bool:
-        """Have others give memory up; tells whether some did."""
+        """Evicts another model; returns whether one was evicted."""
 
     def most(self, device: str) -> int | None:
-        """How many bytes the model could have if all others went; None where nothing limits them."""
+        """The most bytes that the model could have if all others were evicted; None for no limit."""
 
 
 class Unlimited:
-    """Memory that nothing counts: for a model outside of a manager."""
+    """An account without a budget: for a model outside of a manager."""
 
     def note(self, part: str, sizes: Mapping[str, int]) -> None:
-        """Nothing is noted."""
+        """Records nothing."""
 
     def take(self, part: str, device: str, size: int) -> bool:  # noqa: ARG002 - the protocol's
-        """Whether it is free."""
+        """Whether `size` bytes are free."""
         free = free_bytes(device)
         return free is None or size <= free
 
     def keep(self, device: str, size: int) -> None:
-        """Nothing is kept."""
+        """Reserves nothing."""
 
     def settle(self) -> None:
-        """Nothing was reserved."""
+        """Ends no reservation."""
 
     def relieve(self) -> bool:
-        """There are no others."""
+        """Evicts nothing: there are no other models."""
         return False
 
     def most(self, device: str) -> int | None:  # noqa: ARG002 - the protocol's
-        """All that is free."""
+        """No limit."""
         return None
 
 
 class ModelMemory:
-    """The bytes of one model: of its weights, of copies of some, of its KV cache, and of what comes for a while."""
+    """The bytes of one model: weights, copies of weights, KV cache, and memory that single requests take."""
 
     def __init__(self, device: str, memory: Memory | None = None) -> None:
-        """`device` is where the model computes, `memory` the account that it asks; without one nothing is limited."""
+        """`device` is where the model computes. `memory` is its account; None for no limit."""
         self.account = memory or Unlimited()
-        # Bytes that count as the model's and do not lie in memory.
+        # Bytes that count as the model's but are not in memory.
         self.unwritten: Callable[[], int] = lambda: 0
         self._device = indexed(device)
         self._weights: dict[str, int] = {}
         self._kv: dict[str, int] = {}
         self._copied = 0
-        self._own = 0  # bytes of weights that are there beside the graph's
+        self._own = 0  # bytes of torch weights that are in memory beside the graph's
         self._peak = 0
         self._counting = threading.Lock()
 
     def set_weights(self, sizes: Mapping[str, int]) -> None:
-        """Note what the weights take on each device from now on."""
+        """Records the weights' bytes on each device, in place of earlier ones."""
         with self._counting:
             self._weights = dict(sizes)
         self.account.note("weights", sizes)
         self._note_peak()
 
     def set_copied(self, size: int) -> None:
-        """Note how many bytes of weights have a copy in another layout, on the model's device."""
+        """Records how many bytes of weights have a copy in another layout, on the model's device."""
         with self._counting:
             self._copied = size
         if size:
@@ -99,15 +99,15 @@ class ModelMemory:
         self._note_peak()
 
     def take_cache(self, device: str, size: int) -> bool:
-        """Ask for memory for keys and values, or give it back where `size` is negative; tells whether it is there."""
+        """Asks for `size` bytes of KV cache, or gives back a negative `size`; returns whether they may be allocated."""
         return self._take("kv cache", device, size)
 
     def take_passing(self, size: int) -> bool:
-        """The same for what one request needs for a while beside the batch, on the model's device."""
+        """Does the same for memory that one request takes beside the batch, on the model's device."""
         return self._take(PASSING, self._device, size)
 
     def take_own(self, size: int) -> bool:
-        """The same for weights that are there beside a graph's for a while."""
+        """Does the same for torch weights that are in memory beside a graph's for a while."""
         if not self.account.take("own weights", "cpu", size):
             return False
         with self._counting:
@@ -116,13 +116,13 @@ class ModelMemory:
         return True
 
     def most_beside(self) -> int | None:
-        """How many bytes there could ever be beside the weights; None where nothing limits them."""
+        """The most bytes that could ever be free beside the weights; None for no limit."""
         most = self.account.most(self._device)
         return None if most is None else max(0, most - self._weights.get(self._device, 0) - self._copied)
 
     @property
     def sizes(self) -> Sizes:
-        """How much memory the model takes at this moment."""
+        """How much memory the model takes now."""
         with self._counting:
             weights, kv, copied = dict(self._weights), dict(self._kv), self._copied + self._own
         devices = {**weights, self._device: weights.get(self._device, 0) + copied}
@@ -138,12 +138,11 @@ class ModelMemory:
 
     @property
     def expected_back(self) -> int:
-        """Bytes that the system should have back once the model is closed: what was promised and never used is there
-        now."""
+        """Bytes that a close should give back to the system: promised bytes that were never used do not count."""
         return self.sizes.total - self.unwritten()
 
     def forget(self) -> None:
-        """Note that the weights have gone."""
+        """Records that the weights are gone."""
         self.unwritten = lambda: 0
         with self._counting:
             self._weights = {}
@@ -163,11 +162,11 @@ class ModelMemory:
 
 
 def detach(model: Any, cancellation: Cancellation = NEVER) -> None:
-    """Copy weights that lie in a mapped file into memory of their own.
+    """Copies weights that lie in a mapped file into memory of their own.
 
-    Mapped, a load takes next to no time; but a file that another program overwrites in place would take the whole
-    process with it, and its pages would count for no one. Tensors are changed one by one, and what computes meanwhile
-    is not disturbed.
+    With a mapped file a load takes almost no time, but a program that overwrites the file in place would crash the
+    process, and its pages would count for no model. Tensors are replaced one by one, so a computation that runs
+    meanwhile is not disturbed.
 
     Raises:
         Cancelled: by `cancellation`.
@@ -189,7 +188,7 @@ def detach(model: Any, cancellation: Cancellation = NEVER) -> None:
 
 
 def free() -> None:
-    """Give unused memory back: models and pipelines refer to each other in circles, and allocators keep memory."""
+    """Gives unused memory back: models and pipelines are reference cycles, and allocators keep memory."""
     gc.collect()
     with suppress(torch.AcceleratorError):  # a device that has failed gives its memory back when the process ends
         if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""How far a long piece of work is: written by whoever does it, watched and cancelled by any number of others.
+"""The progress of a long piece of work: one thread writes it, any number of threads watch and cancel it.
 
-Standard library only. Any thread may call anything here. Phases are told in order; bytes are those of the phase. Speed
-is a running mean over the last seconds, so that time left follows what the network does.
+Standard library only. Any thread may call anything here. Phases come in order; bytes count within a phase. Speed is a
+mean over the last seconds, so that the remaining time follows the network.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .errors import Cancelled
 Phase = Literal["waiting", "download", "read", "convert", "ready", "failed", "cancelled"]
 
 _ENDS = ("ready", "failed", "cancelled")
-_WINDOW = 5.0  # seconds that the speed is a mean of
+_WINDOW = 5.0  # seconds over which the speed is averaged
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """How far it is at one moment. `total` is None while it is not known; speed is in bytes a second."""
+    """The progress at one moment. `total` is None until it is known; `speed` is in bytes per second."""
 
     phase: Phase
     done: int
@@ -35,13 +35,13 @@ class Moment:
 
     @property
     def fraction(self) -> float | None:
-        """The part of the phase that is done, 0 to 1."""
+        """The completed part of the phase, 0 to 1."""
         if self.phase == "ready":
             return 1.0
         return None if not self.total else min(1.0, self.done / self.total)
 
     def to_dict(self) -> dict[str, object]:
-        """As the API shows it."""
+        """Returns the fields that the API shows."""
         fraction, left = self.fraction, self.seconds_left
         return {
             "phase": self.phase,
@@ -56,7 +56,7 @@ class Moment:
 
 
 class Progress:
-    """One piece of work; its `cancellation` is what it is cancelled by."""
+    """The progress of one piece of work; its `cancellation` cancels the work."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -67,13 +67,13 @@ class Progress:
         self._error: str | None = None
         self._version = 0
         self.cancellation = Cancellation()
-        self._seen: deque[tuple[float, int]] = deque()  # times and bytes that arrived then
-        self._begun: list[tuple[int, Moment]] = []  # each phase as it began, and the version then
+        self._seen: deque[tuple[float, int]] = deque()  # times, and the bytes that arrived then
+        self._begun: list[tuple[int, Moment]] = []  # the start of each phase, and the version then
 
-    # Whoever works ---------------------------------------------------------------------------------------------------
+    # For the worker ---------------------------------------------------------------------------------------------------
 
     def begin(self, phase: Phase, total: int | None = None, done: int = 0) -> None:
-        """Begin a phase of `total` bytes, of which `done` are there already."""
+        """Begins a phase of `total` bytes, of which `done` are complete already."""
         with self._changed:
             if self._phase in _ENDS:
                 return
@@ -84,24 +84,24 @@ class Progress:
             self._begun.append((self._version, self._moment()))
 
     def expect(self, total: int, done: int = 0) -> None:
-        """Say how many bytes the phase has, now that it is known."""
+        """Sets the phase's number of bytes, once it is known."""
         with self._changed:
             if self._phase not in _ENDS:
                 self._total, self._done = total, done
                 self._note()
 
     def at(self, file: str) -> None:
-        """Say which file is worked on."""
+        """Sets the file that is worked on."""
         with self._changed:
             if self._phase not in _ENDS:
                 self._file = file
                 self._note()
 
     def advance(self, count: int) -> None:
-        """Note `count` more bytes; fewer where it is negative, as some have to come again.
+        """Counts `count` more bytes; a negative number where some must be read again.
 
         Raises:
-            Cancelled: nobody wants the work any more.
+            Cancelled: the work is cancelled.
         """
         now = time.monotonic()
         with self._changed:
@@ -114,12 +114,12 @@ class Progress:
         self.check()
 
     def check(self) -> None:
-        """Raise Cancelled if nobody wants the work any more."""
+        """Raises Cancelled if the work is cancelled."""
         if self.cancellation.cancelled:
             raise Cancelled("The download was cancelled")
 
     def end(self, phase: Phase, error: str | None = None) -> None:
-        """Say that it is over, and how."""
+        """Ends the work in this phase."""
         with self._changed:
             if self._phase not in _ENDS:
                 self._phase, self._error = phase, error
@@ -131,36 +131,38 @@ class Progress:
         self._changed.notify_all()
 
     def part(self) -> Progress:
-        """The progress of a further part of the same phase, whose bytes are added to those that are told already."""
+        """The progress of a further part of the same phase; its bytes are added to those counted before."""
         return _Part(self)
 
-    # Whoever watches -------------------------------------------------------------------------------------------------
+    # For watchers -----------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Have it given up at the next opportunity, and tell the watchers."""
+        """Cancels the work at its next check, and notifies the watchers."""
         with self._changed:
             self.cancellation.cancel()
             self._note()
 
     @property
     def over(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the work has ended."""
         return self._phase in _ENDS
 
     def now(self) -> Moment:
-        """How far it is."""
+        """The current progress."""
         with self._changed:
             return self._moment()
 
     def wait(self, version: int, seconds: float) -> tuple[int, Moment]:
-        """The next state after `version` (begin with -1), or the present one if nothing changes for `seconds`."""
+        """The next state after `version` (begin with -1), or the current one if nothing changes for `seconds`."""
         with self._changed:
             self._changed.wait_for(lambda: self._version != version, seconds)
             return self._version, self._moment()
 
     def since(self, version: int) -> tuple[int, list[Moment]]:
-        """What is new after `version` (begin with -1): phases that are over by now, as they began, and the present
-        state, with its version. Nothing where nothing has changed."""
+        """What changed after `version` (begin with -1), with the current version.
+
+        The moments are the starts of phases that have ended since, and the current state; none if nothing changed.
+        """
         with self._changed:
             if version == self._version:
                 return version, []
@@ -178,7 +180,7 @@ class Progress:
 
 
 class _Part(Progress):
-    """A part of a phase: it is told to the whole, on top of what was told before."""
+    """A part of a phase: it reports to the whole, on top of what was counted before."""
 
     def __init__(self, whole: Progress) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The seam between those that ask and what computes: a model in memory, as requests see it.
+"""The seam between requests and models: a model in memory, as requests see it.
 
-`model.LoadedModel` is one; a replica on another machine may be another. Any thread may call it.
+`model.LoadedModel` implements it; a replica on another machine could too. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from .types import ChatTraits, GenerationRequest
 
 
 class ServedModel(Protocol):
-    """A model that is kept in memory for as long as it is leased. Values of `Any` are JSON's."""
+    """A model that stays in memory while it is leased. Values of type `Any` are JSON."""
 
     @property
     def pools(self) -> bool:
-        """Whether it embeds texts in a way of its own."""
+        """Whether the model embeds texts with a pooling of its own."""
 
     @property
     def prompts(self) -> Mapping[str, str]:
-        """The texts that it puts before what it embeds, by their names."""
+        """The texts that the model puts before texts it embeds, by name."""
 
     @property
     def chat(self) -> ChatTraits:
-        """How it lays chats out."""
+        """How the model lays chats out."""
 
     @property
     def own_parameters(self) -> Mapping[str, Any]:
-        """What its generation config says of drawing tokens."""
+        """The sampling parameters in the model's generation config."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
+        """Decodes tokens to text, special tokens included."""
 
     def encode(self, text: str, cancellation: Cancellation = ...) -> list[int]:
-        """The tokens of a text, with the special ones that its tokenizer adds."""
+        """Tokenizes a text, with the special tokens that the tokenizer adds."""
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text is, without special ones."""
+        """Counts a text's tokens, without special ones."""
 
     def count_prompt(self, request: GenerationRequest, cancellation: Cancellation = ...) -> int:
-        """How many tokens the prompt of a generation is, special ones included."""
+        """Counts the tokens of a generation's prompt, special ones included."""
 
     def generate(self, request: GenerationRequest, cancellation: Cancellation = ...) -> Ticket:
-        """Queue a generation, which is given up by `cancellation`, or when its ticket is cancelled."""
+        """Queues a generation; `cancellation`, or a cancel of the ticket, ends it."""
 
     def run(
         self,
@@ -55,4 +55,4 @@ class ServedModel(Protocol):
         cancellation: Cancellation = ...,
         adapter: str | None = None,
     ) -> Any:
-        """Run a task and return its result as JSON values."""
+        """Runs a task and returns its result as JSON values."""

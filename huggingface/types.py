@@ -1,7 +1,7 @@
 """The plain data that folders pass to each other.
 
-Frozen dataclasses of JSON-like values: safe to share between threads, free of HTTP, torch and pydantic.
-Standard library only, so that anyone may import it.
+Frozen dataclasses of JSON-like values: safe to share between threads, free of HTTP, torch and pydantic. Standard
+library only, so that any module may import it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, Literal, get_args
 
 
 def timestamp() -> str:
-    """The present as the API writes it: ISO 8601, UTC, microseconds, no offset (`2025-06-26T21:45:00.000000`)."""
+    """The current time as the API writes it: ISO 8601, UTC, microseconds, no offset (`2025-06-26T21:45:00.000000`)."""
     return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
 Backend = Literal["openvino", "torch"]
-# What computes models, in the order in which `auto` asks.
+# The backends, in the order in which `auto` tries them.
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How models are brought into memory: from where, onto what, and what code their files may run.
+    """How models are loaded: from where, onto which device, and what code their files may run.
 
-    `backend` computes them where neither their record nor the load names one: a name of `BACKENDS`, or `auto`.
+    `backend` (a name in `BACKENDS`, or `auto`) computes models where neither their record nor the load names one.
     """
 
     models_dir: Path
@@ -44,9 +44,9 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and made, counted by the model's own tokenizer (special tokens included).
+    """Tokens read and generated, counted by the model's own tokenizer (special tokens included).
 
-    `cached_tokens` are those of the prompt that were in the KV cache already.
+    `cached_tokens` are the prompt's tokens that were in the KV cache already.
     """
 
     prompt_tokens: int
@@ -56,9 +56,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a request went, in seconds from its arrival at the model.
+    """Where the time of a request went, in seconds since the model received it.
 
-    `tokens_per_second` is from the end of its wait in the queue to its end.
+    `tokens_per_second` counts from the end of its wait in the queue to its end.
     """
 
     queue: float
@@ -68,7 +68,7 @@ class Timings:
 
     @classmethod
     def of(cls, submitted: float, started: float, first: float, ended: float, tokens: int) -> Timings:
-        """From four readings of `time.monotonic`, and how many tokens were made."""
+        """Computes the timings from four readings of `time.monotonic` and the number of generated tokens."""
         rate = tokens / max(ended - started, 1e-6)
         return cls(
             round(started - submitted, 6), round(first - submitted, 6), round(ended - submitted, 6), round(rate, 3)
@@ -77,10 +77,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a text must be, whole: `value` is a JSON schema, a regular expression, a list of choices or a Lark grammar.
+    """The form of a whole text: `value` is a JSON schema, a regular expression, a list of choices or a Lark grammar.
 
-    `json_object` is any JSON object; its value is not looked at. Grammars are in llguidance's dialect of Lark, or, with
-    JSON in them, an object of `chat.grammar`.
+    `json_object` allows any JSON object and ignores `value`. A grammar is in llguidance's dialect of Lark or, with JSON
+    in it, an object of `chat.grammar`.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -89,17 +89,22 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What to generate from, and how: exactly one of `prompt`, `tokens` and `messages`, and the effective parameters.
+    """A prompt (exactly one of `prompt`, `tokens` and `messages`), and the effective parameters.
 
-    `tokens` are a prompt's token ids. `template` are further variables of the chat template (`tools` among them).
-    `streams` tells whether text is wanted as it is made; else the last chunk holds all of it. `fills` asks for as many
-    tokens as there is room for, where the parameters set no limit. `logprobs` is how many alternatives of each token
-    are to be named with it, None for no tokens at all; `prompt_logprobs` asks for those of the prompt too. `constraint`
-    is what the text has to be, or a function that tells it from the end of the prompt as the chat template has laid it
-    out. `special_tokens` are left in the text, other special tokens are not. `adapter` names one of the model's, None
-    is the model itself. `turn` says what follows the last of the messages: the assistant's `new` turn, what was left
-    out of the last message (`continued`), or `none` of both; None is `continued` behind the assistant's words, else
-    `new`. `fallbacks` are the same messages laid out otherwise, for a template that refuses them or leaves `told` out.
+    Attributes:
+        tokens: the prompt's token ids.
+        template: further variables of the chat template, `tools` among them.
+        streams: text is delivered as it is generated; otherwise the last chunk holds all of it.
+        fills: where the parameters set no limit, generates as many tokens as there is room for.
+        logprobs: how many alternatives each token is reported with; None reports no tokens.
+        prompt_logprobs: the prompt's tokens are reported too.
+        constraint: the text's form, or a function that returns it, given the end of the prompt that the chat template
+            laid out.
+        special_tokens: these special tokens stay in the text, others do not.
+        adapter: one of the model's adapters; None for the model itself.
+        turn: what follows the last message: the assistant's `new` turn, the rest of the last message (`continued`), or
+            `none` of both. None means `continued` after an assistant's message, else `new`.
+        fallbacks: the same messages laid out otherwise, for a template that refuses them or leaves `told` out.
     """
 
     parameters: Mapping[str, Any]
@@ -121,9 +126,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChatTraits:
-    """How a model lays chats out: its template, or several by name, and the tokens that were added to its vocabulary by
-    their texts; `special_tokens` are those that are left out of texts. `response_template` is the tokenizer's own
-    description of its model's answers, in transformers' words.
+    """How a model lays chats out.
+
+    `template` is its chat template, or several by name. `added_tokens` are the ids of tokens added to its vocabulary,
+    by text; `special_tokens` are those that texts leave out. `response_template` is the tokenizer's own description of
+    its model's answers, in transformers' words.
     """
 
     template: str | Mapping[str, str] | None
@@ -134,10 +141,10 @@ class ChatTraits:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token and how likely the model found it, before any parameter of the request changed that.
+    """A token and how likely the model found it, before the request's parameters changed that.
 
-    `text` is what it alone stands for, `raw` its bytes (a part of a character, it may be). `logprob` is the natural
-    logarithm of its probability, None for the first one of a prompt. `top` are the likeliest tokens in its place.
+    `text` is the token's text, `raw` its bytes (which may be a part of a character). `logprob` is the natural logarithm
+    of its probability, None for a prompt's first token. `top` are the likeliest tokens in its place.
     """
 
     id: int
@@ -150,13 +157,18 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of generated text; the last one of a sequence carries why it ended and the whole text, and the last one
-    of a request the counts, the times and what was in effect.
+    """A piece of generated text.
 
-    `index` tells which of several returned sequences the text belongs to. `so_far` counts up to a piece that is not the
-    last. `parameters` are the request's, as far as the
-    model has room for them. `tokens` are those made since the chunk before, `prompt` those of the prompt, in the first
-    chunk; both only where the request asks for them. `stop` is the stop string that ended the sequence, if one did.
+    A sequence's last chunk has its `finish_reason` and the `whole` text; a request's last chunk has the counts, the
+    times and the effective parameters.
+
+    Attributes:
+        index: which of several returned sequences the text belongs to.
+        so_far: the counts up to a chunk that is not the last.
+        parameters: the request's, as far as the model has room for them.
+        tokens: those generated since the chunk before, if the request asks for them.
+        prompt: the prompt's tokens, in the first chunk, if the request asks for them.
+        stop: the stop string that ended the sequence, if one did.
     """
 
     text: str
@@ -174,9 +186,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How much a model's engine may take on: sequences in one batch, requests that wait, and bytes of KV cache.
+    """The limits of a model's engine: sequences in one batch, requests that wait, and bytes of KV cache.
 
-    `findings` are what the engines of this server have found out about this machine, so that it is found out once.
+    `findings` are what the engines of this server have measured on this machine, so that each thing is measured once.
     """
 
     max_batch: int = 64
@@ -185,14 +197,16 @@ class EngineOptions:
     findings: MutableMapping[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-# The part of a model's memory that comes and goes with its work, noted before it is taken, bit by bit.
+# The part of a model's memory that grows and shrinks with its work, recorded bit by bit before it is allocated.
 PASSING = "generation"
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many bytes a model in memory takes: its weights, copies of some of them that lie as products want them, and
-    its KV cache; `peak` is the most that these were together. `devices` are the bytes by device.
+    """How many bytes a model in memory takes.
+
+    `copies` are weights held a second time, in a layout that makes products faster. `peak` is the most that weights,
+    copies and KV cache were together. `devices` are the bytes by device.
     """
 
     weights: int
@@ -203,15 +217,16 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The bytes of weights, copies and KV cache together."""
         return self.weights + self.copies + self.kv_cache
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a load would take, in bytes, told from config and headers: its weights, copies of some of them, and the KV
-    cache that the first generations take. `token_bytes` is the KV cache of one token. `devices` are the bytes by
-    device. `conversion` is what another process takes besides, for a while, to convert the model.
+    """The bytes that a load would take, computed from config and headers.
+
+    `kv_cache` is what the first generations take, `token_bytes` the KV cache of one token. `devices` are the bytes by
+    device. `conversion` is what a second process takes meanwhile to convert the model.
     """
 
     weights: int
@@ -227,16 +242,15 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The bytes of weights, copies and KV cache together."""
         return self.weights + self.copies + self.kv_cache
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What a backend lacks for a model, and what is made while another one answers.
+    """What a backend lacks for a model, and makes while another backend answers.
 
-    `key` tells it from any other; `size` gives the bytes that making it takes for a while, for a model of so many
-    numbers.
+    `key` identifies it; `size` computes the bytes that making it takes, from the model's number of parameters.
     """
 
     backend: str
@@ -246,8 +260,10 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Whether a load would succeed: its estimate, the bytes that are to be had on each device now and at most, and the
-    models that would go for it. `possible` tells whether it could ever fit.
+    """Whether a load would succeed: its estimate, the bytes that are available on each device and their limits.
+
+    `fits` says whether the load succeeds now, `possible` whether it could ever. `evicts` are the models that it would
+    evict.
     """
 
     estimate: Estimate
@@ -260,7 +276,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """What came of an unload: whether the model was there, the bytes that it had, and those that came back."""
+    """The result of an unload: whether the model was loaded, the bytes that it had, and the bytes that came back."""
 
     was_loaded: bool
     bytes: int
@@ -269,9 +285,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What an engine is doing. `mode` is `batched`, or `one at a time` with the `reason` why; None while it is being
-    found out.
-    """
+    """What an engine is doing. `mode` is `batched`, or `one at a time` with its `reason`; None until it is known."""
 
     state: Literal["starting", "running", "failed"]
     mode: Literal["batched", "one at a time"] | None

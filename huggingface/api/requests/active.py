@@ -1,7 +1,7 @@
-"""The requests that wait or run: who they are, how far they are, and giving them up.
+"""The active requests: which they are, how far they are, and their cancellation.
 
-One `Requests` an app. A request is given up for one of three reasons: its client has hung up, its own timeout ran out,
-or somebody cancelled it by its id. Its work asks its `cancellation`. Any thread; must not know models or tensors.
+One `Requests` per app. A request is cancelled for one of three reasons: its client disconnects, its own timeout runs
+out, or its id is cancelled. Its work checks its `cancellation`. Any thread; must not know models or tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class InFlight:
         stream: bool = False,
         used: Callable[[], None] = lambda: None,
     ) -> None:
-        """The deadline of `cancellation` is in `timeout` seconds. `used` is called when all chunks are made."""
+        """The deadline of `cancellation` is in `timeout` seconds. `used` is called after the last chunk."""
         self.request_id = secrets.token_hex(8)
         self._about = {"client_request_id": client_id, "model_id": model_id, "task": task, "stream": stream}
         self.cancellation = cancellation
@@ -47,7 +47,7 @@ class InFlight:
         self.failure: Exception | None = None  # the error that ended its chunks
 
     def cancel(self) -> None:
-        """Give it up; its work notices at the next step."""
+        """Cancels the request; its work ends at the next step."""
         self._cancelled = True
         self.cancellation.cancel()
 

@@ -18,7 +18,7 @@ from .services import admitted, services
 
 
 def client_cancellation(timeout: float | None = None) -> Cancellation:
-    """What cancels the work for the present request: its client hangs up, or its `timeout` in seconds runs out."""
+    """The `Cancellation` of the present request: its client disconnects, or its `timeout` in seconds runs out."""
     deadline = None if timeout is None else time.monotonic() + timeout
     return Cancellation(request.environ.get("waitress.client_disconnected"), deadline=deadline)
 

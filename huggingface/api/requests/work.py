@@ -42,7 +42,7 @@ class Followed(Protocol):
 
 
 class Work:
-    """Work that one request waits for: it begins with the block, and is given up where the block ends before it."""
+    """Work that one request waits for. It begins with the block; if the block ends first, the work is cancelled."""
 
     def __init__(self, work: Callable[[Cancellation, Callable[[Progress], None]], dict[str, Any]]) -> None:
         """`work` gets what cancels it, and a function to call with its progress."""
