@@ -1,7 +1,7 @@
-"""What can be asked of a model: the tasks, the model types, and which kind of model (head) each needs.
+"""The tasks, the model types, and the kind of model (head) that each task needs.
 
-Owns the names and nothing that runs; frozen tables, read from any thread. Must not know pydantic, HTTP, torch or
-transformers: whoever validates a request or describes a model imports this without paying for them.
+Names and tables only, nothing that runs; any thread may read them. Must not know pydantic, HTTP, torch or transformers:
+validation and model descriptions import this module, so it must stay cheap.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ HEADS: tuple[Head, ...] = get_args(Head)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing that a model can be asked.
+    """One task of a model.
 
-    `heads` are those that can always do it. `generates` tells whether it writes text token by token and so takes the
-    generation parameters; `aliases` are other names that mean the same.
+    `heads` are those that can always do it. `generates`: the task writes text token by token and so takes the
+    generation parameters. `aliases` are other names with the same meaning.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ModelType:
-    """What a record's `model_type` may be: its own `task`, and the `heads` to load it with, the likeliest first."""
+    """A value of a record's `model_type`: its own `task`, and the `heads` to load it with, the likeliest first."""
 
     name: str
     task: str
@@ -72,8 +72,8 @@ TASKS: Mapping[str, Task] = _table(
     ),
     Task("token-classification", ("token-classification",), "Label the tokens of a text.", aliases=("ner",)),
     Task("zero-shot-classification", ("sequence-classification",), "Sort a text into labels of your own."),
-    # Of encoder-decoder models only some can, those that make the decoder's input from the encoder's (BART does), and
-    # those that read tables do not read text. What one model can do beyond this table, its TaskRunner knows.
+    # Only some encoder-decoder models can: those that make the decoder's input from the encoder's (BART does). Models
+    # for tables do not read text. A model's TaskRunner knows what this model can do beyond the table.
     Task(
         "feature-extraction",
         tuple(head for head in HEADS if head not in ("seq2seq-lm", "table-question-answering")),
@@ -91,10 +91,10 @@ _TRANSLATION = re.compile(r"translation_[^_\s]+_to_[^_\s]+")
 
 
 def canonical_task(task: str) -> str:
-    """The name in `TASKS` that `task` stands for: itself, that of an alias, or `translation` (`translation_en_to_fr`).
+    """The name in `TASKS` for `task`: itself, an alias's task, or `translation` (for `translation_en_to_fr`).
 
     Raises:
-        InvalidRequest: on `task`, with the names that there are.
+        InvalidRequest: the task is unknown; the message lists the known names.
     """
     if task in _NAMES:
         return _NAMES[task]
@@ -117,7 +117,7 @@ def _types() -> Mapping[str, ModelType]:
     }
     chat = ModelType("conversational", "text-generation", ("causal-lm", "seq2seq-lm"), "Hold a conversation.")
     types[chat.name] = chat
-    # A model registered for its hidden states is loaded bare: any other head would be weights that are never used.
+    # A model registered for its hidden states is loaded without a head, whose weights would never be used.
     bare = types["feature-extraction"]
     types[bare.name] = ModelType(bare.name, bare.task, ("base",), bare.summary)
     return MappingProxyType(types)

@@ -1,7 +1,7 @@
-"""Micro-batching across callers: who is served next, and which rows of which calls share a forward pass.
+"""Micro-batching across calls: which call is served next, and which rows of which calls share a forward pass.
 
-`submit`, `close`, `pending` and a TaskCall may be used from any thread; `step`, and all that it calls, on the model's
-engine thread only, where tokenizers and tensors are. Must not know torch, nor what a task is: a `Work` knows.
+`submit`, `close`, `pending` and a TaskCall may be used from any thread; `step` and all that it calls only on the
+model's engine thread, which owns tokenizers and tensors. Must not know torch, or what a task is: a `Work` knows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..cancellation import Cancellation
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, no_panics
 from .padded_batch import Lane, Outputs, Tensors, token_count
 
-# How many rows a step prepares, over all calls; and how many of one call may be waiting for their batch: enough to sort
-# them by length, and no more memory than that, however long the list is.
+# How many rows a step prepares over all calls, and how many rows of one call may wait for their batch: enough to sort
+# them by length, with bounded memory for any length of list.
 _PORTION = 128
 _AHEAD = 2048
 
 
 class TaskCall:
-    """A call that was submitted, for any thread to wait for or to cancel.
+    """A submitted call; any thread may wait for it or cancel it.
 
-    `future` gives the result as JSON values, or the LocalLLMError why there is none.
+    `future` has the result as JSON values, or a LocalLLMError.
     """
 
     __slots__ = ("future",)
@@ -36,15 +36,16 @@ class TaskCall:
         self.future: Future[Any] = Future()
 
     def cancel(self) -> None:
-        """Give it up, unless it is done: the result is `Cancelled` at once, and no further batch is computed for it."""
+        """Cancels the call unless it is done: it fails with `Cancelled` at once, and no further batch is computed for
+        it."""
         self.settle(error=Cancelled())
 
     def done(self) -> bool:
-        """Whether it has a result, or an error."""
+        """Whether the call has a result or an error."""
         return self.future.done()
 
     def settle(self, value: Any = None, error: BaseException | None = None) -> None:
-        """Give it its result or its error, unless it has one already. For the batcher."""
+        """Sets the call's result or error, unless it has one. For the batcher."""
         with suppress(InvalidStateError):
             if error is None:
                 self.future.set_result(value)
@@ -52,13 +53,13 @@ class TaskCall:
                 self.future.set_exception(error)
 
     def when_done(self, tell: Callable[[TaskCall], None]) -> None:
-        """Have `tell` called, on whichever thread settles the call. For the batcher."""
+        """Calls `tell` on the thread that settles the call. For the batcher."""
         self.future.add_done_callback(lambda _: tell(self))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a call asks for; `cancellation` is asked on the engine's thread."""
+    """What a call asks for; the engine's thread checks `cancellation`."""
 
     task: str
     inputs: Any
@@ -67,32 +68,32 @@ class Request:
 
 
 class Work(Protocol):
-    """A call that can be batched, as its task reads it: `count` inputs, each of them one or more rows for the model."""
+    """A batched call, as its task reads it: `count` inputs, each of one or more rows for the model."""
 
     lane: Lane
     count: int
 
     def rows(self, index: int) -> Iterator[tuple[Tensors, Any]]:
-        """The rows of one input, made as they are asked for, each with what `answer` must know of it."""
+        """The rows of one input, made on demand, each with what `answer` needs beside the outputs."""
 
     def answer(self, rows: Sequence[tuple[Any, Outputs]]) -> Any:
-        """The answer to one input in JSON values: from what was known of its rows, and the model's outputs for them."""
+        """The answer to one input in JSON values, from each row's known part and the model's outputs."""
 
     def whole(self, answers: list[Any]) -> Any:
-        """The call's result, from the answers to all inputs in their order."""
+        """The call's result, from the answers to all inputs in order."""
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """What an error of the model on a row of so many tokens means; `error` itself, if no more is known."""
+        """The meaning of the model's error on a row of so many tokens; `error` itself if unknown."""
 
 
 class _Input:
-    """One input of a call, on its way through the model."""
+    """One input of a call while it is computed."""
 
     __slots__ = ("computed", "index", "outputs", "prepared")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.outputs: list[Any] = []  # (known, outputs) of each row; None until it was computed
+        self.outputs: list[Any] = []  # (known, outputs) of each row; None until the row is computed
         self.computed = 0
         self.prepared = False  # whether all of its rows are known
 
@@ -102,7 +103,7 @@ class _Input:
 
 
 class _Row:
-    """A row that waits for its forward pass. Rows go together if lane and kind are the same; None goes alone."""
+    """A row that waits for its forward pass. Rows of one lane and one kind share a pass; kind None goes alone."""
 
     __slots__ = ("input", "job", "kind", "known", "length", "place", "tensors")
 
@@ -115,14 +116,14 @@ class _Row:
 
 
 class _Job:
-    """A call on the engine's side; one that can only be done whole."""
+    """A call on the engine's side that is computed whole."""
 
     def __init__(self, call: TaskCall, request: Request) -> None:
         self.call, self.request = call, request
 
 
 class _Batched(_Job):
-    """A call that is done in batches: the rows it waits for, and the answers it has."""
+    """A call that is computed in batches: the rows that wait, and the answers so far."""
 
     def __init__(self, call: TaskCall, request: Request, work: Work) -> None:
         super().__init__(call, request)
@@ -135,12 +136,12 @@ class _Batched(_Job):
 
     @property
     def left(self) -> int:
-        """How much is left to do: in rows, and in inputs where the rows are not known yet."""
+        """The work left: rows, and inputs whose rows are not known yet."""
         return len(self.ready) + self._unprepared
 
     @property
     def preparing(self) -> bool:
-        """Whether it should have more rows before it is sorted by length."""
+        """Whether more rows should be prepared before they are sorted by length."""
         return self._unprepared > 0 and len(self.ready) < _AHEAD
 
     @property
@@ -151,7 +152,7 @@ class _Batched(_Job):
         return self.work.whole(self._answers)
 
     def prepare(self, count: int) -> None:
-        """Make up to `count` more rows ready, asking before each whether to go on."""
+        """Prepares up to `count` more rows, and checks the cancellation before each."""
         for _ in range(count):
             self.request.cancellation.check()
             row = next(self._source, None)
@@ -169,7 +170,7 @@ class _Batched(_Job):
             self._answer(source)
 
     def deliver(self, row: _Row, outputs: Outputs) -> None:
-        """Take a row's outputs, and answer its input if it was the last."""
+        """Takes a row's outputs, and answers its input if the row was its last."""
         row.input.outputs[row.place] = (row.known, outputs)
         row.input.computed += 1
         self._answer(row.input)
@@ -181,7 +182,7 @@ class _Batched(_Job):
 
 
 class Batcher:
-    """The calls that wait for one model, and the next thing to do for them."""
+    """The calls that wait for one model, and the choice of the next piece of work."""
 
     def __init__(
         self,
@@ -191,22 +192,21 @@ class Batcher:
         explain: Callable[[Request, Exception], LocalLLMError],
         finished: Callable[[Request], None],
     ) -> None:
-        """`begin` reads a call, or returns None if it can only be done `whole`, in one step; both raise what they
-        refuse. `explain` tells what any other error means to the caller. `finished` is told before the caller is.
-        """
+        """`begin` reads a call, or returns None if it can only be computed `whole`, in one step; both raise refusals.
+        `explain` turns any other error into the caller's. `finished` is called before the caller gets the result."""
         self._begin, self._whole, self._explain, self._finished = begin, whole, explain, finished
         self._lock = threading.Lock()
         self._closed = False
         self._calls: set[TaskCall] = set()
         self._submitted: list[tuple[TaskCall, Request]] = []
-        # From here on the engine's own. The jobs stand in the order of their turns.
+        # Only the engine's thread uses the rest. The jobs stand in the order of their turns.
         self._jobs: list[_Job] = []
         self._nearly_done_first = False
 
     # From any thread --------------------------------------------------------------------------------------------------
 
     def submit(self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation) -> TaskCall:
-        """Queue a call; see `TaskRunner.submit`."""
+        """Queues a call; see `TaskRunner.submit`."""
         call = TaskCall()
         request = Request(task, inputs, parameters, cancellation.child(call.done))
         with self._lock:
@@ -230,14 +230,14 @@ class Batcher:
             return len(self._calls)
 
     def fail(self, error: LocalLLMError) -> None:
-        """Have all calls that are there fail with this error."""
+        """Fails all present calls with this error."""
         with self._lock:
             calls = list(self._calls)
         for call in calls:
             call.settle(error=error)
 
     def close(self) -> None:
-        """Cancel all calls, those to come included."""
+        """Cancels all calls, and those submitted later."""
         with self._lock:
             self._closed = True
             calls = list(self._calls)
@@ -247,10 +247,10 @@ class Batcher:
     # On the engine's thread -------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Do the next piece of work: prepare some rows, and compute one batch or one whole call. Whether more waits.
+        """Prepares some rows, and computes one batch or one whole call; returns whether more work waits.
 
         Raises:
-            EngineFailed: the device failed, and does so from now on.
+            EngineFailed: the device failed, and will keep failing.
         """
         self._admit()
         self._drop()
@@ -273,16 +273,16 @@ class Batcher:
                 job = _Job(call, request) if work is None else _Batched(call, request, work)
                 self._jobs.append(job)
                 if isinstance(job, _Batched):
-                    self._conclude(job)  # one without any input has its result
-            except Exception as error:  # noqa: BLE001 - it is raised again where the result is read
+                    self._conclude(job)  # a call without inputs has its result
+            except Exception as error:  # noqa: BLE001 - raised again where the result is read
                 self._fail(_Job(call, request), error)
 
     def _drop(self) -> None:
-        """Let go of calls that are done or given up, and of all their rows."""
+        """Drops calls that are done or cancelled, with all their rows."""
         for job in self._jobs:
             try:
                 cancelled = job.request.cancellation.cancelled
-            except Exception as error:  # noqa: BLE001 - whoever can't be asked is not there
+            except Exception as error:  # noqa: BLE001 - a probe that fails means that the client is gone
                 self._fail(job, error)
             else:
                 if cancelled:
@@ -305,10 +305,10 @@ class Batcher:
         self._sweep()
 
     def _next(self) -> _Job | None:
-        """Whose turn it is; nobody's, as long as all still prepare.
+        """The call whose turn it is; None while all calls still prepare rows.
 
-        Turns are taken in order, and every other one goes to the call with the least left to do: a short one that comes
-        while long ones run is in one of the next two batches, and the long ones still get half of them.
+        Turns go in order, but every other turn goes to the call with the least work left: a short call that comes while
+        long ones run is in one of the next two batches, and the long ones still get half of them.
         """
         able = [job for job in self._jobs if not isinstance(job, _Batched) or job.ready]
         batched = [job for job in able if isinstance(job, _Batched)]
@@ -322,7 +322,7 @@ class Batcher:
         return able[0]
 
     def _batch(self, first: _Row) -> list[_Row]:
-        """The rows to compute together with `first`: of all calls, those that are nearest to its length."""
+        """The rows to compute together with `first`: those of all calls that are nearest to its length."""
         lane = first.job.work.lane
         rows = [
             row
@@ -372,10 +372,10 @@ class Batcher:
             self._conclude(row.job)
 
     def _again(self, rows: list[_Row], error: Exception) -> None:
-        """After a forward pass failed: the end of the call, if it was for one row; else the rows go alone."""
+        """Handles a failed forward pass: the end of the call if it had one row; otherwise the rows run alone."""
         first = rows[0]
         lane = first.job.work.lane
-        traceback.clear_frames(error.__traceback__)  # they hold what the model had computed
+        traceback.clear_frames(error.__traceback__)  # the frames hold what the model has computed
         if len(rows) == 1:
             lane.excuse()
             self._fail(first.job, first.job.work.blame(error, first.length))
@@ -398,7 +398,7 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(job, error)
         except BaseException as error:
-            job.call.settle(error=error)  # whoever waits must not wait for ever
+            job.call.settle(error=error)  # a waiting thread must not wait for ever
             raise
         else:
             job.call.settle(value)

@@ -1,8 +1,8 @@
-"""The pieces in which a question-answering model reads a long context, and the way back from tokens to characters.
+"""Cuts a question-answering model's long context into pieces, and maps tokens back to characters.
 
-Two ways, as transformers 4.57.6 had: by the characters that a fast tokenizer keeps for each token, and by words for
-tokenizers written in Python. Called on the model's worker thread, the only one that may use the tokenizer meanwhile.
-Must not know models, scores or JSON.
+In two ways, as transformers 4.57.6: by the characters that a fast tokenizer keeps for each token, and by words for
+tokenizers written in Python. Called on the engine's thread, which alone uses the tokenizer meanwhile. Must not know
+models, scores or JSON.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# What separates words for 4.57.6's SquadExample: not everything that `str.split` would.
+# Word separators of 4.57.6's SquadExample: not all that `str.split` uses.
 _SPACES = " \t\r\n\u202f"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The task's parameters with 4.57.6's defaults; `None` means: worked out from the tokenizer."""
+    """The task's parameters with 4.57.6's defaults; None: derived from the tokenizer."""
 
     top_k: int = 1
     max_answer_len: int = 15
@@ -37,7 +37,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question about one context; `field` is where it stands in the request."""
+    """One question about one context; `field` is its place in the request."""
 
     field: str
     question: str
@@ -48,9 +48,13 @@ class Example:
 class Piece:
     """A part of the context together with the question, as the model reads it.
 
-    `tensors`: the model's inputs, (1, length) each, on the CPU. `closed`: (1, length), 1 where no answer may begin or
-    end. `attention`: (1, length), 0 for padding. `characters(first, last)`: where the answer between two tokens begins
-    and ends in the context, and its text; None where those tokens stand for no text. `merges`: equal answers are one.
+    Attributes:
+        tensors: the model's inputs, (1, length) each, on the CPU.
+        closed: (1, length), 1 where no answer may begin or end.
+        attention: (1, length), 0 for padding.
+        characters: for a first and a last token, where their text begins and ends in the context, and the text; None
+            where the tokens stand for no text.
+        merges: equal answers are merged.
     """
 
     tensors: Mapping[str, Any]
@@ -61,13 +65,13 @@ class Piece:
 
 
 def pieces(tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: Options) -> Iterator[Piece]:
-    """`example` in pieces of at most `max_seq_len` tokens (4.57.6: `QuestionAnsweringPipeline.preprocess`).
+    """Cuts `example` into pieces of at most `max_seq_len` tokens (4.57.6: `QuestionAnsweringPipeline.preprocess`).
 
-    `names` are the inputs that the model takes, `segments` whether it tells two texts apart. Neighbours share
-    `doc_stride` tokens; with a tokenizer written in Python they begin `doc_stride` tokens apart.
+    `names` are the inputs that the model takes; `segments`: it distinguishes two texts. Neighbours share `doc_stride`
+    tokens; with a tokenizer written in Python they begin `doc_stride` tokens apart.
 
     Raises:
-        InvalidRequest: where the lengths leave no room for the context.
+        InvalidRequest: the lengths leave no room for the context.
     """
     longest = options.max_seq_len
     if longest is None:
@@ -112,9 +116,9 @@ def _by_characters(
     for index, ids in enumerate(encoded["input_ids"]):
         row = np.array(ids)
         sequences = encoded.sequence_ids(index)
-        # Left-padding tokenizers put the context first, and there every token is open.
+        # Tokenizers that pad on the left put the context first, and every token there is open.
         closed = np.array([int(question_first and part != 1) for part in sequences])
-        if tokenizer.cls_token_id is not None:  # models that know "no answer" say so by this token
+        if tokenizer.cls_token_id is not None:  # models that know "no answer" express it by this token
             closed[row == tokenizer.cls_token_id] = 0
         padded = int((row == tokenizer.pad_token_id).sum()) if tokenizer.padding_side == "left" else 0
         attention = encoded.get("attention_mask")
@@ -128,7 +132,7 @@ def _by_characters(
 
 
 def _check_room(tokenizer: Any, example: Example, options: Options, longest: int, shared: int) -> None:
-    """Refuse lengths that leave no room for the context: the tokenizer would not raise, but abort the thread."""
+    """Refuses lengths that leave no room for the context: the tokenizer would not raise, but abort the thread."""
     question = len(tokenizer(example.question, add_special_tokens=False)["input_ids"])
     if options.max_question_len is not None and question > options.max_question_len:
         reason = f"the question has {question} tokens, and questions are never cut; send a shorter one"
@@ -150,11 +154,11 @@ def _check_room(tokenizer: Any, example: Example, options: Options, longest: int
 def _locate(
     encoding: Any, context: str, question_first: bool, padded: int, align_to_words: bool
 ) -> Callable[[int, int], tuple[int, int, str]]:
-    """How to find the characters between two tokens of a piece (4.57.6: `get_indices`)."""
+    """Returns the function that finds the characters between two tokens of a piece (4.57.6: `get_indices`)."""
     sequence = 1 if question_first else 0
 
     def words(first: int, last: int) -> tuple[int, int] | None:
-        """The characters of the words that the tokens belong to; None where the tokenizer has no words there."""
+        """The characters of the words that the tokens belong to; None where the tokenizer has no words."""
         spans = []
         for token in (first, last):
             word = encoding.token_to_word(token)
@@ -179,13 +183,13 @@ def _locate(
 def _by_words(
     tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: Options, longest: int, step: int
 ) -> Iterator[Piece]:
-    """For tokenizers that keep no characters (4.57.6: `squad_convert_example_to_features`)."""
+    """Cuts for tokenizers that keep no characters (4.57.6: `squad_convert_example_to_features`)."""
     import numpy as np
     import torch
 
     words, word_of = _words(example.context)
     tokens: list[str] = []
-    origin: list[int] = []  # the word that each token of the context belongs to
+    origin: list[int] = []  # for each token of the context, its word
     for index, word in enumerate(words):
         made = tokenizer.tokenize(word)
         tokens += made
@@ -215,7 +219,7 @@ def _by_words(
         row = np.array(read["input_ids"])
         closed = np.ones_like(row)
         unpadded = int(np.sum(read["attention_mask"]))
-        # Which of the two texts a token belongs to, counted here: some tokenizers of transformers 5 forget the second.
+        # Computed here, because some tokenizers of transformers 5 forget the second text.
         read["token_type_ids"] = np.zeros_like(row).tolist()
         if segments:
             start = 0 if question_first else len(row) - unpadded
@@ -224,7 +228,7 @@ def _by_words(
         closed[slice(before, None) if question_first else slice(len(row) - unpadded, len(row) - before)] = 0
         special = tokenizer.get_special_tokens_mask(read["input_ids"], already_has_special_tokens=True)
         closed[np.array(special) == 1] = 1
-        if tokenizer.cls_token_id in read["input_ids"]:  # models that know "no answer" say so by this token
+        if tokenizer.cls_token_id in read["input_ids"]:  # models that know "no answer" express it by this token
             closed[read["input_ids"].index(tokenizer.cls_token_id)] = 0
         attention = np.array([read["attention_mask"]])
         first = before if question_first else 0
@@ -241,7 +245,7 @@ def _by_words(
 
 
 def _words(text: str) -> tuple[list[str], list[int]]:
-    """The words of `text`, and for each character the word that it, or the space it is, belongs to or follows."""
+    """The words of `text`, and for each character the index of its word; a space has that of the word before it."""
     words: list[str] = []
     word_of = []
     in_word = False
@@ -263,7 +267,7 @@ def _word_locator(
         if first not in place or last not in place:
             return None
         begin, end = place[first], place[last]
-        final = len(word_of) - 1 - word_of[::-1].index(end)  # upstream's end: the last character's, spaces included
+        final = len(word_of) - 1 - word_of[::-1].index(end)  # upstream's end: the last character, spaces included
         return word_of.index(begin), final, " ".join(words[begin : end + 1])
 
     return characters

@@ -1,9 +1,9 @@
-"""Vectors for whole texts: `sentence-transformers` on weights already loaded.
+"""Computes vectors of whole texts: `sentence-transformers` on weights already loaded.
 
 A sentence-transformers folder says how texts are read, which prompts go before them, and how the vectors of a text's
-tokens become one (pooling, projections, normalization); all of that is that library's own code. Any other model's
-tokens are averaged, as the library does. Rows are batched across calls as those of `feature-extraction` are. Engine's
-thread only, but for `find_pooling`.
+tokens become one (pooling, projections, normalization); the library's own code does it. For other models the vectors
+are averaged, as the library does. Rows are batched across calls like those of `feature-extraction`. Engine's thread
+only, except `find_pooling`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .padded_batch import Lane, Outputs, Tensors, token_count
 
 CONFIG = "config_sentence_transformers.json"
 
-# Modules that read what the last layer alone does not give.
+# Modules that need more than the last layer.
 _UNSERVED = frozenset({"WeightedLayerPooling"})
 
 
 class Pooling:
-    """How a sentence-transformers folder reads texts, and makes one vector of a text's."""
+    """How a sentence-transformers folder reads texts, and makes one vector of a text's tokens."""
 
     def __init__(self, folder: Path, model: Any, *, trusted: bool = False) -> None:
-        """Read it; `model` is what the folder's weights were loaded into, and `trusted` whether its code may be run.
+        """Reads the folder; its weights are in `model`. `trusted`: its code may run.
 
         Raises:
-            InvalidRequest: it makes vectors by code of its own, or of something else than a text's last hidden states.
-            Others as sentence-transformers does.
+            InvalidRequest: its vectors need code of its own, or do not come from a text's last hidden states.
+            Otherwise errors of sentence-transformers.
         """
         kinds = [module["type"] for module in json.loads((folder / "modules.json").read_text("utf-8"))]
         for kind in kinds:
@@ -56,7 +56,7 @@ class Pooling:
         if self._reader.module_output_name != "token_embeddings" or not self._reads_texts():
             raise InvalidRequest("This model's vectors are made of something else than its last hidden states")
         said = dict(self._reader.processing_kwargs.get("text", {}))
-        # What one text is padded to would only be cut off again.
+        # Padding of a single text would only be cut off again.
         self._reader.processing_kwargs = {**self._reader.processing_kwargs, "text": {**said, "padding": False}}
         self.prompts: dict[str, str] = {
             name: text or "" for name, text in _read(folder / CONFIG).get("prompts", {}).items()
@@ -66,23 +66,23 @@ class Pooling:
         self.most: int | None = said.get("max_length", sane_length(self._reader.max_seq_length))
 
     def _reads_texts(self) -> bool:
-        """Whether texts, or the chats that it makes of them, go through the model itself."""
+        """Whether texts, or chats made of them, go through the model itself."""
         ways = self._reader.modality_config
         way = ways.get("message", ways.get("text"))
         return way is not None and way["method"] == "forward" and way["method_output_name"] == "last_hidden_state"
 
     def read(self, text: str, prompt: str, most: int | None = None) -> dict[str, Any]:
-        """What `SentenceTransformer` makes of a text for its model, cut to `most` tokens."""
+        """The features that `SentenceTransformer` makes of a text for its model, cut to `most` tokens."""
         cut = {"truncation": False} if most is None else {"max_length": most}
         return dict(self._reader.preprocess([text], prompt=prompt or None, processing_kwargs={"text": cut}))
 
     def takes(self, name: str) -> bool:
-        """Whether the model's forward pass has such an argument."""
+        """Whether the model's forward pass takes the argument."""
         known = self._reader.model_forward_params
         return known is None or name in known
 
     def pool(self, features: dict[str, Any]) -> torch.Tensor:
-        """(1, dimensions): the vector, of what was read and `token_embeddings` (1, tokens, width)."""
+        """Computes the vector (1, dimensions) from features with `token_embeddings` (1, tokens, width)."""
         for module in self._modules:
             features = module(features)
         vector: torch.Tensor = features["sentence_embedding"]
@@ -90,11 +90,11 @@ class Pooling:
 
 
 def find_pooling(folder: Path, model: Any, *, trusted: bool = False) -> Pooling | None:
-    """How this folder makes vectors of texts; None for one that is not of sentence-transformers' for that.
+    """The folder's pooling; None if it is not a sentence-transformers model for embeddings.
 
     Raises:
-        InvalidRequest: it is of another kind of that library's, whose vectors are none of these.
-        Others as `Pooling`.
+        InvalidRequest: it is another kind of sentence-transformers model, with other vectors.
+        Otherwise as `Pooling`.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -107,7 +107,7 @@ def find_pooling(folder: Path, model: Any, *, trusted: bool = False) -> Pooling 
 
 
 class EmbeddingWork:
-    """The vectors of some texts: a `batching.Work`. Its result: `embeddings`, and how many `tokens` were read."""
+    """The vectors of some texts: a `batching.Work`. Its result has `embeddings` and the number of `tokens` read."""
 
     def __init__(
         self,
@@ -118,11 +118,15 @@ class EmbeddingWork:
         parameters: Mapping[str, Any],
         limits: tuple[int | None, int | None],
     ) -> None:
-        """`pipeline` is the model's for its features. `inputs` are texts or lists of token ids, one or several;
-        `limits` are how many tokens the model can read, and how many tokens it knows.
+        """Reads the inputs and parameters.
+
+        Args:
+            pipeline: the model's pipeline for features.
+            inputs: texts or lists of token ids, one or several.
+            limits: the most tokens that the model reads, and the size of its vocabulary.
 
         Raises:
-            InvalidRequest: the model has no such prompt, or there is no text that it could go before.
+            InvalidRequest: the model has no such prompt, or no text could follow it.
         """
         self.lane: Lane = pipeline.lane
         self._pipeline = pipeline
@@ -156,7 +160,7 @@ class EmbeddingWork:
         yield {name: value for name, value in features.items() if self._is_tensor(name, value)}, features
 
     def answer(self, rows: Sequence[tuple[Any, Outputs]]) -> list[float]:
-        """One vector."""
+        """The text's vector."""
         [(features, outputs)] = rows
         states, mask = outputs[0].float(), features["attention_mask"]
         with torch.inference_mode():
@@ -171,11 +175,11 @@ class EmbeddingWork:
         return [float(value) for value in vector[0].tolist()]
 
     def whole(self, answers: list[Any]) -> Any:
-        """All vectors, and the count."""
+        """All vectors, and the number of tokens."""
         return {"embeddings": answers, "tokens": self._tokens}
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """As the pipeline's."""
+        """As the pipeline's `blame`."""
         blamed: Exception = self._pipeline.blame(error, tokens)
         return blamed
 
@@ -189,12 +193,12 @@ class EmbeddingWork:
                 f"Invalid value for field 'prompt_name': this model has no prompt '{name}'; {there}", "prompt_name"
             )
         if not all(isinstance(item, str) for item in self._items):
-            reason = "no prompt goes before tokens, which are taken as they are"
+            reason = "a prompt cannot go before token ids"
             raise InvalidRequest(f"Invalid value for field 'prompt_name': {reason}", "prompt_name")
         return known[name]
 
     def _read(self, item: str | list[int], most: int | None = None) -> dict[str, Any]:
-        """What is known of a text, or of tokens as they are, with the model's inputs among it; cut to `most` tokens."""
+        """The features of a text or of token ids, the model's inputs among them; cut to `most` tokens."""
         if not isinstance(item, str):
             for token in item:
                 if self._vocabulary is not None and not 0 <= token < self._vocabulary:
@@ -224,11 +228,11 @@ class EmbeddingWork:
 
 
 def _reader_class(model: Any) -> Any:
-    """The library's `Transformer`, which reads texts, without weights: its model is in memory already."""
+    """The library's `Transformer`, which reads texts, without weights: the model is in memory already."""
     from sentence_transformers.base.modules import Transformer
 
     class Shape(torch.nn.Module):
-        """What is asked of a model without running it."""
+        """The parts of a model that are used without running it."""
 
         def __init__(self, config: Any) -> None:
             super().__init__()
@@ -243,7 +247,7 @@ def _reader_class(model: Any) -> Any:
 
 
 def sane_length(length: int | None) -> int | None:
-    """A tokenizer's limit; the huge number that transformers puts where there is none, is none."""
+    """A tokenizer's limit; None for the huge number that transformers uses where there is none."""
     return length if length is not None and length < 2**31 else None
 
 

@@ -1,7 +1,7 @@
-"""From the API's generation parameters to the arguments of transformers' `generate`, for a given model.
+"""Turns the API's generation parameters into arguments of a given model's `generate`.
 
-Called on the model's worker thread. Owns what only the model can tell: which token ids it has, whether its defaults
-make several answers possible. It refuses what `generate` would refuse late, ignore, or fail on. Must not know HTTP.
+Called on the engine's thread. Owns what only the model can tell: its token ids, and whether its defaults allow several
+answers. Refuses what `generate` would refuse late, ignore, or fail on. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _TOKEN_FIELDS = (
 
 
 def generation_arguments(parameters: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The parameters as `model.generate` takes them; other names pass unchanged.
+    """Returns the parameters as `model.generate` takes them; other names pass unchanged.
 
-    A temperature of 0 becomes greedy decoding, for which `generate` has no temperature.
+    A temperature of 0 becomes greedy decoding, for which `generate` takes no temperature.
 
     Raises:
-        InvalidRequest: a token id outside the model's vocabulary, or nothing left to generate.
+        InvalidRequest: a token id is outside the model's vocabulary, or no token is left to generate.
     """
     arguments = dict(parameters)
     if arguments.get("temperature") == 0:
@@ -43,7 +43,7 @@ def generation_arguments(parameters: Mapping[str, Any], model: Any) -> dict[str,
                 raise refuse(field, f"token {token} is not in the model's vocabulary of {vocabulary}")
     banned = set(arguments.get("suppress_tokens", ()))
     banned.update(run[0] for run in arguments.get("bad_words_ids", ()) if len(run) == 1)
-    if arguments.get("min_new_tokens") or arguments.get("min_length"):  # then the end is banned too, at first
+    if arguments.get("min_new_tokens") or arguments.get("min_length"):  # then end tokens are banned too, at first
         ends = arguments.get("eos_token_id", model.generation_config.eos_token_id)
         banned.update(_token_ids("", ends))
     if len(banned) >= vocabulary:
@@ -66,10 +66,10 @@ def _token_ids(field: str, value: Any) -> Iterator[int]:
 
 
 def check_sequences(arguments: Mapping[str, Any], model: Any, *, do_sample: bool, num_beams: int) -> None:
-    """Refuse more answers than the decoding can give; `do_sample` and `num_beams` hold where nothing else is said.
+    """Refuses more answers than the decoding can give; `do_sample` and `num_beams` are defaults.
 
     Raises:
-        InvalidRequest: on `num_return_sequences`.
+        InvalidRequest: `num_return_sequences` is too large.
     """
 
     def effective(name: str, default: Any) -> Any:
@@ -85,9 +85,9 @@ def check_sequences(arguments: Mapping[str, Any], model: Any, *, do_sample: bool
 
 
 def stop_when(cancellation: Cancellation, reached: Callable[[int], None] = lambda _: None) -> Any:
-    """A `StoppingCriteriaList` that raises `Cancelled` after a token where `cancellation` says so.
+    """A `StoppingCriteriaList` that raises `Cancelled` after a token once `cancellation` is cancelled.
 
-    `reached` is told how many tokens there are.
+    `reached` is called with the number of tokens.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList
 

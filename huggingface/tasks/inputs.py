@@ -1,7 +1,7 @@
-"""What the `inputs` of each task may be: the shapes that its pipeline accepts, checked before it sees them.
+"""Checks the shape of each task's `inputs` before its pipeline sees them.
 
-Pure functions over JSON values, for any thread. Each returns a value that the pipeline may keep or change, or raises
-`InvalidRequest` naming the part at fault. Must not know models or torch.
+Pure functions of JSON values, for any thread. Each returns a value that the pipeline may keep or change, or raises an
+`InvalidRequest` that names the part at fault. Must not know models or torch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from ..errors import InvalidRequest
 
 
 def refuse(field: str, reason: str) -> InvalidRequest:
-    """The error for a field whose value cannot be used; `reason` is worded to follow the field's name."""
+    """The error for a field whose value is unusable; `reason` follows the field's name."""
     return InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
 
 
 def text(value: Any, field: str, *, empty: bool = True) -> str:
-    """`value` if it is text that a tokenizer can read, that is, text that has a UTF-8 form."""
+    """Returns `value` if it is text with a UTF-8 form, which a tokenizer can read."""
     if not isinstance(value, str):
         raise refuse(field, "must be text")
     if not empty and not value:
@@ -37,7 +37,7 @@ def _items(value: list[Any], field: str, check: Callable[[Any, str], Any]) -> li
 
 
 def texts(value: Any) -> str | list[str]:
-    """One text, or a list of texts."""
+    """Checks one text, or a list of texts."""
     if isinstance(value, list):
         return _items(value, "inputs", text)
     if not isinstance(value, str):
@@ -46,7 +46,7 @@ def texts(value: Any) -> str | list[str]:
 
 
 def nonempty_texts(value: Any) -> str | list[str]:
-    """One text, or a list of texts, none of them empty."""
+    """Checks one text, or a list of texts, none of them empty."""
     if isinstance(value, list):
         return _items(value, "inputs", lambda item, field: text(item, field, empty=False))
     if not isinstance(value, str):
@@ -55,7 +55,7 @@ def nonempty_texts(value: Any) -> str | list[str]:
 
 
 def texts_or_pairs(value: Any) -> Any:
-    """One text or one pair `{"text", "text_pair"}`, or a list of either."""
+    """Checks one text or one pair `{"text", "text_pair"}`, or a list of either."""
     return _items(value, "inputs", _text_or_pair) if isinstance(value, list) else _text_or_pair(value, "inputs")
 
 
@@ -73,7 +73,7 @@ def _text_or_pair(value: Any, field: str) -> Any:
 
 
 def words(value: Any) -> list[Any]:
-    """One text as a list of its words, or a list of such lists."""
+    """Checks one text as a list of its words, or a list of such lists."""
     if not isinstance(value, list):
         raise refuse("inputs", "must be a list of words, or a list of such lists, where is_split_into_words is true")
     if value and all(isinstance(item, list) for item in value):
@@ -82,7 +82,7 @@ def words(value: Any) -> list[Any]:
 
 
 def prompts_or_chats(value: Any) -> Any:
-    """One prompt or one chat, or a list of prompts, or a list of chats; a chat is a list of messages."""
+    """Checks one prompt or chat, or a list of prompts or of chats; a chat is a list of messages."""
     if not isinstance(value, list):
         if not isinstance(value, str):
             raise refuse("inputs", "must be text, a chat, or a list of either")
@@ -97,7 +97,7 @@ def prompts_or_chats(value: Any) -> Any:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether checked prompts-or-chats hold chats."""
+    """Whether checked prompts or chats are chats."""
     return isinstance(value, list) and not isinstance(value[0], str)
 
 
@@ -119,7 +119,8 @@ def _message(value: Any, field: str) -> dict[str, Any]:
 
 
 def tables(value: Any) -> Any:
-    """One question `{"table", "query"}`, or a list of them; a query is a text or several, a table columns or rows."""
+    """Checks one question `{"table", "query"}`, or a list of them; a query is one text or several, a table columns or
+    rows."""
     return _items(value, "inputs", _question) if isinstance(value, list) else _question(value, "inputs")
 
 
@@ -141,7 +142,7 @@ def _question(value: Any, field: str) -> dict[str, Any]:
 
 
 def _table(value: Any, field: str) -> dict[str, list[str]]:
-    """A table as columns of equal length; given as that, or as rows that all have the same columns."""
+    """Returns a table as columns of equal length; takes columns, or rows that all have the same columns."""
     if isinstance(value, list):
         rows = _items(value, field, _row)
         for index, row in enumerate(rows):
@@ -168,5 +169,5 @@ def _row(value: Any, field: str) -> Mapping[str, str]:
 def _column(value: Any, field: str) -> list[str]:
     if not isinstance(value, list):
         raise refuse(field, "must be a list of cells")
-    # Numbers are refused too: a table model reads text, and "1" and "1.0" are not the same cell to it.
+    # Numbers are refused too: a table model reads text, and "1" and "1.0" are different cells to it.
     return [text(cell, f"{field}.{index}") for index, cell in enumerate(value)]

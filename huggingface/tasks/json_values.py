@@ -1,6 +1,6 @@
-"""Results of models as plain JSON values: no tensors, no numpy scalars, no tuples, no NaN.
+"""Turns results of models into plain JSON values: no tensors, no numpy scalars, no tuples, no NaN.
 
-Pure, for any thread. Must not know tasks, and imports neither torch nor numpy: both know how to turn into lists.
+Pure, for any thread. Must not know tasks. Imports neither torch nor numpy: their values have `tolist`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ..errors import GenerationFailed
 
 
 def json_value(value: Any) -> Any:
-    """`value` built anew of dict, list, str, int, float, bool and None only.
+    """Copies `value` into dict, list, str, int, float, bool and None only.
 
     Raises:
-        GenerationFailed: a number is NaN or infinite, which JSON cannot say, or something is not data at all.
+        GenerationFailed: a number is NaN or infinite, which JSON cannot express, or a value is not data.
     """
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
@@ -28,6 +28,6 @@ def json_value(value: Any) -> Any:
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, arrays and numpy's scalars
+    if hasattr(value, "tolist"):  # tensors, arrays and numpy scalars
         return json_value(value.tolist())
     raise GenerationFailed(f"The model gave a value that is not data: {type(value).__name__}")

@@ -1,8 +1,8 @@
-"""A model's forward pass over several rows at once: padded, cut back to each row's own length, and checked.
+"""Runs a model's forward pass over several rows: padded, cut back to each row's length, and checked.
 
-Many models give a padded row something else than the same row alone, so no batch is believed before one of its sort
-was compared with its rows alone; what differs is not batched again. Called on the model's engine thread only.
-Must not know tasks, calls, or who waits for the rows.
+Many models give other outputs for a padded row than for the same row alone. So the first batch of a sort is compared
+with its rows alone, and a sort that differs is not batched again. Called on the model's engine thread only. Must not
+know tasks or calls.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .vocabulary import check_vocabulary, vocabulary_rows
 Tensors = Mapping[str, Any]
 Outputs = tuple[Any, ...]
 
-# Rows times the longest of them, in tokens: beyond it more rows gain little speed, and keep all others waiting.
+# The most tokens of a batch, rows times the longest row: more rows gain little speed and delay all others.
 _TOKENS = MappingProxyType({"cpu": 512})
 _TOKENS_ELSEWHERE = 8192
-# Numbers that an output of one batch may have: a score for each of 250,000 words at each token is soon a gigabyte.
+# The most numbers in one output of a batch: a score for each of 250,000 words at each token soon takes a gigabyte.
 _NUMBERS = 2**24
 _ROWS = 128
-# The share of a batch that may be padding, which is computed for nothing.
+# The largest share of padding in a batch, which is computed for nothing.
 _PADDING = 0.25
-# How far a row of a batch may be from the same row alone, relative to the largest number of its output.
+# The largest difference between a batched row and the same row alone, relative to the largest number of its output.
 _TOLERANCE = MappingProxyType({"float16": 1e-2, "bfloat16": 5e-2})
 _EXACT = 1e-5
-# After so many batches in a row that failed, while their rows went well alone, the model is given no more batches.
+# After this many failed batches in a row, whose rows succeeded alone, the model gets no more batches.
 _FAILURES = 3
 
 
 class Lane:
-    """One way to run one model. Rows of the same lane may share a forward pass, whatever they are for."""
+    """One way to run one model. Rows of the same lane may share a forward pass, whatever their task."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class Lane:
         width: int = 1,
         fixed: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`reads` are the outputs wanted, by name or place: (rows, ...) each, or (rows, tokens, ...) if `per_token`.
+        """`reads` are the outputs by name or position: (rows, ...) each, or (rows, tokens, ...) if `per_token`.
 
-        `width` is how many numbers an output has for each token; `fixed` is what every forward pass is given besides.
+        `width` is the number of values per token in an output; `fixed` are further arguments of every forward pass.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -60,9 +60,9 @@ class Lane:
         self._per_token = per_token
         self._fixed = fixed
         self._tokens = max(1, min(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), _NUMBERS // width))
-        # BigBird reads a short input in another way than a long one, and takes the padding for a part of it.
+        # BigBird reads short inputs differently from long ones, and treats padding as a part of the input.
         strange = getattr(model.config, "attention_type", None) == "block_sparse"
-        # Rotary embeddings that change with the length of a pass are those of the longest row.
+        # Rotary embeddings that change with the length of a pass follow its longest row.
         strange = strange or bool(changing(model.config.get_text_config()))
         self._masks = not strange and "attention_mask" in inspect.signature(model.forward).parameters
         self._vocabulary = vocabulary_rows(model)
@@ -72,13 +72,13 @@ class Lane:
         self._agreed: dict[tuple[bool, int], bool] = {}
         self._failures = 0
 
-    # Which rows go together -------------------------------------------------------------------------------------------
+    # Which rows share a pass ------------------------------------------------------------------------------------------
 
     def kind(self, row: Tensors) -> int | None:
-        """A number that rows have in common if they may be computed together; None for a row that must be alone.
+        """A number that rows share if they may be computed together; None for a row that must run alone.
 
         Raises:
-            NoRow: it holds a token that the model has no row for.
+            NoRow: the row holds a token for which the model has no embedding.
         """
         ids = row["input_ids"]
         check_vocabulary(int(ids.max()) if ids.numel() else 0, self._vocabulary)
@@ -87,13 +87,14 @@ class Lane:
         shapes = tuple((name, row[name].dtype, _beyond(row[name], ids.shape[1])) for name in sorted(row))
         pads = self._masks and "attention_mask" in row and self._pad is not None
         config = self._model.config
-        # BART and T5 classify by the last </s>, and fail on rows that differ in how many they have.
+        # BART and T5 classify by the last </s>, and fail on rows with different numbers of it.
         by_end = config.is_encoder_decoder and isinstance(config.eos_token_id, int)
         ends = int((ids == config.eos_token_id).sum()) if by_end else 0
         return self._kinds.setdefault((shapes, ends, None if pads else ids.shape[1]), len(self._kinds))
 
     def takes(self, rows: int, tokens: int, shortest: int, longest: int) -> bool:
-        """Whether so many rows of one kind may be one batch: of together `tokens`, between `shortest` and `longest`."""
+        """Whether so many rows of one kind may form a batch, with `tokens` in all and lengths from `shortest` to
+        `longest`."""
         if rows == 1:
             return True
         cells = rows * longest
@@ -101,17 +102,17 @@ class Lane:
             return False
         return self._agreed.get(_sort(shortest, longest), True)
 
-    # Computing them ---------------------------------------------------------------------------------------------------
+    # Computing rows ---------------------------------------------------------------------------------------------------
 
     def run(self, rows: Sequence[Tensors]) -> list[Outputs | GenerationFailed | None]:
-        """The outputs of each row, on the CPU, each with a first dimension of 1, as if it had been run alone; why there
-        are none, where they are no numbers.
+        """The outputs of each row on the CPU, each with a first dimension of 1, as if the row had run alone.
 
-        None for a row that must be run again: the first batch of a sort is compared with its shortest and its longest
-        row alone, and where these differ the others are not to be believed; `takes` then allows no such batch again.
+        A row whose outputs are not numbers gets its error instead. None for a row that must run again: the first batch
+        of a sort is compared with its shortest and its longest row alone; where these differ, the others are not
+        trusted, and `takes` allows no such batch again.
 
         Raises:
-            Exception: whatever the model raises. Tell `failed` of it, if there was more than one row.
+            Exception: the model's error. Call `failed` for it if there was more than one row.
         """
         found = self._run(rows)
         return [self._checked(row, outputs) for row, outputs in zip(rows, found, strict=True)]
@@ -120,13 +121,13 @@ class Lane:
         """The outputs of one row.
 
         Raises:
-            GenerationFailed: they are no numbers.
-            Exception: whatever the model raises.
+            GenerationFailed: they are not numbers.
+            Exception: the model's error.
         """
         (outputs,) = self.run([row])
         if isinstance(outputs, GenerationFailed):
             raise outputs
-        assert outputs is not None  # noqa: S101 - a row alone is always believed
+        assert outputs is not None  # noqa: S101 - a row alone is always trusted
         return outputs
 
     def _run(self, rows: Sequence[Tensors]) -> list[Outputs | None]:
@@ -144,9 +145,9 @@ class Lane:
         return outputs if self._agreed[sort] else [alone.get(index) for index in range(len(rows))]
 
     def failed(self, *, memory: bool) -> bool:
-        """Take note of a batch that raised; whether its rows must now be run one by one, to find the guilty one.
+        """Records a batch that raised; returns whether its rows must now run one by one, to find the faulty row.
 
-        Where it was `memory` that lacked, none is guilty: batches are half as large from now on.
+        With `memory` no row is at fault: memory ran out, and batches are half as large from now on.
         """
         if memory:
             self._tokens //= 2
@@ -155,12 +156,12 @@ class Lane:
         return True
 
     def excuse(self) -> None:
-        """A row failed alone: then it is not for being batches that batches fail."""
+        """Records that a row failed alone: so the batches do not fail because they are batches."""
         if self._failures < _FAILURES:
             self._failures = 0
 
     def _checked(self, row: Tensors, outputs: Outputs | None) -> Outputs | GenerationFailed | None:
-        """The outputs, if they are numbers; what stands at padding of the row's own is nobody's."""
+        """The outputs, or an error if they are not numbers; values at a row's own padding do not count."""
         mask = row.get("attention_mask")
         for tensor in outputs or ():
             read = tensor[mask.bool()] if self._per_token and mask is not None and _fits(mask, tensor) else tensor
@@ -176,7 +177,7 @@ class Lane:
         with self._place(), torch.no_grad():
             inputs = {name: self._stack(name, rows, lengths).to(self._device) for name in rows[0]}
             output = self._model(**inputs, **self._fixed)
-            # A model that is set to give tuples has its only output first.
+            # The first item is the only output of a model that is set to return tuples.
             found = [output[name] if isinstance(output, dict) else output[0] for name in self._reads]
             found = [tensor.to("cpu") for tensor in found]
         return [
@@ -185,7 +186,7 @@ class Lane:
         ]
 
     def _stack(self, name: str, rows: Sequence[Tensors], lengths: Sequence[int]) -> Any:
-        """One input of all rows as one tensor, padded where they differ in length."""
+        """Stacks one input of all rows into one tensor, padded where lengths differ."""
         import torch
 
         parts = [row[name] for row in rows]
@@ -203,11 +204,11 @@ class Lane:
         return int(getattr(self._tokenizer, "pad_token_type_id", 0)) if name == "token_type_ids" else 0
 
     def _span(self, length: int, longest: int) -> slice:
-        """Where a row's own tokens stand among the padding."""
+        """The slice of a row's own tokens among the padding."""
         return slice(longest - length, longest) if self._tokenizer.padding_side == "left" else slice(length)
 
     def _cut(self, tensor: Any, length: int, longest: int) -> Any:
-        # A model that gives another number of states than tokens can't be cut, which the comparison will notice.
+        # A model with other than one state per token cannot be cut; the comparison notices it.
         cut = self._per_token and length < longest and tensor.shape[1:2] == (longest,)
         return tensor[:, self._span(length, longest)] if cut else tensor
 
@@ -218,7 +219,7 @@ class Lane:
 
 
 def token_count(row: Tensors) -> int:
-    """The length of a row, padding of its own included."""
+    """The length of a row, its own padding included."""
     return int(row["input_ids"].shape[-1])
 
 
@@ -227,12 +228,12 @@ def _fits(mask: Any, tensor: Any) -> bool:
 
 
 def _beyond(tensor: Any, length: int) -> tuple[int, ...]:
-    """The shape of a row's tensor apart from what padding changes."""
+    """The shape of a row's tensor without the dimension that padding changes."""
     return tuple(tensor.shape[2:] if tensor.shape[1:2] == (length,) else tensor.shape)
 
 
 def _sort(shortest: int, longest: int) -> tuple[bool, int]:
-    """Batches that are believed together: padded or not, and of a similar length, as models treat long inputs apart."""
+    """The sort of a batch: padded or not, and a class of lengths, because models treat long inputs differently."""
     return shortest < longest, longest.bit_length()
 
 

@@ -1,8 +1,8 @@
-"""transformers' own pipelines, made safe to serve: each refuses an input that the model has no positions for before
-it reaches the model. Those that run it once for each item are cut in two there, so that items can be batched across
-calls; the others ask whether to go on before every forward pass.
+"""transformers' own pipelines, made safe to serve: each refuses inputs that are too long for the model's positions.
 
-Importing this imports torch and transformers. Used on the model's engine thread only. Must not know HTTP.
+Pipelines that run the model once for each item are split there, so that items are batched across calls; the others
+check the cancellation before every forward pass. Importing this imports torch and transformers. Used on the model's
+engine thread only. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .positions import max_positions
 
 
 class Guard:
-    """What is put in front of a pipeline's `forward`. `cancellation` is the running request's."""
+    """Goes before a pipeline's `forward`. `cancellation` is the running request's."""
 
     cancellation: Cancellation = NEVER
-    limit: int | None = None  # tokens that the model can read
-    reads_nothing = False  # whether an input without any token means something
+    limit: int | None = None  # the most tokens that the model can read
+    reads_nothing = False  # whether an input without any token is valid
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
-        """`Pipeline.forward` of one item (or one piece of one), unless cancelled, empty or too long."""
+        """Runs `Pipeline.forward` on one item (or one piece of one), unless cancelled, empty or too long."""
         self.cancellation.check()
         tokens = token_count(model_inputs)
         self.check(tokens)
@@ -56,14 +56,14 @@ class Guard:
             raise blamed from error
 
     def check(self, tokens: int) -> None:
-        """Refuse an item of no tokens, or of more than the model can read."""
+        """Refuses an item without tokens, or with more than the model can read."""
         if tokens == 0 and not self.reads_nothing:
             raise refuse("inputs", "holds no token")
         if self.limit is not None and tokens > self.limit:
             raise refuse("inputs", f"{tokens} tokens, but the model can read at most {self.limit}")
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """What an error of the model on so many tokens means: positions that are not found by their name, on a CPU."""
+        """The meaning of the model's error on so many tokens: on a CPU, a position that no module's name reveals."""
         config = self.model.config.get_text_config()  # type: ignore[attr-defined]
         most = getattr(config, "max_position_embeddings", None)
         if not isinstance(error, IndexError) or most is None or tokens <= most:
@@ -74,13 +74,13 @@ class Guard:
 
 
 class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
-    """Adds what the prompt's length decides, and the question after each token whether to go on."""
+    """Adds limits that depend on the prompt's length, and checks the cancellation after each token."""
 
     reads_nothing = True
-    claims: Claims | None = None  # asks for the memory that is taken
+    claims: Claims | None = None  # claims the memory of generations
 
     def preprocess(self, prompt_text: Any, **parameters: Any) -> Any:
-        """The prompt's tokens; a chat goes through the model's own template, which may refuse it."""
+        """Tokenizes the prompt; a chat goes through the model's own template, which may refuse it."""
         try:
             return super().preprocess(prompt_text, **parameters)
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
@@ -93,20 +93,20 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
             raise refuse("inputs", f"the model's chat template does not accept this chat: {error}") from error
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
-        """`Pipeline.forward` of one prompt, asking after each token whether to go on."""
+        """Runs `Pipeline.forward` on one prompt, and checks the cancellation after each token."""
         tokens = int(model_inputs["input_ids"].shape[-1])
         parameters.update(self._lengths(tokens, parameters))
-        if "custom_generate" in parameters or self.claims is None:  # somebody else makes the tokens
+        if "custom_generate" in parameters or self.claims is None:  # the caller generates the tokens
             return super().forward(model_inputs, stopping_criteria=stop_when(self.cancellation), **parameters)
         with self.claims.held(asked_of(self.model, parameters, tokens)) as reached:
             criteria = stop_when(self.cancellation, reached)
             return super().forward(model_inputs, stopping_criteria=criteria, **parameters)
 
     def _lengths(self, tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Check the prompt and the lengths asked for; returns what to add to them so that they are what counts.
+        """Checks the prompt and the requested lengths; returns the settings to add so that they apply.
 
-        `generate` lets the number of new tokens win over the total length wherever it comes from; here what the request
-        gives wins over what the model's files give. Where the request gives neither, the model's room is the limit.
+        In `generate` the number of new tokens beats the total length, wherever it comes from; here the request's
+        settings beat the model's files. Where the request sets neither, the model's room is the limit.
         """
         config = self.model.generation_config
         if tokens == 0:
@@ -160,23 +160,24 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
 
 
 class Batched(Guard):
-    """A pipeline that runs the model once for each row. Its `_forward` is cut in two where it calls the model:
-    `read` is what comes before, `found` what comes after. `lane` is where the rows go; pipelines of one model with the
-    same `outputs` may share it.
+    """A pipeline that runs the model once for each row.
+
+    Its `_forward` is split where it calls the model: `read` is the part before, `found` the part after. `lane` runs the
+    rows; pipelines of one model with the same `outputs` may share it.
     """
 
     lane: Lane
     outputs: tuple[str | int, ...] = ("logits",)
-    per_token = True  # whether the outputs have something for each token, or for each row
-    plain = False  # whether `postprocess` gives JSON values
+    per_token = True  # whether outputs are per token or per row
+    plain = False  # whether `postprocess` returns JSON values
 
     @property
     def width(self) -> int:
-        """How many numbers the outputs have for each token, where that is very many."""
+        """How many numbers the outputs have per token, if very many."""
         return 1
 
     def open_lane(self) -> Lane:
-        """A lane for this pipeline's model and outputs."""
+        """Creates a lane for this pipeline's model and outputs."""
         pipeline: Any = self
         model = pipeline.model
         without_cache = not self.per_token and "use_cache" in inspect.signature(model.forward).parameters
@@ -191,21 +192,21 @@ class Batched(Guard):
         )
 
     def listed(self, inputs: Any, parameters: dict[str, Any]) -> list[Any]:
-        """The inputs one by one; may add to the parameters what the pipeline's own `__call__` adds."""
+        """The inputs one by one; may add the parameters that the pipeline's own `__call__` adds."""
         del parameters
         return inputs if isinstance(inputs, list) else [inputs]
 
     def whole(self, inputs: Any, parameters: Mapping[str, Any], answers: list[Any]) -> Any:
-        """The result of a call from the answers to each of its inputs, as the pipeline's own `__call__` nests them."""
+        """A call's result from the answers to its inputs, nested as by the pipeline's own `__call__`."""
         del parameters
         return answers if isinstance(inputs, list) else answers[0]
 
     def read(self, item: Mapping[str, Any]) -> tuple[Tensors, Any]:
-        """What the model gets of a preprocessed item, and what `found` must know of it."""
+        """The model's inputs from a preprocessed item, and what `found` needs of the item."""
         return dict(item), None
 
     def found(self, known: Any, outputs: Outputs) -> Any:
-        """What the pipeline's `_forward` would have returned, as far as `postprocess` reads it."""
+        """The result of the pipeline's `_forward`, as far as `postprocess` reads it."""
         del known
         return {"logits": outputs[0]}
 
@@ -215,15 +216,15 @@ class FillMask(Batched, FillMaskPipeline):  # type: ignore[misc]
 
     @property
     def width(self) -> int:
-        """A score for each word of the vocabulary."""
+        """The size of the vocabulary: each word has a score."""
         return int(self.model.config.get_text_config().vocab_size)
 
     def whole(self, inputs: Any, parameters: Mapping[str, Any], answers: list[Any]) -> Any:
-        """A list of one text has the answer of that text."""
+        """A list of one text gets that text's answer."""
         return answers[0] if len(answers) == 1 else super().whole(inputs, parameters, answers)
 
     def read(self, item: Mapping[str, Any]) -> tuple[Tensors, Any]:
-        """The tokens are read again for where the mask is."""
+        """Keeps the tokens, in which `found` looks for the mask."""
         return dict(item), item["input_ids"]
 
     def found(self, known: Any, outputs: Outputs) -> Any:
@@ -237,7 +238,7 @@ class TextClassification(Batched, TextClassificationPipeline):  # type: ignore[m
     per_token = False
 
     def whole(self, inputs: Any, parameters: Mapping[str, Any], answers: list[Any]) -> Any:
-        """A single text, but not a single pair, has a list of its one best label."""
+        """A single text, but not a single pair, gets a list with its best label."""
         if isinstance(inputs, str) and "top_k" not in parameters:
             return answers
         return super().whole(inputs, parameters, answers)
@@ -257,12 +258,12 @@ class TokenClassification(Batched, TokenClassificationPipeline):  # type: ignore
         return super().listed(inputs, parameters)
 
     def read(self, item: Mapping[str, Any]) -> tuple[Tensors, Any]:
-        """All but what says where the tokens stand in the text."""
+        """Separates the model's inputs from the tokens' places in the text."""
         known = {name: item.get(name) for name in (*self._NOT_READ, "input_ids")}
         return {name: value for name, value in item.items() if name not in self._NOT_READ}, known
 
     def found(self, known: Any, outputs: Outputs) -> Any:
-        """Scores of the labels for each token, and where it stands."""
+        """The labels' scores for each token, and the tokens' places."""
         return {**known, "logits": outputs[0]}
 
 
@@ -272,35 +273,35 @@ class ZeroShotClassification(Batched, ZeroShotClassificationPipeline):  # type: 
     per_token = False
 
     def read(self, item: Mapping[str, Any]) -> tuple[Tensors, Any]:
-        """What the tokenizer says that the model gets."""
+        """The inputs that the tokenizer names."""
         tensors = {name: item[name] for name in self.tokenizer.model_input_names}
         return tensors, {name: item[name] for name in ("candidate_label", "sequence")}
 
     def found(self, known: Any, outputs: Outputs) -> Any:
-        """Scores of entailment and the like, and for which label."""
+        """Scores of entailment and the like, and their label."""
         return {**known, "logits": outputs[0]}
 
 
 class FeatureExtraction(Batched, FeatureExtractionPipeline):  # type: ignore[misc]
     """`feature-extraction`, in rows."""
 
-    outputs = (0,)  # the hidden states, whatever they are called
+    outputs = (0,)  # the hidden states, under any name
     plain = True
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> Any:
-        """The hidden states as lists of numbers, looked at while they are a tensor: there may be millions."""
+        """The hidden states as lists of numbers; checked while they are a tensor, because there may be millions."""
         if not torch.isfinite(model_outputs[0]).all():
             raise GenerationFailed("The model computed a value that is not a finite number")
         return super().postprocess(model_outputs, **parameters)
 
     def found(self, known: Any, outputs: Outputs) -> Any:
-        """The hidden states, looked up by their place."""
+        """The hidden states, by their position."""
         del known
         return outputs
 
 
 class PipelineWork:
-    """One call of a batched pipeline: a `batching.Work`. Its parameters act before and after the model only."""
+    """One call of a batched pipeline: a `batching.Work`. Its parameters apply only before and after the model."""
 
     def __init__(self, pipeline: Any, inputs: Any, parameters: Mapping[str, Any]) -> None:
         """`inputs` are checked, `parameters` those of the pipeline's `__call__`."""
@@ -314,7 +315,7 @@ class PipelineWork:
         self.count = len(self._items)
 
     def rows(self, index: int) -> Iterator[tuple[Tensors, Any]]:
-        """The rows of one input, none of them longer than the model can read."""
+        """The rows of one input, none longer than the model can read."""
         made = self._pipeline.preprocess(self._items[index], **self._before)
         for item in made if isinstance(self._pipeline, ChunkPipeline) else [made]:
             tensors, known = self._pipeline.read(item)
@@ -333,7 +334,7 @@ class PipelineWork:
         return self._pipeline.whole(self._inputs, self._parameters, answers)
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """A refusal, if the model has no position for the last of the tokens."""
+        """A refusal if the model has no position for the last of the tokens; otherwise the error."""
         blamed: Exception = self._pipeline.blame(error, tokens)
         return blamed
 
@@ -342,10 +343,11 @@ class PipelineWork:
 
 
 class TableQuestionAnswering(Guard, TableQuestionAnsweringPipeline):  # type: ignore[misc]
-    """Adds a look at the table's size: a model has a vector for each row, column and rank up to a number of them."""
+    """Checks the table's size: a model has vectors for a limited number of rows, columns and ranks."""
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
-        """`Pipeline.forward` of one table with its queries, unless it has more rows or columns than the model knows."""
+        """Runs `Pipeline.forward` on one table with its queries, unless it has more rows or columns than the model
+        knows."""
         most = model_inputs["token_type_ids"].flatten(0, -2).amax(0).tolist()
         sizes = self.model.config.type_vocab_sizes
         if any(number >= size for number, size in zip(most, sizes, strict=True)):
@@ -372,11 +374,11 @@ _CLASSES: Mapping[str, Any] = MappingProxyType(
 
 
 def open_pipeline(task: str, model: Any, tokenizer: Any) -> Any:
-    """The guarded pipeline of a task (named as in `TASKS`) around `model` itself, where it is, without a copy.
+    """Creates the guarded pipeline of a task (named as in `TASKS`) around `model`, without a copy.
 
-    The pipeline may change settings of `tokenizer` (padding), so it must be one that nobody else uses.
+    The pipeline may change settings of `tokenizer` (padding), so nothing else may use that tokenizer.
     """
-    # A model spread over devices by accelerate is fed on its first one, which only the pipeline itself may choose.
+    # accelerate feeds a model on several devices at its first one, which only the pipeline itself may choose.
     device = None if getattr(model, "hf_device_map", None) is not None else model.device
     pipeline = _CLASSES[task](model=model, tokenizer=tokenizer, task=task, device=device)
     pipeline.limit = max_positions(model)

@@ -1,7 +1,7 @@
-"""How many tokens a model can read: the size of its table of positions, for models that have one.
+"""Finds how many tokens a model can read: the size of its table of positions, if it has one.
 
-A position beyond the table is an IndexError on a CPU and the end of the process on a GPU, so it is looked up before.
-Called on the model's worker thread. Must not know tasks, JSON or HTTP.
+A position beyond the table is an IndexError on a CPU and ends the process on a GPU, so it is checked first. Called on
+the engine's thread. Must not know tasks, JSON or HTTP.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from typing import Any
 
 from ..modeling.rotary import context
 
-# What transformers' models call the module that holds a vector for each position.
+# Names in transformers' models of the module with a vector for each position.
 _NAMES = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "embed_position"}
 )
 
-# Kinds of models that keep their positions in a plain tensor, as long as their config says.
+# Kinds of models that keep their positions in a plain tensor as long as the config says.
 _PLAIN_TABLES = frozenset({"codegen", "ctrl", "gptj"})
 
-# Where a model also sees or hears, the places in a picture are not those in a text.
+# In models that also see or hear, positions in a picture are not positions in a text.
 _NOT_TEXT = ("vision", "visual", "image", "audio")
 
 
 def max_positions(model: Any) -> int | None:
-    """The longest sequence, in tokens, that `model` (a `PreTrainedModel`) has positions for.
+    """The longest sequence in tokens for which `model` (a `PreTrainedModel`) has positions.
 
-    None where positions are computed and so have no end in the weights (rotary, relative, ALiBi). Of an encoder-decoder
+    None where positions are computed (rotary, relative, ALiBi) and so unlimited by the weights. For an encoder-decoder
     model it is the encoder's, the first in module order.
     """
     from torch import nn
@@ -39,16 +39,16 @@ def max_positions(model: Any) -> int | None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] not in _NAMES:
             continue
-        if type(module).__name__ == "QuantEmbedding":  # I-BERT's own, a RoBERTa
+        if type(module).__name__ == "QuantEmbedding":  # I-BERT's own, like RoBERTa
             return int(module.weight.shape[0]) - int(module.padding_idx) - 1
-        if not isinstance(module, nn.Embedding) or hasattr(module, "make_weight"):  # FSMT's table grows as it is needed
+        if not isinstance(module, nn.Embedding) or hasattr(module, "make_weight"):  # FSMT's table grows on demand
             continue
         if any(other in name for other in _NOT_TEXT):
             continue
         rows = module.num_embeddings
         if type(module).__name__.startswith("ProphetNet"):  # positions begin after the padding index
             return rows - int(module.padding_idx or 0) - 1
-        if type(module) is not nn.Embedding:  # BART, OPT: `offset` rows stand before the first position
+        if type(module) is not nn.Embedding:  # BART, OPT: `offset` rows precede the first position
             return rows - int(getattr(module, "offset", 0))
         if module.padding_idx is not None:  # RoBERTa: positions begin after the padding index
             return rows - module.padding_idx - 1
@@ -57,8 +57,8 @@ def max_positions(model: Any) -> int | None:
 
 
 def contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
-    """How many tokens the model can read, and how many it can have in what it writes: its weights, its config or a
-    setting (`most`) say, whichever is least."""
+    """The most tokens that the model can read, and can write: the least of its weights, its config and a setting
+    (`most`)."""
     reads = max_positions(model)
     if reads is None:
         config = model.config.get_text_config()

@@ -1,8 +1,8 @@
-"""question-answering: the stretch of a text that answers a question, as transformers 4.57.6's pipeline found it.
+"""question-answering: finds the span of a text that answers a question, as transformers 4.57.6's pipeline did.
 
-transformers 5 removed that pipeline; here is its behaviour, on the model and tokenizer that are handed in and are
-never changed. Called on the model's engine thread, the only one that may use this tokenizer meanwhile.
-Must not know HTTP, the registry, nor how the model was loaded.
+transformers 5 removed that pipeline; this module has its behaviour, and never changes the given model and tokenizer.
+Called on the model's engine thread, which alone uses this tokenizer meanwhile. Must not know HTTP, the registry, or how
+the model was loaded.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class QuestionAnswering:
         )
 
     def __call__(self, inputs: Any, *, cancellation: Cancellation = NEVER, **parameters: Any) -> Any:
-        """Answer one `{"question", "context"}` or a list of them; `question` alone or both may be lists of texts.
+        """Answers one `{"question", "context"}` or a list of them; `question` alone or both may be lists of texts.
 
-        Returns `{"score", "start", "end", "answer"}` for one question: `score` a probability, `start` and `end`
+        Returns `{"score", "start", "end", "answer"}` for one question: `score` is a probability, `start` and `end` are
         characters of the context; a list of these, best first, where `top_k` gives several (or none); for several
         questions a list of either. Parameters: `top_k`, `max_answer_len`, `max_seq_len`, `doc_stride` (all in tokens
         but the first), `handle_impossible_answer`, `align_to_words`, `padding`, `max_question_len`.
 
         Raises:
-            InvalidRequest: naming the part of `inputs` or the parameter that cannot be honoured.
-            Cancelled: by `cancellation`, which is asked before each piece of each context.
+            InvalidRequest: names the part of `inputs` or the parameter that cannot be honoured.
+            Cancelled: by `cancellation`, which is checked before each piece of each context.
         """
         options = _options(parameters)
         examples = _examples(inputs)
@@ -76,7 +76,7 @@ class QuestionAnswering:
             yield piece, outputs
 
     def pieces(self, example: Example, options: Options) -> Iterator[Piece]:
-        """What the model reads of one context, none of it longer than it can read."""
+        """The pieces of one context, none longer than the model can read."""
         for piece in pieces(self._tokenizer, self._names, self._segments, example, options):
             length = _tokens(piece)
             if self._limit is not None and length > self._limit:
@@ -85,8 +85,8 @@ class QuestionAnswering:
             yield piece
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """What an error of the model on a piece of so many tokens means."""
-        # A position or token beyond the model's table of them.
+        """The meaning of the model's error on a piece of so many tokens."""
+        # A position or token outside the model's table.
         if not isinstance(error, IndexError) or "out of range in self" not in str(error):
             return error
         refusal = check.refuse("max_seq_len", f"makes pieces of {tokens} tokens, more than the model reads")
@@ -96,11 +96,11 @@ class QuestionAnswering:
     def best(self, read: Iterable[tuple[Piece, Outputs]], options: Options) -> Any:
         """The best answers over all pieces of one context (4.57.6: `QuestionAnsweringPipeline.postprocess`).
 
-        `read` has the pieces with their logits for the start and for the end of an answer, (1, length) each.
+        `read` has the pieces with their logits for the answer's start and end, (1, length) each.
         """
         answers: list[dict[str, Any]] = []
         null_score = 1000000.0
-        # Some candidates fall together once they are widened to words.
+        # Some candidates become equal once they are widened to words.
         wanted = options.top_k * 2 + 10 if options.align_to_words else options.top_k
         for piece, (start_logits, end_logits) in read:
             start, end = _probabilities(piece, start_logits), _probabilities(piece, end_logits)
@@ -128,7 +128,7 @@ class QuestionWork:
     """One call in rows, which are pieces of its contexts: a `batching.Work`."""
 
     def __init__(self, questions: QuestionAnswering, inputs: Any, parameters: Mapping[str, Any]) -> None:
-        """`inputs` and `parameters` are those of `QuestionAnswering.__call__`, which says what they may be."""
+        """`inputs` and `parameters` are those of `QuestionAnswering.__call__`."""
         self._questions = questions
         self._options = _options(parameters)
         self._examples = _examples(inputs)
@@ -145,18 +145,18 @@ class QuestionWork:
         return json_value(self._questions.best(rows, self._options))
 
     def whole(self, answers: list[Any]) -> Any:
-        """One question's answers, or a list of those of several."""
+        """One question's answers, or a list of several questions' answers."""
         return answers[0] if len(answers) == 1 else answers
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """A refusal, if the model has no position for the last of the tokens."""
+        """A refusal if the model has no position for the last of the tokens; otherwise the error."""
         return self._questions.blame(error, tokens)
 
 
 def _input_names(tokenizer: Any) -> list[str]:
     """The inputs that a model of this tokenizer's kind takes, as 4.57.6 counted them.
 
-    A tokenizer that does not say has those of the base class: there, `token_type_ids` were among them.
+    A tokenizer that names none has those of the base class, which included `token_type_ids`.
     """
     names = list(tokenizer.model_input_names)
     bases = (cls for cls in type(tokenizer).__mro__ if not cls.__module__.startswith("transformers.tokenization_"))
@@ -172,7 +172,7 @@ def _tokens(piece: Piece) -> int:
 
 
 def _probabilities(piece: Piece, logits: Any) -> NDArray[Any]:
-    """How likely each token is to begin, or to end, the answer, (1, length); closed tokens have no part."""
+    """Each token's probability to begin, or to end, the answer, (1, length); closed tokens are left out."""
     import numpy as np
     import torch
 
@@ -194,8 +194,8 @@ def _spans(
 ) -> list[tuple[int, int, float]]:
     """The `count` likeliest (first token, last token, score), best first (4.57.6: `decode_spans`).
 
-    Candidates that end before they begin or are longer than `max_answer_len` tokens have no score. Those outside the
-    open tokens are left out after the count was taken; token 0 is never left out.
+    Candidates that end before they begin, or are longer than `max_answer_len` tokens, have no score. Those outside the
+    open tokens are dropped after the count was taken; token 0 is never dropped.
     """
     import numpy as np
 
@@ -216,7 +216,7 @@ def _spans(
     ]
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------
+# Inputs and parameters ------------------------------------------------------------------------------------------------
 
 
 def _options(parameters: Mapping[str, Any]) -> Options:
@@ -238,7 +238,7 @@ def _options(parameters: Mapping[str, Any]) -> Options:
 
 
 def _examples(inputs: Any) -> list[Example]:
-    """The questions asked, one by one (4.57.6: `QuestionAnsweringArgumentHandler`)."""
+    """The questions, one by one (4.57.6: `QuestionAnsweringArgumentHandler`)."""
     if isinstance(inputs, list):
         if not inputs:
             raise check.refuse("inputs", "must not be empty")

@@ -1,7 +1,7 @@
-"""How well documents answer a query: a cross-encoder of `sentence-transformers`, on weights already loaded.
+"""Scores documents for a query: a cross-encoder of `sentence-transformers`, on weights already loaded.
 
-Owns what such a model's folder says beyond its weights: what becomes of the one logit, and what goes before a query.
-Rows are batched across calls as those of `text-classification` are. Engine's thread only, but for `note_cross_encoder`.
+Owns what such a model's folder says beyond its weights: the activation of its one logit, and the prompt before a query.
+Rows are batched across calls like those of `text-classification`. Engine's thread only, except `note_cross_encoder`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def note_cross_encoder(config: Any, folder: Path) -> None:
-    """Put what a cross-encoder's folder says of its activation and its prompt into the model's config.
+    """Copies a cross-encoder's activation and prompt from its folder into the model's config.
 
-    Older folders have the activation there; where both say it, the newer place counts, as in the library.
+    Older folders have the activation in the config; where both have it, the newer place wins, as in the library.
     """
     try:
         said = dict(json.loads((folder / CONFIG).read_text("utf-8")))
@@ -41,7 +41,7 @@ def note_cross_encoder(config: Any, folder: Path) -> None:
 
 
 class RerankWork:
-    """How well each of some documents answers a query: a `batching.Work`. Its result: `scores`, and `tokens` read.
+    """Scores of documents for a query: a `batching.Work`. Its result has `scores`, and the number of `tokens` read.
 
     As `sentence_transformers.CrossEncoder.predict`: the one logit, by default through a sigmoid.
     """
@@ -49,7 +49,7 @@ class RerankWork:
     def __init__(
         self, pipeline: Any, tokenizer: Any, config: Any, inputs: Mapping[str, Any], parameters: Mapping[str, Any]
     ) -> None:
-        """`pipeline` is the model's for classification, `inputs` are the `query` and the `documents`."""
+        """`pipeline` is the model's pipeline for classification, `inputs` are the `query` and the `documents`."""
         self.lane: Lane = pipeline.lane
         self._pipeline = pipeline
         self._tokenizer = tokenizer
@@ -65,7 +65,7 @@ class RerankWork:
         self._tokens = 0
 
     def rows(self, index: int) -> Iterator[tuple[Tensors, Any]]:
-        """The one row of a document: the query and it."""
+        """The one row of a document: the query and the document."""
         row = self._read(index)
         count = token_count(row)
         if self._most is not None and count > self._most:
@@ -78,7 +78,7 @@ class RerankWork:
         yield row, None
 
     def answer(self, rows: Sequence[tuple[Any, Outputs]]) -> float:
-        """One score."""
+        """The document's score."""
         [(_, outputs)] = rows
         score = self._activation(outputs[0].float()).reshape(-1)[0]
         if not torch.isfinite(score):
@@ -86,11 +86,11 @@ class RerankWork:
         return float(score)
 
     def whole(self, answers: list[Any]) -> Any:
-        """All scores, and the count."""
+        """All scores, and the number of tokens."""
         return {"scores": answers, "tokens": self._tokens}
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """As the pipeline's."""
+        """As the pipeline's `blame`."""
         blamed: Exception = self._pipeline.blame(error, tokens)
         return blamed
 
@@ -99,14 +99,14 @@ class RerankWork:
 
 
 def activation_of(config: Any) -> Activation:
-    """What a cross-encoder's config says becomes of its logit: one of torch's own functions, else the sigmoid."""
+    """The activation in a cross-encoder's config: one of torch's own functions, else the sigmoid."""
     said = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
     said = said or getattr(config, "sbert_ce_default_activation_function", None)
     return _activation(said) or torch.sigmoid
 
 
 def _activation(said: Any) -> Activation | None:
-    """The function of that name; None for one that is not torch's own, which would be anybody's code."""
+    """The function with that name; None if it is not torch's own, because other code is not trusted."""
     if not isinstance(said, str) or not said.startswith("torch.nn."):
         return None
     kind = getattr(torch.nn, said.rpartition(".")[2], None)

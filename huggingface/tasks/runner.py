@@ -1,8 +1,8 @@
 """Runs tasks on one loaded model: the same weights under every pipeline, results as plain JSON values.
 
-`submit`, `close`, `pending` and `opened` may be used from any thread, all else on the model's single engine thread
-only. It owns the pipelines and a tokenizer of its own, which they may set up as they like, and the calls that wait;
-which of them go together is the batcher's business. Must not know the registry, HTTP or pydantic.
+`submit`, `close`, `pending` and `opened` may be used from any thread, all else only on the model's engine thread. Owns
+the pipelines, a tokenizer that they may change, and the waiting calls; the batcher decides which rows share a pass.
+Must not know the registry, HTTP or pydantic.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 class Resting(Protocol):
-    """What keeps something that is used now and then."""
+    """Holds something that is used now and then."""
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon."""
+        """Drops what is kept for use soon."""
 
 
 class TaskRunner:
-    """What one loaded model can be asked besides `/generate`."""
+    """The tasks of one loaded model besides `/generate`."""
 
     def __init__(
         self,
@@ -61,9 +61,11 @@ class TaskRunner:
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 
-        `pooling` gives what makes one vector of a text's, where the model's folder says it, or raises why not. `active`
-        has the model answer as one of its adapters, by its name, and as itself afterwards. `resting` keeps what the
-        model needs for some tasks only. `claims` asks for the memory that making text takes.
+        Args:
+            pooling: returns what makes one vector of a text's, if the model's folder says how, or raises why not.
+            active: lets the model answer as one of its adapters, by name, until the block ends.
+            resting: keeps what the model needs only for some tasks.
+            claims: claims the memory of generations.
         """
         self._model_id = model_id
         self._pooling = pooling
@@ -83,65 +85,64 @@ class TaskRunner:
 
     @property
     def opened(self) -> tuple[str, ...]:
-        """The tasks that were run since the model was loaded, as they were named; all translations count as one."""
+        """The names of the tasks that have run since the load; all translations count as one."""
         return tuple(self._opened)
 
     @property
     def supported(self) -> tuple[str, ...]:
-        """The tasks that this very model can do; asking the first time may run the model on a token or two."""
+        """The tasks that this model can do; the first read may run the model on a token or two."""
         if self._supported is None:
             self._supported = self._find_supported()
         return self._supported
 
     def note(self, task: str) -> None:
-        """Note that a task was run, here or by somebody else. Any thread."""
+        """Records that a task has run, here or elsewhere. Any thread."""
         self._opened["translation" if task.startswith("translation_") else task] = None
 
     def submit(
         self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation = NEVER
     ) -> TaskCall:
-        """Queue `task` on `inputs`, one item or a list, for `step` to do as transformers' pipeline of that name would.
+        """Queues `task` on `inputs`, one item or a list; `step` does it as transformers' pipeline of that name.
 
-        `parameters` are those of `TASK_PARAMETERS`, validated; `adapter` among them names the adapter that the model is
-        to answer as, which is one that it has. `cancellation` is asked on the engine's thread, before each batch,
-        item and token. Any thread; every error comes from the call's `future`: those of
-        `run`, and `Cancelled` after `close`.
+        `parameters` are those of `TASK_PARAMETERS`, validated; `adapter` among them names one of the model's adapters.
+        `cancellation` is checked on the engine's thread, before each batch, item and token. Any thread. All errors come
+        from the call's `future`: those of `run`, and `Cancelled` after `close`.
         """
         return self._calls.submit(task, inputs, parameters, cancellation)
 
     def step(self) -> bool:
-        """Do the next bounded piece of the calls that were submitted; whether there is more. Errors go to the calls.
+        """Does the next bounded piece of the submitted calls; returns whether there is more. Errors go to the calls.
 
         One piece is one batch of rows of any of the calls or, for tasks that generate and for tables, one whole call.
         """
         return self._calls.step()
 
     def fail(self, error: LocalLLMError) -> None:
-        """Have all calls that were submitted and are not done fail with this error."""
+        """Fails all submitted calls that are not done with this error."""
         self._calls.fail(error)
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon: nobody has come for a while."""
+        """Drops what is kept for use soon, after some time without calls."""
         if self._resting is not None:
             self._resting.rest()
 
     def close(self) -> None:
-        """Cancel whatever was submitted and is not done, and whatever will be."""
+        """Cancels all calls that are not done, and those submitted later."""
         self._calls.close()
         self.rest()
 
     @property
     def pending(self) -> int:
-        """How many calls were submitted and have no result yet."""
+        """How many submitted calls have no result yet."""
         return self._calls.pending
 
     def run(self, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation = NEVER) -> Any:
-        """Do `task` at once, item after item: what `submit` gives, and to the last bit what transformers gives.
+        """Does `task` at once, item after item: as `submit`, and to the last bit as transformers.
 
-        `cancellation` is asked between items, between the pieces of one, and between tokens.
+        `cancellation` is checked between items, between the pieces of one, and between tokens.
 
         Raises:
-            InvalidRequest: the inputs or a parameter cannot be used with this model, or it cannot do the task.
+            InvalidRequest: the inputs or a parameter are unusable with this model, or it cannot do the task.
             Cancelled: by `cancellation`.
             GenerationFailed, OutOfMemory: the model failed.
         """
@@ -189,7 +190,7 @@ class TaskRunner:
         decodes = config.is_encoder_decoder and hasattr(self._model.base_model, "decoder")
         if (decodes and pooling is None) or not (decodes or whole):
             raise UnsupportedTask(self._model_id, "embeddings", self.supported)
-        # As sentence-transformers: the encoder alone, of a model that must be told what to decode.
+        # As sentence-transformers: only the encoder of a model that needs a decoder's input.
         pipeline = self._pipeline("feature-extraction", adapter, None if whole else self._model.get_encoder())
         limits = (pipeline.limit, config.get_text_config().vocab_size)
         return EmbeddingWork(pipeline, self._tokenizer, pooling, request.inputs, request.parameters, limits)
@@ -225,7 +226,7 @@ class TaskRunner:
             return json_value(answer(request.inputs, cancellation=request.cancellation, **parameters))
 
     def _checked(self, name: str, request: Request) -> tuple[Any, dict[str, Any]]:
-        """The inputs and parameters of a call, fit for the pipeline of the task `name`."""
+        """The checked inputs and parameters of a call for the pipeline of the task `name`."""
         parameters = dict(request.parameters)
         check = shapes.words if parameters.get("is_split_into_words") else _CHECKS[name]
         inputs = check(request.inputs)
@@ -243,7 +244,7 @@ class TaskRunner:
         return self.failure(request.task, request.parameters, error)
 
     def _check_parameters(self, name: str, inputs: Any, parameters: dict[str, Any]) -> None:
-        """Refuse what only this model's tokenizer and vocabulary can tell to be wrong."""
+        """Refuses what only this model's tokenizer and vocabulary show to be wrong."""
         tokenizer = self._tokenizer
         if name == "zero-shot-classification" and "candidate_labels" not in parameters:
             raise MissingField("candidate_labels")
@@ -272,15 +273,15 @@ class TaskRunner:
 
     def _call(self, name: str, inputs: Any, parameters: dict[str, Any], cancellation: Cancellation) -> Any:
         pipeline = self._pipeline(name)
-        pipeline.call_count = 0  # it counts calls only to complain of many
+        pipeline.call_count = 0  # the pipeline counts calls only to complain of many
         pipeline.cancellation = cancellation
         try:
             return pipeline(inputs, **parameters)
         finally:
-            del pipeline.cancellation  # it may hold on to the whole request
+            del pipeline.cancellation  # it may keep the whole request alive
 
     def _pipeline(self, name: str, adapter: str | None = None, part: Any = None) -> Any:
-        """The pipeline of a task, around a `part` of the model where one is given; its lane is the adapter's own."""
+        """The pipeline of a task, around a `part` of the model if given; each adapter has its own lane."""
         key = (adapter, name if part is None else f"{name} of a part")
         if key not in self._pipelines:
             from .pipelines import Batched, open_pipeline
@@ -325,7 +326,7 @@ class TaskRunner:
         return tuple(names)
 
     def _gives_features(self) -> bool:
-        """Whether the model under the head can be run on a text alone; an encoder-decoder is tried on one token."""
+        """Whether the model under the head runs on a text alone; an encoder-decoder is tried on one token."""
         base = self._model.base_model
         if base is self._model and self._head != "base":
             return False
@@ -338,13 +339,13 @@ class TaskRunner:
         try:
             with torch.no_grad():
                 base(input_ids=token)
-        # No decoder_input_ids, said in as many ways as there are models.
+        # The ways in which models report missing decoder_input_ids.
         except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             return False
         return True
 
     def failure(self, task: str, parameters: Mapping[str, Any], error: Exception) -> LocalLLMError:
-        """What a failure inside transformers means to the caller. Any thread."""
+        """The error for the caller from a failure inside transformers. Any thread."""
         import torch
 
         reason = str(error)
@@ -366,25 +367,25 @@ class _AdaptedLane(Lane):
     """A lane in which the model answers as one of its adapters."""
 
     def __init__(self, lane: Lane, active: Callable[[], AbstractContextManager[Any]]) -> None:
-        """`lane` is a new one, which nobody else uses."""
+        """`lane` is a new lane that nothing else uses."""
         vars(self).update(vars(lane))
         self._active = active
 
     def run(self, rows: Sequence[Tensors]) -> list[Outputs | GenerationFailed | None]:
-        """As any lane does."""
+        """As `Lane.run`."""
         with self._active():
             return super().run(rows)
 
 
 def _split(request: Request) -> tuple[str | None, Request]:
-    """The name of the adapter that a request asks for, and the request without it."""
+    """The name of the request's adapter, and the request without it."""
     parameters = dict(request.parameters)
     adapter = parameters.pop("adapter", None)
     return adapter, replace(request, parameters=parameters)
 
 
 def _one_by_one(work: Work, cancellation: Cancellation) -> Any:
-    """The result of a call whose rows are computed each alone."""
+    """The result of a call, with each row computed alone."""
 
     def computed(index: int) -> Iterator[tuple[Any, Outputs]]:
         for tensors, known in work.rows(index):

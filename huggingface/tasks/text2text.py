@@ -1,8 +1,8 @@
-"""The tasks of encoder-decoder models, as transformers 4.57.6 had them: text to text, summaries, translations.
+"""The tasks of encoder-decoder models, as in transformers 4.57.6: text to text, summaries, translations.
 
-transformers 5 removed these pipelines; here is their behaviour, on the model and tokenizer that are handed in and are
-never changed. Called on the model's worker thread, the only one that may use this tokenizer meanwhile.
-Must not know HTTP, the registry, nor how the model was loaded.
+transformers 5 removed these pipelines; this module has their behaviour, and never changes the given model and
+tokenizer. Called on the engine's thread, which alone uses this tokenizer meanwhile. Must not know HTTP, the registry,
+or how the model was loaded.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from . import inputs as check
 from .positions import max_positions
 from .vocabulary import check_vocabulary, vocabulary_rows
 
-# What each task calls its answer (4.57.6: `return_name` of the three pipelines in text2text_generation.py).
+# The name of each task's answer (4.57.6: `return_name` of the three pipelines in text2text_generation.py).
 _KEYS = {"text2text-generation": "generated_text", "summarization": "summary_text", "translation": "translation_text"}
 _TRANSLATION = re.compile(r"translation(?:_(?P<source>.+)_to_(?P<target>.+))?")
 
-# What the pipelines ask for where the model and its caller leave it open (`_default_generation_config`).
+# The pipelines' settings where neither the model nor its caller sets them (`_default_generation_config`).
 _PIPELINE_DEFAULTS = {"max_new_tokens": 256, "num_beams": 4}
 
-# GenerationConfig's own defaults in 4.57.6, where they are not None. transformers 5 has None instead, but "is it still
-# the default?" is a question that 4.57.6 asks to decide which of two settings wins.
+# GenerationConfig's own defaults in 4.57.6, where they are not None. transformers 5 has None instead, but 4.57.6
+# compares settings with the defaults to decide which of two wins.
 _GLOBAL_DEFAULTS: Mapping[str, Any] = {
     "max_length": 20,
     "min_length": 0,
@@ -59,12 +59,12 @@ _GLOBAL_DEFAULTS: Mapping[str, Any] = {
     "diversity_penalty": 0.0,
 }
 
-# Parameters of the pipelines themselves; every other is one of `generate`.
+# Parameters of the pipelines themselves; all others are `generate`'s.
 _OWN_PARAMETERS = frozenset(
     {"truncation", "clean_up_tokenization_spaces", "stop_sequence", "prefix", "return_text", "return_tensors"}
 )
 _LANGUAGES = frozenset({"src_lang", "tgt_lang"})
-# Settings that change the kind of what `generate` returns, not the text.
+# Settings that change the type of `generate`'s result, not the text.
 _NOT_TEXT = frozenset({"return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}) | {
     "output_hidden_states"
 }
@@ -75,12 +75,11 @@ class Text2Text:
     """One task on one model: `Text2Text(model, tokenizer, "summarization")("A long text ...")`.
 
     `model` is a `PreTrainedModel` with a language-modelling head over an encoder and a decoder, on any device;
-    `tokenizer` its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `claims` asks for the
-    memory that is taken. Behaves as 4.57.6's `Text2TextGenerationPipeline`, `SummarizationPipeline`,
-    `TranslationPipeline`.
+    `tokenizer` is its own. `task` is a key of `_KEYS`, or `translation_xx_to_yy`. `claims` claims the memory of
+    generations. Behaves as 4.57.6's `Text2TextGenerationPipeline`, `SummarizationPipeline`, `TranslationPipeline`.
 
     Raises:
-        InvalidRequest: on `task`, when it is none of these.
+        InvalidRequest: the `task` is none of these.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Text2Text:
             raise InvalidRequest(f"Invalid value for field 'task': unknown task '{task}'", "task")
         specific: Mapping[str, Any] = getattr(model.config, "task_specific_params", None) or {}
         if task == "translation":
-            # 4.57.6's `pipeline()` takes the first translation that the model's config tells about.
+            # 4.57.6's `pipeline()` takes the first translation in the model's config.
             task = next((key for key in specific if key.startswith("translation")), task)
             translation = _TRANSLATION.fullmatch(task)
         self._model = model
@@ -108,19 +107,19 @@ class Text2Text:
         self._pair = (translation["source"], translation["target"]) if translation else (None, None)
         self._by_language = name == "translation" and hasattr(tokenizer, "_build_translation_inputs")
         self._decoder_positions = max_positions(model.get_decoder())
-        self._reads_answer = not model.config.is_encoder_decoder  # the answer goes on from the text, and counts with it
+        self._reads_answer = not model.config.is_encoder_decoder  # the answer continues the text, and counts with it
 
     def __call__(self, inputs: str | list[str], *, cancellation: Cancellation = NEVER, **parameters: Any) -> list[Any]:
-        """Answer `inputs`, one text or a list of them, with `[{"<task>_text": ...}, ...]`.
+        """Answers `inputs`, one text or a list of them, with `[{"<task>_text": ...}, ...]`.
 
-        For one text: a list with one answer for each of `num_return_sequences`. For a list: a list with one answer
-        each or, where several are asked for, a list of such lists. `parameters` are those of the pipelines
-        (`truncation`, `clean_up_tokenization_spaces`, `stop_sequence`, `prefix`, for translation `src_lang` and
-        `tgt_lang`) and those of `generate` (`max_length`, `num_beams`, ...).
+        For one text: a list with one answer for each of `num_return_sequences`. For a list: a list with one answer each
+        or, where several are asked for, a list of such lists. `parameters` are those of the pipelines (`truncation`,
+        `clean_up_tokenization_spaces`, `stop_sequence`, `prefix`, for translation `src_lang` and `tgt_lang`) and those
+        of `generate` (`max_length`, `num_beams`, ...).
 
         Raises:
-            InvalidRequest: naming the field that cannot be honoured.
-            Cancelled: by `cancellation`, which is asked between texts and between tokens.
+            InvalidRequest: names the field that cannot be honoured.
+            Cancelled: by `cancellation`, which is checked between texts and between tokens.
         """
         given = check.texts(inputs)
         own = {name: value for name, value in parameters.items() if name in _OWN_PARAMETERS | _LANGUAGES}
@@ -140,10 +139,10 @@ class Text2Text:
             return answers[0]
         return [each[0] for each in answers] if all(len(each) == 1 for each in answers) else answers
 
-    # What is asked for -----------------------------------------------------------------------------------------------
+    # Parameters -------------------------------------------------------------------------------------------------------
 
     def _generation_parameters(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters that are `generate`'s, a copy; refuses by name what neither it nor the task knows."""
+        """A copy of the parameters for `generate`; refuses by name those that neither it nor the task knows."""
         from transformers import GenerationConfig
 
         honoured = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _NOT_TEXT
@@ -153,7 +152,7 @@ class Text2Text:
             if name not in known:
                 raise UnknownField(name, known)
         asked = {name: copy.deepcopy(value) for name, value in parameters.items() if name in honoured}
-        if asked.get("temperature") == 0:  # no randomness: upstream's sampler cannot divide by it
+        if asked.get("temperature") == 0:  # no randomness: upstream's sampler would divide by 0
             asked |= {"do_sample": False, "temperature": 1.0}
         for name in ("max_new_tokens", "max_length"):
             value = asked.get(name)
@@ -181,21 +180,21 @@ class Text2Text:
                 )
 
     def _first_token(self, stop_sequence: str) -> int:
-        """The token that ends the text for `stop_sequence`: its first one, as `_sanitize_parameters` takes it."""
+        """The token that ends the text for `stop_sequence`: its first one, as in `_sanitize_parameters`."""
         ids = self._tokenizer.encode(stop_sequence, add_special_tokens=False)
         if not ids:
             raise check.refuse("stop_sequence", "must hold at least one token")
         return int(ids[0])
 
     def _settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Every setting of `generate` that is not its default, by 4.57.6's order of precedence.
+        """All settings of `generate` that differ from their defaults, by 4.57.6's order of precedence.
 
         That order is, strongest first: what is `asked`; the config's `task_specific_params`; the pipeline's 256 new
         tokens and 4 beams; the model's `generation_config` (`Pipeline.__init__` and
-        `GenerationMixin._prepare_generation_config`). Two settings go around it: the model's `max_length` beats the
-        pipeline's 256 new tokens, and a value that is set to a global default gives way to the model's own.
-        One thing is not as upstream: there the 256 new tokens also override a `max_length` that was asked for. That of
-        `task_specific_params` is overridden here too.
+        `GenerationMixin._prepare_generation_config`). Two settings are exceptions: the model's `max_length` beats the
+        pipeline's 256 new tokens, and a value equal to a global default yields to the model's own. One thing differs
+        from upstream, where the 256 new tokens also override a requested `max_length`; they still override that of
+        `task_specific_params`.
         """
         from transformers import GenerationConfig
 
@@ -221,8 +220,8 @@ class Text2Text:
         return settings
 
     def _lengths(self, settings: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-        """The settings with their limits as lengths, for a text of so many tokens."""
-        start = tokens if self._reads_answer else 1  # a decoder of its own starts from one token
+        """The settings with limits as total lengths, for a text of so many tokens."""
+        start = tokens if self._reads_answer else 1  # a separate decoder starts from one token
         fitted = dict(settings)
         if fitted.get("max_new_tokens") is not None:
             fitted["max_length"] = fitted["max_new_tokens"] + start  # `generate` warns where both are set
@@ -230,24 +229,24 @@ class Text2Text:
         longest = fitted.get("max_length")
         for name, least in (("min_length", longest), ("min_new_tokens", longest and longest - start)):
             if least is not None and (fitted.get(name) or 0) > least:
-                fitted[name] = least  # to the same effect: `generate` warns of a least length beyond the greatest
+                fitted[name] = least  # the same effect: `generate` warns of a minimum beyond the maximum
         return fitted
 
     def _model_settings(self) -> dict[str, Any]:
-        """What the model's own `generation_config` sets to other than the default."""
+        """The settings of the model's own `generation_config` that differ from the defaults."""
         generation = self._model.generation_config
         values = {name: value for name, value in generation.to_dict().items() if not name.startswith("_")}
         values.pop("transformers_version", None)
         if getattr(generation, "_from_model_config", False):
-            # Where a repository has no generation_config.json, transformers 5 reads config.json as it stands; 4.57.6
-            # took the config object, with what its class says where the file is silent (BART's last token is </s>).
+            # Without a generation_config.json, transformers 5 reads config.json as it is; 4.57.6 took the config
+            # object, with its class's values where the file has none (BART's last token is </s>).
             missing = [name for name, value in values.items() if value is None and name not in _NOT_TEXT]
             values |= {name: copy.deepcopy(getattr(self._model.config, name, None)) for name in missing}
         return {
             name: value for name, value in values.items() if value is not None and value != _GLOBAL_DEFAULTS.get(name)
         }
 
-    # From text to text -----------------------------------------------------------------------------------------------
+    # From text to text ------------------------------------------------------------------------------------------------
 
     def _answer(
         self,
@@ -272,17 +271,17 @@ class Text2Text:
             with torch.inference_mode(), _blaming(asked), self._memory(tensors, settings, asked) as reached:
                 rows = self._generate(tensors, settings, cancellation, reached)
         except IndexError as error:
-            if "out of range in self" not in str(error):  # a position or token beyond the model's table of them
+            if "out of range in self" not in str(error):  # a position or token outside the model's table
                 raise
             raise check.refuse(field, "is longer than the model reads, or its answer than it writes") from error
         answers = [self._tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
         if own.get("clean_up_tokenization_spaces"):
-            # Not by `decode`: transformers 5 does it for some kinds of tokenizer only.
+            # Not by `decode`: transformers 5 does it only for some kinds of tokenizers.
             answers = [self._tokenizer.clean_up_tokenization(answer) for answer in answers]
         return [{self._key: answer} for answer in answers]
 
     def _encode(self, text: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's inputs as tensors, and for a tokenizer with language codes the first token of the answer."""
+        """The model's inputs as tensors; for a tokenizer with language codes, also the answer's first token."""
         truncation = own.get("truncation")
         how = {"truncation": False if truncation is None else truncation, "return_tensors": "pt"}
         asked_prefix = own.get("prefix")
@@ -295,7 +294,7 @@ class Text2Text:
             return dict(self._tokenizer._build_translation_inputs((asked_prefix or "") + text, **how))
 
     def _languages(self, own: Mapping[str, Any]) -> tuple[str, str]:
-        """The two codes, from the parameters or else from the task's name; each must be one that the tokenizer has."""
+        """The two language codes, from the parameters or the task's name; the tokenizer must have each."""
         pair = []
         for name, of_task in zip(("src_lang", "tgt_lang"), self._pair, strict=True):
             code = own.get(name) or of_task
@@ -320,7 +319,7 @@ class Text2Text:
     def _memory(
         self, tensors: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, Any]
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """The memory that an answer takes, had until the block ends: see `Claims.held`."""
+        """Holds an answer's memory until the block ends: see `Claims.held`."""
         if self._claims is None:
             return nullcontext(lambda _: None)
         return self._claims.held(asked_of(self._model, settings, int(tensors["input_ids"].shape[-1]), asked))
@@ -338,7 +337,7 @@ class Text2Text:
         config = GenerationConfig()
         for name, value in settings.items():
             setattr(config, name, value)
-        # Where the config has None, `generate` takes the model's own value; only an argument can say None.
+        # Where the config has None, `generate` takes the model's own value; only an argument can set None.
         model = self._model.generation_config
         none = {
             name: None for name, value in settings.items() if value is None and getattr(model, name, None) is not None
@@ -350,7 +349,7 @@ class Text2Text:
 
 
 class _Watch:
-    """A stopping criterion that never stops but raises: for who gave up, and before the positions run out."""
+    """A stopping criterion that only raises: when the work is cancelled, and before the positions run out."""
 
     def __init__(
         self,
@@ -375,13 +374,13 @@ class _Watch:
 
 
 def _since_4_50(version: str | None) -> bool:
-    """Whether a `generation_config.json` of that version falls back on the model's values (unsaid: it does)."""
+    """Whether a `generation_config.json` of that version falls back on the model's values (true without a version)."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return numbers is None or (int(numbers[1]), int(numbers[2])) >= (4, 50)
 
 
 def _language_codes(tokenizer: Any) -> set[str]:
-    """The codes that `tokenizer` has tokens for (mBART, M2M100, NLLB, PLBart, SeamlessM4T)."""
+    """The codes for which `tokenizer` has tokens (mBART, M2M100, NLLB, PLBart, SeamlessM4T)."""
     table = getattr(tokenizer, "lang_code_to_id", None)
     if table is None:
         roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -393,7 +392,7 @@ def _language_codes(tokenizer: Any) -> set[str]:
 
 @contextmanager
 def _restored(tokenizer: Any) -> Iterator[None]:
-    """Give the tokenizer its languages back: building the inputs of a translation sets them."""
+    """Restores the tokenizer's languages, which building a translation's inputs changes."""
     before = {name: getattr(tokenizer, name, None) for name in sorted(_LANGUAGES)}
     try:
         yield
@@ -405,12 +404,12 @@ def _restored(tokenizer: Any) -> Iterator[None]:
 
 @contextmanager
 def _blaming(asked: Mapping[str, Any]) -> Iterator[None]:
-    """Turn `generate`'s refusal of a parameter into one that names it; other errors pass."""
+    """Turns `generate`'s refusal of a parameter into one that names it; other errors pass."""
     try:
         yield
     except (ValueError, TypeError) as error:
         message = str(error)
-        # By its name, where it stands first; or by the last words of it: `penalty` for repetition_penalty.
+        # By the parameter's name that comes first, or by the last word of one: `penalty` for repetition_penalty.
         named = {found.start(): name for name in asked if (found := re.search(rf"\b{name}\b", message))}
         ends = re.findall(r"`(\w+)`", message)
         meant = (

@@ -1,7 +1,7 @@
-"""`text-generation`, cut where transformers' pipeline calls the model, so that the batch can make many prompts at once.
+"""`text-generation`, split where transformers' pipeline calls the model, so that the batch takes many prompts at once.
 
-Owns what the pipeline does before and after; what makes the tokens, it is told. Any thread may use it: the tokenizer is
-one of its own, and one thread at a time has it. Must not know the engine or HTTP.
+Owns the parts before and after; the caller supplies what generates the tokens. Any thread may use it: it has a
+tokenizer of its own, which one thread at a time uses. Must not know the engine or HTTP.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from . import inputs as shapes
 from .generation import check_sequences, generation_arguments
 from .json_values import json_value
 
-_STOPS_KEPT = 16  # sets of stop strings that are kept ready; looking for one's tokens takes a large part of a second
+_STOPS_KEPT = 16  # sets of stop strings that are kept: finding the tokens of one takes a large part of a second
 
 
 def checked(inputs: Any, parameters: Mapping[str, Any], model: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
-    """Inputs and parameters as the pipeline takes them; `parameters` are those of `TASK_PARAMETERS`, validated.
+    """Checks inputs and parameters for the pipeline; `parameters` are those of `TASK_PARAMETERS`, validated.
 
     Raises:
-        InvalidRequest: on what this model cannot honour.
+        InvalidRequest: this model cannot honour them.
     """
     parameters = generation_arguments(parameters, model)
     inputs = shapes.prompts_or_chats(inputs)
@@ -41,19 +41,19 @@ def checked(inputs: Any, parameters: Mapping[str, Any], model: Any, tokenizer: A
     if parameters.get("clean_up_tokenization_spaces") and _is_byte_pair(tokenizer):
         raise shapes.refuse("clean_up_tokenization_spaces", "must be false: this model's tokens leave none")
     check_sequences(parameters, model, do_sample=True, num_beams=1)
-    # Under this name only does the pipeline hand over the tokenizer, without which no text can be looked for.
+    # Only under this name does the pipeline pass the tokenizer on, which stop strings need.
     if "stop_strings" in parameters:
         parameters["stop_sequence"] = parameters.pop("stop_strings")
     elif "stop_sequence" not in parameters and model.generation_config.stop_strings is not None:
         parameters["stop_sequence"] = model.generation_config.stop_strings
     if "max_length" in parameters:
-        # Without a word on truncation a length would cut the prompt in silence.
+        # Without `truncation`, a length would cut the prompt silently.
         parameters.setdefault("truncation", False)
     return inputs, parameters
 
 
 def _is_byte_pair(tokenizer: Any) -> bool:
-    """Whether transformers 5 leaves the tokenizer's spaces alone whatever is asked."""
+    """Whether transformers 5 never cleans up the tokenizer's spaces."""
     kept = not getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return kept and backend is not None and type(backend.model).__name__ == "BPE"
@@ -65,8 +65,8 @@ class TextGenerations:
     def __init__(
         self, model: Any, tokenizer: Any, explain: Callable[[Mapping[str, Any], Exception], LocalLLMError]
     ) -> None:
-        """`model` is a decoder; neither it nor `tokenizer` is changed. `explain` tells what an error of transformers
-        means to whoever gave the parameters."""
+        """`model` is a decoder; neither it nor `tokenizer` is changed. `explain` turns an error of transformers into
+        the error for the caller who set the parameters."""
         self._model = model
         self._shared_tokenizer = tokenizer
         self._explain = explain
@@ -75,17 +75,17 @@ class TextGenerations:
         self._criterion = lru_cache(_STOPS_KEPT)(self._make_criterion)
 
     def begin(self, inputs: Any, parameters: Mapping[str, Any]) -> TextGenerationCall:
-        """A call, with nothing done for it yet.
+        """Creates a call; nothing is computed for it yet.
 
         Raises:
-            InvalidRequest: on what this model cannot honour.
+            InvalidRequest: this model cannot honour it.
         """
         with self.explained(parameters), self._lock:
             pipeline = self._pipeline
             inputs, keywords = checked(inputs, parameters, self._model, pipeline.tokenizer)
             before, during, after = pipeline._sanitize_parameters(**keywords)
             during = {**pipeline._forward_params, **during}
-            # `generate` would look through the whole vocabulary for them, for each prompt anew.
+            # `generate` would search the whole vocabulary for them, for each prompt again.
             stops = during.pop("stop_strings", None)
             during |= {"stop_strings": None} if during.pop("tokenizer", None) is not None else {}
             stopped = None if stops is None else self._criterion(tuple(stops))
@@ -93,7 +93,7 @@ class TextGenerations:
         return TextGenerationCall(self, inputs, parameters, steps, stopped)
 
     def prepared(self, item: Any, before: Mapping[str, Any], during: Mapping[str, Any], generate: Any) -> Any:
-        """What the pipeline has of a prompt after its call of the model, where `generate` takes the loop's place."""
+        """The pipeline's state of a prompt after it called the model, with `generate` in place of the model's loop."""
         pipeline = self._opened
         with self._lock:
             tokens = pipeline.preprocess(item, **before)
@@ -106,7 +106,7 @@ class TextGenerations:
 
     @contextmanager
     def explained(self, parameters: Mapping[str, Any]) -> Iterator[None]:
-        """Turn whatever is raised within into one of the project's errors."""
+        """Turns any error in the block into one of the project's."""
         try:
             with no_panics():
                 yield
@@ -124,11 +124,11 @@ class TextGenerations:
         return self._opened
 
     def _make_criterion(self, stops: tuple[str, ...]) -> Callable[[Sequence[int]], bool]:
-        """What tells whether the newest of a text's tokens completes one of `stops`, as `generate` itself does."""
+        """A function that says whether a text's newest token completes one of `stops`, as `generate` does."""
         import torch
         from transformers import StopStringCriteria
 
-        # On a thread of its own, that ends: OpenMP keeps a team of threads for every thread that ever computed as much.
+        # On a thread that ends: OpenMP keeps a team of threads for every thread that has computed so much.
         with ThreadPoolExecutor(1, thread_name_prefix="stops") as thread:
             criterion = thread.submit(StopStringCriteria, self._opened.tokenizer, list(stops)).result()
         most = criterion.maximum_token_len
@@ -136,7 +136,7 @@ class TextGenerations:
 
 
 class TextGenerationCall:
-    """One call: `count` prompts, each of which is started, made by somebody else, and finished."""
+    """One call: `count` prompts, each of which is started, generated by the caller, and finished."""
 
     def __init__(
         self,
@@ -146,8 +146,8 @@ class TextGenerationCall:
         steps: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
         stopped: Callable[[Sequence[int]], bool] | None,
     ) -> None:
-        """`steps` are the arguments of the pipeline's three. `stopped` tells of a text's tokens whether they are to be
-        the last ones; None if nothing but the model's own ends a text."""
+        """`steps` are the arguments of the pipeline's three steps. `stopped` says whether a text ends with these
+        tokens; None if only the model's own end tokens end it."""
         self._texts, self._parameters = texts, parameters
         self._before, self._during, self._after = steps
         self.stopped = stopped
@@ -157,19 +157,19 @@ class TextGenerationCall:
         self._answers: dict[int, Any] = {}
 
     def start(self, index: int, custom_generate: Callable[..., Any]) -> None:
-        """Read a prompt and have the model's `generate` called for it, with this in place of its loop.
+        """Reads a prompt, and calls the model's `generate` with `custom_generate` in place of its loop.
 
-        It gets what the loop would, and gives the prompt's tokens back, (rows, tokens).
+        `custom_generate` gets the loop's arguments and returns the prompt's tokens, (rows, tokens).
 
         Raises:
-            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
+            InvalidRequest: the model cannot honour the prompt or a parameter.
             GenerationFailed, OutOfMemory: the model failed.
         """
         with self._texts.explained(self._parameters):
             self._outputs[index] = self._texts.prepared(self._items[index], self._before, self._during, custom_generate)
 
     def finish(self, index: int, tokens: Sequence[int]) -> None:
-        """Take the tokens of a prompt that was started: its own and the new ones.
+        """Takes the tokens of a started prompt: its own and the new ones.
 
         Raises: as `start`.
         """

@@ -1,9 +1,9 @@
-"""Which token ids a model has a row for: a tokenizer may know more tokens than its model's table has rows.
+"""Checks token ids against a model's vocabulary: a tokenizer may know more tokens than the model has embeddings.
 
 Gemma 3's tokenizer has one more than its text models, and tokens that are added by hand are often forgotten in the
-model. An id beyond the table is an IndexError of torch's on a CPU, undefined under OpenVINO, and on CUDA a failed
-assertion, after which the process cannot use CUDA again: so ids are checked before they are looked up. Any thread. Must
-not know tasks, JSON or HTTP.
+model. An id beyond the table is torch's IndexError on a CPU, undefined under OpenVINO, and on CUDA a failed assertion,
+after which the process cannot use CUDA again. So ids are checked before they are looked up. Any thread. Must not know
+tasks, JSON or HTTP.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..errors import InvalidRequest
 
 
 class NoRow(Exception):
-    """A token id beyond the rows of a model's table, in whatever text it came from."""
+    """A token id beyond the rows of a model's table, whatever text it came from."""
 
     def __init__(self, token: int, rows: int) -> None:
         super().__init__(f"token {token} is beyond the {rows} rows of the table")
         self.token, self.rows = token, rows
 
     def refusal(self, field: str) -> InvalidRequest:
-        """What to tell a caller whose `field` holds it."""
+        """The error for a caller whose `field` holds the token."""
         return InvalidRequest(
             f"Invalid value for field '{field}': it holds a token that the model has no row for: its tokenizer gives "
             f"it the id {self.token}, and the model's vocabulary has {self.rows} tokens",
@@ -41,10 +41,11 @@ def vocabulary_rows(model: Any) -> int | None:
 
 
 def check_vocabulary(highest: int, rows: int | None, field: str | None = None) -> None:
-    """Refuse token ids up to `highest` where that is beyond the `rows` of the table.
+    """Refuses token ids up to `highest` if it is beyond the table's `rows`.
 
     Raises:
-        InvalidRequest: for the `field` that the ids come from. NoRow: where that is not known here.
+        InvalidRequest: names the `field` that the ids come from.
+        NoRow: if `field` is None.
     """
     if rows is not None and highest >= rows:
         error = NoRow(highest, rows)
@@ -52,8 +53,10 @@ def check_vocabulary(highest: int, rows: int | None, field: str | None = None) -
 
 
 def guard_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Have the model itself refuse ids beyond its table, where its tokenizer can give such: in every task, and in what
-    any library does with the model. Other models are left alone, since the check waits for the device.
+    """Lets the model itself refuse ids beyond its table, if its tokenizer can produce such ids.
+
+    That covers every task, and whatever libraries do with the model. Other models are not checked, because the check
+    waits for the device.
     """
     rows = vocabulary_rows(model)
     known = tokenizer.get_vocab() if rows is not None else {}
@@ -65,13 +68,13 @@ def guard_vocabulary(model: Any, tokenizer: Any) -> None:
             check_vocabulary(int(arguments[0].max()), rows)
 
     table = model.get_input_embeddings()
-    for module in model.modules():  # encoders and decoders have modules of their own around the same table
+    for module in model.modules():  # encoders and decoders may have modules of their own around the same table
         if module is table or (hasattr(module, "num_embeddings") and module.weight is table.weight):
             module.register_forward_pre_hook(check)
 
 
 def field_of(token: int, task: str, inputs: Any, parameters: Mapping[str, Any], tokenizer: Any) -> str:
-    """The field of a task's call whose text holds a token: a parameter, a part of the inputs, or these."""
+    """The field of a task's call whose text holds a token: a parameter, a part of the inputs, or the inputs."""
     own = {"sentence-embeddings": "input", "rerank": "documents"}.get(task, "inputs")
     parts = inputs if isinstance(inputs, Mapping) else {}
     places = {name if task == "rerank" else f"{own}.{name}": value for name, value in parts.items()}
