@@ -1,1 +1,1 @@
-"""Token-by-token generation. Knows nothing of HTTP, JSON or the registry; works on one loaded model."""
+"""Token-by-token generation on one loaded model. Must not know HTTP, JSON or the registry."""

@@ -1,6 +1,6 @@
-"""What a batch is made of for one transformers model: its runner, its slots, and how tokens are drawn.
+"""The batch of one transformers model: its runner, its slots, and the sampling of tokens.
 
-The engine's counterpart that knows tensors; used on its thread only. Must not know queues, tickets or HTTP.
+The part of the engine that knows tensors; only the engine's thread uses it. Must not know queues, tickets or HTTP.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .torch.runner import Piece
 
 
 class Cache(Store, Protocol):
-    """Where a runner keeps the rows."""
+    """The store of a runner's rows."""
 
     token_bytes: int  # bytes of one token's keys and values
-    take: Callable[[str, int], bool]  # asks for bytes on a device, or gives them back where they are negative
+    take: Callable[[str, int], bool]  # asks for bytes on a device, or gives back a negative number
 
     def drop_all(self) -> None:
-        """Give all memory back."""
+        """Gives all memory back."""
 
     @property
     def allocated_bytes(self) -> int:
@@ -41,37 +41,37 @@ class Cache(Store, Protocol):
 
 
 class Runner(Protocol):
-    """What computes rows: `runner.BatchRunner` with torch, `openvino.runner.OpenVINORunner` with OpenVINO."""
+    """Computes rows: `runner.BatchRunner` with torch, `openvino.runner.OpenVINORunner` with OpenVINO."""
 
     @property
     def cache(self) -> Cache:
-        """Where it keeps them."""
+        """The store of the rows."""
 
     @property
     def lengths(self) -> Lengths:
-        """What it makes of the lengths of texts."""
+        """How results depend on the lengths of texts."""
 
     def forward(
         self, pieces: Many[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
     ) -> torch.Tensor:
-        """The logits that follow each row's last token, (rows, vocabulary), float32, good until the next call."""
+        """The logits that follow each row's last token, (rows, vocabulary), float32, valid until the next call."""
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the weights that it has a copy of, laid out otherwise."""
+        """Bytes of weights that have a copy in another layout."""
 
     def step_aside(self) -> None:
-        """Have the model itself whole: somebody is about to use it."""
+        """Restores the model itself for use outside the batch."""
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon."""
+        """Drops what is kept for use soon."""
 
     def close(self) -> None:
-        """Let go of the model and the cache."""
+        """Drops the model and the cache."""
 
 
 class TransformersBatch:
-    """Rows of a batch in, tokens out."""
+    """Turns rows into tokens."""
 
     def __init__(self, model_id: str, runner: Runner, texts: TokenTexts, options: EngineOptions) -> None:
         self._model_id = model_id
@@ -92,12 +92,12 @@ class TransformersBatch:
         with typed(self._model_id):
             logits = self._runner.forward(pieces, lambda index, logits: self._note_prompt(rows[index], logits))
             if logits.is_cuda and not any(row.complete for row in rows):
-                # No token is drawn, which would wait for the device: the engine takes the time of each step.
+                # No token is sampled, which would wait for the device, but the engine measures each step's time.
                 torch.cuda.synchronize(logits.device)
             return logits
 
     def draw(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
-        """The next token of each row whose tokens are all computed, or why there is none; 0 for the others."""
+        """The next token of each complete row, or an error; 0 for rows that are not complete."""
         complete = [index for index, row in enumerate(rows) if row.complete]
         if len(complete) < len(rows):
             logits = logits[complete]
@@ -113,38 +113,40 @@ class TransformersBatch:
         return drawn
 
     def settle(self, sequences: Many[Sequence], seconds: float) -> None:
-        """Wait until the forms of all are settled, or so long."""
+        """Waits until the constraints of all sequences are settled, or for `seconds`."""
         settle((each.sampler.constrained for each in sequences if each.sampler.constrained is not None), seconds)
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
-        """Note how likely the model found those of the prompt's tokens that follow a chunk's: `logits`, (chunk,
-        vocabulary). A chunk that is computed a second time, because others failed beside it, is noted once."""
+        """Records how likely the model found the prompt's tokens that follow a chunk's: `logits`, (chunk, vocabulary).
+
+        A chunk that is computed again, because another row failed, is recorded once.
+        """
         sequence = row.sequence
         noted = sequence.read_tokens
         if not noted:
             noted.append(self._texts.token(sequence.tokens[0], opens=self._texts.shows(sequence.tokens[:1])))
         following = sequence.tokens[len(noted) : min(row.start + len(row.tokens) + 1, sequence.prompt_tokens)]
-        first = len(noted) - 1 - row.start  # whose logits are those of the first of them
+        first = len(noted) - 1 - row.start  # index of the logits for the first of them
         if following:
             opens = not self._texts.shows(sequence.tokens[: len(noted)])
             logits = logits[first : first + len(following)]
             noted += self._texts.tokens(following, logits, sequence.logprobs or 0, opens=opens)
 
     def step_aside(self) -> None:
-        """Have the model itself ready for use by others than this batch."""
+        """Restores the model itself for use outside the batch."""
         self._runner.step_aside()
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon."""
+        """Drops what is kept for use soon."""
         self._runner.rest()
 
     def close(self) -> None:
-        """Let go of the model and the cache."""
+        """Drops the model and the cache."""
         self._runner.close()
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of KV cache that are taken."""
+        """Allocated bytes of the KV cache."""
         return self._runner.cache.allocated_bytes
 
 
@@ -154,7 +156,7 @@ def _wants_prompt(row: Row) -> bool:
 
 
 def sequence_of(prepared: Prepared, settled: Settled, tokenizer: Any, ticket: Ticket, streams: bool) -> Sequence:
-    """The row of the batch that gives a request what `generate` would."""
+    """Creates the sequence with which the batch gives a request what `generate` would."""
     config = settled.config
     tokens: list[int] = settled.input_ids[0].tolist()
     ends = config._eos_token_tensor

@@ -1,8 +1,8 @@
-"""Lengths at which a model changes: windows, chunks, indices, rotary embeddings; and a small model that changes early.
+"""Lengths at which a model changes (windows, chunks, indices, rotary embeddings), and a small model that changes early.
 
-What holds for a short text need not hold beyond them. Where they lie too far to read a text of the model's own so long,
-the same code is tried with small numbers: a model of the same class and config, narrow, with few layers and random
-weights, whose borders are near. Must not know rows, slots or files.
+A check on a short text says nothing beyond them. Where they are too far for a test with the model itself, the same code
+is tested with small numbers: a model of the same class and config, narrow, with few layers and random weights, whose
+borders are near. Must not know rows, slots or files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import rotary
 
-# Names of settings that are lengths of text, and of such that only look so.
+# Names of settings that are lengths of text, and of settings that only look so.
 _LENGTHS = re.compile(
     r"window|chunk|block_size|index_topk|index_block|floor_scale|local_attention|original_max_position|compress|horizon"
 )
 _OTHERS = re.compile(r"pattern|layer|mamba|kernel|feed_forward|lm_head|vision|audio|speech|theta|probs|use_|_step")
 
-# What is said of rotary embeddings that are the same for all lengths of text.
+# Settings of rotary embeddings that do not depend on the text's length.
 _SETTLED = frozenset(
     {
         *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
@@ -33,37 +33,37 @@ _SETTLED = frozenset(
     }
 )
 
-_PAST = 9  # tokens that a prompt goes beyond a border
-_SCORES = 1e8  # of one layer at a time
+_PAST = 9  # tokens by which a prompt goes beyond a border
+_SCORES = 1e8  # the most attention scores of one layer
 _SMALL = 16  # tokens up to the nearest border of a small model
 _WORDS = 512  # the vocabulary of a small model
-_WIDTH = 64  # of a small model's feed-forward layers
+_WIDTH = 64  # the width of a small model's feed-forward layers
 _WIDTHS = ("hidden_size", "_dim", "n_embd", "d_model")
 _EXPERTS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Border:
-    """A setting that is a length: where it stands in the config as a dictionary, and how many tokens it says."""
+    """A setting that is a length: its path in the config as a dictionary, and its number of tokens."""
 
     place: tuple[str, ...]
     tokens: int
 
 
 def nearest(config: Any) -> int:
-    """The least number of tokens at which a text config says that the model changes; 0 where none is in its context."""
+    """The shortest length in tokens at which a text config says that the model changes; 0 if its context has none."""
     most = _context(config)
     return min((border.tokens for border in _borders(config) if border.tokens < most), default=0)
 
 
 def past(config: Any) -> int:
-    """How many tokens a prompt has that goes past the nearest border; 0 where there is none."""
+    """The length in tokens of a prompt that goes past the nearest border; 0 where there is none."""
     border = nearest(config)
     return int(max(border + 1, min(border + _PAST, _context(config) - _PAST))) if border else 0
 
 
 def beyond(model: PreTrainedModel, most: float) -> int:
-    """As `past`; 0 where that takes the model more than `most` products."""
+    """As `past`; 0 where the prompt would take more than `most` products."""
     config = model.config.get_text_config()
     tokens = past(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -98,9 +98,9 @@ def _walk(said: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[_Border]:
 
 
 def small(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same code whose borders lie near.
+    """Creates a model of the same code whose borders are near.
 
-    Raises: whatever the code does with a config of small numbers.
+    Raises: any error of the code with small numbers in its config.
     """
     config = _narrow(copy.deepcopy(model.config))
     draws = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def small(model: PreTrainedModel) -> PreTrainedModel:
         for parameter in made.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5, generator=draws)
-            else:  # what begins as zeros or ones is not so in trained models
+            else:  # parameters that start as zeros or ones have other values in trained models
                 parameter.add_(torch.randn(parameter.shape, generator=draws), alpha=0.1)
     return made
 
@@ -121,7 +121,7 @@ def _narrow(config: Any) -> Any:
         _change(text, border.place, lambda tokens: max(2, tokens * _SMALL // near) if tokens > 1 else tokens)
     lengths = {border.place[0] for border in found}
     for part in vars(config).values():
-        if isinstance(part, PreTrainedConfig) and part is not text:  # what sees or hears
+        if isinstance(part, PreTrainedConfig) and part is not text:  # the part that sees or hears
             for name in {"num_hidden_layers", "num_blocks", "depth"} & vars(part).keys():
                 setattr(part, name, 1)
     layers = _few_layers(text)
@@ -156,7 +156,7 @@ def _narrow(config: Any) -> Any:
 
 
 def _few_layers(text: Any) -> int:
-    """Have a config no more layers than each kind of them takes; returns how many it had."""
+    """Cuts a config's layers down to as many as each kind of them needs; returns the earlier number."""
     layers: int = text.num_hidden_layers
     kinds = [value for value in vars(text).values() if isinstance(value, list) and len(value) == layers and layers > 1]
     kinds = [value for value in kinds if all(isinstance(kind, str | int) for kind in value)]
@@ -166,7 +166,7 @@ def _few_layers(text: Any) -> int:
 
 
 def _change(config: Any, place: tuple[str, ...], change: Any) -> None:
-    """Change a number, or a list of them, where it stands in a config."""
+    """Changes a number, or a list of numbers, at its place in a config."""
     *outer, name = place
     target = config
     for step in outer:

@@ -1,7 +1,7 @@
-"""The prompts of one call as rows of the batch, a few of them at a time: their tokens are wanted, and no text.
+"""Runs the prompts of one call as rows of the batch, a few at a time; it needs their tokens, not their text.
 
-Called on the caller's own thread, which waits here for them. Must not know tasks, pipelines or HTTP: how a prompt is
-read, and what becomes of its tokens, the call knows.
+Called on the caller's own thread, which waits here. Must not know tasks, pipelines or HTTP: the call reads the prompts
+and uses the tokens.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from .sampling import Sampler
 from .sequence import Sequence
 from .ticket import Ticket
 
-# How many prompts of a call wait in the engine's queue at once: the rest of it is for other callers.
+# How many prompts of a call wait in the engine's queue at once: the rest of the queue is for other callers.
 _QUEUED = 8
 
 
 class Call(Protocol):
-    """What asks for the tokens: see `tasks.text_generation.TextGenerationCall`."""
+    """A call that needs the tokens: see `tasks.text_generation.TextGenerationCall`."""
 
     count: int
     stopped: Callable[[Many[int]], bool] | None
 
     def start(self, index: int, custom_generate: Callable[..., Any]) -> None:
-        """Have the model's `generate` called for a prompt, with this in place of its loop."""
+        """Calls the model's `generate` for a prompt, with `custom_generate` in place of its loop."""
 
     def finish(self, index: int, tokens: Many[int]) -> None:
-        """Take the tokens of a prompt, its own and the new ones."""
+        """Takes a prompt's tokens: its own and the new ones."""
 
 
 class _Tokens:
-    """Stands where the text of a sequence would be made, and only looks whether it is to end."""
+    """Stands in for a sequence's text, and only checks whether the text ends."""
 
     def __init__(self, prompt: Many[int], stopped: Callable[[Many[int]], bool] | None) -> None:
         self.all = list(prompt)
         self.stopped = False
-        self.stop = None  # which one, the task does not tell
+        self.stop = None  # the task does not report which one
         self._stopped = stopped
 
     def add(self, token: int) -> str:
-        """No text, whatever comes."""
+        """Takes a token; returns no text."""
         self.all.append(token)
         if self._stopped is not None:
             self.stopped = self._stopped(self.all)
@@ -60,26 +60,26 @@ class _Tokens:
 
 
 class _Told(Ticket):
-    """A ticket that tells when it is admitted, and when it is done: its reader waits for many."""
+    """A ticket that notifies its reader, which waits for many, when it is admitted and when it is done."""
 
     def __init__(self, prompt_tokens: int, cancellation: Cancellation, told: SimpleQueue[None]) -> None:
         super().__init__(prompt_tokens, cancellation=cancellation)
         self._told = told
 
     def admitted(self) -> None:
-        """Say that it runs from now on."""
+        """Marks the request as running."""
         super().admitted()
         self._told.put(None)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Say that no chunk will follow."""
+        """Marks the end of the chunks."""
         super().finish(error)
         self._told.put(None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A prompt on its way."""
+    """A prompt in the batch."""
 
     sequence: Sequence
     tokens: _Tokens
@@ -99,16 +99,16 @@ def run_in_batch(
     check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     adapter: str | None = None,
 ) -> bool:
-    """Have the batch make the tokens of all prompts of `call`; False where it cannot, and the call is to be done whole.
+    """Generates the tokens of all prompts of `call` in the batch; False if the call must be computed whole instead.
 
-    At most `most` of them are in the batch at once. It cannot where `generate` would do more than one plain row, nor
-    beyond the `context`, a number of tokens, or the cache. `adapter` names one of the model's, None is itself.
-    `check_vocabulary` refuses the highest token id of a field where the model has no row for it.
+    At most `most` prompts are in the batch at once. The batch cannot do what needs more than one plain row of
+    `generate`, or goes beyond the `context` (tokens) or the cache. `adapter` is one of the model's adapters, None the
+    model itself. `check_vocabulary` refuses a field's highest token id if the model has no row for it.
 
     Raises:
-        QueueFull: as many wait as may; only before the first prompt, the others of a call wait for room.
+        QueueFull: the queue is full; only before the first prompt, later prompts wait for room.
         Cancelled: by `cancellation`, or the engine is being closed.
-        LocalLLMError: what a prompt failed of; the others are given up.
+        LocalLLMError: the error of a prompt; the other prompts are cancelled.
     """
     told: SimpleQueue[None] = SimpleQueue()
     running: dict[int, _Row] = {}
@@ -133,7 +133,7 @@ def run_in_batch(
                 told.get(timeout=LOOK_AGAIN)
             cancellation.check()
             for index in [index for index, row in running.items() if row.sequence.ticket.done]:
-                list(running[index].sequence.ticket)  # raises what ended it
+                list(running[index].sequence.ticket)  # raises the error that ended it
                 call.finish(index, running.pop(index).tokens.all)
         return True
     finally:
@@ -150,12 +150,12 @@ def _row(
     check_vocabulary: Callable[[int, str], None],
     adapter: str | None,
 ) -> _Row | None:
-    """The row that gives a prompt what `generate` would; None where the batch cannot."""
+    """Creates the row that gives a prompt what `generate` would; None where the batch cannot."""
     settled, masked = _settle(call, index)
     config = settled.config
     if masked or _tells_more(config) or not fits_a_row(settled):
         return None
-    # Beyond the context some models change how they count positions, for all rows of a step.
+    # Beyond the context some models count positions differently, for all rows of a step.
     if context is not None and config.max_length - 1 > context:
         return None
     prompt: list[int] = settled.input_ids[0].tolist()
@@ -178,7 +178,7 @@ def _row(
 
 
 def _settle(call: Call, index: int) -> tuple[Settled, bool]:
-    """What `generate` makes of its arguments just before it starts, and whether it leaves tokens out of the attention.
+    """What `generate` makes of its arguments just before its loop, and whether its mask hides tokens.
 
     See `input_processor.Preparer.settle`.
     """
@@ -202,6 +202,6 @@ def _settle(call: Call, index: int) -> tuple[Settled, bool]:
 
 
 def _tells_more(config: Any) -> bool:
-    """Whether the model's own settings have `generate` give more than tokens."""
+    """Whether the model's own settings make `generate` return more than tokens."""
     more = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     return bool(config.return_dict_in_generate) and any(getattr(config, name, False) for name in more)

@@ -1,9 +1,9 @@
-"""Texts that must be of a form: JSON of a schema, a regular expression, one of some choices, a grammar.
+"""Constraints on a text's form: a JSON schema, a regular expression, a choice, a grammar.
 
-llguidance (https://github.com/guidance-ai/llguidance) tells after each token which ones may follow, in a process of
-the form's own (see `forms.process`); here its masks become a logits processor, one form for each row. A form is
-compiled on the request's own thread, so that one that cannot be is refused at once. Must not know the batch, the queue
-or HTTP.
+After each token llguidance (https://github.com/guidance-ai/llguidance) computes which tokens may follow, in a process
+of the form's own (see `forms.process`); its masks become a logits processor here, with one form for each row. A form is
+compiled on the request's own thread, so that an invalid one is refused at once. Must not know the batch, the queue or
+HTTP.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..types import Constraint
 class Constraints:
     """Compiles constraints for one model's tokens. Any thread.
 
-    Its tokenizer may know more tokens than the model has logits for; no text is made of those.
+    The tokenizer may know more tokens than the model has logits for; texts never use those.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
-        """`vocabulary` is how many logits the model gives for a token, `ends` the ids of tokens that end its texts."""
+        """`vocabulary` is the number of the model's logits per token, `ends` the ids of tokens that end its texts."""
         self._hf = tokenizer
         self._vocabulary = vocabulary
         self._ends = sorted(ends)
@@ -40,7 +40,7 @@ class Constraints:
         self._compiler: compiler.Compiler | None = None
 
     def compile(self, constraint: Constraint, ends: Collection[int]) -> Form:
-        """The form that a text has to have, which one of the tokens `ends` may end once it is whole.
+        """Compiles a constraint to the form of one text; one of the tokens `ends` may end the text once it is complete.
 
         Raises:
             InvalidRequest: it cannot be compiled, with the reason; or this model's tokenizer cannot be constrained.
@@ -64,10 +64,10 @@ class Constraints:
 
     @property
     def tokens(self) -> LLTokenizer:
-        """llguidance's view of the tokenizer; made once, which takes about a second for a large vocabulary.
+        """llguidance's view of the tokenizer; created once, which takes about a second for a large vocabulary.
 
         Raises:
-            InvalidRequest: it is not one of the tokenizers library.
+            InvalidRequest: it is not a tokenizer of the tokenizers library.
         """
         with self._lock:
             if self._tokens is None:
@@ -79,14 +79,16 @@ class Constraints:
             return self._tokens
 
     def close(self) -> None:
-        """End the processes. Safe to call twice."""
+        """Ends the processes. Safe to call twice."""
         with self._lock:
             if self._compiler is not None:
                 self._compiler.close()
 
     def _written(self) -> tuple[str, int, list[int]]:
-        """The tokenizer.json without the added tokens that the model has no logits for, with which texts would be
-        spelled; how many tokens it knows, and which end a text."""
+        """The tokenizer.json, the number of tokens that it knows, and the tokens that end a text.
+
+        Added tokens without logits are removed, because texts would be spelled with them.
+        """
         if not getattr(self._hf, "is_fast", False):
             raise _no_tokens("it has no tokenizer.json")
         backend = copy.copy(self._hf.backend_tokenizer)  # with the tokens that its config adds
@@ -103,7 +105,8 @@ class Constraints:
 
 
 class Form:
-    """Which tokens may follow, in one text. One thread at a time; what asks where the text stands waits to be told."""
+    """The tokens that may follow in one text. One thread at a time; `allowed`, `complete` and `error` wait for the
+    process."""
 
     def __init__(self, opened: compiler.Open, vocabulary: int, ends: frozenset[int]) -> None:
         self.opened = opened
@@ -126,23 +129,23 @@ class Form:
         return allowed
 
     def take(self, token: int) -> None:
-        """Go on by a token, one of those allowed; an end token changes nothing."""
+        """Advances by a token, one of those allowed; an end token changes nothing."""
         if token not in self._ends:
             self.opened.take(token)
 
     @property
     def complete(self) -> bool:
-        """Whether the text is whole, and nothing may follow."""
+        """Whether the text is complete, so that nothing may follow."""
         return self.opened.state().stopped
 
     @property
     def error(self) -> str:
-        """What is wrong, as where a grammar turns out to be too complex; else empty."""
+        """An error, such as a grammar that turns out to be too complex; else empty."""
         return self.opened.state().error
 
 
 class Constrained(LogitsProcessor):  # type: ignore[misc]
-    """Leaves only the tokens that a form allows; each row of the batch has a form of its own."""
+    """Leaves only the tokens that a form allows; each row of the batch has its own form."""
 
     def __init__(self, form: Form, prompt_tokens: int) -> None:
         self._forms = [form]
@@ -150,26 +153,26 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
 
     @property
     def settled(self) -> bool:
-        """Whether it is known what may follow, so that nothing here waits for it."""
+        """Whether the allowed tokens are computed, so that nothing here waits."""
         return all(form.opened.settled for form in self._forms)
 
     @property
     def complete(self) -> list[bool]:
-        """For each row, whether it is whole with the tokens taken so far."""
+        """For each row, whether it is complete with the tokens taken so far."""
         return [form.complete for form in self._forms]
 
     def close(self) -> None:
-        """End the forms' process, where nothing more is to be made."""
+        """Ends the forms' process, once nothing more is generated."""
         self._forms[0].opened.close()
 
     def take(self, tokens: Sequence[int]) -> None:
-        """Go on by a token of each row."""
+        """Advances each row by its token."""
         for form, token in zip(self._forms, tokens, strict=True):
             form.take(token)
         self._read += 1
 
     def catch_up(self, rows: torch.Tensor) -> None:
-        """Take the tokens that were made since; `rows` (rows, tokens) begin with the prompt."""
+        """Takes the tokens generated since; `rows` (rows, tokens) begin with the prompt."""
         while len(self._forms) < rows.shape[0]:  # several sequences of one prompt
             self._forms.append(self._forms[0].copy())
         for tokens in rows[:, self._read :].unbind(1):
@@ -179,27 +182,26 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
         """`input_ids` (rows, tokens), `scores` (rows, vocabulary).
 
         Raises:
-            InvalidRequest: the grammar turned out to be too complex, or allows nothing that other parameters do not
-                forbid.
+            InvalidRequest: the grammar turned out to be too complex, or other parameters forbid all that it allows.
         """
         self.catch_up(input_ids)
         allowed = torch.from_numpy(np.stack([form.allowed() for form in self._forms])).to(scores.device)
         for form in self._forms:
             if reason := form.error:
-                raise InvalidRequest(f"The text cannot be given the form that is asked for: {reason}")
+                raise InvalidRequest(f"The text cannot take the requested form: {reason}")
         constrained = scores.masked_fill(~allowed, -torch.inf)
         if torch.isneginf(constrained.amax(-1)).any():
-            raise InvalidRequest("The form asked for allows only tokens that other parameters forbid")
+            raise InvalidRequest("The requested form allows only tokens that other parameters forbid")
         return constrained
 
 
 def settle(constrained: Iterable[Constrained], seconds: float) -> None:
-    """Wait until it is known of all what may follow, or so long."""
+    """Waits until the allowed tokens of all are computed, or for `seconds`."""
     compiler.settle((form.opened for each in constrained for form in each._forms), seconds)
 
 
 def constraints_of(model: Any, tokenizer: Any) -> Constraints:
-    """What constrains a model's texts; llguidance looks at the tokenizer when it is first asked."""
+    """The constraints of a model's texts; llguidance reads the tokenizer on first use."""
     own = model.generation_config.eos_token_id if model.can_generate() else None
     ends = own if isinstance(own, list) else [] if own is None else [own]
     words = getattr(model.config.get_text_config(), "vocab_size", 0)  # CANINE reads characters, and has none

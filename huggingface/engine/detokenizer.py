@@ -1,6 +1,6 @@
-"""From tokens to text as they are made: whole characters only, and nothing that a stop string will take back.
+"""Turns tokens into text as they are generated: only complete characters, and nothing that a stop string takes back.
 
-One `TextStream` a sequence, on the engine's thread. Knows a tokenizer's `decode` and nothing of models or HTTP.
+One `TextStream` per sequence, on the engine's thread. Knows a tokenizer's `decode`; must not know models or HTTP.
 """
 
 from __future__ import annotations
@@ -8,30 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-_UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
-_NEAR = 8  # of a prompt's last tokens: enough to show something, nearly always
+_UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a complete character yet
+_NEAR = 8  # last tokens of a prompt: nearly always enough to show something
 
 Begin = Literal["behind", "alone", "exact"]
 Decode = Callable[[Sequence[int]], str]
 
 
 class _Window:
-    """Decodes a growing list of tokens by looking at its last few: what the newest ones add to the text before them."""
+    """Decodes a growing list of tokens from its last few: the text that the newest tokens add."""
 
     def __init__(self, decode: Decode, behind: Sequence[int]) -> None:
-        """The tokens begin with those of `behind`, whose text is not told."""
+        """The tokens begin with `behind`, whose text is not returned."""
         self._decode = decode
-        self._start = 0  # tokens before it no longer change what the newest ones look like
+        self._start = 0  # tokens before it no longer affect how the newest ones look
         self._read = len(behind)  # tokens before it are shown
         self._before = decode(behind)  # the text of tokens[start:read]
 
     def more(self, tokens: Sequence[int]) -> str:
-        """The text that was added since the last call; empty while its last character is not complete."""
+        """The text added since the last call; empty while its last character is incomplete."""
         text = self._decode(tokens[self._start :])
         added = _added(self._before, text)
         if not added or text.endswith(_UNFINISHED):
             return ""
-        if not self._before.endswith(_UNFINISHED):  # else a part of a character would stand first
+        if not self._before.endswith(_UNFINISHED):  # else a part of a character would come first
             self._start = self._read
         self._read = len(tokens)
         self._before = self._decode(tokens[self._start : self._read])
@@ -39,14 +39,14 @@ class _Window:
 
 
 class TextStream:
-    """The text of one sequence, and whether one of its stop strings has come.
+    """The text of one sequence, and the stop string that ended it, if any.
 
-    Decoders of SentencePiece's kind drop the space before the first word that they are given, so that tokens are
-    decoded behind others. Where the text begins, `begin` says: `behind` the prompt, which it continues; `alone`, as
-    `transformers` decodes an answer, without such a space; or `exact`, with every character that its tokens stand for.
+    Decoders of SentencePiece's kind drop the space before the first word, so tokens are decoded after others. `begin`
+    says where the text begins: `behind` the prompt, which it continues; `alone`, without such a space, as
+    `transformers` decodes an answer; or `exact`, with every character of its tokens.
 
-    A stop string counts where `transformers.StopStringCriteria` says so: as soon as it is complete within the newest
-    token, special tokens and the end of the prompt included. It is left out of the text, and so is what follows it.
+    A stop string counts as in `transformers.StopStringCriteria`: as soon as it is complete within the newest token,
+    special tokens and the end of the prompt included. The text leaves it out, and all that follows it.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class TextStream:
         special_tokens: Sequence[str] = (),
         begin: Begin = "behind",
     ) -> None:
-        """`prompt` are the prompt's token ids. Special tokens are left out of the text, but for `special_tokens`."""
+        """`prompt` are the prompt's token ids. The text leaves special tokens out, except `special_tokens`."""
         self._decode = decoder(tokenizer, special_tokens)
         behind = _end(self._decode, prompt)
         self._alone = begin == "alone" or (begin == "behind" and not behind)
         self._behind = behind or plain_tokens(tokenizer)
         self._tokens = list(self._behind)
         self._window = _Window(self._decode, self._behind)
-        self._dropped: int | None = None  # characters of the text that it lacks alone; None before its first
+        self._dropped: int | None = None  # characters that the text alone lacks; None before its first
         self._stops = tuple(stops)
-        self._held = ""  # made, and not shown, because it may be the beginning of a stop string
+        self._held = ""  # generated but not shown, because it may begin a stop string
         self._shown: list[str] = []
-        self.stop: str | None = None  # the stop string that has come
+        self.stop: str | None = None  # the stop string that was found
         if stops:
             longest = max(map(len, stops))
             self._raw = _Window(lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)), self._behind)
@@ -76,7 +76,7 @@ class TextStream:
             self._tail = tail[len(tail) - longest + 1 :] if longest > 1 else ""
 
     def add(self, token: int) -> str:
-        """Take the next token; returns the text that may be shown now."""
+        """Takes the next token; returns the text that may be shown now."""
         self._tokens.append(token)
         text = self._window.more(self._tokens)
         if text and self._dropped is None:
@@ -93,17 +93,17 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string was found."""
         return self.stop is not None
 
     def finish(self) -> tuple[str, str]:
-        """What is still to be shown, and the whole text: the tokens decoded at once, up to the first stop string."""
+        """The text still to be shown, and the whole text: all tokens decoded together, up to the first stop string."""
         whole, _ = self.whole(self._made)
         shown = "".join(self._shown)
         return whole[len(shown) :] if whole.startswith(shown) else "", whole
 
     def whole(self, made: Sequence[int]) -> tuple[str, str | None]:
-        """The text of all tokens that were made, decoded at once, up to the first stop string; and that."""
+        """The text of all generated tokens, decoded together, up to the first stop string; and that stop string."""
         text = text_behind(self._decode, self._behind, made)
         found = min(((text.index(stop), stop) for stop in self._stops if stop in text), default=None)
         if found is None:
@@ -116,7 +116,7 @@ class TextStream:
         return self._tokens[len(self._behind) :]
 
     def _show(self, text: str) -> str:
-        """Take text as shown, but for what it lacks alone."""
+        """Marks text as shown, without the characters that the text alone lacks."""
         if text and self._dropped:
             dropped = min(self._dropped, len(text))
             self._dropped -= dropped
@@ -126,8 +126,7 @@ class TextStream:
         return text
 
     def _drops(self, text: str, made: Sequence[int]) -> int:
-        """How many characters tokens lack at their beginning when they are decoded alone; `text` is theirs behind
-        others."""
+        """How many first characters the tokens lose when they are decoded alone; `text` is theirs after others."""
         alone = self._decode(made)
         return len(text) - len(alone) if text.endswith(alone) else 0
 
@@ -136,7 +135,7 @@ class TextStream:
         if not added:
             return
         text = self._tail + added
-        # Only what ends within the newest text: what ended before it would have been found then.
+        # Only stop strings that end in the newest text: earlier ones would have been found before.
         places = [(text.find(stop, max(0, len(self._tail) - len(stop) + 1)), stop) for stop in self._stops]
         self.stop = min(((place, stop) for place, stop in places if place >= 0), default=(0, None))[1]
         longest = max(map(len, self._stops))
@@ -144,7 +143,7 @@ class TextStream:
 
 
 def decoder(tokenizer: Any, kept: Sequence[str]) -> Decode:
-    """How tokens become text without the special ones that are not `kept`."""
+    """The function that decodes tokens to text without the special ones that are not `kept`."""
     added = tokenizer.added_tokens_decoder if kept else {}
     special = {id_: token.content for id_, token in added.items() if token.special}
     if not set(kept) & set(special.values()):
@@ -156,7 +155,7 @@ def decoder(tokenizer: Any, kept: Sequence[str]) -> Decode:
 
 
 def plain_tokens(tokenizer: Any) -> list[int]:
-    """Tokens that show something by themselves, for others to be decoded behind; none if there are no such."""
+    """Tokens that show something by themselves, to decode others after; none if there are no such tokens."""
     special = frozenset(tokenizer.all_special_ids)
     for text in "a0.":
         ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -167,12 +166,12 @@ def plain_tokens(tokenizer: Any) -> list[int]:
 
 
 def text_behind(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """What tokens add to the text of those before them."""
+    """The text that tokens add to the text of those before them."""
     return _added(decode(before), decode([*before, *tokens]))
 
 
 def _added(before: str, text: str) -> str:
-    """What `text` has beyond `before`, of which the last character may not have been complete."""
+    """The part of `text` beyond `before`, whose last character may have been incomplete."""
     if text.startswith(before):
         return text[len(before) :]
     return text[
@@ -185,7 +184,7 @@ def _end(decode: Decode, prompt: Sequence[int]) -> list[int]:
     near = _NEAR
     while not (text := decode(end := list(prompt[-near:]))) and near < len(prompt):
         near *= 4
-    # Bytes of a character whose first one is missing would spoil those that follow.
+    # Bytes of a character whose first byte is missing would spoil the characters after it.
     while text.startswith(_UNFINISHED) and (shorter := decode(end[1:])):
         end, text = end[1:], shorter
     return end if text else []

@@ -1,9 +1,8 @@
-"""The engine of one loaded model: one thread on which everything that touches its tensors runs.
+"""The engine of one loaded model: a single thread runs everything that touches the model's tensors.
 
-`submit`, `call` and `close` may be called from any thread. The thread repeats `step()`: it decides who is served next,
-has it computed, and hands the results out; it ends when nobody has come for a while, and another one begins with the
-next who does. What a row computes is the runner's business, what a task does the tasks'. Must not know torch, HTTP,
-JSON or the registry.
+`submit`, `call` and `close` may be called from any thread. The thread repeats `step()`: it schedules, computes, and
+delivers results; it ends after some time without work, and the next request starts another. The runner computes rows,
+the tasks do their own work. Must not know torch, HTTP, JSON or the registry.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds without work after which the thread ends. OpenMP keeps a team of threads for every thread that ever computed,
-# and where there are more of them than cores, none waits actively: models that idle would slow down those that do not.
+# Seconds without work after which the thread ends. OpenMP keeps a team of threads for every thread that has computed,
+# and if there are more of them than cores, none waits actively: idle models would slow down busy ones.
 _IDLE = 10.0
 
-# Seconds between two times that a busy engine gives memory back that it has let go of. glibc keeps it for the next
-# step, which needs it in other pieces: it would grow by half of what a small model takes.
+# Seconds between two times that a busy engine gives freed memory back. glibc keeps it for the next step, which needs it
+# in other pieces: it would grow by half of what a small model takes.
 _TIDY = 0.5
 
-# Seconds that a step waits for forms to be settled; most are before it begins.
+# Seconds that a step waits for constraints; most are settled before it begins.
 _FORMS = 0.01
 
 
 class Batch(Protocol):
-    """What computes rows and draws tokens: see `batch.TransformersBatch`."""
+    """Computes rows and samples tokens: see `batch.TransformersBatch`."""
 
     slots: SlotTable
 
@@ -54,23 +53,23 @@ class Batch(Protocol):
         """The logits that follow each row's last token."""
 
     def draw(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
-        """Each row's next token, or why there is none."""
+        """Each row's next token, or an error."""
 
     def settle(self, sequences: Many[Sequence], seconds: float) -> None:
-        """Wait until the forms of all are settled, or so long."""
+        """Waits until the constraints of all sequences are settled, or for `seconds`."""
 
     def step_aside(self) -> None:
-        """Have the model itself ready for use by others than this batch."""
+        """Restores the model itself for use outside the batch."""
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon."""
+        """Drops what is kept for use soon."""
 
     def close(self) -> None:
-        """Let go of the model and the cache."""
+        """Drops the model and the cache."""
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of KV cache that are taken."""
+        """Allocated bytes of the KV cache."""
 
 
 class Background(Protocol):
@@ -81,21 +80,21 @@ class Background(Protocol):
         """Calls that wait or run."""
 
     def step(self) -> bool:
-        """Do one piece; tells whether more is to be done."""
+        """Does one piece; returns whether there is more."""
 
     def fail(self, error: LocalLLMError) -> None:
-        """Fail all calls that are there now."""
+        """Fails all present calls."""
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon."""
+        """Drops what is kept for use soon."""
 
     def close(self) -> None:
-        """Fail what waits."""
+        """Fails all waiting calls."""
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A piece of work that has the thread to itself, and the ticket of whoever waits for it, if it makes text."""
+    """A piece of work that has the thread to itself, with its ticket if it generates text."""
 
     run: Callable[[], None]
     fail: Callable[[BaseException], None]
@@ -118,8 +117,8 @@ class Engine:
     ) -> None:
         """Without a `batch` each generation is a job of its own; `reason` says why.
 
-        `relieve` is asked for memory where there is none; it tells whether it could free some. `begin` is called first
-        of all on each of its threads.
+        `relieve` evicts another model when memory is short; it returns whether it freed any. `begin` is called first on
+        each of the engine's threads.
         """
         self._relieve = relieve
         self._begin = begin
@@ -130,7 +129,7 @@ class Engine:
         self._reason = reason
         self._scheduler = Scheduler(batch.slots, options.max_batch) if batch is not None else None
         self._pace = Pace()
-        self._service = 0.0  # running mean of the seconds that a request has a place for
+        self._service = 0.0  # mean of the last seconds that a request ran
         self._changed = threading.Condition()
         self._inbox: deque[Sequence] = deque()
         self._jobs: deque[_Job] = deque()
@@ -139,16 +138,18 @@ class Engine:
         self._tidy_at = 0.0
         self._failed = False
         self._ended = False
-        self._thread: threading.Thread | None = None  # none while nobody wants anything
+        self._thread: threading.Thread | None = None  # None while there is no work
 
     # From any thread -------------------------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence for the batch; its ticket tells how it goes.
+        """Queues a sequence for the batch; its ticket reports the result.
 
         Raises:
-            QueueFull: as many wait as may. OutOfMemory: it would not fit into the cache even alone.
-            Cancelled: the engine is being closed. EngineFailed: it is broken.
+            QueueFull: the queue is full.
+            OutOfMemory: the sequence would not fit into the cache even alone.
+            Cancelled: the engine is being closed.
+            EngineFailed: the engine is broken.
         """
         with self._changed:
             self._check_open()
@@ -165,7 +166,7 @@ class Engine:
             self._inbox.append(sequence)
 
     def submit_job(self, ticket: Ticket, work: Callable[[Cancellation], None]) -> None:
-        """Queue a generation that has the thread to itself; it gets what cancels it.
+        """Queues a generation that has the thread to itself; `work` gets its cancellation.
 
         Raises: as `submit`.
         """
@@ -187,7 +188,7 @@ class Engine:
             self._jobs.append(_Job(run, ticket.finish, cancellation, ticket))
 
     def call(self, work: Callable[[], T]) -> T:
-        """Run `work` on the engine's thread between steps, and return what it returns, or raise what it raises.
+        """Runs `work` on the engine's thread between steps; returns its result or raises its error.
 
         Raises:
             Cancelled: the engine is being closed.
@@ -201,7 +202,7 @@ class Engine:
         return future.result()
 
     def check_queue_for_task(self) -> None:
-        """Refuse one more task call where too many wait already.
+        """Refuses one more task call if too many wait already.
 
         Raises: as `submit`.
         """
@@ -210,30 +211,30 @@ class Engine:
             self._check_queue(self._tasks.pending, self._options.max_batch)
 
     def wake(self) -> None:
-        """Say that there is something to do."""
+        """Notifies the thread of new work."""
         with self._changed:
             if self._thread is not None or (self._busy and not self._closing):
                 self._have_thread()
 
     def close(self) -> None:
-        """Cancel whatever waits or runs, and end the thread. Safe to call twice."""
+        """Cancels all work and ends the thread. Safe to call twice."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             thread = self._thread
             mine, self._ended = thread is None and not self._ended, True
-        if mine:  # no thread is there to do it
+        if mine:  # there is no thread to do it
             self._end(Cancelled())
         elif thread is not None and thread is not threading.current_thread():
             thread.join()
 
     @property
     def failed(self) -> bool:
-        """Whether the engine is broken, and a load replaces the model."""
+        """Whether the engine is broken, so that a load replaces the model."""
         return self._failed
 
     def status(self) -> EngineStatus:
-        """What it is doing at this moment."""
+        """What the engine is doing now."""
         batch, scheduler = self._batch, self._scheduler
         return EngineStatus(
             state="failed" if self._failed else "running",
@@ -249,7 +250,7 @@ class Engine:
         )
 
     def _have_thread(self) -> None:
-        """Wake the thread, or begin one; with the lock held, so that none ends in the same moment."""
+        """Wakes the thread, or starts one; with the lock held, so that no thread ends at the same moment."""
         self._changed.notify_all()
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=f"engine-{self._model_id}")
@@ -266,7 +267,7 @@ class Engine:
         if self._failed:
             raise EngineFailed(self._model_id)
         if self._closing:
-            raise Cancelled(f"Model '{self._model_id}' is being taken out of memory")
+            raise Cancelled(f"Model '{self._model_id}' is being unloaded")
 
     def _check_queue(self, waiting: int, places: int) -> None:
         if waiting >= self._options.max_queue + places:
@@ -276,7 +277,8 @@ class Engine:
     # On the engine's thread ------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Serve everyone once: give up who has gone, let in who waits, and compute a token or a chunk for each."""
+        """Serves each caller once: drops what is cancelled, admits what waits, and computes a token or a chunk for
+        each."""
         self._give_up()
         self._run_job()
         self._run_tasks()
@@ -313,20 +315,20 @@ class Engine:
         self._end(error or Cancelled())
 
     def _tidy(self) -> None:
-        """Give back now and then what was taken for a step and let go of."""
+        """Gives memory that steps have freed back to the system now and then."""
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + _TIDY
             release_freed()
 
     def _wait(self) -> Literal["step", "rest", "close"]:
-        """Wait until there is something to do, and tell what. Where nobody comes, this thread is let go."""
+        """Waits for something to do, and returns its kind. Ends this thread after some time without work."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._closing or self._busy, _IDLE):
                 self._tasks.rest()
                 if self._batch is not None:
                     self._batch.rest()
-                self._thread = None  # said under the lock: from now on whoever comes begins another, or closes himself
+                self._thread = None  # under the lock: the next request starts another thread, `close` needs none
                 return "rest"
             return "close" if self._closing else "step"
 
@@ -336,7 +338,7 @@ class Engine:
         return bool(busy or self._inbox or self._jobs or self._tasks.pending)
 
     def _give_up(self) -> None:
-        """Free what those had who left, who cancelled, or who want no answer any more."""
+        """Drops cancelled jobs and sequences, and frees their slots."""
         with self._changed:
             if self._scheduler is not None:
                 self._scheduler.waiting.extend(self._inbox)
@@ -351,7 +353,7 @@ class Engine:
                 self._fail(sequence, Cancelled())
 
     def _run_job(self) -> None:
-        """Do one piece of work that has the thread to itself, if there is one."""
+        """Runs one job that has the thread to itself, if there is one."""
         with self._changed:
             self._job = self._jobs.popleft() if self._jobs else None
         if self._job is None:
@@ -362,14 +364,14 @@ class Engine:
         except EngineFailed as error:
             self._job.fail(error)
             raise
-        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
             forget_frames(error)
             self._job.fail(error)
         finally:
             self._job = None
 
     def _run_tasks(self) -> None:
-        """Do one piece of the tasks' work, if there is some; what comes after this look has its turn at the next."""
+        """Does one piece of the tasks' work, if there is any; work that arrives now has its turn in the next step."""
         if self._tasks.pending:
             try:
                 self._lend_model()
@@ -379,7 +381,7 @@ class Engine:
                 self._tasks.step()
 
     def _lend_model(self) -> None:
-        """Have the model itself whole for whoever runs next; asked after that is known, so that nobody slips by."""
+        """Restores the model itself; called once a job or task is known to run, so that none runs without it."""
         if self._batch is None:
             return
         try:
@@ -390,7 +392,7 @@ class Engine:
             self._batch.step_aside()
 
     def _let_in(self) -> None:
-        """Give places and slots to those who wait; whoever does not fit into all the memory there is, is refused."""
+        """Gives slots to waiting sequences; refuses one that does not fit into all the memory there is."""
         assert self._scheduler is not None  # noqa: S101 - only called with a batch
         while True:
             with self._changed:
@@ -405,7 +407,7 @@ class Engine:
             self._fail(stuck, OutOfMemory(reason))
 
     def _settle(self) -> None:
-        """Go on with everyone whose form is settled; a form that takes longer to compute keeps no other waiting."""
+        """Continues sequences whose constraint is settled; one that takes longer delays no other."""
         assert self._scheduler is not None and self._batch is not None  # noqa: S101, PT018 - only called with a batch
         running = self._scheduler.running
         if unsettled := [sequence for sequence in running if not sequence.settled]:
@@ -415,7 +417,7 @@ class Engine:
                 self._end_of(sequence, sequence.settle)
 
     def _make_room(self) -> None:
-        """Have room in the cache for the next token of everyone who decodes; whoever cannot be helped, is refused."""
+        """Makes room in the cache for each decoding sequence's next token; fails a sequence for which there is none."""
         assert self._scheduler is not None  # noqa: S101 - only called with a batch
         while True:
             with self._changed:
@@ -428,9 +430,9 @@ class Engine:
             self._fail(stuck, OutOfMemory(reason))
 
     def _compute(self, rows: Many[Row]) -> None:
-        """Compute rows and give each sequence its next token. A failure is pinned on the rows that fail alone, too.
+        """Computes rows and gives each sequence its next token. An error fails only the rows that also fail alone.
 
-        Where memory is short and some can be freed, it is tried once more.
+        If memory is short and some can be freed, it tries once more.
         """
         if not rows:
             return
@@ -463,14 +465,14 @@ class Engine:
         self._end_of(sequence, lambda: sequence.append(token))
 
     def _end_of(self, sequence: Sequence, say: Callable[[], None]) -> None:
-        """Have a sequence say its last token, and drop it where that ends it."""
+        """Delivers a sequence's last token, and drops the sequence if the token ends it."""
         assert self._scheduler is not None  # noqa: S101 - it runs in the batch
         try:
             with no_panics():
                 say()
-        except Exception as error:  # a tokenizer may fail on what a model makes
-            logger.exception("the text of a sequence of %s could not be made", self._model_id)
-            self._fail(sequence, GenerationFailed(f"Model '{self._model_id}' made what has no text ({error})"))
+        except Exception as error:  # a tokenizer may fail on a model's output
+            logger.exception("a sequence of %s could not be decoded", self._model_id)
+            self._fail(sequence, GenerationFailed(f"Model '{self._model_id}' generated what has no text ({error})"))
             return
         if sequence.finished:
             self._scheduler.drop(sequence)
@@ -490,7 +492,7 @@ class Engine:
         return [] if self._scheduler is None else [*self._scheduler.waiting, *self._scheduler.running]
 
     def _end(self, error: BaseException) -> None:
-        """Tell everyone that there will be nothing more, and let go of the model."""
+        """Ends all sequences and jobs with an error, and drops the model."""
         with self._changed:
             sequences: Iterable[Sequence] = [*self._everyone(), *self._inbox]
             jobs = list(self._jobs)

@@ -1,4 +1,4 @@
-"""What an error of torch or of a model means to a caller, said once for all that computes.
+"""Turns errors of torch or of a model into the project's errors, for all code that computes.
 
 Called on the engine's thread. Must not know requests.
 """
@@ -16,12 +16,13 @@ from ..host.memory import ran_out_of_memory
 
 @contextmanager
 def typed(model_id: str) -> Iterator[None]:
-    """Turn whatever is raised within into one of the project's errors.
+    """Turns any error in the block into one of the project's errors.
 
     Raises:
-        OutOfMemory: the device had no room for it. EngineFailed: the device itself failed, and does so from now on.
-        InvalidRequest: beams draw among more tokens than `torch.multinomial` can, 2^24.
-        GenerationFailed: anything else that the model raised. LocalLLMErrors pass as they are.
+        OutOfMemory: the device had no room.
+        EngineFailed: the device itself failed, and will keep failing.
+        InvalidRequest: beams sample from more than 2^24 tokens, the limit of `torch.multinomial`.
+        GenerationFailed: any other error of the model. LocalLLMErrors pass unchanged.
     """
     try:
         with no_panics():
@@ -31,10 +32,10 @@ def typed(model_id: str) -> Iterator[None]:
     except Exception as error:
         if ran_out_of_memory(error):
             raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
-        if isinstance(error, torch.AcceleratorError):  # CUDA says so once, and refuses everything afterwards
+        if isinstance(error, torch.AcceleratorError):  # CUDA reports it once, and refuses everything afterwards
             raise EngineFailed(model_id) from error
         if "number of categories cannot exceed 2^24" in str(error):
             raise InvalidRequest(
-                "'num_beams' times the vocabulary is more than the 2^24 tokens that torch can draw among", "num_beams"
+                "'num_beams' times the vocabulary is more than the 2^24 tokens that torch can sample from", "num_beams"
             ) from error
         raise GenerationFailed(f"Model '{model_id}' failed to generate ({type(error).__name__})") from error

@@ -34,9 +34,9 @@ from .sampling import SeededDraws
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]
-    """Ends the work as soon as the caller has given up: by raising, because a beam search goes on past a stop.
+    """Ends cancelled work at once: by raising, because a beam search continues after a stop.
 
-    `seen` is called with the tokens so far, (rows, tokens). A row that has the form it was to have is ended.
+    `seen` is called with the tokens so far, (rows, tokens). A row whose constrained text is complete ends.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _EachToken(StoppingCriteria):  # type: ignore[misc]
 
 
 def unset(model: Any) -> list[tuple[dict[str, Any], str]]:
-    """What modules have not set yet, as they were loaded: some keep a state there beside the cache."""
+    """The attributes that the loaded modules have not set yet: some keep a state there beside the cache."""
     return [
         (vars(module), name)
         for module in model.modules()
@@ -78,8 +78,8 @@ class Solo:
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
         unset: Sequence[tuple[dict[str, Any], str]] = (),
     ) -> None:
-        """`claims` asks for the memory that a generation takes; `active` has the model answer as one of its adapters,
-        by its name. What is `unset` is so again before each text, which goes on from no other."""
+        """`claims` claims the memory of a generation; `active` lets the model answer as one of its adapters, by name.
+        The attributes in `unset` are reset before each generation, so that none continues another."""
         self._model_id = model_id
         self._texts = texts
         self._claims = claims
@@ -97,14 +97,15 @@ class Solo:
         emit: Callable[[Chunk], None],
         cancellation: Cancellation,
     ) -> None:
-        """Generate; `emit` gets text as it is made where it `streams` and there is one sequence without beams, and at
-        least one chunk for each returned sequence, the last one with the counts. `submitted` is when it was asked for,
-        a reading of `time.monotonic`.
+        """Generates. `emit` gets text as it is generated where it `streams` and there is one sequence without beams.
+
+        It gets at least one chunk for each returned sequence; the last chunk has the counts. `submitted` is when the
+        request arrived, a reading of `time.monotonic`.
 
         Raises:
-            InvalidRequest: a parameter is one that this model cannot honour, or that there is never the memory for.
+            InvalidRequest: this model cannot honour a parameter, or there is never enough memory for it.
             Cancelled: by `cancellation`.
-            Others as `failures.typed`.
+            Otherwise as `failures.typed`.
         """
         with (
             typed(self._model_id),
@@ -129,7 +130,7 @@ class Solo:
         parameters, prompt_tokens = prepared.parameters, prepared.prompt_tokens
         started, first = time.monotonic(), 0.0
         text = None
-        if streams and prepared.asked.rows == 1:  # else it is one of several, or a beam that may still lose
+        if streams and prepared.asked.rows == 1:  # otherwise it is one of several, or a beam that may still lose
             text = self._text(prepared)
 
         def seen(input_ids: torch.Tensor) -> None:
@@ -185,12 +186,11 @@ class Solo:
         return nullcontext() if seed is None else SeededDraws(seed, self.model.device)
 
     def _new_tokens(self, row: Any, prompt_tokens: int) -> Any:
-        """The ids of a returned row that were made, without the prompt or the one token that started it."""
+        """The generated ids of a returned row, without the prompt or the one token that started it."""
         return row[prompt_tokens if self._reads_answer and prompt_tokens else 1 :]
 
     def _finish(self, ids: list[int], prepared: Prepared) -> tuple[str, FinishReason, int, str | None]:
-        """Text, why it ended, how many tokens were made (the end token included, padding after it not), and the stop
-        string that ended it."""
+        """Text, finish reason, count of generated tokens (with the end token, without padding), and stop string."""
         text, stop = self._text(prepared).whole(ids)
         count = next((index + 1 for index, token in enumerate(ids) if token in prepared.ends), None)
         whole = prepared.constrained is not None and any(prepared.constrained.complete)

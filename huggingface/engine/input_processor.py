@@ -1,7 +1,7 @@
-"""A request becomes token ids and settled parameters: what `generate` would start from, before any of it runs.
+"""Turns a request into token ids and settled parameters: the state from which `generate` would start.
 
-Called on the request's own thread, so that what cannot be honoured is refused at once, and other requests go on
-meanwhile. It changes neither the model nor its tokenizer. Must not know the queue, the batch or HTTP.
+Called on the request's own thread, so that it refuses at once and other requests go on meanwhile. Changes neither the
+model nor its tokenizer. Must not know the queue, the batch or HTTP.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from .failures import typed
 from .lengths import Asked, Lengths, TooLong
 from .sampling import Biased, Repeated, RepeatedLately
 
-# Parameters that mean nothing without sampling; `generate` warns of them and ignores them.
+# Parameters without a meaning unless sampling is on; `generate` warns of them and ignores them.
 _SAMPLING_ONLY = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 )
 
-# Parameters that `generate` does not have; processors of our own honour them.
+# Parameters that `generate` does not have; the server's own processors honour them.
 _OURS = frozenset({"seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos"})
 _OURS |= {"repeat_last_n"}
 
-# Tokens where nothing sets a limit: neither the request nor the model.
+# Tokens where neither the request nor the model sets a limit.
 _UNLIMITED = 4096
 
-# How many of a prompt's last tokens are shown to whoever makes a constraint from its end.
+# How many of a prompt's last tokens a function for a constraint gets to see.
 _END = 24
 
-# What a row of the batch can do; beams and the like have the model to themselves.
+# Modes that a row of the batch can do; beams and others have the model to themselves.
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What `generate` itself makes of its arguments just before it starts: see `Preparer.settle`."""
+    """What `generate` itself makes of its arguments just before its loop: see `Preparer.settle`."""
 
     input_ids: torch.Tensor
     processors: LogitsProcessorList
@@ -59,10 +59,9 @@ class Settled:
 class Prepared:
     """A request in the model's terms.
 
-    `inputs` and `arguments` are those of `generate`, `processors` are to be added to its own. `settled` is what one row
-    of the batch needs; None where the batch cannot do what is asked. `asked` is what `generate` does then. `end` is the
-    text that the prompt ends with, `begin` tells where the new text begins: see `detokenizer.TextStream`. The rest is
-    the request's.
+    `inputs` and `arguments` are those of `generate`; `processors` are added to its own. `settled` is for a row of the
+    batch; None where the batch cannot do the request. `asked` says what `generate` does then. `end` is the text at the
+    end of the prompt; `begin` says where the new text begins: see `detokenizer.TextStream`. The rest is the request's.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -84,7 +83,7 @@ class Prepared:
 
 
 def fits_a_row(settled: Settled) -> bool:
-    """Whether it is what one plain row of the batch can do."""
+    """Whether one plain row of the batch can do it."""
     config = settled.config
     return not (
         config.get_generation_mode() not in _MODES
@@ -118,13 +117,16 @@ class Preparer:
         check_adapter: Callable[[str | None], None] = lambda _: None,
         check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     ) -> None:
-        """`contexts` are how many tokens the model can read, and have in what it writes (in a decoder-only model that
-        begins with the prompt); `room` is how many the KV cache holds of one sequence; None for no limit.
+        """Takes the parts of a model.
 
-        `lengths` counts long texts for `tokenizer`;
-        `arguments` turns parameters into arguments of `generate`, and refuses those that the model cannot honour;
-        `check_adapter` refuses the name of an adapter that the model does not have, `check_vocabulary` the highest
-        token id of a field where the model has no row for it.
+        Args:
+            contexts: the most tokens that the model can read, and can have in what it writes (in a decoder-only model
+                that includes the prompt); None for no limit.
+            room: the most tokens of one sequence in the KV cache; None for no limit.
+            arguments: turns parameters into arguments of `generate`, and refuses those that the model cannot honour.
+            lengths: counts long texts for `tokenizer`.
+            check_adapter: refuses the name of an adapter that the model does not have.
+            check_vocabulary: refuses a field's highest token id if the model has no row for it.
         """
         self._model_id = model_id
         self._model = model
@@ -139,11 +141,11 @@ class Preparer:
         self.check_vocabulary = check_vocabulary
 
     def prepare(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Prepared:
-        """Tokens, parameters and processors of a request.
+        """Prepares the tokens, parameters and processors of a request.
 
         Raises:
-            InvalidRequest: the prompt or a parameter is one that this model cannot honour.
-            GenerationFailed: its tokenizer or its settings cannot be used.
+            InvalidRequest: the model cannot honour the prompt or a parameter.
+            GenerationFailed: the model's tokenizer or settings are unusable.
             Cancelled: by `cancellation`.
         """
         with typed(self._model_id):
@@ -186,23 +188,23 @@ class Preparer:
         )
 
     def _begin(self, request: GenerationRequest, constrained: Constrained | None) -> Begin:
-        """A form says each character of its text. A prompt's continuation stands behind it, an answer for itself."""
+        """A form counts each character of its text; a continuation is decoded behind the prompt, an answer alone."""
         if constrained is not None:
             return "exact"
         continues = request.messages is None or _turn(request) == "continued"
         return "behind" if continues and self._reads_answer else "alone"
 
     def close(self) -> None:
-        """End the processes that compile forms."""
+        """Ends the processes that compile forms."""
         self._constraints.close()
 
     def _constrained(
         self, request: GenerationRequest, parameters: Mapping[str, Any], prompt_tokens: int, end: str
     ) -> Constrained | None:
-        """What leaves only the tokens that the request's constraint allows.
+        """The processor that leaves only the tokens that the request's constraint allows.
 
         Raises:
-            InvalidRequest: it cannot be compiled.
+            InvalidRequest: the constraint cannot be compiled.
         """
         constraint = request.constraint
         if callable(constraint):
@@ -214,15 +216,15 @@ class Preparer:
             return None
         for name in ("min_new_tokens", "min_length"):
             if parameters.get(name):
-                raise refuse(name, "cannot be used with a form of the text, which is whole when it is")
+                raise refuse(name, "cannot be used with a constraint, which decides when the text is complete")
         before = prompt_tokens if self._reads_answer and prompt_tokens else 1
         return Constrained(self._constraints.compile(constraint, self._ends(parameters)), before)
 
     def _check_alone(self, request: GenerationRequest, arguments: Mapping[str, Any]) -> None:
-        """Refuse what is not to be had from a model's own `generate`.
+        """Refuses what a model's own `generate` cannot do.
 
         Raises:
-            InvalidRequest: naming it.
+            InvalidRequest: names the parameter.
         """
         own = self._model.generation_config
         beams = arguments.get("num_beams") or own.num_beams or 1
@@ -235,10 +237,10 @@ class Preparer:
     def settle(
         self, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], processors: LogitsProcessorList
     ) -> Settled | None:
-        """What `generate` makes of these arguments, or None if that is more than one plain row.
+        """What `generate` makes of these arguments; None if that is more than one plain row.
 
-        It is asked by its own `custom_generate`: the function that it calls instead of its loop, all arguments checked
-        and merged with the model's own settings, and the processors built. Stop strings are left to the text's side.
+        `generate` calls `custom_generate` in place of its loop, with all arguments checked and merged with the model's
+        own settings, and with the processors. The text's side handles stop strings.
         """
 
         def take(
@@ -280,11 +282,11 @@ class Preparer:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def count(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> int:
-        """How many tokens the request's prompt is, whether or not the model has room for them.
+        """Counts the prompt's tokens, whether or not the model has room for them.
 
         Raises:
-            InvalidRequest: its chat template refuses the messages, or they are far beyond the context.
-            GenerationFailed: its tokenizer cannot be used.
+            InvalidRequest: the chat template refuses the messages, or they are far longer than the context.
+            GenerationFailed: the tokenizer is unusable.
             Cancelled: by `cancellation`.
         """
         with typed(self._model_id):
@@ -297,7 +299,7 @@ class Preparer:
 
     @contextmanager
     def _reading(self, text: str, field: str, most: int, cancellation: Cancellation) -> Iterator[None]:
-        """Refuse a text of more than `most` tokens before the block reads it whole."""
+        """Refuses a text of more than `most` tokens before the block tokenizes it whole."""
         try:
             with self._lengths.reading(text, most, cancellation):
                 yield
@@ -311,7 +313,7 @@ class Preparer:
         return ids
 
     def _ids(self, request: GenerationRequest, most: int, cancellation: Cancellation) -> list[int]:
-        """Token ids of the request's prompt, unless it has more than `most`."""
+        """Token ids of the request's prompt; refuses more than `most`."""
         if request.messages is not None:
             return self._encode_messages(request, most, cancellation)
         if request.tokens is not None:
@@ -327,7 +329,7 @@ class Preparer:
         if self._tokenizer.chat_template is None:
             end = self._tokenizer.eos_token or self._tokenizer.sep_token or "\n"
             turns: list[str] = [message["content"] or "" for message in request.messages]
-            # An encoder-decoder's tokenizer ends the text itself.
+            # An encoder-decoder's tokenizer adds the end itself.
             text = end.join(turns) + (end if self._reads_answer else "")
             return self._read(text, "messages", most, cancellation)
         turn = _turn(request)
@@ -337,10 +339,10 @@ class Preparer:
     def _laid_out(
         self, request: GenerationRequest, how: Mapping[str, Any], most: int, cancellation: Cancellation
     ) -> list[int]:
-        """Token ids of the first layout that the model's template takes and shows whole, else of the first it takes.
+        """Token ids of the first layout that the model's template shows completely, else of the first that it accepts.
 
         Raises:
-            InvalidRequest: it takes none, or the layout has more than `most` tokens.
+            InvalidRequest: the template accepts none, or the layout has more than `most` tokens.
         """
         taken: list[int] | None = None
         refusal: Exception | None = None
@@ -373,23 +375,23 @@ class Preparer:
         rooms = [room - before + 1 for room in (self._answer_context, self._room) if room is not None]
         if own.max_new_tokens is not None:
             rooms.append(own.max_new_tokens)
-        elif own.max_length not in (None, 20):  # what transformers itself puts there says nothing of the model
+        elif own.max_length not in (None, 20):  # transformers' own default says nothing of the model
             rooms.append(own.max_length - before)
         return {"max_new_tokens": max(1, min(rooms, default=_UNLIMITED)), **parameters}
 
     def _fit(self, parameters: Mapping[str, Any], prompt_tokens: int) -> dict[str, Any]:
-        """The parameters with the most tokens cut to what the context has room for behind the prompt.
+        """The parameters, with the limit of tokens cut to the room that the context has behind the prompt.
 
-        The last token made is never read back, so it needs no place in the context. In an encoder-decoder the decoder
-        has a context of its own, which its start token shares.
+        The last generated token is never read back, so it needs no place in the context. An encoder-decoder's decoder
+        has a context of its own, which includes its start token.
 
         Raises:
-            InvalidRequest: the least length asked for does not fit, or the prompt fills the greatest.
+            InvalidRequest: the requested minimum does not fit, or the prompt fills the maximum.
         """
         fitted = dict(parameters)
         before = prompt_tokens if self._reads_answer and prompt_tokens else 1
         if fitted.get("max_length", before + 1) <= before:
-            raise refuse("max_length", f"leaves no room for new tokens behind the {before} that are there")
+            raise refuse("max_length", f"leaves no room for new tokens after the {before} already there")
         if self._answer_context is None:
             return fitted
         room = self._answer_context - before + 1
@@ -398,7 +400,7 @@ class Preparer:
                 fitted[name] = min(fitted[name], most)
         for name, most in (("min_new_tokens", room), ("min_length", before + room)):
             if fitted.get(name, 0) > most:
-                raise refuse(name, f"must be at most {most}, all that a context of {self._answer_context} tokens holds")
+                raise refuse(name, f"must be at most {most}, the room in a context of {self._answer_context} tokens")
         return fitted
 
     def _arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -411,7 +413,7 @@ class Preparer:
         if not arguments.get("do_sample"):
             arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_ONLY}
         if _window(parameters) is not None:
-            arguments["repetition_penalty"] = 1.0  # that of the window is a processor of our own
+            arguments["repetition_penalty"] = 1.0  # the server's own processor applies it to the window
         if self._stops(parameters):
             arguments["tokenizer"] = self._tokenizer
         if parameters.get("ignore_eos") or "stop_token_ids" in parameters:
@@ -423,7 +425,7 @@ class Preparer:
         return arguments
 
     def _processors(self, parameters: Mapping[str, Any], prompt_tokens: int) -> LogitsProcessorList:
-        """The processors of our own that the parameters ask for."""
+        """The server's own processors that the parameters need."""
         processors = LogitsProcessorList()
         presence, frequency = parameters.get("presence_penalty", 0.0), parameters.get("frequency_penalty", 0.0)
         window = _window(parameters)
@@ -451,10 +453,10 @@ class Preparer:
         return further | (frozenset(ends) if isinstance(ends, list) else {ends})
 
     def _own_ends(self, parameters: Mapping[str, Any]) -> list[int]:
-        """The ends as `generate` takes them, where they are not the model's own.
+        """The end tokens as `generate` takes them, where they are not the model's own.
 
         Raises:
-            InvalidRequest: one of them is no token of the model's, or what needs an end has none.
+            InvalidRequest: the model has no such token, or a parameter needs an end token and there is none.
         """
         vocabulary = self._model.config.get_text_config().vocab_size
         for token in parameters.get("stop_token_ids", ()):
@@ -464,7 +466,7 @@ class Preparer:
             return sorted(ends)
         if "exponential_decay_length_penalty" in parameters:
             raise refuse("ignore_eos", "cannot be used with exponential_decay_length_penalty, which favours the end")
-        return [vocabulary]  # of none at all, `generate` makes the model's own; there is no such token
+        return [vocabulary]  # for an empty list `generate` would use the model's own; no token has this id
 
     def _stops(self, parameters: Mapping[str, Any]) -> list[str]:
         """The strings that end a text: the request's, else the model's."""
@@ -473,30 +475,30 @@ class Preparer:
 
 
 def _turn(request: GenerationRequest) -> str:
-    """What follows the last of the messages."""
+    """What follows the last message."""
     if request.turn is not None or not request.messages:
         return request.turn or "new"
-    # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is to be continued.
+    # As transformers' TextGenerationPipeline: a chat that ends with the assistant's words is continued.
     return "continued" if request.messages[-1]["role"] == "assistant" else "new"
 
 
 def _window(parameters: Mapping[str, Any]) -> int | None:
-    """How many of the last tokens penalties look at; None for all of them."""
+    """How many of the last tokens penalties apply to; None for all of them."""
     window = parameters.get("repeat_last_n", -1)
     return None if window < 0 else int(window)
 
 
 @contextmanager
 def blaming(parameters: Iterable[str]) -> Iterator[None]:
-    """Turn `generate`'s refusal of its arguments into one that names the parameter at fault.
+    """Turns `generate`'s refusal of its arguments into one that names the parameter at fault.
 
     Raises:
-        InvalidRequest: for arguments that do not go together, or more tokens than there are positions for.
+        InvalidRequest: the arguments do not go together, or ask for more tokens than there are positions.
     """
     try:
         yield
     except IndexError as error:
-        if "out of range in self" not in str(error):  # a table of the model's has no such row
+        if "out of range in self" not in str(error):  # one of the model's tables has no such row
             raise
         raise refuse("max_new_tokens", "asks for more tokens than the model has positions for") from error
     except ValueError as error:  # how `generate` refuses arguments that do not go together

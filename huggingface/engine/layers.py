@@ -1,4 +1,4 @@
-"""What a model's layers keep of a token and how far they see: what every runner asks before it serves a model.
+"""Reads what a model's layers keep of a token and how far they attend: each runner needs it first.
 
 Must not know rows, slots or the scheduler.
 """
@@ -13,27 +13,27 @@ from transformers import PreTrainedModel
 
 from .torch.cache import LayerShape, layer_shapes
 
-# The kinds of layers that runners know, by the names that configs give them.
+# The kinds of layers that runners support, by their names in configs.
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class NotBatchable(Exception):
-    """This model's forward pass cannot serve rows at positions of their own; the message says why."""
+    """The model's forward pass cannot serve rows at different positions; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKinds:
-    """The kinds of a model's layers, and whether it takes a mask for each of them, by its name."""
+    """The kinds of a model's layers, and whether it takes a mask for each kind, by name."""
 
     names: tuple[str, ...]
     by_kind: bool
 
 
 def probe(model: PreTrainedModel) -> list[LayerShape | None]:
-    """What each layer keeps of a token, seen by giving the model one.
+    """What each layer keeps of a token, found by running the model on one.
 
     Raises:
-        NotBatchable: it keeps something else than keys and values.
+        NotBatchable: the model keeps something other than keys and values.
     """
     inputs = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
@@ -45,10 +45,10 @@ def probe(model: PreTrainedModel) -> list[LayerShape | None]:
 
 
 def layer_kinds(config: Any) -> LayerKinds:
-    """The kinds of layers that a text config describes: `create_masks_for_generate`'s rules.
+    """The kinds of layers in a text config, by the rules of `create_masks_for_generate`.
 
     Raises:
-        NotBatchable: one of them is none of `KINDS`, or attends to tokens that the rows beside it may change.
+        NotBatchable: a kind is not in `KINDS`, or attends to tokens that depend on neighbouring rows.
     """
     named = getattr(config, "layer_types", None)
     if named is not None:
@@ -61,7 +61,7 @@ def layer_kinds(config: Any) -> LayerKinds:
         kinds = LayerKinds(("full_attention",), by_kind=False)
     kept = getattr(config, "keep_window_size", None)
     if kept is not None and kept < (getattr(config, "max_position_embeddings", None) or kept + 1):
-        # A word that stands there twice has the same score in the first layer: the order in memory decides.
+        # A word that occurs twice has the same score in the first layer: the order in memory decides.
         raise NotBatchable(f"its attention keeps the {kept} tokens of largest score, and which of equal ones is chance")
     if unknown := [kind for kind in kinds.names if kind not in KINDS]:
         raise NotBatchable(f"it has layers of the kind {', '.join(unknown)}")

@@ -1,8 +1,8 @@
-"""How long a text is in tokens, found out before a tokenizer reads it whole.
+"""Counts the tokens of a long text before a tokenizer reads it whole.
 
-A tokenizer takes seconds and gigabytes for millions of characters, and nothing ends it. So a long text is counted in
-pieces, which a client that leaves ends, and is refused where it is far beyond what can be read. Few long texts are
-read at once. Any thread; must not know models or requests.
+For millions of characters a tokenizer takes seconds and gigabytes, and cannot be interrupted. So a long text is counted
+in pieces: a client that leaves ends the count, and a text far beyond the limit is refused. Few long texts are read at
+once. Any thread; must not know models or requests.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from ..cancellation import Cancellation
 
-_PIECE = 2**16  # characters; a text that has no more is read at once
-_EDGE = 8  # tokens that a piece has more than its share of the whole, for being cut out of it
+_PIECE = 2**16  # characters; a text with no more is read at once
+_EDGE = 8  # tokens that a piece may have more than its share, because it was cut out of the text
 _AT_ONCE = 2  # long texts
 
-# How many tokens of a text are read at least, where a task cuts it or reads it in pieces, or where it is only counted.
+# The least limit in tokens where a task cuts a text or reads it in pieces, or where it is only counted.
 _LEAST = 2**18
 
 
 class TooLong(Exception):
-    """A text has more tokens than are read; `tokens` is how many it has at least."""
+    """A text has too many tokens: at least `tokens`."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
@@ -32,7 +32,7 @@ class TooLong(Exception):
 
 
 class Asked(list[Any]):
-    """Messages of which a template reads the next only while somebody waits for the answer."""
+    """Messages that check the cancellation before a template reads each of them."""
 
     def __init__(self, messages: Iterable[Any], cancellation: Cancellation) -> None:
         super().__init__(messages)
@@ -44,11 +44,11 @@ class Asked(list[Any]):
             yield message
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
-        return copy.deepcopy(list(self), memo)  # what is asked is no part of a chat
+        return copy.deepcopy(list(self), memo)  # the cancellation is no part of a chat
 
     @property
     def long(self) -> bool:
-        """Whether they are too long to be read at once."""
+        """Whether the messages are too long to be read at once."""
         return _characters(list(self)) > _PIECE
 
 
@@ -56,19 +56,20 @@ class Lengths:
     """Counts long texts for one tokenizer."""
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:
-        """`context` is how many tokens the model can read, None for no limit."""
+        """`context` is the most tokens that the model can read, None for no limit."""
         self._tokenizer = tokenizer
         self._places = threading.BoundedSemaphore(_AT_ONCE)
-        # A text just beyond the context is read whole, so that its refusal says how long it is.
+        # A text just beyond the context is read whole, so that its refusal has its exact length.
         self.of_prompt = _LEAST if context is None else 2 * context
         self.of_text = max(self.of_prompt, _LEAST)
 
     @contextmanager
     def reading(self, text: str, most: int, cancellation: Cancellation) -> Iterator[None]:
-        """Check a text before the block reads it whole; a long one has a place among the few until the block ends.
+        """Checks a text before the block reads it whole; a long text holds one of the few places until the block ends.
 
         Raises:
-            TooLong: it has more than `most` tokens, however it is read. Cancelled.
+            TooLong: the text has more than `most` tokens, however it is read.
+            Cancelled: by `cancellation`.
         """
         if len(text) <= _PIECE:
             yield
@@ -88,9 +89,10 @@ class Lengths:
             self._places.release()
 
     def check(self, value: Any, field: str, cancellation: Cancellation) -> str | None:
-        """The name of a text within JSON values that has more than `of_text` tokens; None where there is none.
+        """The name of a text in JSON values that has more than `of_text` tokens; None where there is none.
 
-        Raises: Cancelled.
+        Raises:
+            Cancelled: by `cancellation`.
         """
         for name, text in _long_texts(value, field):
             try:
@@ -102,7 +104,7 @@ class Lengths:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces, which begin with white space where there is some: a tokenizer cuts there too."""
+    """The text in pieces that begin with white space where possible: a tokenizer cuts there too."""
     start = 0
     while len(text) - start > _PIECE:
         end = start + _PIECE

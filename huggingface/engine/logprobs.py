@@ -1,4 +1,4 @@
-"""What single tokens stand for, and how likely the model found them.
+"""The texts of single tokens, and how likely the model found them.
 
 Any thread. Must not know sequences, sampling or HTTP.
 """
@@ -19,10 +19,10 @@ from .detokenizer import plain_tokens, text_behind
 
 
 class TokenTexts:
-    """Tokens of one model with their texts."""
+    """The tokens of one model with their texts."""
 
     def __init__(self, tokenizer: Any, exact: Callable[[], LLTokenizer]) -> None:
-        """`exact` gives llguidance's view of the tokenizer, which knows each token's bytes; it may raise
+        """`exact` returns llguidance's view of the tokenizer, which knows each token's bytes; it may raise
         `InvalidRequest` where there is none."""
         self._tokenizer = tokenizer
         self._exact = exact
@@ -31,24 +31,24 @@ class TokenTexts:
     def token(
         self, token: int, logprob: float | None = None, top: tuple[Token, ...] = (), *, opens: bool = False
     ) -> Token:
-        """A token by its id; one that `opens` a text lacks the space that a text does not begin with."""
+        """A token by its id; one that `opens` a text lacks the space with which a text does not begin."""
         raw = self._bytes(token)
         if opens and raw.endswith(alone := self._decode([token]).encode("utf-8", "replace")):
             raw = alone
         return Token(token, raw.decode("utf-8", "replace"), raw, logprob, token in self._special, top)
 
     def shows(self, ids: Sequence[int]) -> bool:
-        """Whether any of the tokens is not a special one."""
+        """Whether any token is not a special one."""
         return any(token not in self._special for token in ids)
 
     def tokens(self, ids: list[int], logits: torch.Tensor, alternatives: int, *, opens: bool = False) -> list[Token]:
-        """Tokens and their log-probabilities: `ids[n]` stands where the model gave `logits[n]`, (tokens, vocabulary).
+        """Tokens and their log-probabilities: `ids[n]` belongs to `logits[n]`, (tokens, vocabulary).
 
-        Each has its `alternatives` likeliest tokens as `top`. The first that shows something may be one that `opens` a
-        text.
+        Each has its `alternatives` likeliest tokens as `top`. With `opens`, the first token that shows something opens
+        a text.
 
         Raises:
-            GenerationFailed: the logits are no numbers.
+            GenerationFailed: the logits are not numbers.
         """
         if not bool(are_numbers(logits).all()):
             raise GenerationFailed("The model's logits are not numbers")

@@ -1,6 +1,6 @@
-"""One ticket for several generations: their chunks in the order they are made, each with the number of its own.
+"""One ticket for several generations: their chunks in order of arrival, each with its generation's index.
 
-Those that the queue has no room for yet are begun as others end, by whoever reads. Standard library only.
+Generations for which the queue has no room yet start as others end, on the reader's thread. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..cancellation import NEVER, Cancellation
 from ..errors import LocalLLMError, QueueFull
 from .ticket import Ticket
 
-# Begins a generation and gives its ticket, which is cancelled with what it is given.
+# Starts a generation and returns its ticket, which the given `Cancellation` cancels.
 Begin = Callable[[Cancellation], Ticket]
 
 
@@ -21,9 +21,9 @@ class JointTicket(Ticket):
     """Reads several tickets as one. It ends with the last of them, or with the first that fails."""
 
     def __init__(self, begins: Sequence[Begin], most: int, cancellation: Cancellation = NEVER) -> None:
-        """Begin up to `most` at once; `begins` are called on the reading thread, the first here.
+        """Starts up to `most` generations at once, on the reading thread; the first one here.
 
-        Raises: what the first one raises.
+        Raises: as the first of `begins`.
         """
         self._running: dict[int, Ticket] = {}
         super().__init__(cancellation=cancellation)
@@ -34,7 +34,7 @@ class JointTicket(Ticket):
         self._begin()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """As a single ticket's."""
+        """As `Ticket.wait`."""
         while len(self._running) < self._most and self._left and not self._done and not self.cancellation.cancelled:
             try:
                 self._begin()
@@ -47,7 +47,7 @@ class JointTicket(Ticket):
         return super().wait(timeout)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Say that no chunk will follow; the others are given up."""
+        """Marks the end of the chunks; an error cancels the other generations."""
         super().finish(error)
         if error is not None:
             self.cancel()
@@ -70,11 +70,11 @@ class JointTicket(Ticket):
         if error is not None or last:
             self.finish(error)
 
-    # What is told of it ----------------------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------------------------
 
     @property
     def made(self) -> int:
-        """New tokens so far, of all."""
+        """New tokens so far, of all generations."""
         return self._made + sum(ticket.made for ticket in list(self._running.values()))
 
     @made.setter
@@ -83,10 +83,10 @@ class JointTicket(Ticket):
 
     @property
     def position(self) -> int | None:
-        """The place in the queue of the one that is next; None where none waits."""
+        """The place in the queue of the generation that is next; None where none waits."""
         places = [ticket.position for ticket in list(self._running.values()) if ticket.position is not None]
         return min(places, default=None)
 
     @position.setter
     def position(self, value: int | None) -> None:
-        """Nothing to set: it is theirs."""
+        """Ignored: the tickets have the places."""

@@ -1,7 +1,7 @@
-"""From logits to tokens, each row by its own parameters and its own random draws.
+"""Turns logits into tokens, each row by its own parameters and its own random numbers.
 
-The rules are transformers' own logits processors, made by `generate` itself for each request; here they are applied to
-the rows of a batch, and tokens are drawn as `generate` draws them. Engine's thread only.
+The rules are transformers' own logits processors, which `generate` itself builds for each request; here they apply to
+the rows of a batch, and tokens are sampled as `generate` does. Engine's thread only.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..modeling.steps import are_numbers, no_numbers, no_token
 from .constraints import Constrained
 from .failures import typed
 
-_AHEAD = 64  # tokens for which a sampler has room before they are drawn
+_AHEAD = 64  # tokens for which a sampler has room before they are sampled
 
 
 class SeededDraws(TorchFunctionMode):
-    """While entered, this thread's `torch.multinomial` draws from a generator of its own, seeded with `seed`.
+    """While entered, this thread's `torch.multinomial` uses a generator of its own, seeded with `seed`.
 
     Torch's global generator and a seeded `torch.Generator` of the same device give the same stream, so the text is that
     of `torch.manual_seed(seed)` before `model.generate`, for sampling, beam sampling and several returned sequences
-    alike. Torch keeps such modes per thread: other threads' draws neither move this stream nor are moved by it.
+    alike. Torch keeps such modes per thread, so other threads neither change this stream nor see it.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class SeededDraws(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Pass every call on, with the generator added to the draws."""
+        """Passes every call on; calls of `torch.multinomial` get the generator."""
         arguments = dict(kwargs or {})
         if func is torch.multinomial:
             arguments["generator"] = self._generator
@@ -57,7 +57,7 @@ class SeededDraws(TorchFunctionMode):
 
 
 class Sampler:
-    """How one sequence's tokens are drawn: its request's processors, and a generator of its own if it has a seed."""
+    """Samples one sequence's tokens: by its request's processors, and a generator of its own if it has a seed."""
 
     def __init__(
         self, prompt: torch.Tensor, most: int, processors: LogitsProcessorList, do_sample: bool, seed: int | None
@@ -75,13 +75,15 @@ class Sampler:
         self._ids = prompt
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token, (1,), from the logits (1, vocabulary), float32, as `GenerationMixin._sample` draws it, and
-        whether there was one to choose, (1,)."""
+        """Samples the next token, (1,), from logits (1, vocabulary), float32, as `GenerationMixin._sample`.
+
+        Also returns whether a token could be sampled, (1,).
+        """
         scores: torch.Tensor = self._processors(self._ids[:, : self._count], logits)
         if not self._do_sample:
             token = scores.argmax(-1)
         elif self._generator is not None:
-            # A NaN, where no token is left, would end CUDA for the whole process.
+            # Where no token is left, a NaN would end CUDA for the whole process.
             probabilities = scores.softmax(-1).nan_to_num_(1.0)
             token = torch.multinomial(probabilities, num_samples=1, generator=self._generator)[:, 0]
         else:
@@ -98,34 +100,34 @@ class Sampler:
 
     @property
     def complete(self) -> bool:
-        """Whether the text has the form it was to have, and nothing may follow."""
+        """Whether the constrained text is complete, so that nothing may follow."""
         return self.constrained is not None and all(self.constrained.complete)
 
     @property
     def settled(self) -> bool:
-        """Whether the next token can be drawn: a form may still be computing which ones it allows."""
+        """Whether the next token can be sampled: a form may still be computing which tokens it allows."""
         return self.constrained is None or self.constrained.settled
 
     def close(self) -> None:
-        """End what the form takes."""
+        """Ends the constraint's form."""
         if self.constrained is not None:
             self.constrained.close()
 
 
 def _draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """A token, (1,), by its probability, of (1, vocabulary), which need not add up to 1.
+    """Samples a token, (1,), by its probability, of (1, vocabulary), which need not add up to 1.
 
-    On a CPU `torch.multinomial` draws a number for each token of the vocabulary, which takes as long as a layer of a
-    small model; one number is enough, where nobody asks for the very same draws as after `torch.manual_seed`.
+    On a CPU `torch.multinomial` makes a random number for each token of the vocabulary, which takes as long as a layer
+    of a small model. One number is enough where the samples need not equal those after `torch.manual_seed`.
     """
     sums = probabilities[0].cumsum(-1, dtype=torch.float64)
     place = sums[-1:] * torch.rand(1, dtype=torch.float64, device=sums.device)
-    # The first sum that is greater: a token of probability 0 has none that is greater than the one before.
+    # The first sum that is greater: a token of probability 0 never has the first greater sum.
     return torch.searchsorted(sums, place, right=True).clamp_(max=int(probabilities.shape[1]) - 1)
 
 
 class _UntilLength(LogitsProcessor):  # type: ignore[misc]
-    """`MinLengthLogitsProcessor` and `MinNewTokensLengthLogitsProcessor`, without a look at each token's id."""
+    """`MinLengthLogitsProcessor` and `MinNewTokensLengthLogitsProcessor`, without a comparison with each token's id."""
 
     def __init__(self, length: int, ends: torch.Tensor) -> None:
         self._length = length
@@ -140,7 +142,7 @@ class _UntilLength(LogitsProcessor):  # type: ignore[misc]
 
 
 class _TopPOfFew(LogitsProcessor):  # type: ignore[misc]
-    """`TopPLogitsWarper` behind a `TopKLogitsWarper`: sorts the few tokens that are left, and not the vocabulary."""
+    """`TopPLogitsWarper` after a `TopKLogitsWarper`: sorts the few remaining tokens instead of the vocabulary."""
 
     def __init__(self, warper: TopPLogitsWarper) -> None:
         self._warper = warper
@@ -153,7 +155,7 @@ class _TopPOfFew(LogitsProcessor):  # type: ignore[misc]
 
 
 def _quick(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The same processors, those that take longest by a quicker way to the same."""
+    """The same processors, with faster equivalents for the slowest."""
     quick = LogitsProcessorList()
     for processor in processors:
         kind = type(processor)
@@ -171,8 +173,8 @@ def _quick(processors: LogitsProcessorList) -> LogitsProcessorList:
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The first token with the highest logit of each row, or that of a NaN.
 
-    On a CPU by numpy, on this thread alone: it is quicker, and torch would wait for its other threads, which wait
-    in turn for whoever else uses the cores, OpenVINO among them.
+    On a CPU by numpy, on this thread alone: it is faster, and torch would wait for its other threads, which compete for
+    the cores, with OpenVINO's for instance.
     """
     if logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().argmax(-1))
@@ -180,13 +182,13 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> list[int | LocalLLMError]:
-    """A token for each row of `logits`, (rows, vocabulary), float32; an error where a row's logits are no numbers, or
-    none is left."""
+    """A token for each row of `logits`, (rows, vocabulary), float32; an error for a row whose logits are not numbers or
+    forbid every token."""
     if not samplers:
         return []
     with torch.inference_mode():
         tokens = _likeliest(logits)
-        # The highest of each row: a NaN, where there is one.
+        # The highest of each row, or a NaN if there is one.
         numbers = are_numbers(logits.gather(1, tokens[:, None]))
         chosen = torch.ones_like(numbers)
         failed: dict[int, LocalLLMError] = {}
@@ -205,9 +207,10 @@ def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> li
 
 
 class Repeated(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's `presence_penalty` and `frequency_penalty`: taken from the logits of those made so far, prompt apart.
+    """OpenAI's `presence_penalty` and `frequency_penalty`: lower the logits of generated tokens, not of the prompt's.
 
-    The first is taken once, the second for each time. Source: "Frequency and presence penalties", OpenAI API reference.
+    The first is subtracted once, the second for each occurrence. Source: "Frequency and presence penalties", OpenAI API
+    reference.
     """
 
     def __init__(self, prompt_tokens: int, presence: float, frequency: float, window: int | None = None) -> None:
@@ -228,7 +231,7 @@ class Repeated(LogitsProcessor):  # type: ignore[misc]
 
 
 class RepeatedLately(LogitsProcessor):  # type: ignore[misc]
-    """transformers' `repetition_penalty` over the last tokens only, as llama.cpp has it (`repeat_last_n`)."""
+    """transformers' `repetition_penalty` over the last tokens only, as llama.cpp's `repeat_last_n`."""
 
     def __init__(self, penalty: float, window: int) -> None:
         self._penalize = RepetitionPenaltyLogitsProcessor(penalty)
@@ -241,7 +244,7 @@ class RepeatedLately(LogitsProcessor):  # type: ignore[misc]
 
 
 class Biased(LogitsProcessor):  # type: ignore[misc]
-    """`logit_bias`: added to the logits of the tokens named."""
+    """`logit_bias`: is added to the logits of the named tokens."""
 
     def __init__(self, bias: Mapping[int, float], device: torch.device) -> None:
         self._tokens = torch.tensor(list(bias), dtype=torch.long, device=device)

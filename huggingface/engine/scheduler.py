@@ -1,6 +1,6 @@
-"""Who runs in the next step: which waiting sequences are let in, whose prompt goes on, who decodes.
+"""Plans the next step: which waiting sequences are admitted, whose prompt goes on, and which sequences decode.
 
-Integers only: sequences, slots, counts of tokens. Used on the engine's thread, under its lock where it touches the
+Integers only: sequences, slots, counts of tokens. Used on the engine's thread, under its lock where it changes the
 queue. Must not know torch, text or HTTP.
 """
 
@@ -19,7 +19,7 @@ _SHORT = 256  # tokens
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A piece of work: `tokens` of a sequence, the first of which stands at position `start`."""
+    """`tokens` of a sequence to compute, the first of them at position `start`."""
 
     sequence: Sequence
     tokens: tuple[int, ...]
@@ -27,7 +27,7 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether the sequence's next token can be drawn from this row's last logits."""
+        """Whether the sequence's next token can be sampled from this row's last logits."""
         return self.start + len(self.tokens) == len(self.sequence.tokens)
 
 
@@ -53,30 +53,30 @@ class Scheduler:
 
     @property
     def short_prompts(self) -> int:
-        """Sequences whose prompts are being read and are short, what was known of them apart.
+        """How many short prompts are being read, not counting reused tokens.
 
-        The end of a long one is none: whoever decodes has been kept waiting for it long enough.
+        The end of a long prompt does not count: the decoding sequences have waited long enough for it.
         """
         return sum(1 for sequence in self.prefilling if len(sequence.tokens) - sequence.reused <= _SHORT)
 
     def admit(self) -> None:
-        """Let waiting sequences in, in their order, as far as there are places and room in the cache."""
+        """Admits waiting sequences in order, as far as there are places and room in the cache."""
         self._restart()
         while self.waiting and self.places > 0:
             sequence = self.waiting[0]
-            # Whoever wants to know how likely the prompt is, has to have all of it computed.
+            # Log-probabilities of the prompt need all of it computed.
             known = () if sequence.prompt_logprobs else sequence.tokens
             sequence.slot = self._slots.take(known, sequence.first_need, sequence.adapter, sequence.at_once)
             if sequence.slot is None:
                 return
             self.waiting.popleft()
-            if not sequence.admitted:  # else it was put back, and goes on
+            if not sequence.admitted:  # otherwise it was put back, and continues
                 sequence.admitted, sequence.reused = time.monotonic(), sequence.computed
             sequence.ticket.admitted()
             self.prefilling.append(sequence)
 
     def _restart(self) -> None:
-        """Have the sequences that the model computes again from their first token on do so."""
+        """Puts back the sequences that the model computes again from their first token on."""
         border = self._slots.lengths.restart
         if border is None:
             return
@@ -86,9 +86,9 @@ class Scheduler:
                 self._put_back(sequence)
 
     def make_room(self) -> Sequence | None:
-        """Give larger slots to the sequences that fill theirs. Where there is no memory, the latest one has to wait.
+        """Gives larger slots to the sequences that fill theirs. Where memory is short, the latest sequence has to wait.
 
-        It is computed anew as soon as there is room again. Returns a sequence that cannot be helped: it is alone.
+        It is computed again as soon as there is room. Returns a sequence for which there is no room even alone.
         """
         for sequence in list(self.decoding):
             while sequence.cramped and sequence.slot is not None:
@@ -108,12 +108,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def plan(self, budget: int) -> tuple[Row, ...]:
-        """The next step: a token for every row that decodes, in the order of banks and rows, then chunks of prompts.
+        """The next step: a token for every decoding row, in the order of banks and rows, then chunks of prompts.
 
-        These have at most `budget` tokens together.
-
-        The oldest prompt gets at least half of it; the shortest ones share the rest, so that a short prompt
-        need not wait until a long one is read. A sequence that is not ready has no part in the step.
+        The chunks have at most `budget` tokens together. The oldest prompt gets at least half of it; the shortest ones
+        share the rest, so that a short prompt need not wait for a long one. Sequences that are not ready have no part
+        in the step.
         """
         decoding = [sequence for sequence in self.decoding if sequence.ready]
         prefilling = [sequence for sequence in self.prefilling if sequence.ready]
@@ -132,12 +131,12 @@ class Scheduler:
         return (*rows, *(_row(sequence, count) for sequence, count in chunks.items()))
 
     def computed(self, rows: Iterable[Row]) -> None:
-        """Note that the rows' tokens are in the cache; prompts that are read decode from now on."""
+        """Records that the rows' tokens are in the cache; prompts that are read decode from now on."""
         rows = list(rows)
         for row in rows:
             if row.sequence.slot is not None:
                 row.sequence.slot.tokens.extend(row.tokens)
-        # Only now: a row that makes way for another is moved with all the tokens that it is known to hold.
+        # Only now: a row that makes way for another is moved with all its recorded tokens.
         for row in rows:
             if row.complete and row.sequence.slot is not None and not row.sequence.slot.decodes:
                 self.prefilling.remove(row.sequence)
@@ -145,7 +144,7 @@ class Scheduler:
                 self._slots.promote(row.sequence.slot)
 
     def drop(self, sequence: Sequence, *, clean: bool = True) -> None:
-        """Take a sequence out of the batch or the queue; its slot is free from now on, and rests for reuse if `clean`.
+        """Removes a sequence from the batch or the queue; its slot is free from now on, and rests for reuse if `clean`.
 
         `clean` is false where the numbers in its slot cannot be trusted.
         """
@@ -159,7 +158,7 @@ class Scheduler:
 
 
 def _left(sequence: Sequence) -> int:
-    """Tokens of the prompt that are still to be computed."""
+    """Tokens of the prompt that are not computed yet."""
     return len(sequence.tokens) - sequence.computed
 
 

@@ -1,7 +1,7 @@
-"""One request's life in the batch: its tokens, its limits, where it stands, and why it ended.
+"""One request's life in the batch: its tokens, its limits, its state, and why it ended.
 
-Plain data and integers. Touched by the engine's thread only, once it is submitted; whoever waits for it holds its
-ticket. Must not know torch: what draws its tokens and turns them into text is handed in.
+Plain data and integers. Only the engine's thread uses it once it is submitted; its caller holds the ticket. Must not
+know torch: a sampler and a text object of the caller sample tokens and decode them.
 """
 
 from __future__ import annotations
@@ -15,36 +15,41 @@ from ..types import Chunk, FinishReason, Timings, Token, Usage
 from .slots import Slot
 from .ticket import Ticket
 
-_AHEAD = 128  # tokens that room is made for beyond those that are there
+_AHEAD = 128  # tokens for which room is made beyond the present ones
 
 
 class Text(Protocol):
-    """What turns tokens into text: see `detokenizer.TextStream`."""
+    """Turns tokens into text: see `detokenizer.TextStream`."""
 
     def add(self, token: int) -> str:
-        """The text that may be shown now that `token` was made."""
+        """The text that may be shown after `token`."""
 
     def finish(self) -> tuple[str, str]:
-        """What is still to be shown, and the whole text."""
+        """The text still to be shown, and the whole text."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string was found."""
 
     @property
     def stop(self) -> str | None:
-        """The stop string that has come, where the text tells it."""
+        """The stop string that was found, if the text reports it."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and what is made of it.
+    """A prompt and the text generated from it.
 
-    `tokens` are the prompt's and the new ones; those that `slot.tokens` holds are computed. `most` is how many tokens
-    there may be in all, `ends` are the token ids that end the text. `logprobs` is how many alternatives are to be told
-    of each new token, None for no tokens at all; `prompt_logprobs` asks for the prompt's. Whoever draws puts these into
-    `made_tokens` and `read_tokens`. `adapter` names whose numbers these are, None for the model's own. `at_once` is how
-    many of the first tokens count as computed in one pass, whatever the chunks: the prompt's, or more since a restart.
+    Attributes:
+        tokens: the prompt's and the new ones; those in `slot.tokens` are computed.
+        most: the most tokens in all.
+        ends: the token ids that end the text.
+        logprobs: how many alternatives each new token is reported with; None reports no tokens.
+        prompt_logprobs: the prompt's tokens are reported too.
+        made_tokens, read_tokens: the reported new tokens, and the prompt's; the batch adds them.
+        adapter: the adapter that computes the sequence; None for the model itself.
+        at_once: how many of the first tokens count as computed in one pass, whatever the chunks: the prompt's, or more
+            since a restart.
     """
 
     tokens: list[int]
@@ -56,17 +61,17 @@ class Sequence:
     sampler: Any
     parameters: Mapping[str, Any]
     streams: bool = False
-    max_time: float | None = None  # seconds from its admission after which no further token is begun
+    max_time: float | None = None  # seconds from its admission after which no further token is started
     slot: Slot | None = None
     at_once: int = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    alone: bool = False  # whether its text begins without regard to the prompt's
+    alone: bool = False  # whether its text begins without the prompt's
     adapter: str | None = None
     made_tokens: list[Token] = field(default_factory=list)  # since the last chunk
     read_tokens: list[Token] = field(default_factory=list)
     told_prompt: bool = False
-    unsaid: str | None = None  # what the last token shows, until its end of the text is known
+    unsaid: str | None = None  # the last token's text, until it is known whether it ends the text
     reused: int = 0  # tokens of the prompt that its first slot held already
     finished: FinishReason | None = None
     submitted: float = field(default_factory=time.monotonic)
@@ -78,12 +83,12 @@ class Sequence:
 
     @property
     def need(self) -> int:
-        """Tokens that the cache must have room for: the last one made is never read back."""
+        """Tokens for which the cache must have room: the last one is never read back."""
         return max(self.most - 1, 1)
 
     @property
     def first_need(self) -> int:
-        """Tokens that the cache must have room for to begin with; most texts end long before their limit."""
+        """Tokens for which the cache must have room at first; most texts end long before their limit."""
         return min(self.need, len(self.tokens) + _AHEAD)
 
     @property
@@ -103,16 +108,16 @@ class Sequence:
 
     @property
     def settled(self) -> bool:
-        """Whether its form has told what may follow the last token; it may do so at any moment."""
+        """Whether its constraint has computed which tokens may follow; that may happen at any moment."""
         return bool(self.sampler.settled)
 
     @property
     def ready(self) -> bool:
-        """Whether its next token can be computed and drawn: the last one is said, and did not end the text."""
+        """Whether its next token can be computed and sampled: the last one is delivered, and did not end the text."""
         return self.unsaid is None and self.settled
 
     def append(self, token: int) -> None:
-        """Take the next token: show its text, and see whether it was the last one, as soon as its form tells."""
+        """Takes the next token; delivers its text once the constraint says whether it was the last one."""
         if not self.first:
             self.first = time.monotonic()
         self.tokens.append(token)
@@ -121,7 +126,7 @@ class Sequence:
             self.settle()
 
     def settle(self) -> None:
-        """Say what the last token shows, and end the text where that was the last one."""
+        """Delivers the last token's text, and ends the sequence if that token ends it."""
         if self.unsaid is None:
             return
         now, shown, self.unsaid = time.monotonic(), self.unsaid, None
@@ -148,7 +153,7 @@ class Sequence:
         self.ticket.finish()
 
     def _tokens(self) -> dict[str, Any]:
-        """The tokens that the next chunk tells of."""
+        """The tokens that the next chunk reports."""
         made, self.made_tokens = self.made_tokens, []
         prompt = [] if self.told_prompt else self.read_tokens
         self.told_prompt = True

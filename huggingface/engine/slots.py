@@ -1,8 +1,8 @@
-"""Which sequence sits where in the KV cache: the bookkeeping, in integers, of what `cache.py` holds in tensors.
+"""Which sequence has which row of the KV cache: in integers, what `cache.py` holds in tensors.
 
-A bank is a block of rows of one capacity (tokens a row). The rows of sequences that decode stand first in their bank,
-so that one view of its tensors holds them all; behind them come those that prefill, those that rest (their sequence has
-ended, and its tokens are kept for the next prompt that begins alike), and free rows. Used on the engine's thread only.
+A bank is a block of rows of one capacity (tokens per row). Decoding rows come first in their bank, so that one view of
+its tensors holds them all; then come prefilling rows, resting rows (their sequence has ended, and its tokens are kept
+for the next prompt that begins alike), and free rows. Used on the engine's thread only.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-SMALLEST = 256  # tokens a row, at least: finer steps would only make more banks
-_BANK_ROWS = 16  # rows that a bank gets, where a quarter of the cache has room for them
-_SAME = 0.8  # a resting row is continued in place if this share of it is shared; else the shared part is copied
+SMALLEST = 256  # the least tokens per row: finer steps would only create more banks
+_BANK_ROWS = 16  # rows of a bank, where a quarter of the cache has room for them
+_SAME = 0.8  # a resting row is continued in place if this share of it is reused; otherwise the shared part is copied
 
 
 class Store(Protocol):
-    """What holds the rows: the tensors, or in a test anything that can tell what it was told."""
+    """Holds the rows: in tensors, or in a test anything that records the calls."""
 
     def create(self, bank: int, rows: int, capacity: int) -> bool:
-        """Make an empty bank; False if there is no memory for it just now."""
+        """Creates an empty bank; False if there is no memory for it now."""
 
     def drop(self, bank: int) -> None:
-        """Give a bank's memory back."""
+        """Gives a bank's memory back."""
 
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
-        """Copy the first `tokens` tokens of a row, named by bank and row, to another."""
+        """Copies the first `tokens` tokens of a row, named by bank and row, to another."""
 
     def swap(self, bank: int, one: int, other: int, tokens: int) -> None:
-        """Exchange the first `tokens` tokens of two rows of a bank."""
+        """Exchanges the first `tokens` tokens of two rows of a bank."""
 
     def clear(self, bank: int, row: int) -> None:
-        """Overwrite a row that may hold anything, NaN included, with zeros."""
+        """Overwrites a row that may hold anything, NaN included, with zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What a model makes of the length of a text, besides the positions of its tokens.
+    """How a model depends on the length of a text, besides the positions of its tokens.
 
-    `table` names the numbers that tokens are computed with in one pass over so many of them: what was computed with
-    others is of no use. From `restart` tokens on, a text that grows to them is computed again as a whole.
+    `table` returns a key for the numbers with which one pass over so many tokens is computed: tokens of another key
+    cannot be reused. A text that grows to `restart` tokens is computed again as a whole.
     """
 
     table: Callable[[int], Hashable] = lambda _: None
@@ -49,7 +49,7 @@ class Lengths:
 
 @dataclass(slots=True, eq=False)
 class Bank:
-    """A block of rows. Rows `[0, decoding)` are those of sequences that decode."""
+    """A block of rows. Rows `[0, decoding)` belong to decoding sequences."""
 
     key: int
     capacity: int
@@ -58,7 +58,7 @@ class Bank:
 
     @property
     def busy(self) -> bool:
-        """Whether some row belongs to a sequence that is not done."""
+        """Whether a row belongs to a sequence that is not done."""
         return any(slot is not None and slot.taken for slot in self.rows)
 
 
@@ -66,7 +66,7 @@ class Bank:
 class Slot:
     """One sequence's row. `tokens` are those whose keys and values it holds, from position 0 on.
 
-    They are the numbers of `adapter`, None for the model's own, and of a `table` of `Lengths`: of use to no others.
+    They were computed with `adapter` (None for the model itself) and a `table` of `Lengths`; others cannot reuse them.
     """
 
     bank: Bank
@@ -79,7 +79,7 @@ class Slot:
 
     @property
     def decodes(self) -> bool:
-        """Whether it stands among the rows that decode."""
+        """Whether the row is among the decoding ones."""
         return self.row < self.bank.decoding
 
 
@@ -87,7 +87,7 @@ class SlotTable:
     """Hands out slots within a limit of tokens, least recently used ones first, and finds prefixes to reuse."""
 
     def __init__(self, store: Store, limit: int, lengths: Lengths | None = None) -> None:
-        """`limit` is how many tokens all banks together may have room for."""
+        """`limit` is the most tokens that all banks together have room for."""
         self.lengths = lengths or Lengths()
         self._store = store
         self._limit = limit
@@ -96,7 +96,7 @@ class SlotTable:
         self._tick = 0
 
     def fits(self, need: int) -> bool:
-        """Whether a sequence of `need` tokens could be served at all, with nobody else there."""
+        """Whether a sequence of `need` tokens could be served at all, alone."""
         return _capacity(need) <= self._limit
 
     @property
@@ -115,12 +115,11 @@ class SlotTable:
         return sum(1 for slot in self._slots() if not slot.taken)
 
     def take(self, prompt: Sequence[int], need: int, adapter: str | None = None, at_once: int = 0) -> Slot | None:
-        """A slot for a sequence of at most `need` tokens, with as much of `prompt` in it as is to be had; or None.
+        """A slot for a sequence of at most `need` tokens, with as much of `prompt` in it as can be reused; or None.
 
-        What other adapters have made of the prompt is not to be had, nor what was made of it in a pass that counts as
-        one of another length than `at_once`.
-
-        At least one token of the prompt is left to compute: its logits are what the first new token is drawn from.
+        Tokens of another adapter cannot be reused, nor tokens of a pass whose length has another `table` than
+        `at_once`. At least one token of the prompt remains to be computed: the first new token is sampled from its
+        logits.
         """
         self._tick += 1
         capacity = _capacity(need)
@@ -131,7 +130,7 @@ class SlotTable:
         else:
             slot = self._free_slot(capacity, keep=source)
             if slot is None and source is not None and not source.taken and source.bank.capacity >= capacity:
-                slot = source  # nothing else is left to give up
+                slot = source  # nothing else can be evicted
             if slot is None:
                 slot = self._free_slot(capacity, keep=None)
         if slot is None:
@@ -147,13 +146,13 @@ class SlotTable:
 
     @property
     def longest(self) -> int:
-        """The most tokens that a sequence may need, with nobody else there."""
+        """The most tokens that a sequence may need, alone."""
         return 1 << (self._limit.bit_length() - 1) if self._limit >= SMALLEST else 0
 
     def grow(self, slot: Slot, need: int) -> bool:
-        """Give a sequence's slot room for `need` tokens, in another row; False if there is none.
+        """Gives a sequence's slot room for `need` tokens, in another row; False if there is none.
 
-        What rests may have to go for it, as in `take`.
+        Resting slots may be evicted for it, as in `take`.
         """
         target = self._free_slot(_capacity(need), keep=None)
         if target is None:
@@ -171,13 +170,13 @@ class SlotTable:
         return True
 
     def promote(self, slot: Slot) -> None:
-        """Put a slot among those that decode."""
+        """Moves a slot to the decoding rows."""
         if not slot.decodes:
             self._exchange(slot, slot.bank.decoding)
             slot.bank.decoding += 1
 
     def release(self, slot: Slot, *, keep: bool = True, clean: bool = True) -> None:
-        """Let go of a slot; its tokens rest there for reuse if `keep`. `clean` tells that it holds finite numbers."""
+        """Releases a slot; with `keep` its tokens rest there for reuse. `clean`: it holds finite numbers."""
         bank = slot.bank
         if slot.decodes:
             self._exchange(slot, bank.decoding - 1)
@@ -190,7 +189,7 @@ class SlotTable:
             bank.rows[slot.row] = None
 
     def forget(self) -> None:
-        """Give up everything that rests, and the memory of banks that nobody uses."""
+        """Drops all resting slots, and the memory of unused banks."""
         for slot in list(self._slots()):
             if not slot.taken:
                 slot.bank.rows[slot.row] = None
@@ -220,7 +219,7 @@ class SlotTable:
         return not source.taken and source.bank.capacity >= capacity and shared >= _SAME * len(source.tokens)
 
     def _free_slot(self, capacity: int, keep: Slot | None) -> Slot | None:
-        """A free row, by making a bank or by giving up what was used least recently, `keep` only if nothing else."""
+        """A free row, from a new bank or by evicting the least recently used slot; `keep` is not evicted."""
         for bank in self._banks:
             if bank.capacity == capacity and None in bank.rows:
                 return self._place(bank)
@@ -232,7 +231,7 @@ class SlotTable:
             victim = min(alike, key=lambda slot: slot.used)
             victim.bank.rows[victim.row] = None
             return self._place(victim.bank)
-        # Banks of other capacities that nobody works in, the longest unused first, until there is room.
+        # Unused banks of other capacities, the longest unused first, until there is room.
         idle = [bank for bank in self._banks if not bank.busy and (keep is None or keep.bank is not bank)]
         for bank in sorted(
             idle, key=lambda bank: max((slot.used for slot in bank.rows if slot is not None), default=0)
@@ -248,7 +247,7 @@ class SlotTable:
         return slot
 
     def _create(self, capacity: int) -> Bank | None:
-        """A new bank: of several rows, or of the one row that the limit and the memory still have room for."""
+        """Creates a bank: of several rows, or of as many as the limit and the memory have room for."""
         room = self._limit - self.allocated
         rows = _rows(self._limit, capacity)
         while rows:
@@ -265,7 +264,7 @@ class SlotTable:
         self._store.drop(bank.key)
 
     def _exchange(self, slot: Slot, row: int) -> None:
-        """Put a slot into another row of its bank, and whoever is there into its own."""
+        """Moves a slot to another row of its bank, and the slot there, if any, to its old row."""
         bank, old = slot.bank, slot.row
         if old == row:
             return
@@ -280,7 +279,7 @@ class SlotTable:
 
 
 def first_bank(limit: int) -> int:
-    """Tokens that the first bank of a table of `limit` tokens has room for, where short sequences come first."""
+    """The tokens for which the first bank of a table of `limit` tokens has room, if short sequences come first."""
     return _rows(limit, SMALLEST) * SMALLEST if limit >= SMALLEST else 0
 
 
@@ -289,12 +288,12 @@ def _rows(limit: int, capacity: int) -> int:
 
 
 def _capacity(need: int) -> int:
-    """The capacity of the bank for `need` tokens: the next power of two, so that few kinds of banks are needed."""
+    """The capacity of the bank for `need` tokens: the next power of two, so that there are few kinds of banks."""
     return max(SMALLEST, 1 << (need - 1).bit_length())
 
 
 def _shared(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """How many tokens both begin with, at most `most`; by halving, for comparing slices is what Python is fast at."""
+    """How many first tokens both share, at most `most`; by halving, because Python compares slices fast."""
     low, high = 0, min(len(one), len(other), most)
     if not high or one[0] != other[0]:
         return 0

@@ -1,7 +1,7 @@
-"""A ticket: what a caller holds of a request that waits or runs.
+"""A ticket: the caller's side of a request that waits or runs.
 
-An iterator of chunks that the caller reads, the engine's thread fills, and anyone may cancel, any number of times.
-Standard library only; it knows neither how chunks are made nor how they travel on.
+An iterator of chunks: the caller reads it, the engine's thread fills it, and any thread may cancel it, any number of
+times. Standard library only; must not know how chunks are generated or sent on.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..types import Chunk
 
 
 class Ticket(Iterator[Chunk]):
-    """The chunks of one request, in the order they are made.
+    """The chunks of one request, in order.
 
-    Iteration blocks until the next chunk is there, ends after the last one, and raises the error that ended the
-    request, if one did. `prompt_end` is the text that its prompt ends with. `position` is its place in the queue,
-    counted from 1, and None once it runs; `prompt_tokens` and `made` are how many tokens were read, and made so far.
-    These may be read at any time.
+    Iteration blocks until the next chunk arrives, ends after the last one, and raises the error that ended the request,
+    if one did. `prompt_end` is the text at the end of its prompt. `position` is its place in the queue, counted from 1,
+    and None once it runs; `prompt_tokens` and `made` are the tokens read, and generated so far. These may be read at
+    any time.
     """
 
     def __init__(self, prompt_tokens: int = 0, prompt_end: str = "", cancellation: Cancellation = NEVER) -> None:
-        """It is cancelled with `cancellation`, or by itself."""
+        """The ticket is cancelled with `cancellation`, or alone."""
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
         self._done = False
@@ -47,12 +47,12 @@ class Ticket(Iterator[Chunk]):
             raise StopIteration
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until `next()` would not block, at most `timeout` seconds; tell whether that is so."""
+        """Waits until `next()` would not block, at most `timeout` seconds; returns whether it would not."""
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._chunks) or self._done, timeout)
 
     def cancel(self) -> None:
-        """Ask that the work be given up; it ends at its next step with `errors.Cancelled`."""
+        """Cancels the work; it ends at its next step with `errors.Cancelled`."""
         self.cancellation.cancel()
 
     def forward(self, put: Callable[[Chunk], None], finish: Callable[[BaseException | None], None]) -> None:
@@ -66,17 +66,17 @@ class Ticket(Iterator[Chunk]):
 
     @property
     def done(self) -> bool:
-        """Whether no further chunk will be made."""
+        """Whether no further chunk will come."""
         return self._done
 
-    # The engine's side -----------------------------------------------------------------------------------------------
+    # For the engine ---------------------------------------------------------------------------------------------------
 
     def admitted(self) -> None:
-        """Say that it runs from now on."""
+        """Marks the request as running."""
         self.position = None
 
     def put(self, chunk: Chunk) -> None:
-        """Deliver a chunk."""
+        """Delivers a chunk."""
         with self._changed:
             if self._put is not None:
                 self._put(chunk)
@@ -85,7 +85,7 @@ class Ticket(Iterator[Chunk]):
             self._changed.notify_all()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Say that no chunk will follow, and why if it is for an error. Only the first call counts."""
+        """Marks the end of the chunks, with its error if there is one. Only the first call counts."""
         with self._changed:
             if self._done:
                 return

@@ -656,9 +656,9 @@ def test_own_weights_that_find_no_room_are_a_typed_refusal(served: Served, monke
     loaded = served.loaded
     served.rest()
     monkeypatch.setattr(served.memory, "full", True)
-    with pytest.raises(OutOfMemory, match="engine torch"):
+    with pytest.raises(OutOfMemory, match="backend torch"):
         text(loaded, num_beams=2)
-    with pytest.raises(OutOfMemory, match="engine torch"):
+    with pytest.raises(OutOfMemory, match="backend torch"):
         loaded.run("feature-extraction", "The cat", {})
     assert text(loaded)
 

@@ -1,8 +1,8 @@
-"""Whether a graph gives what torch gives: tried before it serves anybody.
+"""Tests whether a graph gives torch's results, before it serves requests.
 
-The same tokens go through the model's own `generate`, prompt by prompt, and through the graph in chunks, in ragged
-company and past any window; the logits must agree at every step. What torch gave is kept beside the graph, so that a
-later load, on another machine perhaps, is tried as well without torch's weights. Must not know files.
+The same tokens go through the model's own `generate`, prompt by prompt, and through the graph, in chunks, beside rows
+of other lengths and past any window; the logits must agree at every step. Torch's results are stored beside the graph,
+so that a later load, perhaps on another machine, is tested without torch's weights. Must not know files.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from .failures import computed
 from .graph import convert, windows
 from .runner import OpenVINORunner
 
-# How far float32's logits may lie from torch's, and those of compressed weights from what they were when compressed, as
-# a share of their spread: these are rounded on their way, and a processor may round otherwise.
+# The largest difference of float32's logits from torch's; and that of compressed weights from their own results when
+# they were compressed, as a share of their spread: these are rounded on the way, and processors round differently.
 CLOSE = 1e-3
 CLOSE_COMPRESSED = 0.05
 
 _LENGTHS = (21, 5, 13)  # tokens of the prompts
-_LONGEST = 1100  # tokens that a prompt is made longer at most, to go past a window
+_LONGEST = 1100  # the most tokens of a prompt that is made longer to go past a window
 
 
 def lengths(model: PreTrainedModel) -> tuple[int, ...]:
-    """How many tokens the prompts have: one goes past the nearest length at which the model changes, if near enough."""
+    """The prompts' lengths in tokens: one goes past the nearest length at which the model changes, if that is near
+    enough."""
     config = model.config.get_text_config()
     first = max(_LENGTHS[0], past(config)) if nearest(config) <= _LONGEST else _LENGTHS[0]
     return (first, *_LENGTHS[1:])
 
 
 def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> None:
-    """See that a graph of the model's code is right beyond a length at which it changes, where that is too far to be
-    read: on a small model of it.
+    """Tests the model's code, as a graph, beyond a length at which it changes, if that is too far: on a small model.
 
     Raises:
-        NotBatchable: it is not, or no such model can be made.
+        NotBatchable: the graph is wrong there, or no small model can be made.
     """
     border = nearest(model.config.get_text_config())
     if border <= _LONGEST:
@@ -65,7 +65,7 @@ def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> N
 
 
 def torch_expects(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> list[Expected]:
-    """What torch gives, for `check`."""
+    """Torch's results, for `check`."""
     expected = []
     for prompt in some_prompts(model, lengths(model)):
         cancellation.check()
@@ -74,10 +74,10 @@ def torch_expects(model: PreTrainedModel, cancellation: Cancellation = NEVER) ->
 
 
 def check(runner: OpenVINORunner, expected: Sequence[Expected], close: float = CLOSE) -> list[torch.Tensor]:
-    """See that the runner's logits are those expected, and return them: (new tokens, vocabulary) for each prompt.
+    """Checks that the runner's logits are the expected ones; returns them: (new tokens, vocabulary) for each prompt.
 
     Raises:
-        NotBatchable: they are not, with how far they lie apart.
+        NotBatchable: they differ; the message says how much.
     """
     seen = compare(expected, runner)
     apart = 0.0

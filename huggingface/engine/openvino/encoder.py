@@ -1,9 +1,8 @@
-"""A transformers model that reads texts, to embed, classify or fill them, as a graph of OpenVINO's.
+"""A transformers model that reads texts, to embed, classify or fill them, as an OpenVINO graph.
 
-There is no cache: tokens go in, and all that the model's own forward pass returns comes out. `Encoder.serve` puts the
-graph behind the `forward` of the model itself, so that whoever runs the model goes on as before; what the graph has not
-is left to the model's own modules. Engine's thread only, but for the building. Must not know files, tasks or
-tokenizers.
+There is no cache: tokens go in, and all that the model's own forward pass returns comes out. `Encoder.serve` replaces
+the model's own `forward` by the graph, so that callers of the model go on as before; the model's own modules do what
+the graph cannot. Engine's thread only, except the building. Must not know files, tasks or tokenizers.
 """
 
 from __future__ import annotations
@@ -31,26 +30,27 @@ from .library import openvino
 
 Tensors = dict[str, torch.Tensor]
 
-# How far outputs may lie from torch's, as a share of the largest number among them, or of 1 where that is smaller: what
-# this server holds batches to as well. Those of compressed weights are rounded on their way: what is worse is a fault.
+# The largest difference of outputs from torch's, as a share of the largest number among them, or of 1 if that is
+# smaller; the server's limit for batches too. Outputs of compressed weights are rounded on the way: a larger difference
+# is a fault.
 CLOSE: Mapping[str | None, float] = MappingProxyType({None: 1e-5, "int8": 0.1, "int4": 0.6})
 
-# What an input is that is not given.
+# The values of inputs that are not given.
 _FILLINGS: Mapping[str, int] = MappingProxyType({"attention_mask": 1, "token_type_ids": 0})
 
-# Families whose attention is code of their own that is known to convert for every length; of any other one the trace
-# might have but one case.
+# Families with attention of their own that is known to convert for every length; the trace of another one might hold
+# only one case.
 _CONVERTIBLE = frozenset({"deberta-v2", "megatron-bert", "mpnet", "rembert", "roformer"})
 
-# Rows of these lengths are tried: together, with padding between them. The first are kept with the graph, and are tried
-# at each load; the longest rows are tried once, when it is made.
+# Lengths of the tested rows, which are computed together, with padding between them. The first are stored with the
+# graph and tested at each load; the longest are tested once, when the graph is made.
 _KEPT = ((21, 5, 13), (2,))
 _ONCE = ((40, 40), (33, 150, 97))
-_LONGEST = 520  # tokens, where the model reads as many
-_LONGEST_WINDOW = 1100  # tokens that a row is made longer at most, to go past a window
-_NUMBERS = 2**26  # that an output of a row which is tried may have
+_LONGEST = 520  # tokens, if the model reads as many
+_LONGEST_WINDOW = 1100  # the most tokens of a row that is made longer to go past a window
+_NUMBERS = 2**26  # the most numbers in an output of a tested row
 
-# Which of the inputs of OpenVINO's attention is its mask.
+# The index of the mask among the inputs of OpenVINO's attention.
 _MASK = 3
 
 # Exact products. One stream has all cores.
@@ -59,10 +59,10 @@ _PROPERTIES: Mapping[str, str] = MappingProxyType({"INFERENCE_PRECISION_HINT": "
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a graph takes and gives.
+    """The inputs and outputs of a graph.
 
-    Each of `inputs` is (rows, tokens), integers; those in `optional` may be left out. `outputs` are the fields of what
-    the model returns, whose class is `kind`: its module and its name.
+    Each of `inputs` is (rows, tokens), integers; those in `optional` may be missing. `outputs` are the fields of the
+    model's result, whose class is `kind`: its module and its name.
     """
 
     inputs: tuple[str, ...]
@@ -72,10 +72,10 @@ class Form:
 
     @property
     def output_class(self) -> type[ModelOutput]:
-        """The class; the model's own module has imported it.
+        """The class of the result; the model's own module has imported it.
 
         Raises:
-            NotBatchable: it is not there.
+            NotBatchable: there is no such class.
         """
         found = getattr(sys.modules.get(self.kind[0]), self.kind[1], None)
         if not (isinstance(found, type) and issubclass(found, ModelOutput)):
@@ -85,7 +85,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A batch, and what torch gives for it."""
+    """A batch, and torch's results for it."""
 
     inputs: Tensors
     outputs: Tensors
@@ -93,14 +93,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """How rows of different lengths are made a batch: with which token, and on which side; none where `token` is."""
+    """How rows of different lengths become a batch: the padding token and its side; no padding if `token` is None."""
 
     token: int | None
     left: bool = False
 
 
 class _Traced(torch.nn.Module):
-    """The model with tensors only in its signature, as tracing wants it."""
+    """The model with only tensors in its signature, as tracing needs it."""
 
     def __init__(self, model: PreTrainedModel, form: Form) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class _Traced(torch.nn.Module):
 
 
 def find_form(model: PreTrainedModel, named: Sequence[str]) -> Form:
-    """What a graph of the model takes and gives; `named` are the inputs that its tokenizer makes.
+    """Finds the inputs and outputs for a graph of the model; `named` are the inputs that its tokenizer makes.
 
     Raises:
-        NotBatchable: it is a model whose forward pass a trace does not hold.
+        NotBatchable: a trace cannot hold the model's forward pass.
     """
     _check_kind(model)
     known = inspect.signature(model.forward).parameters
@@ -160,10 +160,10 @@ def _gives_same(model: PreTrainedModel, inputs: Tensors, expected: ModelOutput) 
 
 
 def convert(model: PreTrainedModel, form: Form) -> Any:
-    """The model as a graph, float32; its constants are the model's own memory.
+    """Converts the model to a graph, float32; its constants are the model's own memory.
 
     Raises:
-        Exception: whatever the model's code or OpenVINO's conversion raises for what cannot be traced.
+        Exception: any error of the model's code or of OpenVINO's conversion for what cannot be traced.
     """
     ov = openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder as trace  # noqa: N813 - that is all it does
@@ -173,9 +173,9 @@ def convert(model: PreTrainedModel, form: Form) -> Any:
     mask[1, 5:] = 0
     made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing, on what is the same for every shape here
+        warnings.simplefilter("ignore")  # tracing warns of values that are the same for every shape here
         example = tuple(made[name] for name in form.inputs)
-        # Without torch's own check of the trace, which traces it once more: `check` checks more than that.
+        # Without torch's own check of the trace, which traces again: `check` checks more.
         traced = trace(_Traced(model, form).eval(), example_input=example, trace_kwargs={"check_trace": False})
         graph = ov.convert_model(traced, example_input=example)
     for ports, names in ((graph.inputs, form.inputs), (graph.outputs, form.outputs)):
@@ -188,8 +188,10 @@ def convert(model: PreTrainedModel, form: Form) -> Any:
 
 
 def _see_something(graph: Any) -> None:
-    """Have a token at a padding's place, which may see no other, see all alike: without numbers of its own, it would
-    take those of the others with it, though they give it no weight."""
+    """Lets a padding token, which may see no other, see all alike.
+
+    A token that sees none would compute NaN, and spread it to the others, though they give it no weight.
+    """
     ov = openvino()
     from openvino import opset13 as ops
 
@@ -203,14 +205,14 @@ def _see_something(graph: Any) -> None:
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> ModelOutput:
-    """What the model gives; keys and values for later tokens are none of it."""
+    """The model's results, without keys and values for later tokens."""
     fixed = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         output: ModelOutput = model(**inputs, **fixed, return_dict=True)
     return output
 
 
-# Whether it gives what torch gives ------------------------------------------------------------------------------------
+# Comparing with torch -------------------------------------------------------------------------------------------------
 
 
 def samples(
@@ -222,8 +224,10 @@ def samples(
     most: int | None = None,
     cancellation: Cancellation = NEVER,
 ) -> Iterator[Sample]:
-    """Batches of ragged rows with what torch gives for them, to `check` a graph with: those that are to be `kept`, or
-    those that are tried once. `most` is how many tokens the model can read.
+    """Batches of rows of different lengths, with torch's results, for `check`.
+
+    `kept`: the batches that are stored with the graph, otherwise those that are tested once. `most` is the most tokens
+    that the model can read.
 
     Raises:
         Cancelled: by `cancellation`.
@@ -236,7 +240,7 @@ def samples(
 
 
 def _longest(model: PreTrainedModel, most: int | None, reads: int) -> int:
-    """How long the longest row is that is tried: past every window, where that is not too far."""
+    """The length of the longest tested row: past every window, if that is not too far."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
     wanted = max([reads, *(each + 9 for each in windows if isinstance(each, int) and each < _LONGEST_WINDOW)])
@@ -263,17 +267,17 @@ def _batch(model: PreTrainedModel, form: Form, padding: Padding, lengths: Sequen
 
 
 def _some_ids(model: PreTrainedModel, shape: tuple[int, int]) -> torch.Tensor:
-    """Token ids spread over the vocabulary, none of them special by its place at either end of it."""
+    """Token ids spread over the vocabulary; special tokens, at either end of it, are left out."""
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randint(size // 8, max(size - size // 8, size // 8 + 1), shape, generator=generator)
 
 
 def check(encoder: Encoder, expected: Sequence[Sample], quantization: str | None = None) -> None:
-    """See that the graph gives what torch gave.
+    """Checks that the graph gives torch's results.
 
     Raises:
-        NotBatchable: it does not, with how far it lies apart.
+        NotBatchable: it does not; the message says how much they differ.
     """
     for sample in expected:
         apart = _apart(encoder.compute(sample.inputs), sample.outputs, sample.inputs["attention_mask"].bool())
@@ -282,7 +286,7 @@ def check(encoder: Encoder, expected: Sequence[Sample], quantization: str | None
 
 
 def _apart(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], mask: torch.Tensor | None) -> float:
-    """How far outputs lie apart at most, beside the largest number expected; what stands at padding is nobody's."""
+    """The largest difference of outputs, relative to the largest expected number; values at padding do not count."""
     apart = 0.0
     for name, wanted in expected.items():
         seen = given[name]
@@ -295,14 +299,14 @@ def _apart(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
     return apart
 
 
-# Serving with it ------------------------------------------------------------------------------------------------------
+# Serving with the graph -----------------------------------------------------------------------------------------------
 
 
 class Encoder:
-    """Computes what a model's forward pass returns."""
+    """Computes the results of a model's forward pass."""
 
     def __init__(self, graph: Any, form: Form) -> None:
-        """Compile a `graph`."""
+        """Compiles a `graph`."""
         self.weight_bytes, self.copied_bytes = graphs.constant_bytes(graph)
         self._form = form
         self._class = form.output_class
@@ -320,7 +324,8 @@ class Encoder:
         return {name: torch.from_numpy(self._request.get_tensor(name).data.copy()) for name in self._form.outputs}
 
     def serve(self, shell: PreTrainedModel, reserve: Reserve) -> None:
-        """Answer for the model from now on; `reserve` has its weights, for what only its own modules can do."""
+        """Computes the model's forward pass from now on; `reserve` has the weights for what only its own modules can
+        do."""
         self._reserve = reserve
         own = shell.forward
         signature = inspect.signature(own)
@@ -357,12 +362,12 @@ class Encoder:
             base.register_forward_pre_hook(lambda *_: reserve.fetch())
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon: nobody has come for a while."""
+        """Drops what is kept for use soon, after some time without requests."""
         if self._reserve is not None:
             self._reserve.let_go()
 
     def _whole(self, given: Mapping[str, Any]) -> Tensors | None:
-        """All that the graph takes; None where it is given what it does not take, or lacks what it needs."""
+        """All inputs of the graph; None where a given input is unknown to it, or a needed one is missing."""
         ids = given.get("input_ids")
         if (
             not isinstance(ids, torch.Tensor)
@@ -383,10 +388,10 @@ class Encoder:
 
 
 def _check_range(ids: torch.Tensor, size: int) -> None:
-    """Refuse, as torch does, what a table has no row for: OpenVINO would read a row of zeros.
+    """Refuses ids for which a table has no row, as torch does: OpenVINO would read a row of zeros.
 
     Raises:
-        IndexError: one is not among the `size`.
+        IndexError: an id is not below `size`.
     """
     least, most = torch.aminmax(ids)
     if int(least) < 0 or int(most) >= size:

@@ -1,4 +1,4 @@
-"""What an error of OpenVINO's means: that it cannot compute a model, or that memory is lacking.
+"""Turns errors of OpenVINO: it cannot compute a model, or memory is short.
 
 Must not know models or files.
 """
@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def computed(what: Literal["convert", "compute"]) -> Iterator[None]:
-    """Have whatever OpenVINO or a model's code raises within mean that this cannot be done, but for lack of memory.
+    """Turns any error of OpenVINO or a model's code in the block into NotBatchable, unless memory is short.
 
     Raises:
-        NotBatchable: with a few words of what was raised. Cancelled, MemoryError: as they were.
+        NotBatchable: with the error in a few words.
+        Cancelled, MemoryError: unchanged.
     """
     try:
         yield
@@ -33,15 +34,16 @@ def computed(what: Literal["convert", "compute"]) -> Iterator[None]:
 
 
 def infer(request: Any) -> None:
-    """Compute what was set as the request's inputs.
+    """Computes the request's inputs.
 
     Raises:
-        MemoryError: there is no memory for it. RuntimeError: anything else that OpenVINO says.
+        MemoryError: memory is short.
+        RuntimeError: any other error of OpenVINO.
     """
     try:
         request.infer()
     except RuntimeError as error:
-        if "alloc" in str(error).lower():  # std::bad_alloc, or what oneDNN makes of it
+        if "alloc" in str(error).lower():  # std::bad_alloc, or oneDNN's version of it
             raise MemoryError from error
         raise
 

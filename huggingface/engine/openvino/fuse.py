@@ -1,7 +1,7 @@
-"""Products of the same rows with several weights, made one product: attention's queries, keys and values, for instance.
+"""Merges products of the same rows with several weights into one: attention's queries, keys and values, for instance.
 
-Each number is the same sum as before. But a small product leaves cores waiting at its end, and what comes
-in is rounded anew for each where weights are rounded. Must not know models.
+Each number is the same sum as before. But a small product leaves cores waiting at its end, and where weights are
+rounded, its rows are rounded for each product again. Must not know models.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from .library import openvino
 
 
 def merge_products(graph: Any) -> int:
-    """Make one product of those in a graph that read the same rows, in place; tells of how many groups one was made.
+    """Merges the products in a graph that read the same rows, in place; returns the number of merged groups.
 
-    Their weights are constants, (outputs, inputs), and so are the biases that they may have. Those of the product are
-    copies.
+    Their weights are constants, (outputs, inputs), and so are their biases, if any. The merged constants are copies.
     """
     groups = defaultdict(list)
     for node in graph.get_ordered_ops():
@@ -38,7 +37,7 @@ def merge_products(graph: Any) -> int:
 
 
 def _is_product(node: Any) -> bool:
-    """Whether it is rows times float32 weights."""
+    """Whether the node is rows times float32 weights."""
     if node.get_type_name() != "MatMul" or not _is_weights(node.input_value(1), 2):
         return False
     attributes = node.get_attributes()
@@ -54,7 +53,7 @@ def _is_weights(value: Any, rank: int) -> bool:
 
 
 def _bias(product: Any) -> tuple[Any, Any] | None:
-    """The sum of a product and a bias, and the bias, if nothing but that sum reads the product."""
+    """The sum of a product and a bias, and the bias, if only that sum reads the product."""
     readers = list(product.output(0).get_target_inputs())
     if len(readers) != 1 or readers[0].get_node().get_type_name() != "Add":
         return None
@@ -63,7 +62,7 @@ def _bias(product: Any) -> tuple[Any, Any] | None:
     outputs = product.input_value(1).get_shape()[0]
     if other.get_node().get_type_name() != "Constant" or other.get_element_type().get_type_name() != "f32":
         return None
-    # One number for each output, whatever the ones in front of them.
+    # One number per output; all dimensions before it are 1.
     shape = list(other.get_shape())
     return (total, other) if shape and shape[-1] == outputs == int(np.prod(shape)) else None
 
@@ -88,5 +87,5 @@ def _merge(products: Sequence[Any], biases: Sequence[tuple[Any, Any] | None]) ->
 
 
 def _constant(numbers: Any) -> Any:
-    """A constant that is this very memory."""
+    """A constant that shares this memory."""
     return openvino().op.Constant(numbers, shared_memory=True)

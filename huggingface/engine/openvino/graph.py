@@ -1,8 +1,8 @@
-"""A transformers model that generates, as a graph of OpenVINO's with paged attention.
+"""A transformers model that generates, as an OpenVINO graph with paged attention.
 
 `convert` traces the model's own forward pass with a cache that concatenates, and turns the past into the graph's state;
-such a graph can be saved and read. `paged` turns the state into blocks of a KV cache that is the caller's. After
-OpenVINO's own conversion of such models in `openvino.genai` and `optimum-intel`; none of them is needed.
+such a graph can be saved and read. `paged` turns the state into blocks of the caller's KV cache. Follows OpenVINO's own
+conversion of such models in `openvino.genai` and `optimum-intel`, and needs neither.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..torch.cache import LayerShape
 from .fuse import merge_products
 from .library import nncf, offline_transformations, openvino
 
-# Which of the paged attention's inputs tells how many tokens back it sees; 0 for all of them.
+# The index of the paged attention's input that says how many tokens back it sees; 0 for all of them.
 _WINDOW_INPUT = 10
 
-# What may stand between the last product and the logits: it works on each number by itself.
+# Operations that may stand between the last product and the logits: they work on each number alone.
 _ELEMENTWISE = frozenset({"Add", "Convert", "Divide", "Multiply", "Subtract", "Tanh"})
 
 
 class _ConcatenatingCache(Cache):  # type: ignore[misc]
-    """The plainest cache there is: what was, and behind it what is new. `layers` are pairs of (batch, heads, tokens,
+    """The plainest cache: past tokens, and behind them the new ones. `layers` are pairs of (batch, heads, tokens,
     width)."""
 
     def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -48,7 +48,7 @@ class _ConcatenatingCache(Cache):  # type: ignore[misc]
 
 
 class _Traced(torch.nn.Module):
-    """The model with tensors only in its signature, as tracing wants it."""
+    """The model with only tensors in its signature, as tracing needs it."""
 
     def __init__(self, model: PreTrainedModel, kinds: LayerKinds) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ def check_kinds(model: PreTrainedModel) -> LayerKinds:
     """The kinds of the model's layers.
 
     Raises:
-        NotBatchable: the paged attention does not know one of them, or the model does something that changes with the
-            length of what it reads: of that a trace has one case only.
+        NotBatchable: paged attention does not support one of them, or the model changes with the length of the text, of
+            which a trace holds only one case.
     """
     config = model.config.get_text_config()
     kinds = layer_kinds(config)
@@ -95,7 +95,7 @@ def check_kinds(model: PreTrainedModel) -> LayerKinds:
 
 
 def check_rotary(config: Any) -> None:
-    """Refuse a text config whose rotary embeddings change with the length of what is read.
+    """Refuses a text config whose rotary embeddings change with the length of the text.
 
     Raises:
         NotBatchable: they do.
@@ -105,11 +105,11 @@ def check_rotary(config: Any) -> None:
 
 
 def convert(model: PreTrainedModel) -> Any:
-    """The model as a stateful graph, float32; its constants are the model's own memory, where they are not merged.
+    """Converts the model to a stateful graph, float32; constants that are not merged are the model's own memory.
 
     Raises:
-        NotBatchable: it keeps something else than keys and values in each layer, or takes no positions.
-        Exception: whatever the model's code or OpenVINO's conversion raises for what cannot be traced.
+        NotBatchable: the model keeps something other than keys and values in each layer, or takes no positions.
+        Exception: any error of the model's code or of OpenVINO's conversion for what cannot be traced.
     """
     ov = openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder as trace  # noqa: N813 - that is all it does
@@ -121,9 +121,9 @@ def convert(model: PreTrainedModel) -> Any:
         raise NotBatchable("some of its layers share their keys and values, or keep none")
     names = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing, on what is the same for every shape here
+        warnings.simplefilter("ignore")  # tracing warns of values that are the same for every shape here
         example = _example(model, shapes)
-        # Without torch's own check of the trace, which traces it once more: `agreement` checks more than that.
+        # Without torch's own check of the trace, which traces again: `agreement` checks more.
         traced = trace(_Traced(model, kinds).eval(), example_input=example, trace_kwargs={"check_trace": False})
         graph = ov.convert_model(traced, example_input=example)
     _name(graph.inputs, ["input_ids", "attention_mask", "position_ids", "beam_idx", *names])
@@ -143,7 +143,7 @@ def convert(model: PreTrainedModel) -> Any:
 
 
 def _example(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[torch.Tensor, ...]:
-    """What the model is traced with: two rows of four tokens that follow three others."""
+    """The example for tracing: two rows of four tokens that follow three others."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (2, 4), generator=generator)
     past = []
@@ -159,9 +159,9 @@ def _name(ports: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def _begin_empty(graph: Any) -> None:
-    """Have each state begin as (rows of the input, heads, 0, width).
+    """Makes each state begin as (rows of the input, heads, 0, width).
 
-    Without it the step after the first does not find as many rows in the state as in the input.
+    Otherwise the step after the first does not find as many rows in the state as in the input.
     """
     from openvino import opset13 as ops
 
@@ -180,11 +180,13 @@ def _begin_empty(graph: Any) -> None:
 
 
 def compress(graph: Any, quantization: str) -> Any:
-    """The graph with its weights in 8 or 4 bits: a scale and a zero point for each output in 8, which loses less than
-    a scale alone and takes no longer; a scale for 64 numbers in 4.
+    """Compresses the graph's weights to 8 or 4 bits.
+
+    8 bits have a scale and a zero point per output, which loses less than a scale alone and is as fast; 4 bits have a
+    scale per 64 numbers.
 
     Raises:
-        OpenVINOMissing: nncf is not there.
+        OpenVINOMissing: nncf is not installed.
     """
     library = nncf()
     import logging
@@ -202,14 +204,14 @@ def compress(graph: Any, quantization: str) -> Any:
 
 
 def paged(graph: Any, windows: Mapping[int, int]) -> None:
-    """Turn the state of a stateful graph into blocks of a cache, and have it give the logits of the tokens that its
-    input `kept` names by their places, (kept, 1, vocabulary).
+    """Turns a stateful graph's state into blocks of a cache, and limits its logits to the kept tokens.
 
-    `windows` are how many tokens back a layer sees, itself included, by the layer's number; the others see all.
+    The logits are (kept, 1, vocabulary), for the tokens at the places in a new input `kept`. `windows` are how many
+    tokens back a layer sees, itself included, by the layer's number; other layers see all.
 
     Raises:
-        RuntimeError: OpenVINO's transformation finds an attention that it does not know.
-        NotBatchable: it left an attention as it was, or there is no last product.
+        RuntimeError: OpenVINO's transformation finds an attention that it does not support.
+        NotBatchable: an attention is unchanged, or there is no last product.
     """
     offline_transformations().paged_attention_transformation(graph)
     _set_windows(graph, windows)
@@ -235,7 +237,7 @@ def _set_windows(graph: Any, windows: Mapping[int, int]) -> None:
 
 
 def _keep_places(graph: Any) -> None:
-    """Have the last product made for the tokens alone whose logits are wanted: it is the largest of all."""
+    """Limits the last product, which is the largest, to the tokens whose logits are wanted."""
     ov = openvino()
     from openvino import opset13 as ops
 
@@ -273,9 +275,9 @@ def windows(model: PreTrainedModel) -> dict[int, int]:
 
 
 def constant_bytes(graph: Any) -> tuple[int, int]:
-    """Bytes of the graph's weights, and of the second copy of those that are both looked up and multiplied.
+    """Bytes of the graph's weights, and of the second copy of weights that are both looked up and multiplied.
 
-    A product has its weights packed in memory of its own; a table (of embeddings) is read where it lies.
+    A product packs its weights into memory of its own; a table (of embeddings) is read in place.
     """
     weights = copied = 0
     for node in graph.get_ops():
@@ -290,7 +292,7 @@ def constant_bytes(graph: Any) -> tuple[int, int]:
 
 
 def _users(output: Any) -> set[str]:
-    """What a constant is used by: products, and whatever else; the ways that unpack it are followed."""
+    """The kinds of operations that use a constant: products, and others; looks through operations that unpack it."""
     found = set()
     for target in output.get_target_inputs():
         node = target.get_node()

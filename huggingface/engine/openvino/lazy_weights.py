@@ -1,7 +1,7 @@
 """A transformers model without its weights, which are loaded on demand and dropped when they are not used for a while.
 
 The graph answers nearly everything; beams, hidden states and the like need the model's own modules. Engine's thread
-only, but for the building. Must not know files: who reads is given.
+only, except the building. Must not know files: a function of the caller reads the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEPT = 30.0  # seconds after their last use
 
 
 class Reserve:
-    """The weights of one model's modules, when they are needed."""
+    """Loads torch weights on demand (beams, hidden states) and drops them after 30 s without use."""
 
     def __init__(
         self,
@@ -34,8 +34,10 @@ class Reserve:
         take: Callable[[int], bool] = lambda _: True,
         size: int = 0,
     ) -> None:
-        """`shell` is what others hold, `read` reads the same model with its weights; these take `size` bytes, which
-        `take` is asked for, and given back as a negative number."""
+        """`shell` is the model without weights that others use; `read` reads the same model with weights.
+
+        They take `size` bytes, for which `take` is asked, and which it gets back as a negative number.
+        """
         self._shell = shell
         self._read = read
         self._take = take
@@ -45,11 +47,11 @@ class Reserve:
 
     @property
     def present(self) -> bool:
-        """Whether the weights are there."""
+        """Whether the weights are in memory."""
         return self._before is not None
 
     def fetch(self) -> None:
-        """Have the weights there.
+        """Loads the weights, if they are not in memory.
 
         Raises:
             OutOfMemory: there is no room for them.
@@ -60,7 +62,7 @@ class Reserve:
         if not self._take(self._size):
             raise OutOfMemory(
                 f"Not enough memory for the model's own weights ({self._size} bytes), which this request needs beside "
-                "those that OpenVINO computes with; load the model with engine torch"
+                "OpenVINO's; load the model with backend torch"
             )
         with ExitStack() as undo:
             undo.callback(self._take, -self._size)
@@ -71,17 +73,17 @@ class Reserve:
         logger.info("read the own weights of a %s", type(self._shell).__name__)
 
     def rest(self) -> None:
-        """Let go of the weights if nobody has used them for a while."""
+        """Drops the weights if they have not been used for a while."""
         if self._before is not None and time.monotonic() - self._used > _KEPT:
             self.let_go()
 
     def stay(self) -> None:
-        """Keep the weights from now on: they are the model's again, and counted by whoever counts these."""
+        """Keeps the weights from now on: they are the model's again, and the caller counts their bytes."""
         self._before = None
         self._take(-self._size)
 
     def let_go(self) -> None:
-        """Let go of the weights."""
+        """Drops the weights."""
         if self._before is None:
             return
         for module, parameters, buffers, modules in reversed(self._before):
@@ -94,7 +96,7 @@ class Reserve:
 def _assume(
     shell: nn.Module, whole: nn.Module, before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]]
 ) -> None:
-    """Give the shell's modules what the whole model's hold; `before` notes what they held."""
+    """Gives the shell's modules the contents of the whole model's; `before` records their own."""
     before.append((shell, shell._parameters, shell._buffers, shell._modules))
     shell._parameters, shell._buffers = whole._parameters, whole._buffers
     children: dict[str, Any] = {}
@@ -103,15 +105,15 @@ def _assume(
         if child is not None and old is not None and _kind(old) is _kind(child):
             _assume(old, child, before)
             children[name] = old
-        else:  # a layer that is quantized takes the place of the plain one
+        else:  # a quantized layer replaces the plain one
             children[name] = child
     shell._modules = children
 
 
 def make_shell(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its weights let go of: its parameters and buffers have shapes and no numbers.
+    """Drops the model's weights: its parameters and buffers keep their shapes.
 
-    It still says that it is on a CPU, where whoever prepares its inputs is to put them.
+    It still reports a CPU as its device, where its callers must put its inputs.
     """
     with torch.no_grad():
         model.to("meta")
@@ -120,7 +122,7 @@ def make_shell(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def seem_whole(model: PreTrainedModel) -> None:
-    """Have a model without numbers, or a part of one, say that it is on a CPU."""
+    """Makes a model without weights, or a part of one, report a CPU as its device."""
     own = type(model)
     model.__class__ = type(
         own.__name__, (_Hollow, own), {"__module__": own.__module__, "__qualname__": own.__qualname__}
@@ -128,7 +130,7 @@ def seem_whole(model: PreTrainedModel) -> None:
 
 
 class _Hollow:
-    """What a model without numbers says otherwise."""
+    """The attributes that a model without weights overrides."""
 
     device = torch.device("cpu")
 

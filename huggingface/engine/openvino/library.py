@@ -1,4 +1,4 @@
-"""Importing openvino and nncf: late, and without what they send to their makers.
+"""Imports openvino and nncf late, and without their telemetry.
 
 Any thread may call it. Must not know models.
 """
@@ -16,19 +16,19 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What is imported belongs to the process, and so does the right to import it.
+# Imports belong to the process, and so does the lock for them.
 _IMPORTING = threading.Lock()
 
-# Both send statistics of use over the network as soon as they are imported, unless they find no sender.
+# Both send usage statistics over the network on import, unless this module is missing.
 _SENDER = "openvino_telemetry"
 
 
 class OpenVINOMissing(Exception):
-    """openvino, or what is needed beside it, is not there; the message says what to install."""
+    """openvino, or a package that it needs, is missing; the message says what to install."""
 
 
 def installed(name: str = "openvino") -> bool:
-    """Whether a package is there; nothing is imported to tell."""
+    """Whether a package is installed; imports nothing."""
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
@@ -69,7 +69,7 @@ def nncf() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what makes a graph, by package; those that are not installed are left out."""
+    """The versions of the packages that make a graph; those that are not installed are left out."""
     found = {}
     for name in ("openvino", "nncf", "transformers", "torch"):
         try:
@@ -83,7 +83,7 @@ def versions() -> dict[str, str]:
 def _importing(package: str) -> Iterator[None]:
     with _IMPORTING:
         modules: dict[str, Any] = sys.modules
-        modules.setdefault(_SENDER, None)  # how Python is told that there is no such module
+        modules.setdefault(_SENDER, None)  # tells Python that there is no such module
         try:
             yield
         except (ImportError, OSError) as error:

@@ -1,8 +1,8 @@
 """The KV cache in blocks, as OpenVINO's paged attention reads it.
 
-A row is a list of blocks of 32 tokens. Rows that begin alike share the blocks of their common tokens; a block that
-others read too is copied before it is written to. The banks that `slots.py` asks for are promises of so many blocks.
-Engine's thread only. Must not know sequences, sampling or text.
+A row is a list of blocks of 32 tokens. Rows that begin alike share the blocks of their common tokens; a shared block is
+copied before it is written to. The banks that `slots.py` creates are promises of so many blocks. Engine's thread only.
+Must not know sequences, sampling or text.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import numpy as np
 
 from ..torch.cache import LayerShape, take_if_free
 
-BLOCK = 32  # tokens: what OpenVINO's kernels for CPUs have
+BLOCK = 32  # tokens, as in OpenVINO's kernels for CPUs
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 class BlockCache:
-    """Keys and values of all layers; see `slots.Store` for what moves rows about.
+    """Keys and values of all layers; see `slots.Store` for the methods that move rows.
 
-    Its memory is one reserved range a layer, of which only the blocks that were written to take memory.
+    Its memory is one reserved range per layer, of which only written blocks take memory.
     """
 
     def __init__(self, layers: Sequence[LayerShape], tokens: int) -> None:
-        """`tokens` is how many all banks together may have room for."""
+        """`tokens` is the most tokens that all banks together have room for."""
         self.token_bytes = sum(shape.token_bytes for shape in layers)
-        # Asks for bytes on a device, or gives them back where they are negative; tells whether they may be taken.
+        # Asks for bytes on a device, or gives back a negative number; returns whether they may be allocated.
         self.take: Callable[[str, int], bool] = take_if_free
         blocks = max(1, tokens // BLOCK)
         self._pools = [(_Pool(blocks, *shape.keys), _Pool(blocks, *shape.values)) for shape in layers]
         self._most = blocks
-        self._rows: dict[tuple[int, int], list[int]] = {}  # the blocks of each row, by its bank and its place there
+        self._rows: dict[tuple[int, int], list[int]] = {}  # the blocks of each row, by bank and row
         self._readers: dict[int, int] = {}  # how many rows have a block
         self._free: list[int] = []  # a heap: the lowest are used first, so that the highest can be given back
         self._promised = 0  # blocks
         self._banks: dict[int, int] = {}  # blocks promised to each bank
-        self._written = 0  # blocks that memory has been taken for: all before this one
+        self._written = 0  # blocks that have taken memory: all before this one
 
     @property
     def tensors(self) -> list[tuple[Array, Array]]:
@@ -47,7 +47,7 @@ class BlockCache:
         return [(keys.array, values.array) for keys, values in self._pools]
 
     def blocks(self, bank: int, row: int, start: int, count: int) -> list[int]:
-        """The blocks of a row that is about to get `count` tokens from position `start` on, ready to be written to."""
+        """The blocks of a row that gets `count` tokens from position `start` on, ready for writing."""
         table = self._rows.setdefault((bank, row), [])
         last = (start + count - 1) // BLOCK
         for place in range(start // BLOCK, min(last + 1, len(table))):
@@ -58,7 +58,7 @@ class BlockCache:
         return table[: last + 1]
 
     def _own(self, block: int) -> int:
-        """A block of one row's own, with what is in a shared one."""
+        """Copies a shared block into one of the row's own."""
         own = self._get()
         self._copy(block, own)
         self._leave(block)
@@ -81,10 +81,10 @@ class BlockCache:
             for pool in pair:
                 pool.array[target] = pool.array[source]
 
-    # What the slot table calls ---------------------------------------------------------------------------------------
+    # For the slot table -----------------------------------------------------------------------------------------------
 
     def create(self, bank: int, rows: int, capacity: int) -> bool:
-        """Promise a bank its blocks, if the memory is there to be taken."""
+        """Promises a bank its blocks, if their memory is free."""
         blocks = rows * -(-capacity // BLOCK)
         if self._promised + blocks > self._most or not self.take("cpu", blocks * BLOCK * self.token_bytes):
             return False
@@ -95,7 +95,7 @@ class BlockCache:
         return True
 
     def drop(self, bank: int) -> None:
-        """Give a bank's memory back."""
+        """Gives a bank's memory back."""
         for key in [key for key in self._rows if key[0] == bank]:
             self._forget(key)
         blocks = self._banks.pop(bank)
@@ -104,12 +104,12 @@ class BlockCache:
         self.take("cpu", -blocks * BLOCK * self.token_bytes)
 
     def drop_all(self) -> None:
-        """Give all memory back."""
+        """Gives all memory back."""
         for bank in list(self._banks):
             self.drop(bank)
 
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
-        """Have a row, named by bank and row, begin with the first `tokens` tokens of another."""
+        """Makes a row, named by bank and row, begin with the first `tokens` tokens of another."""
         if source == target:
             return
         self._forget(target)
@@ -125,12 +125,12 @@ class BlockCache:
             table.append(own)
 
     def swap(self, bank: int, one: int, other: int, tokens: int) -> None:  # noqa: ARG002 - the protocol's
-        """Exchange two rows of a bank."""
+        """Exchanges two rows of a bank."""
         first, second = self._rows.get((bank, one), []), self._rows.get((bank, other), [])
         self._rows[bank, one], self._rows[bank, other] = second, first
 
     def clear(self, bank: int, row: int) -> None:
-        """Overwrite what a row has to itself with zeros: a NaN in it would spread, even from places nobody sees."""
+        """Overwrites a row's own blocks with zeros: a NaN would spread even from masked positions."""
         for block in self._rows.get((bank, row), ()):
             if self._readers[block] == 1:
                 for pair in self._pools:
@@ -145,7 +145,7 @@ class BlockCache:
 
     @property
     def unwritten_bytes(self) -> int:
-        """Bytes of all banks that no memory has been taken for yet."""
+        """Bytes of all banks that have taken no memory yet."""
         return (self._promised - self._written) * BLOCK * self.token_bytes
 
     def _forget(self, key: tuple[int, int]) -> None:
@@ -153,7 +153,7 @@ class BlockCache:
             self._leave(block)
 
     def _draw_together(self) -> None:
-        """Move the blocks in use to the front, and give the memory behind what is promised back."""
+        """Moves the blocks in use to the front, and gives back the memory behind the promised blocks."""
         self._free = [block for block in range(self._promised) if block not in self._readers]
         heapq.heapify(self._free)
         moved = {}
@@ -172,7 +172,7 @@ class BlockCache:
 
 
 class _Pool:
-    """One layer's keys or values: room for all blocks there may ever be, which takes memory as it is written to."""
+    """One layer's keys or values: room for the most blocks, which take memory when they are written."""
 
     def __init__(self, blocks: int, heads: int, width: int) -> None:
         shape = (blocks, heads, BLOCK, width)
@@ -184,7 +184,7 @@ class _Pool:
         self.array: Array = np.frombuffer(self._map, dtype=np.float32).reshape(shape)
 
     def give_back(self, first: int) -> None:
-        """Give the memory of all blocks from `first` on back to the system; they are zeros then."""
+        """Gives the memory of all blocks from `first` on back to the system; they become zeros."""
         begin = first * self._block_bytes
         whole = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(self._map, "madvise") and whole < len(self._map):

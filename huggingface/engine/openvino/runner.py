@@ -1,7 +1,7 @@
-"""Rows of tokens in, logits out, computed by OpenVINO with paged attention: the counterpart of `engine/runner.py`.
+"""Computes rows of tokens to logits by OpenVINO with paged attention: the counterpart of `engine/torch/runner.py`.
 
-All tokens of a step lie in one line, prompts and decoding rows alike; each row attends over the blocks of its own.
-Engine's thread only. Must not know tickets, text or sampling.
+All tokens of a step are in one line, prompts and decoding rows alike; each row attends over its own blocks. Engine's
+thread only. Must not know tickets, text or sampling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .paged_cache import BLOCK, BlockCache
 
 
 class OpenVINORunner:
-    """Computes rows with a graph of the model's."""
+    """Computes rows with the model's graph."""
 
     lengths = Lengths()
 
@@ -39,13 +39,13 @@ class OpenVINORunner:
         tokens: int,
         reserve: Reserve | None = None,
     ) -> None:
-        """Compile a stateful `graph`, which is used up; see `graph.paged` for `windows`.
+        """Compiles a stateful `graph`, which it consumes; see `graph.paged` for `windows`.
 
-        `shapes` are what each layer keeps of a token, `tokens` how many the cache may have room for. `reserve` has the
-        model itself, for what only its own modules can do.
+        `shapes` are what each layer keeps of a token, `tokens` the most tokens in the cache. `reserve` has the weights
+        for what only the model's own modules can do.
 
         Raises:
-            NotBatchable: OpenVINO cannot serve it in this way.
+            NotBatchable: OpenVINO cannot serve the graph in this way.
         """
         ov = openvino()
         graphs.paged(graph, windows)
@@ -66,8 +66,8 @@ class OpenVINORunner:
     ) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32; the cache gets all rows' tokens.
 
-        They hold until the next call. `every` is called with the number of each row that asks for all its logits, and
-        these: (tokens, vocabulary).
+        They are valid until the next call. `every` is called with the index of each row that asks for all its logits,
+        and with these: (tokens, vocabulary).
         """
         if self._reserve is not None:
             self._reserve.rest()
@@ -97,31 +97,31 @@ class OpenVINORunner:
         return torch.stack([of_row[-1] for of_row in rows])
 
     def _set(self, name: str, values: Any, dtype: type = np.int32) -> None:
-        if name in self._inputs:  # a model that counts for itself has no use for positions
+        if name in self._inputs:  # a model that counts by itself takes no positions
             self._request.set_tensor(name, self._tensor(np.asarray(values, dtype=dtype)))
 
     def step_aside(self) -> None:
-        """Have the model itself whole: somebody is about to use it.
+        """Loads the model's own weights, for use outside the batch.
 
         Raises:
-            OutOfMemory: there is no room for its own weights beside the graph's.
+            OutOfMemory: there is no room for them beside the graph's.
         """
         if self._reserve is not None:
             self._reserve.fetch()
 
     def rest(self) -> None:
-        """Let go of what is kept for use soon: nobody has come for a while."""
+        """Drops what is kept for use soon, after some time without requests."""
         if self._reserve is not None:
             self._reserve.let_go()
 
     def close(self) -> None:
-        """Let go of the graph, the cache and the model."""
+        """Drops the graph, the cache and the model's weights."""
         self.cache.drop_all()
         self.rest()
         del self._request
 
 
-# Exact products, and a cache of exact numbers: anything less is for whoever asks for it. One stream has all cores.
+# Exact products, and a cache of exact numbers: less is only for callers that ask for it. One stream has all cores.
 _PROPERTIES = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -130,10 +130,10 @@ _PROPERTIES = {
 
 
 def _check_blocks(compiled: Any) -> None:
-    """See that the compiled graph reads blocks as `paged_cache.py` holds them.
+    """Checks that the compiled graph reads blocks as `paged_cache.py` holds them.
 
     Raises:
-        NotBatchable: on this processor they have another shape, or other numbers.
+        NotBatchable: on this processor blocks have another shape, or other numbers.
     """
     for port in compiled.inputs:
         if port.get_any_name().startswith(("key_cache.", "value_cache.")):
@@ -143,9 +143,9 @@ def _check_blocks(compiled: Any) -> None:
 
 
 def read_graph(path: Path) -> Any:
-    """A graph that was saved, its constants mapped from its file.
+    """Reads a saved graph, its constants mapped from its file.
 
     Raises:
-        RuntimeError: the file is none that OpenVINO reads.
+        RuntimeError: OpenVINO cannot read the file.
     """
     return openvino().Core().read_model(os.fspath(path))

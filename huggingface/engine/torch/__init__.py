@@ -1,1 +1,1 @@
-"""A step computed by torch: the runner, its cache, and how its products and its attention are computed."""
+"""Computes a step with torch: the runner, its cache, its products and its attention."""

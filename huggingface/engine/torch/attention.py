@@ -1,7 +1,7 @@
-"""A twin of a model: modules of its own around the very same weights, set up for the engine.
+"""A twin of a model: modules of its own around the same weights, set up for the engine.
 
-The engine changes how the twin attends and multiplies; the model itself stays as it was loaded, for `generate` and
-for the tasks. Built once, used on the engine's thread only. Must not know sequences or the scheduler.
+The engine changes how the twin attends and multiplies; the model itself stays as it was loaded, for `generate` and the
+tasks. Built once, used on the engine's thread only. Must not know sequences or the scheduler.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .cache import SlotCache
 
-# The name under which transformers finds `slot_attention`; it names no state, so that it can be registered at import.
+# The name by which transformers finds `slot_attention`; it refers to no state, so it is registered at import.
 _ATTENTION = "local_llm_slots"
 
 
 def make_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's modules and settings that shares all its parameters and buffers.
+    """Copies the model's modules and settings; the copy shares all parameters and buffers.
 
-    Raises: whatever the model's own code does when it cannot be copied.
+    Raises: any error of the model's own code that prevents a copy.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin: PreTrainedModel = copy.deepcopy(model, shared)
@@ -30,7 +30,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attend_by_segments(twin: PreTrainedModel, cache: SlotCache) -> bool:
-    """Have the twin attend by `slot_attention`; False if its attention does not go through transformers' interface."""
+    """Makes the twin attend by `slot_attention`; False if its attention does not use transformers' interface."""
     if not getattr(twin, "_supports_attention_backend", False) or _implementation(twin) != "sdpa":
         return False
     for module in twin.modules():
@@ -42,7 +42,7 @@ def attend_by_segments(twin: PreTrainedModel, cache: SlotCache) -> bool:
 
 
 def wants_float_masks(twin: PreTrainedModel) -> bool:
-    """Whether the twin adds its masks to the scores, instead of selecting by them."""
+    """Whether the twin adds masks to the scores instead of selecting by them."""
     return _implementation(twin) == "eager"
 
 
@@ -59,10 +59,10 @@ def slot_attention(
     attention_mask: Any,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' own attention in a packed pass: each segment over its own rows, no further than its own length.
+    """transformers' own attention in a packed pass: each segment over its own rows, up to its own length.
 
-    `query` is (1, heads, tokens, width), the tokens those of all segments, one after the other; returns (1, tokens,
-    heads, width). `attention_mask` only tells which kind of layer this is; keys and values are the cache's.
+    `query` is (1, heads, tokens, width), the tokens of all segments one after the other; returns (1, tokens, heads,
+    width). `attention_mask` only identifies the kind of the layer; keys and values come from the cache.
     """
     cache: SlotCache = module.slot_cache
     kind = _kind(cache, attention_mask)
@@ -78,7 +78,7 @@ def slot_attention(
 
 
 def _kind(cache: SlotCache, mask: Any) -> str:
-    """The kind of layer that a model gives this mask."""
+    """The kind of layer to which a model gives this mask."""
     for kind, known in cache.handles.items():
         if mask is known:
             return kind

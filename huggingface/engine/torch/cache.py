@@ -1,8 +1,8 @@
 """The KV cache in tensors: banks of rows, each row a sequence at positions of its own.
 
-It is passed to a transformers model as `past_key_values`: the model hands the new keys and values of each layer to
-`update` and gets back those to attend to. Which row is whose, `slots.py` decides; it is this cache's caller as its
-store. Engine's thread only. Must not know sequences, sampling or text.
+A transformers model gets it as `past_key_values`: for each layer the model passes new keys and values to `update` and
+gets back those to attend to. `slots.py` decides which sequence has which row, and calls this cache as its store.
+Engine's thread only. Must not know sequences, sampling or text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import Cache
 from ...host.devices import free_bytes
 from ...host.memory import ran_out_of_memory, release_freed
 
-# Shape of one layer's keys or values for one token: heads and width of a head.
+# One layer's keys or values for one token: number of heads and width of a head.
 Shape = tuple[int, int]
 
 
@@ -38,12 +38,12 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of one bank that lie next to each other and have a new token each, or one row and its several new tokens.
+    """Neighbouring rows of one bank with one new token each, or one row with several new tokens.
 
     `rows` and `index` are the rows in their bank, `tokens` the places of the new tokens in a packed forward pass,
-    `positions` (rows, new tokens) where these stand in their sequences. `length` is up to where they attend. `start` is
-    the position of a single row's first new token, None for several rows. `masks` hold, for each kind of layer, what is
-    added to the scores, or selects them: (rows, 1, new tokens, length).
+    `positions` (rows, new tokens) their positions in the sequences. Attention reaches up to `length`. `start` is the
+    position of a single row's first new token, None for several rows. `masks` are added to the scores, or select them,
+    by kind of layer: (rows, 1, new tokens, length).
     """
 
     bank: int
@@ -57,32 +57,32 @@ class Segment:
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Keys and values of all banks and layers; see `slots.Store` for what moves rows about."""
+    """Keys and values of all banks and layers; see `slots.Store` for the methods that move rows."""
 
     def __init__(self, layers: Sequence[LayerShape | None]) -> None:
-        """`layers` are the model's, None for one that keeps nothing."""
+        """`layers` are the model's, None for a layer that keeps nothing."""
         super().__init__(layers=[])
         self._shapes = list(layers)
         self._banks: dict[int, list[tuple[torch.Tensor, torch.Tensor] | None]] = {}
         self.segments: Sequence[Segment] = ()
-        self.packed = False  # whether the tokens of all segments come in one row
-        self.handles: Mapping[str, torch.Tensor] = {}  # what the model is given as its masks, by kind of layer
-        self.layer = 0  # whose `update` was called last
-        # Asks for bytes on a device, or gives them back where they are negative; tells whether they may be taken.
+        self.packed = False  # whether the tokens of all segments are in one row
+        self.handles: Mapping[str, torch.Tensor] = {}  # the masks that the model is given, by kind of layer
+        self.layer = 0  # the layer of the last `update`
+        # Asks for bytes on a device, or gives back a negative number; returns whether they may be allocated.
         self.take: Callable[[str, int], bool] = take_if_free
         self._bank_bytes: dict[int, dict[str, int]] = {}
         self.token_bytes = sum(shape.token_bytes for shape in self._shapes if shape is not None)
 
-    # What the model calls --------------------------------------------------------------------------------------------
+    # For the model ----------------------------------------------------------------------------------------------------
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the new keys and values of a layer, each (batch, heads, new tokens, width).
+        """Keeps a layer's new keys and values, each (batch, heads, new tokens, width).
 
-        Where each row of the batch is a sequence, they are one segment's, and it returns those to attend to: (batch,
-        heads, length, width). In a packed pass, with the tokens of all segments in one row, it returns its arguments,
-        and whoever attends asks for `view` segment by segment.
+        Where each row of the batch is a sequence, they belong to one segment; returns the keys and values to attend to:
+        (batch, heads, length, width). In a packed pass, with the tokens of all segments in one row, returns its
+        arguments, and the attention calls `view` for each segment.
         """
         self.layer = layer_idx
         if not self.packed:
@@ -103,7 +103,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         return pair[0][segment.rows, :, : segment.length], pair[1][segment.rows, :, : segment.length]
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """No single number is right; models ask only where they are given no positions."""
+        """No single number is right; models ask only if they are given no positions."""
         return 0
 
     def _write(self, segment: Segment, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
@@ -116,10 +116,10 @@ class SlotCache(Cache):  # type: ignore[misc]
             else:
                 kept[segment.rows, :, segment.start : segment.length] = new
 
-    # What the slot table calls ---------------------------------------------------------------------------------------
+    # For the slot table -----------------------------------------------------------------------------------------------
 
     def create(self, bank: int, rows: int, capacity: int) -> bool:
-        """Take the memory of a bank, if it is there to be taken: it is asked for, and filled with zeros at once."""
+        """Allocates a bank if its memory is free: asks for it, and fills it with zeros at once."""
         needs: dict[str, int] = {}
         for shape in self._shapes:
             if shape is not None:
@@ -146,26 +146,26 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.take(device, -size)
 
     def drop(self, bank: int) -> None:
-        """Give a bank's memory back, to the system too, before others are told that they may have it."""
+        """Frees a bank, also to the system, before others may have its memory."""
         del self._banks[bank]
         release_freed()
         self._give(self._bank_bytes.pop(bank))
 
     def drop_all(self) -> None:
-        """Give all memory back."""
+        """Gives all memory back."""
         for bank in list(self._banks):
             self.drop(bank)
         self.segments, self.handles = (), {}
 
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
-        """Copy the first `tokens` tokens of a row, named by bank and row, to another."""
+        """Copies the first `tokens` tokens of a row, named by bank and row, to another."""
         for old, new in zip(self._banks[source[0]], self._banks[target[0]], strict=True):
             if old is not None and new is not None:
                 for kept, copied in zip(old, new, strict=True):
                     copied[target[1], :, :tokens] = kept[source[1], :, :tokens]
 
     def swap(self, bank: int, one: int, other: int, tokens: int) -> None:
-        """Exchange the first `tokens` tokens of two rows of a bank."""
+        """Exchanges the first `tokens` tokens of two rows of a bank."""
         for pair in self._banks[bank]:
             for kept in pair or ():
                 aside = kept[one, :, :tokens].clone()
@@ -173,7 +173,7 @@ class SlotCache(Cache):  # type: ignore[misc]
                 kept[other, :, :tokens] = aside
 
     def clear(self, bank: int, row: int) -> None:
-        """Overwrite a row with zeros: a NaN in it would spread, even from places that nobody sees."""
+        """Overwrites a row with zeros: a NaN would spread even from masked positions."""
         for pair in self._banks[bank]:
             for kept in pair or ():
                 kept[row].zero_()
@@ -195,7 +195,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def take_if_free(device: str, size: int) -> bool:
-    """Whether so many bytes are free on a device: where nobody counts them."""
+    """Whether `size` bytes are free on a device: for a cache without an account."""
     free = free_bytes(device)
     return free is None or size <= free
 

@@ -1,8 +1,8 @@
-"""LoRA adapters in the batch: whose each token of a forward pass is, and what its adapter adds to each product.
+"""LoRA adapters in the batch: the adapter of each token of a forward pass, and what it adds to each product.
 
-In place of a twin's adapted layers stand ones that have the factors of all adapters side by side, so that rows of many
-adapters, and of none, share one pass: what is not a token's own counts nothing for it. Engine's thread only. It knows
-how peft names the parts of such a layer; it must not know files, sequences or the cache.
+In place of a twin's adapted layers stand layers with the factors of all adapters side by side, so that rows of many
+adapters, and of none, share one pass: the factors of other adapters count zero for a token. Engine's thread only. Knows
+peft's names for the parts of such a layer; must not know files, sequences or the cache.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from torch.nn import functional
 class Adapters(Protocol):
     """The adapters of one model: see `loading.lora.Adapters`."""
 
-    keys: Mapping[str, str]  # what each is called in the model's layers, by the name that requests choose it by
+    keys: Mapping[str, str]  # the name in the model's layers for each name in requests
 
     def check(self, name: str | None) -> None:
-        """Refuse a name that no adapter of the model has."""
+        """Refuses a name that no adapter of the model has."""
 
     def active(self, name: str | None) -> AbstractContextManager[None]:
-        """Have the model itself answer as this adapter within, as the base (None) before and afterwards."""
+        """Makes the model itself answer as this adapter in the block, and as the base (None) afterwards."""
 
     def activate(self, model: Any, name: str | None) -> None:
-        """Have a model of these layers, the model or its twin, answer as this adapter from now on."""
+        """Makes the model or its twin answer as this adapter from now on."""
 
 
 class NotMixable(Exception):
-    """A layer's adapters add more than a product of two factors, so that their rows cannot share a pass."""
+    """A layer's adapters add more than a product of two factors, so their rows cannot share a pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where each adapter's factors stand among those of a layer; many layers have the same.
+    """The place of each adapter's factors among those of a layer; many layers have the same layout.
 
-    Those of adapter `n` are the columns from `starts[n]` to `starts[n + 1]`, none where it leaves the layer alone.
+    Adapter `n` has the columns from `starts[n]` to `starts[n + 1]`, none if it does not change the layer.
     """
 
     starts: tuple[int, ...]
-    owners: torch.Tensor  # (columns,), the adapter of each
+    owners: torch.Tensor  # (columns,), each column's adapter
     scales: torch.Tensor  # (columns,)
 
 
 @dataclass(slots=True)
 class Mix:
-    """Whose the tokens of the present pass are: the number of an adapter, -1 for the base's own."""
+    """The adapter of each token in the current pass: its number, -1 for the base."""
 
-    first: int = 0  # the adapters of the pass are among those from `first` up to `last`
+    first: int = 0  # the pass uses adapters from `first` up to `last`
     last: int = -1
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     kept: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _weights: dict[tuple[Layout, bool], torch.Tensor] = field(default_factory=dict)
 
     def begin(self, tokens: Sequence[int], kept: Sequence[int], device: torch.device) -> None:
-        """Say whose the tokens of the next pass are, in their order, and those whose logits are kept."""
+        """Sets the adapters of the next pass's tokens, in order, and of the tokens whose logits are kept."""
         named = [number for number in set(tokens) if number >= 0]
         self.first, self.last = min(named, default=0), max(named, default=-1)
         self._weights.clear()
@@ -69,10 +69,10 @@ class Mix:
             self.kept = torch.tensor(kept, device=device)
 
     def weights(self, layout: Layout, rows: int, *, head: bool) -> torch.Tensor:
-        """What each column counts for each row, (rows, columns): its adapter's scale where it is the row's own, else 0.
+        """Each column's factor for each row, (rows, columns): the adapter's scale if it is the row's own, else 0.
 
         Raises:
-            ValueError: the layer was not given all tokens, or all kept ones, and nobody can tell which.
+            ValueError: the layer got neither all tokens nor all kept ones, so the rows cannot be matched.
         """
         at_kept = head and rows == len(self.kept)
         owners = self.kept if at_kept else self.tokens
@@ -86,12 +86,12 @@ class Mix:
 
 
 class Adapted(nn.Module):
-    """A product, and what each token's adapter adds to it."""
+    """A product, plus what each token's adapter adds to it."""
 
     def __init__(
         self, base: nn.Module, down: torch.Tensor, up: torch.Tensor, layout: Layout, mix: Mix, *, head: bool
     ) -> None:
-        """`down` is (columns, inputs), `up` (outputs, columns). `head` tells that it may be given kept tokens only."""
+        """`down` is (columns, inputs), `up` (outputs, columns). `head`: it may get only the kept tokens."""
         super().__init__()
         self.base = base
         self._down, self._up = down, up
@@ -111,10 +111,10 @@ class Adapted(nn.Module):
 
 
 def mix_adapters(twin: Any, keys: Sequence[str]) -> Mix:
-    """Put an `Adapted` in the place of each adapted layer of the twin; the adapters are numbered as in `keys`.
+    """Replaces each adapted layer of the twin by an `Adapted`; the adapters are numbered as in `keys`.
 
     Raises:
-        NotMixable: a layer's adapters are more than two plain factors; the twin is not to be used then.
+        NotMixable: a layer's adapters are more than two plain factors; the twin is unusable then.
     """
     mix = Mix()
     layouts: dict[Any, Layout] = {}
@@ -151,7 +151,7 @@ def _mixed(layer: Any, keys: Sequence[str], mix: Mix, layouts: dict[Any, Layout]
     with torch.no_grad():
         down, up = torch.cat([each.weight for each in downs]), torch.cat([each.weight for each in ups], dim=1)
         begin = 0
-        # In memory once: the adapters' own parameters, which the model has too, are parts of these from now on.
+        # In memory once: the adapters' own parameters, which the model shares, become parts of these tensors.
         for one, other in zip(downs, ups, strict=True):
             end = begin + one.weight.shape[0]
             one.weight.data, other.weight.data = down[begin:end], up[:, begin:end]

@@ -1,10 +1,10 @@
-"""Products with a model's weights, each in the way that this machine is fastest at: found by trying, at load.
+"""Products with a model's weights, each by the routine that is fastest on this machine, as measured at load.
 
-On a CPU the time of a decoding step is that of reading the weights, and of the several routines that torch has for one
-and the same product none is the fastest for every number of rows. Fastest of all are weights that oneDNN has laid out
-itself. They then lie in memory in that form only, but for a table of embeddings that is a product's too: the model's
-own parameters are emptied, and filled again, with the very same numbers, before anybody uses the model itself. Engine's
-thread only. Must not know sequences or the cache.
+On a CPU a decoding step takes the time of reading the weights, and none of torch's routines for the same product is
+fastest for every number of rows. Weights in oneDNN's own layout are fastest of all. Those weights are then in memory
+only in that layout, except a table of embeddings that is a product's too: the model's own parameters are emptied, and
+filled again with exactly the same numbers before the model itself is used. Engine's thread only. Must not know
+sequences or the cache.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from transformers.pytorch_utils import Conv1D
 from ...cancellation import NEVER, Cancellation
 from ...host.memory import release_freed
 
-# (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs), contiguous: some models take views of them.
+# (rows, inputs), (outputs, inputs), (outputs,) or None -> (rows, outputs), contiguous: some models take views of it.
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-# Rows at which the ways are tried; each size stands for those up to the next. `parity` computes a chunk of each.
+# Numbers of rows for which routines are measured; each size stands for those up to the next. `parity` computes a chunk
+# of each.
 _SIZES = (1, 4, 16, 64)
-_SAMPLE_BYTES = 48 * 2**20  # weights to try one shape with, of a larger one as many outputs: more than caches hold
+_SAMPLE_BYTES = 48 * 2**20  # weights to measure one shape with (fewer outputs of a larger one): more than caches hold
 _RUNS = 2
-_WORTH = 0.95  # torch's own way stays unless another takes at most this share of its time
-_PACK_FOR = 16  # rows that oneDNN is told to lay weights out for; it does for any number
-_PACK_WORTH = 1.1  # weights are laid out for oneDNN unless the steps are then clearly slower: it seldom is so
-_PACK_AT_LEAST = 32 * 2**20  # bytes of weights; fewer stay in the caches whichever way they lie
-_GIVE_BACK = 16  # times that the system gets memory back while all weights are laid out anew
-_REST = 32  # steps without anybody using the model itself, before its weights are laid out again
+_WORTH = 0.95  # torch's own routine stays unless another takes at most this share of its time
+_PACK_FOR = 16  # rows for which oneDNN lays weights out; the layout works for any number
+_PACK_WORTH = 1.1  # weights are packed for oneDNN unless steps would be clearly slower, which is rare
+_PACK_AT_LEAST = 32 * 2**20  # bytes of weights; fewer stay in the caches in any layout
+_GIVE_BACK = 16  # how often memory goes back to the system while all weights are packed
+_REST = 32  # steps without use of the model itself before its weights are packed again
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -43,26 +44,26 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 def _transposed(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The weights as the left factor: what BLAS libraries do well for a few rows."""
+    """The weights as the left factor: BLAS libraries do that well for a few rows."""
     product = torch.mm(weight, rows.t()).t().contiguous()
     return product if bias is None else product.add_(bias)
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """oneDNN's inner product, on weights as they lie or as it has laid them out."""
+    """oneDNN's inner product, on plain or packed weights."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
 
 
-# All that there are, torch's own first.
+# All routines, torch's own first.
 WAYS: tuple[Way, ...] = (_linear, _transposed, _onednn)
 
 
 class Product(nn.Module):
-    """An `nn.Linear`, or transformers' `Conv1D`, by the fastest way for its number of rows."""
+    """An `nn.Linear`, or transformers' `Conv1D`, by the fastest routine for its number of rows."""
 
     def __init__(self, module: nn.Module, *, shared: bool) -> None:
-        """`shared` tells that others use the same parameter, so that it has to stay as it is."""
+        """`shared`: other modules use the same parameter, so it must stay as it is."""
         super().__init__()
         self.parameter: nn.Parameter = module.weight  # type: ignore[assignment]
         self.bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
@@ -74,7 +75,7 @@ class Product(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(outputs, inputs), as it lies in memory."""
+        """(outputs, inputs), in its current layout."""
         return self.parameter.t() if self._is_transposed else self.parameter
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -88,14 +89,14 @@ class Product(nn.Module):
         return product.view(*values.shape[:-1], self.out_features)
 
     def pack(self) -> None:
-        """Lay the weights out for oneDNN, and let go of the parameter's, unless others use it too."""
+        """Packs the weights for oneDNN, and drops the parameter's, unless other modules use it too."""
         if self.packed is None:
             self.packed = _packed(self.weight)
             if not self.shared:
                 self.parameter.data = torch.empty(0, dtype=self.parameter.dtype)
 
     def unpack(self) -> None:
-        """Give the parameter its weights back, and let go of oneDNN's."""
+        """Restores the parameter's weights, and drops oneDNN's."""
         if self.packed is not None and not self.shared:
             dense = self.packed.to_dense()
             self.parameter.data = dense.t().contiguous() if self._is_transposed else dense
@@ -103,7 +104,7 @@ class Product(nn.Module):
 
 
 class Products:
-    """All products of a twin, and how their weights lie."""
+    """All products of a twin, and the layout of their weights."""
 
     def __init__(
         self,
@@ -111,9 +112,9 @@ class Products:
         findings: MutableMapping[Hashable, Any] | None = None,
         cancellation: Cancellation = NEVER,
     ) -> None:
-        """Replace the twin's products by ones of the fastest ways; nothing is changed where there is no choice.
+        """Replaces the twin's products by the fastest ones; changes nothing where there is no choice.
 
-        `findings` keep what was found out about this machine for the next model.
+        `findings` keep the measurements of this machine for the next model.
 
         Raises:
             Cancelled: by `cancellation`.
@@ -146,16 +147,16 @@ class Products:
         self._rested = _REST
 
     def step(self) -> None:
-        """Note that a step is to be computed; lays the weights out if nobody has used the model itself for a while."""
+        """Counts a step; packs the weights if the model itself has not been used for a while."""
         self._rested += 1
         if self._worth_packing and not self._packed and self._rested >= _REST:
             self._packed = True
-            with torch.inference_mode(False), torch.no_grad():  # the parameters are to stay ordinary ones
+            with torch.inference_mode(False), torch.no_grad():  # the parameters must stay ordinary ones
                 self._for_each(Product.pack)
             release_freed()
 
     def step_aside(self) -> None:
-        """Have the model itself whole again: somebody is about to use it."""
+        """Unpacks the weights, for use of the model itself."""
         self._rested = 0
         if self._packed:
             self._packed = False
@@ -164,8 +165,8 @@ class Products:
             release_freed()
 
     def _for_each(self, change: Callable[[Product], None]) -> None:
-        """Change all products; what is let go of on the way is given back now and then, for it may lie in another heap
-        than what is taken."""
+        """Changes all products; gives freed memory back now and then, because it may be in another heap than new
+        memory."""
         changed = 0
         for product in self._all:
             change(product)
@@ -176,16 +177,15 @@ class Products:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of weights that lie in memory twice, because others than a product use them too."""
+        """Bytes of weights that are in memory twice, because other modules than a product use them too."""
         shared = [product.weight for product in self._all if product.shared]
         return sum(weight.numel() * weight.itemsize for weight in shared) if self._worth_packing else 0
 
 
 def copies(model: nn.Module, findings: MutableMapping[Hashable, Any] | None = None) -> int:
-    """Bytes of weights that would lie in memory twice if a twin of this model had its products.
+    """Bytes of weights that would be in memory twice if a twin of this model used its products.
 
-    The model may be on the meta device: what is fastest is tried with other numbers. `findings` keep what came of it
-    for the load.
+    The model may be on the meta device: measurements use other numbers. `findings` keep them for the load.
     """
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     counts: Counter[_Kind] = Counter()
@@ -200,7 +200,7 @@ def copies(model: nn.Module, findings: MutableMapping[Hashable, Any] | None = No
         return 0
 
     def some(kind: _Kind, count: int, outputs: int) -> list[torch.Tensor]:
-        # With their type and place: a default of torch's may be another one while a model is built.
+        # With dtype and device: torch's defaults may be others while a model is built.
         made = [torch.rand(outputs * kind.inputs, dtype=torch.float32, device="cpu") - 0.5 for _ in range(count)]
         if kind.contiguous:
             return [numbers.view(outputs, kind.inputs) for numbers in made]
@@ -211,12 +211,12 @@ def copies(model: nn.Module, findings: MutableMapping[Hashable, Any] | None = No
     return sum(shared.values()) if worth else 0
 
 
-# Trying ---------------------------------------------------------------------------------------------------------------
+# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is alike of products: the shape of their weights, how these lie, and whether there is a bias."""
+    """What similar products share: the shape and layout of their weights, and whether there is a bias."""
 
     outputs: int
     inputs: int
@@ -226,15 +226,17 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """The fastest ways for products of a kind, by size, and the seconds that one takes in a step of each size, added
-    up: with the weights as they lie, and as oneDNN lays them out."""
+    """The fastest routines for products of a kind, by size, and one product's seconds, summed over all sizes.
+
+    `lying`: with plain weights. `packed`: with oneDNN's.
+    """
 
     ways: tuple[Way, ...]
     lying: float
     packed: float
 
 
-# Gives so many weights of a kind, cut to so many outputs.
+# Returns up to so many weights of a kind, cut to so many outputs.
 _Some = Callable[[_Kind, int, int], list[torch.Tensor]]
 
 
@@ -247,7 +249,7 @@ def _bytes(counts: Mapping[_Kind, int]) -> int:
 
 
 def _worth_packing(counts: Mapping[_Kind, int], found: Mapping[_Kind, _Finding]) -> bool:
-    """Whether it is worth it to have oneDNN lay the weights out."""
+    """Whether it pays to pack the weights for oneDNN."""
     lying = sum(found[kind].lying * count for kind, count in counts.items())
     packed = sum(found[kind].packed * count for kind, count in counts.items())
     return _bytes(counts) >= _PACK_AT_LEAST and packed < _PACK_WORTH * lying
@@ -259,7 +261,7 @@ def _found_out(
     findings: MutableMapping[Hashable, Any] | None,
     cancellation: Cancellation = NEVER,
 ) -> dict[_Kind, _Finding]:
-    """What is fastest for products of each kind, of which there are so many."""
+    """The fastest routines for products of each kind; `counts` is how many products there are."""
     known: MutableMapping[Hashable, Any] = {} if findings is None else findings
     found = {}
     for kind in counts:
@@ -278,7 +280,7 @@ def _found_out(
 
 def _try(kind: _Kind, weights: Sequence[torch.Tensor], cancellation: Cancellation) -> _Finding:
     packed = _try_to_pack(weights)
-    # With their type: while a model of half precision is read, transformers makes that torch's default.
+    # With its dtype: while a model of half precision is read, transformers makes that torch's default.
     bias = torch.zeros(weights[0].shape[0], dtype=torch.float32, device="cpu") if kind.bias else None
     ways = []
     as_they_lie = laid_out = 0.0
@@ -295,7 +297,7 @@ def _try(kind: _Kind, weights: Sequence[torch.Tensor], cancellation: Cancellatio
 
 
 def _replaceable(module: nn.Module) -> bool:
-    """Whether a module is exactly one of these classes, in float32 on a CPU, and nobody listens to it."""
+    """Whether a module is exactly one of these classes, in float32 on a CPU, without hooks."""
     if type(module) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
         return False
     weight = module.weight
@@ -308,7 +310,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _try_to_pack(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The weights as oneDNN lays them out, if this build of torch can, and can get the very same numbers back."""
+    """The weights in oneDNN's layout, if this build of torch supports it and restores exactly the same numbers."""
     try:
         packed = [_packed(weight) for weight in weights]
         return packed if torch.equal(packed[0].to_dense(), weights[0]) else None
@@ -317,7 +319,7 @@ def _try_to_pack(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
 
 
 def _fastest(rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> tuple[Way, float]:
-    """The fastest way for products of one shape, and the seconds that it takes for each."""
+    """The fastest routine for products of one shape, and its seconds per product."""
     wanted = _linear(rows, weights[0], bias)
     best: Way = _linear
     shortest = plain = _seconds(_linear, rows, weights, bias)
@@ -327,7 +329,7 @@ def _fastest(rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Te
             if product.stride() != wanted.stride() or not torch.allclose(product, wanted, rtol=1e-3, atol=1e-4):
                 continue
             seconds = _seconds(way, rows, weights, bias)
-        except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch, or not for these
+        except (RuntimeError, AttributeError, NotImplementedError):  # not in this build, or not for these weights
             continue
         if seconds < min(shortest, plain * _WORTH):
             best, shortest = way, seconds
@@ -335,7 +337,7 @@ def _fastest(rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Te
 
 
 def _seconds(way: Way, rows: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> float:
-    """Seconds for each product, over all of the weights, so that the caches are of as little help as in a model."""
+    """Seconds per product, over all the weights, so that caches help as little as in a model."""
     shortest = float("inf")
     for _ in range(_RUNS):
         started = time.perf_counter()

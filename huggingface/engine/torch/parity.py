@@ -1,8 +1,8 @@
-"""Whether a model may be served in a batch: tried at load, against the model's own `generate`.
+"""Tests at load whether a model may be served in a batch, against the model's own `generate`.
 
-The same tokens go through `generate` alone and through the batch runner in chunks, in ragged company and in several
-banks; the logits must agree at every step. Logits and not tokens: two equal logits would make a matter of chance of it.
-Called on the thread that prepares a model. Must not know how requests look.
+The same tokens go through `generate` alone and through the batch runner, in chunks, beside rows of other lengths and in
+several banks; the logits must agree at every step. Logits rather than tokens, because which of two equal logits wins is
+chance. Called on the thread that prepares a model. Must not know requests.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .runner import BatchRunner, Piece
 
 logger = logging.getLogger(__name__)
 
-# Tokens. Of the first's and the third's chunks, and of what is computed together, there is one of each size for which
-# `matmul` may have found another way.
+# Tokens. The chunks of the first and the third prompt, and the steps, include each size for which `matmul` may have
+# found another routine.
 _PROMPTS = (80, 5, 22)
-_SHORTEST = 21  # tokens of the first, where the model's context holds no more
+_SHORTEST = 21  # tokens of the first prompt if the model's context holds no more
 _NEW = 3
-_LESS = 6  # tokens that one of two long prompts has less
-_PRODUCTS = 4e10  # what a longer prompt may take, that goes past the nearest length at which the model changes
-# How far the logits may lie apart, as a share of their spread: rounding is far below it, a wrong mask far above.
+_LESS = 6  # tokens that one of two long prompts lacks
+_PRODUCTS = 4e10  # the most products for a longer prompt that goes past the nearest length at which the model changes
+# The largest difference of logits, as a share of their spread: rounding is far below it, a wrong mask far above.
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
@@ -52,18 +52,18 @@ class Expected:
 
 
 class Rows(Protocol):
-    """What computes rows: a runner."""
+    """Computes rows: a runner."""
 
     @property
     def cache(self) -> Store:
-        """Where it keeps them."""
+        """The store of the rows."""
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary)."""
 
 
 class _Unforeseen(NotBatchable):
-    """What failed may have failed by chance, and is to be tried again with the next load."""
+    """The failure may have been chance; the next load tries again."""
 
 
 def batch_runner(
@@ -73,13 +73,12 @@ def batch_runner(
     cancellation: Cancellation = NEVER,
     adapters: Adapters | None = None,
 ) -> BatchRunner:
-    """The runner that serves this model in a batch, as fast as it can be right.
+    """The fastest correct runner that serves this model in a batch.
 
-    `findings` keep what came of it, under `key`, for when the very same weights are loaded again,
-    with the very same adapters.
+    `findings` keep the result under `key`, for the next load of the same weights with the same adapters.
 
     Raises:
-        NotBatchable: none gives the model's own numbers; the message says why.
+        NotBatchable: no runner gives the model's own numbers; the message says why.
         Cancelled: by `cancellation`.
     """
     noted: MutableMapping[Hashable, Any] = {} if findings is None or key is None else findings
@@ -153,7 +152,7 @@ def _all_expected(
 ) -> list[list[Expected]]:
     """Three rows at a time that go together: the model's own, and each of its adapters with another and the model.
 
-    With `longest`, the first prompt of each has so many tokens at least, and three more rows stand for the model's own:
+    With `longest`, the first prompt of each trio has at least so many tokens, and three more rows are the model's own:
     two of about that length side by side.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPTS[0] + _NEW
@@ -174,10 +173,10 @@ def _all_expected(
 
 
 def _check_small(model: PreTrainedModel, border: int, *, by_segments: bool, cancellation: Cancellation) -> None:
-    """See that the model's code is right beyond a length at which it changes, on a small model of it.
+    """Tests the model's code beyond a length at which it changes, on a small model of it.
 
     Raises:
-        NotBatchable: it is not, or no such model can be made.
+        NotBatchable: the code is wrong there, or no small model can be made.
     """
     try:
         tried = small(model)
@@ -202,21 +201,21 @@ def _check(expected: Sequence[Expected], runner: BatchRunner, dtype: torch.dtype
 
 
 def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
-    """Have three rows computed together, in chunks and in several banks.
+    """Computes three rows together, in chunks and in several banks.
 
     Returns for each the logits before its new tokens, (new tokens, vocabulary).
     """
     prompts = [each.prompt for each in expected]
     sequences = [[*each.prompt, *each.tokens] for each in expected]
     table = SlotTable(runner.cache, room_for(expected))
-    # The last one needs a larger row, and so stands in a bank of its own; the others side by side.
+    # The last one needs a larger row, and so is in a bank of its own; the others are side by side.
     longest = max(SMALLEST, *(len(each.prompt) + _NEW for each in expected))
     needs = [longest, longest, 2 * longest]
     slots = [table.take([-1], need) for need in needs]
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
 
     def compute(work: list[tuple[int, int]]) -> None:
-        """Give the sequence of each index its next tokens, as many as are named."""
+        """Computes the next tokens of each sequence: pairs of its index and a number of tokens."""
         pieces = []
         for index, count in work:
             slot = slots[index]
@@ -250,7 +249,7 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
 
 
 def room_for(expected: Sequence[Expected]) -> int:
-    """Tokens that the cache must have room for, to `compare`."""
+    """The tokens for which the cache must have room in `compare`."""
     longest = max(len(each.prompt) for each in expected) + _NEW
     return 8 * max(SMALLEST, 1 << (longest - 1).bit_length())
 
@@ -261,7 +260,7 @@ def expect(model: PreTrainedModel, prompt: list[int], adapter: str | None = None
 
 
 def some_prompts(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
-    """Token ids spread over the vocabulary, none of them special by its place at either end of it."""
+    """Token ids spread over the vocabulary; special tokens, at either end of it, are left out."""
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     low, high = size // 8, max(size - size // 8, size // 8 + 1)
@@ -273,7 +272,7 @@ def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], to
     inputs = torch.tensor([prompt], device=model.device)
     settings: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     config = GenerationConfig(**settings, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
-    # Whatever the model's own settings are: the same plain search for all.
+    # The same plain search for all, whatever the model's own settings are.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.inference_mode():

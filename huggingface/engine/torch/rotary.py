@@ -1,6 +1,6 @@
-"""Rotary embeddings that depend on how long a text is, for each text of a pass by its own length.
+"""Rotary embeddings that depend on a text's length: each text of a pass gets those of its own length.
 
-transformers picks the frequencies of the kinds `longrope` and `dynamic` for all tokens of a forward pass by its last
+For the kinds `longrope` and `dynamic`, transformers picks the frequencies for all tokens of a forward pass by its last
 position, and keeps those of `dynamic` for later passes. Here each token gets those of its own text, whatever else is in
 the pass or came before. Must not know rows, slots or the scheduler.
 """
@@ -20,8 +20,11 @@ def _modules(model: Any) -> list[Any]:
 
 
 def forget_between_passes(model: Any) -> None:
-    """Have the model's rotary embeddings begin every forward pass as they are now: those of the kind `dynamic` keep the
-    frequencies of the longest text so far, which change what a shorter one gives."""
+    """Resets the model's rotary embeddings before every forward pass.
+
+    Those of the kind `dynamic` keep the frequencies of the longest text so far, which change the results of shorter
+    ones.
+    """
     if not hasattr(model, "config") or not changing(model.config.get_text_config()):
         return
     for module in _modules(model):
@@ -29,7 +32,7 @@ def forget_between_passes(model: Any) -> None:
 
 
 def _restoring(fresh: Any) -> Callable[..., None]:
-    """What puts a module, or its twin, back into the state that `fresh` is in now."""
+    """The function that resets a module, or its twin, to the current state of `fresh`."""
     names, buffers = frozenset(vars(fresh)) | {"forward"}, dict(fresh._buffers)
     state = {name: value for name, value in vars(fresh).items() if isinstance(value, int | float | torch.Tensor)}
 
@@ -43,17 +46,17 @@ def _restoring(fresh: Any) -> Callable[..., None]:
 
 
 class ByLength:
-    """Gives each token the rotary embeddings of a pass over the text that it belongs to, and no others.
+    """Gives each token the rotary embeddings of a pass over its own text only.
 
-    `restart` is the number of tokens at which the model computes a text that it is making from its first token on;
-    None where it never does.
+    `restart` is the number of tokens at which the model computes a growing text again from its first token on; None if
+    it never does.
     """
 
     def __init__(self, twin: Any) -> None:
-        """Set up a twin of a model, whose rotary embeddings are as they were loaded.
+        """Sets up a twin of a model, whose rotary embeddings are as they were loaded.
 
         Raises:
-            ValueError: none of its modules is known to hold them.
+            ValueError: no known module holds them.
         """
         self._borders = borders(twin.config.get_text_config())
         self._groups: list[tuple[int, torch.Tensor | slice]] = []
@@ -67,11 +70,11 @@ class ByLength:
         self.restart = next((border + 1 for border in lengths if _starts_anew(twin, border)), None)
 
     def table(self, length: int) -> Hashable:
-        """What the embeddings of a text of so many tokens have in common with those of others."""
+        """A key that texts share if their embeddings are the same, for a text of so many tokens."""
         return tuple(0 if length <= border else 1 if kind == "longrope" else length for kind, border in self._borders)
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """Say how long the text is that each token of the next pass is read in, in their order."""
+        """Sets the length of the text in which each token of the next pass is read, in order."""
         groups: dict[Hashable, tuple[int, list[int]]] = {}
         for place, length in enumerate(lengths):
             groups.setdefault(self.table(length), (length, []))[1].append(place)
@@ -83,7 +86,7 @@ class ByLength:
 
     def _by_groups(self, module: Any, restore: Callable[..., None], forward: Callable[..., Any]) -> Callable[..., Any]:
         def by_groups(x: Any, position_ids: Any, *further: Any, **named: Any) -> Any:
-            """As the module's own, which is told of each group of tokens as if they were all of their text."""
+            """As the module's own, called for each group of tokens as if these were all of their text."""
             if position_ids.dim() != 2 or position_ids.numel() != self._tokens:
                 raise ValueError("positions of another shape than the tokens")
             flat, whole = position_ids.reshape(-1), []
@@ -98,7 +101,7 @@ class ByLength:
         return by_groups
 
     def _put(self, parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        """What was made of each group, (1, its tokens and one more, width), in the order of all: (*shape, width)."""
+        """Puts the results of all groups, each (1, its tokens and one more, width), in order: (*shape, width)."""
         first = parts[0]
         result = first.new_empty((self._tokens, *first.shape[2:]))
         for (_, places), part in zip(self._groups, parts, strict=True):
@@ -107,7 +110,7 @@ class ByLength:
 
 
 def _starts_anew(model: Any, border: int) -> bool:
-    """Whether the model computes all of a text again when it grows beyond the border: Phi-3 does."""
+    """Whether the model computes a whole text again when it grows beyond the border, as Phi-3 does."""
     from transformers import DynamicCache
 
     cache, ids = DynamicCache(), torch.zeros((1, border + 1), dtype=torch.long, device=model.device)

@@ -1,7 +1,7 @@
-"""The tensors of the batch: rows of tokens go in, the logits that follow each row come out.
+"""The tensors of the batch: takes rows of tokens, returns the logits that follow each row.
 
-Owns the model's twin and its KV cache. Decoding rows and chunks of prompts are computed alike; each row stands at
-positions of its own. Engine's thread only. Must not know tickets, text or sampling.
+Owns the model's twin and its KV cache. Decoding rows and chunks of prompts are computed alike; each row has positions
+of its own. Engine's thread only. Must not know tickets, text or sampling.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from .lora import Adapters, Mix, NotMixable, mix_adapters
 from .matmul import Products
 from .rotary import ByLength
 
-# Which tokens (`kv`, a row of positions) a new token at position `at` sees, by the kind of layer. The same rules as in
-# transformers.masking_utils: `at` is (rows, new tokens, 1), `kv` is (length), the number is the window's or chunk's.
+# Which tokens (`kv`, a row of positions) a new token at position `at` sees, by kind of layer. The same rules as in
+# transformers.masking_utils: `at` is (rows, new tokens, 1), `kv` is (length), the number is that of the window or
+# chunk.
 _SEES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
     "full_attention": lambda at, kv, _: kv <= at,
     "sliding_attention": lambda at, kv, window: (kv <= at) & (kv > at - window),
     "chunked_attention": lambda at, kv, chunk: (kv <= at) & (kv // chunk == at // chunk),
 }
 
-# Rows of one bank are attended to together, up to the longest of them, unless that is a waste.
+# Rows of one bank are attended to together, up to the longest of them, unless that wastes much.
 _ALIKE_TOKENS = 64
 _ALIKE_SHARE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A row of work: `tokens` that follow the `start` ones which the slot holds already.
+    """A row of work: `tokens` that follow the `start` tokens in the slot.
 
-    `every` asks for the logits that follow each of them. `adapter` names whose numbers they are to be, None for the
-    model's own. `at_once` is how many of the row's first tokens count as computed in one pass.
+    `every`: the logits after each token are wanted. `adapter` computes the row, None for the model itself. `at_once` is
+    how many of the row's first tokens count as computed in one pass.
     """
 
     slot: Slot
@@ -56,7 +57,7 @@ class Piece:
 
     @property
     def kept(self) -> Sequence[int]:
-        """The tokens whose logits are wanted, by their places."""
+        """The places of the tokens whose logits are wanted."""
         return range(len(self.tokens)) if self.every else (len(self.tokens) - 1,)
 
 
@@ -71,16 +72,15 @@ class BatchRunner:
         adapters: Adapters | None = None,
         mixes: bool = True,
     ) -> None:
-        """Look at what the model keeps and how it masks; whether its numbers are right, `parity.py` finds out.
+        """Reads what the model keeps and how it masks; `parity.py` tests whether its numbers are right.
 
-        Without `by_segments`, or where the model's attention does not allow it, each forward pass serves rows that lie
-        next to each other in one bank, with masks that any model can read; else all rows share one.
-
-        Rows of different `adapters` share a pass if it `mixes`; else the twin's layers are switched between them.
+        With `by_segments`, all rows share one forward pass, if the model's attention allows it; otherwise each pass
+        serves neighbouring rows of one bank, with masks that any model can read. With `mixes`, rows of different
+        `adapters` share a pass; otherwise the twin's layers are switched between them.
 
         Raises:
-            NotBatchable: it keeps something else than keys and values, or has a kind of layer not known here; or it is
-                to mix what cannot be mixed.
+            NotBatchable: the model keeps something other than keys and values, has an unknown kind of layer, or has
+                adapters that cannot be mixed as asked.
         """
         text = model.config.get_text_config()
         kinds = layer_kinds(text)
@@ -99,7 +99,7 @@ class BatchRunner:
         self._adapters = adapters if adapters is not None and adapters.keys else None
         self._numbered = {name: number for number, name in enumerate(self._adapters.keys)} if self._adapters else {}
         self._mix = self._mixed(self._adapters) if self._adapters is not None and mixes else None
-        self._active: str | None = None  # which adapter the twin answers as, where its layers are switched
+        self._active: str | None = None  # the adapter that the twin answers as, if its layers are switched
         self.products: Products | None = None
         parameters = inspect.signature(self._twin.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -112,16 +112,16 @@ class BatchRunner:
     def use_fastest_products(
         self, findings: MutableMapping[Hashable, Any] | None = None, cancellation: Cancellation = NEVER
     ) -> None:
-        """Find out how this machine multiplies fastest, and do so from now on; see `Products`.
+        """Measures how this machine multiplies fastest, and uses that from now on; see `Products`.
 
-        Layers that are switched stay as they are: some of them read the base's weights, wherever these lie.
+        Layers that are switched stay as they are: some of them read the base's weights, in any layout.
         """
         if self._adapters is None or self._mix is not None:
             self.products = Products(self._twin, findings, cancellation)
 
     @property
     def lengths(self) -> Lengths:
-        """What the model makes of the lengths of texts."""
+        """How results depend on the lengths of texts."""
         return Lengths() if self._rotary is None else Lengths(self._rotary.table, self._rotary.restart)
 
     @property
@@ -130,7 +130,7 @@ class BatchRunner:
         return self._mix is not None
 
     def step_aside(self) -> None:
-        """Have the model itself whole: somebody is about to use it."""
+        """Restores the model itself for use outside the batch."""
         if self.products is not None:
             self.products.step_aside()
 
@@ -138,12 +138,12 @@ class BatchRunner:
         """Nothing is kept for use soon."""
 
     def close(self) -> None:
-        """Let go of the cache."""
+        """Drops the cache."""
         self.cache.drop_all()
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the weights that it has a copy of, laid out otherwise."""
+        """Bytes of weights that have a copy in another layout."""
         return self.products.copied_bytes if self.products is not None else 0
 
     @torch.inference_mode()
@@ -152,8 +152,8 @@ class BatchRunner:
     ) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32; the cache gets all rows' tokens.
 
-        Rows of one token that stand among the decoding ones must be given in the order of their banks and rows.
-        `every` is called with the number of each row that asks for all its logits, and these: (tokens, vocabulary).
+        Decoding rows must be in the order of their banks and rows. `every` is called with the index of each row that
+        asks for all its logits, and with these: (tokens, vocabulary).
         """
         if self.products is not None:
             self.products.step()
@@ -177,7 +177,7 @@ class BatchRunner:
         return torch.stack([rows[-1] for rows in logits])
 
     def _passes(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Which rows share a forward pass, by their numbers; in each of them they are in their order."""
+        """Which rows share a forward pass, by index; each pass keeps their order."""
         groups = [list(range(len(pieces)))]
         if self._adapters is not None and self._mix is None:
             by_adapter: dict[str | None, list[int]] = defaultdict(list)
@@ -189,7 +189,7 @@ class BatchRunner:
         return [part for group in groups for part in _split(group, lambda a, b: _neighbours(pieces[a], pieces[b]))]
 
     def _begin(self, pieces: Sequence[Piece]) -> None:
-        """Have the rows' adapters and rotary embeddings, and no others, at work in the next pass."""
+        """Sets the adapters and rotary embeddings of the next pass."""
         if self._rotary is not None:
             ends = [range(piece.start + 1, piece.start + len(piece.tokens) + 1) for piece in pieces]
             self._rotary.begin(
@@ -223,12 +223,12 @@ class BatchRunner:
         except NotMixable as error:
             raise NotBatchable("its adapters cannot share a forward pass") from error
 
-    # One forward pass ------------------------------------------------------------------------------------------------
+    # One forward pass -------------------------------------------------------------------------------------------------
 
     def _compute_packed(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """All rows in one forward pass, their tokens one after the other: the weights are read once for all of them.
+        """Computes all rows in one forward pass, their tokens one after the other, so that the weights are read once.
 
-        Returns the logits of all that is kept, (kept, vocabulary), row after row.
+        Returns the kept logits, (kept, vocabulary), row after row.
         """
         groups = _split(range(len(pieces)), lambda a, b: _alike(pieces[a], pieces[b]))
         segments, at = [], 0
@@ -248,9 +248,9 @@ class BatchRunner:
         return logits[0]
 
     def _compute_aligned(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """One segment in a forward pass of its own, each sequence in a row of the batch, as any model knows it.
+        """Computes one segment in a forward pass of its own, each sequence in a row of the batch, as any model does.
 
-        Returns the logits of what is kept of each, (rows, kept, vocabulary).
+        Returns the kept logits of each, (rows, kept, vocabulary).
         """
         segment = self._segment(pieces, 0)
         self.cache.packed = False
@@ -280,7 +280,7 @@ class BatchRunner:
         return logits if self._takes_keep or all_of_them else logits[:, keep]
 
     def _segment(self, pieces: Sequence[Piece], first: int) -> Segment:
-        """`pieces` lie side by side in their bank and have one token each, or it is one piece of several tokens.
+        """Makes a segment of `pieces` that are neighbours with one token each, or of one piece with several tokens.
 
         `first` is the place of the first token in a packed pass.
         """
@@ -299,10 +299,10 @@ class BatchRunner:
         )
 
     def _mask(self, kind: str, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """What is added to the scores of the `length` tokens, (rows, 1, new tokens, length): nothing for those seen.
+        """What is added to the scores of the `length` tokens, (rows, 1, new tokens, length): nothing for visible ones.
 
-        A mask that selects is the same to `sdpa`, which would turn it into this in every layer anew. There is always
-        one: without any, `sdpa` takes a slower path where heads share keys.
+        `sdpa` would turn a mask that selects into this one in every layer again. There is always a mask: without one,
+        `sdpa` takes a slower path where heads share keys.
         """
         number = self._numbers.get(kind, 0)
         seen = _SEES[kind](positions[:, :, None], torch.arange(length, device=self._device), number)[:, None]
@@ -318,13 +318,13 @@ def _neighbours(one: Piece, other: Piece) -> bool:
 
 
 def _alike(one: Piece, other: Piece) -> bool:
-    """Whether two rows may be attended to together: neighbours of about one length."""
+    """Whether two rows may be attended to together: neighbours of about the same length."""
     short, long = sorted((one.start, other.start))
     return _neighbours(one, other) and long <= _ALIKE_SHARE * short + _ALIKE_TOKENS
 
 
 def _split(items: Iterable[int], together: Callable[[int, int], bool]) -> list[list[int]]:
-    """Cut a list where two items that follow each other do not belong together."""
+    """Cuts a list between neighbouring items that do not belong together."""
     listed = list(items)
     cuts = [index + 1 for index, (a, b) in enumerate(pairwise(listed)) if not together(a, b)]
     return [listed[start:end] for start, end in pairwise([0, *cuts, len(listed)]) if end > start]
