@@ -1,1 +1,2 @@
-"""From a record and files to a model that computes. Imports torch and transformers, so it is itself imported late."""
+"""Loads models: from a record and files to a model that computes. Imports torch and transformers, so it is imported
+late."""

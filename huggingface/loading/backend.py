@@ -1,6 +1,6 @@
-"""The backend seam: what a backend is to a load, and the one place that chooses which of them computes a model.
+"""The backend seam: the interface of a backend, and the one place that chooses a model's backend.
 
-A backend is a file of its own, a name in `types.Backend`, and a line in `loader`. Must not know any of them.
+A backend is a file of its own, a name in `types.Backend`, and a line in `loader`. Must not know any backend.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from .plan import Plan
 
 T = TypeVar("T")
 
-# Has what a backend lacks for a model made, tells `Progress` how far that is, and waits: gives the folder of what could
-# not be kept beside the model.
+# Makes what a backend lacks for a model, reports to `Progress`, and waits; returns the folder of a result that cannot
+# be stored beside the model.
 Make = Callable[[Pending, Progress], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Why a backend does not compute a model, and what a load that asks for it by name raises; None where only `auto`
-    finds that."""
+    """Why a backend does not compute a model.
+
+    `error` is raised by a load that asks for the backend by name; None where only `auto` declines.
+    """
 
     reason: str
     error: LocalLLMError | None = None
@@ -36,7 +38,7 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a backend opens a model with; the names are those of `loader.load`."""
+    """What a backend opens a model with; see `loader.load` for the names."""
 
     plan: Plan
     options: LoadOptions
@@ -52,7 +54,7 @@ class Load:
 class Opened:
     """A model that a backend has opened.
 
-    `folder` is the model's own and goes with it. A load waits for one that is `untried` until that has computed.
+    `folder` is deleted with the model. A load of an `untried` model waits until the model has computed.
     """
 
     compute: Compute
@@ -62,24 +64,25 @@ class Opened:
 
 
 class Backend(Protocol):
-    """What computes a model."""
+    """Computes models."""
 
     @property
     def name(self) -> str:
-        """Its name in the settings."""
+        """The backend's name in the settings."""
 
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
-        """Why it cannot compute this model, as far as that is known before weights are read; None where it may."""
+        """Why the backend cannot compute this model, as far as is known before weights are read; None if it may."""
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:
-        """What the model would take, or why a load would go on to the next backend; `before` is why the one before it
-        does not compute the model.
+        """What the model would take, or why a load would try the next backend.
+
+        `before` says why the backend before this one does not compute the model.
 
         Raises: as `loader.load`.
         """
 
     def open(self, load: Load) -> Opened | Declined:
-        """The model, read, or why it cannot be computed so.
+        """Reads the model; or returns why the backend does not compute it.
 
         Raises: as `loader.load`.
         """
@@ -87,11 +90,14 @@ class Backend(Protocol):
     def convert(
         self, plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool
     ) -> Path | None:
-        """Make what it lacks for a model (`Declined.pending`), unless that is there; other work goes first where it is
-        made `aside`. Returns the folder of what cannot be kept beside the model: it is the caller's.
+        """Makes what the backend lacks for a model (`Declined.pending`), if it is missing.
+
+        With `aside`, other work goes first. Returns the folder of a result that cannot be stored beside the model; the
+        caller owns it.
 
         Raises:
-            ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled.
+            ConversionFailed: it cannot be made.
+            Cancelled: `progress` was cancelled.
         """
 
 
@@ -102,10 +108,10 @@ def choose(
     adapters: Mapping[str, Any],
     use: Callable[[Backend, Declined | None], T | Declined],
 ) -> T:
-    """What `use` makes of the backend that is asked for by name, or of the first that does not decline.
+    """Calls `use` with the backend asked for by name, or with each until one does not decline; returns its result.
 
     Raises:
-        InvalidRequest, ModelUnsupported: the one that is asked for declines. Besides, what `use` raises.
+        InvalidRequest, ModelUnsupported: the backend that is asked for declines. Also the errors of `use`.
     """
     asked = plan.placement.backend
     declined: Declined | None = None
@@ -124,22 +130,22 @@ def choose(
 
 
 def check_named(plan: Plan, declined: Declined) -> None:
-    """Refuse a load that asks by name for a backend which declines.
+    """Refuses a load that asks by name for a backend which declines.
 
     Raises:
-        InvalidRequest, ModelUnsupported: it does.
+        InvalidRequest, ModelUnsupported: it declines.
     """
     if plan.placement.backend != "auto" and declined.error is not None:
         raise declined.error
 
 
 def unsuited(name: str, reason: str) -> Declined:
-    """The backend cannot compute what is asked for: a kind of model, or a setting."""
+    """The backend does not support the request: a kind of model, or a setting."""
     message = f"Invalid value for field 'backend': {name} is not available here: {reason}"
     return Declined(reason, InvalidRequest(message, "backend"))
 
 
 def unable(name: str, plan: Plan, reason: str) -> Declined:
-    """The backend was tried with this very model, and cannot compute it."""
+    """The backend was tried with this model and cannot compute it."""
     message = f"Invalid value for field 'backend': {name} cannot compute model '{plan.record.model_id}': {reason}"
     return Declined(reason, InvalidRequest(message, "backend"))

@@ -1,9 +1,9 @@
-"""The default dtype of one thread: a model is built under its own, and the threads beside it compute under torch's.
+"""The default dtype of one thread: it builds a model under its own, while other threads compute under torch's.
 
-transformers builds a model under `torch.set_default_dtype`, which is the process's; here a function mode, which torch
-keeps for each thread, gives the dtype wherever the default would decide. It does not reach TorchScript, `torch.ops`,
-sparse, nested and complex tensors, threads that a constructor starts, or the inside of the functions that torch hands
-to modes as a whole. Imports torch and transformers, so it is itself imported late.
+transformers builds a model under `torch.set_default_dtype`, which applies to the whole process. Here a function mode,
+which torch keeps per thread, sets the dtype wherever the default would apply. It does not reach TorchScript,
+`torch.ops`, sparse, nested and complex tensors, threads that a constructor starts, or the inside of functions that
+torch passes to modes as a whole. Imports torch and transformers, so it is imported late.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from transformers import modeling_utils
 
-# What torch can have as its default.
+# The dtypes that torch accepts as its default.
 _POSSIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Functions whose result is of the default dtype, whatever they are given.
+# Functions whose result has the default dtype for any arguments.
 _OF_DEFAULT = frozenset(
     {
         torch.bartlett_window,
@@ -49,31 +49,31 @@ _OF_DEFAULT = frozenset(
     }
 )
 
-# Functions whose result is of the default dtype where it is floating: a scalar's own dtype does not count.
+# Functions whose result has the default dtype where it is floating: a scalar's own dtype does not count.
 _OF_SCALARS = frozenset({torch.arange, torch.full})
 
-# Functions that look into their data: Python's floats are of the default dtype, tensors and arrays of their own.
+# Functions that look into their data: Python's floats have the default dtype, tensors and arrays their own.
 _OF_DATA = frozenset({torch.as_tensor, torch.asarray, torch.tensor})
 
-# Functions that choose among numbers: their result is converted, as their condition cannot be. What is cut to half
-# precision goes through single precision in torch too, so this is exact.
+# Functions that choose among numbers: their result is converted, because their condition cannot be. torch too cuts
+# numbers to half precision through single precision, so this is exact.
 _CHOICES = frozenset({torch.where, torch.Tensor.where})
 
-# Methods whose name says the dtype of their result.
+# Methods whose name gives the dtype of their result.
 _CONVERSIONS = frozenset(
     {torch.Tensor.bfloat16, torch.Tensor.double, torch.Tensor.float, torch.Tensor.half, torch.Tensor.type}
 )
 
 
 class _OfThread(threading.local):
-    """The default dtype of each thread that builds a model; None where torch's own counts."""
+    """The default dtype of each thread that builds a model; None where torch's own applies."""
 
     dtype: torch.dtype | None = None
 
 
 _OWN = _OfThread()
 
-# torch's own functions, also where `install` of an earlier import of this module has replaced them.
+# torch's own functions, even if `install` of an earlier import of this module has replaced them.
 _get_of_process = inspect.unwrap(torch.get_default_dtype)
 _set_of_process = inspect.unwrap(torch.set_default_dtype)
 _new_of_process: Callable[..., torch.Tensor] = inspect.unwrap(torch.Tensor.__new__)
@@ -81,11 +81,11 @@ _new_of_process: Callable[..., torch.Tensor] = inspect.unwrap(torch.Tensor.__new
 
 @contextmanager
 def local_dtype(dtype: torch.dtype, model_class_name: str | None = None) -> Iterator[None]:
-    """Make `dtype` the default of this thread alone; `modeling_utils.local_torch_dtype` makes it that of all threads.
+    """Makes `dtype` the default of this thread only; `modeling_utils.local_torch_dtype` makes it that of all threads.
 
     Raises:
-        ValueError: the dtype is not of floating-point numbers; in transformers' words.
-        TypeError: it is, but cannot be torch's default.
+        ValueError: the dtype is not floating-point; in transformers' words.
+        TypeError: the dtype is floating-point, but torch does not accept it as its default.
     """
     if not dtype.is_floating_point:
         if model_class_name is not None:
@@ -95,7 +95,7 @@ def local_dtype(dtype: torch.dtype, model_class_name: str | None = None) -> Iter
         raise ValueError(f"Cannot set `{dtype}` as torch's default as it's not a floating-point dtype")
     _check_possible(dtype)
     before = _OWN.dtype
-    # One mode reads what is in effect: of two, the outer one would decide over what the inner one lets pass.
+    # One mode reads the current dtype: of two, the outer one would change what the inner one leaves alone.
     mode = _Default() if before is None else nullcontext()
     with mode:
         _OWN.dtype = dtype
@@ -106,13 +106,13 @@ def local_dtype(dtype: torch.dtype, model_class_name: str | None = None) -> Iter
 
 
 def install() -> None:
-    """Have transformers build models under `local_dtype`, which it calls by its module's global name.
+    """Makes transformers build models under `local_dtype`, which it calls by its module's global name.
 
-    torch hands neither `get_default_dtype` nor `torch.Tensor(2, 3)` to function modes, and some models' constructors
+    torch passes neither `get_default_dtype` nor `torch.Tensor(2, 3)` to function modes, and some models' constructors
     use them: the sinusoidal tables of M2M100 and XGLM, and older models' code. Both are looked up as attributes when
-    they are used, so these are replaced, once and for good: put in place for the time of a construction only, they
-    would be one more switch of the whole process. Code that asks for the default, sets another one and puts the first
-    back must not put a thread's own into the process, so `set_default_dtype` is replaced too.
+    they are used, so these are replaced, once and permanently: replaced only during a construction, they would be one
+    more switch of the whole process. Code that reads the default, sets another one and restores the first must not
+    write a thread's own default into the process, so `set_default_dtype` is replaced too.
     """
     torch.get_default_dtype = get_default_dtype
     torch.set_default_dtype = set_default_dtype
@@ -122,13 +122,13 @@ def install() -> None:
 
 @functools.wraps(_get_of_process)
 def get_default_dtype() -> torch.dtype:
-    """The default dtype where this is called: the thread's own, or torch's."""
+    """The caller's default dtype: the thread's own, or torch's."""
     return _OWN.dtype or _get_of_process()
 
 
 @functools.wraps(_set_of_process)
 def set_default_dtype(d: torch.dtype, /) -> None:
-    """Set the default dtype of a thread that has its own; elsewhere torch's."""
+    """Sets the default dtype of a thread that has its own; otherwise torch's."""
     if _OWN.dtype is None:
         _set_of_process(d)
     else:
@@ -138,7 +138,7 @@ def set_default_dtype(d: torch.dtype, /) -> None:
 
 @functools.wraps(_new_of_process)
 def _new(cls: type[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Make a tensor of the old way's arguments, which give no dtype: of a size, of numbers, or of a tensor to share."""
+    """Creates a tensor from the old form's arguments, which have no dtype: a size, numbers, or a tensor to share."""
     dtype = _OWN.dtype
     if dtype is None or cls is not torch.Tensor:
         return _new_of_process(cls, *args, **kwargs)
@@ -148,7 +148,7 @@ def _new(cls: type[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 class _Default(TorchFunctionMode):
-    """Gives the thread's dtype to what torch would make in its default one."""
+    """Gives the thread's dtype to tensors that torch would create in its default one."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,7 +175,7 @@ class _Default(TorchFunctionMode):
             return made
         if func in _CHOICES:
             return made.to(dtype)
-        # The default decided, as whole numbers gave floating ones. torch converts them before it computes.
+        # The default applied, because whole numbers gave floating ones. torch converts them before it computes.
         args, named = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype), (args, named))
         return func(*args, **named)
 
@@ -186,30 +186,30 @@ def _check_possible(dtype: torch.dtype) -> None:
 
 
 def _is_told(func: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
-    """Whether a call says the dtype of its result, or leaves it to a library's own operation."""
+    """Whether a call gives the dtype of its result, or is a library's own operation."""
     if named.get("dtype") is not None or named.get("out") is not None:
         return True
     return any(isinstance(value, torch.dtype) for value in args) or isinstance(func, OpOverload | OpOverloadPacket)
 
 
 def _tensors(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors that a function is given, in lists too."""
+    """The tensors among a function's arguments, in lists too."""
     return [value for value in _pytree.tree_leaves((args, named)) if isinstance(value, torch.Tensor)]
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of whole numbers or truth values."""
+    """Whether a tensor holds whole numbers or truth values."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
 
 
 def _dtypes(data: Any, default: torch.dtype) -> set[torch.dtype]:
-    """The dtypes of nested data, as torch takes them: of a Python float, and of an empty list, the default.
+    """The dtypes of nested data, as torch sees them: a Python float and an empty list have the default.
 
     Python's whole numbers are left out: they change no floating dtype.
     """
     if isinstance(data, torch.Tensor):
         return {data.dtype}
-    if hasattr(data, "dtype"):  # an array or a scalar of NumPy
+    if hasattr(data, "dtype"):  # a NumPy array or scalar
         return {torch.as_tensor(data).dtype}
     if isinstance(data, float):
         return {default}

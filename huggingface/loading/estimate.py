@@ -1,8 +1,8 @@
-"""What a load would take, told before a weight is read: from the model that its config describes, built of nothing.
+"""Estimates a load before weights are read: builds the config's model without numbers.
 
-The modules are built on torch's meta device, which holds shapes and no numbers, so that ties, heads that are left out
-and buffers count as they will. How large its weights are there is the backend's to say. Imports torch, so it is
-imported with the loader. Must not know the manager.
+The modules are built on torch's meta device, which holds only shapes, so ties, missing heads and buffers count as in a
+load. The backend computes the size of its weights. Imports torch, so it is imported with the loader. Must not know the
+manager.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .pretrained import BUILDING
 
 logger = logging.getLogger(__name__)
 
-_MOST_PARAMETERS = 100_000  # tensors of one model: the largest there are have some ten thousand
+_MOST_PARAMETERS = 100_000  # tensors of one model: the largest models have some ten thousand
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of a model's weights, in all and on each device, and of copies of some of them."""
+    """Bytes of a model's weights, in all and by device, and of copies of some of them."""
 
     total: int
     devices: Mapping[str, int]
@@ -43,9 +43,9 @@ class Weights:
 def estimate(
     plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], before: Declined | None
 ) -> Estimate:
-    """What a model would take that `backend` computes, whose weights `weigh` tells of the model without numbers.
+    """Estimates a model that `backend` computes; `weigh` computes its weights' bytes from the model without numbers.
 
-    Where something is made of it meanwhile or before, `before` says what.
+    `before` says what is made meanwhile or before, if anything is.
 
     Raises: as `loader.load`.
     """
@@ -72,16 +72,18 @@ def estimate(
 def _known_shape(
     plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], dtype: torch.dtype
 ) -> tuple[Weights, int, int]:
-    """`_shape`, computed once for the same files and settings: building the model and a pass of it hold the
-    interpreter for a quarter of a second."""
-    if plan.placement.device_map is not None:  # accelerate places the layers by what is free at the moment
+    """`_shape`, computed once for the same files and settings.
+
+    Building the model and a pass of it keep the interpreter busy for a quarter of a second.
+    """
+    if plan.placement.device_map is not None:  # accelerate places the layers by the memory that is free now
         with BUILDING:
             return _shape(plan, weigh, dtype)
     findings, key = options.engine.findings, ("shape", backend, plan.folder)
     made_of = (file_marks(plan.folder), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
     known = findings.get(key)
     if known is None or known[0] != made_of:
-        with BUILDING:  # where many ask at once, one of them builds
+        with BUILDING:  # of concurrent calls, one builds
             known = findings.get(key)
             if known is None or known[0] != made_of:
                 known = findings[key] = (made_of, _shape(plan, weigh, dtype))
@@ -90,10 +92,12 @@ def _known_shape(
 
 
 def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> tuple[Weights, int, int]:
-    """The bytes of the model's weights, those of one token's keys and values, and the number of its parameters, from a
-    model on torch's meta device. One thread at a time (`BUILDING`)."""
+    """The bytes of the model's weights and of one token's keys and values, and the number of parameters.
+
+    They come from a model on torch's meta device. One thread at a time (`BUILDING`).
+    """
     built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
-    config.name_or_path = str(plan.folder)  # where code of its own is looked for
+    config.name_or_path = str(plan.folder)  # where its own code is looked up
     try:
         with torch.device("meta"), torch.no_grad(), _bounded():
             model = built.from_config(config, trust_remote_code=plan.trusted)
@@ -107,10 +111,10 @@ def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> t
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Give up a model, in the making on this thread, that has more parameters than any: it would go on for hours.
+    """Stops building a model, on this thread, with more parameters than any real one: it would take hours.
 
     Raises:
-        ValueError: it has.
+        ValueError: the model has too many.
     """
     thread, count = threading.get_ident(), 0
 
@@ -128,21 +132,21 @@ def _bounded() -> Iterator[None]:
 
 
 def _token_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token, where the model keeps nothing else."""
+    """Bytes of the keys and values of one token, if the model keeps nothing else."""
     try:
         with torch.inference_mode():
             inputs = torch.zeros((1, 1), dtype=torch.long, device="meta")
             cache = model(input_ids=inputs, use_cache=True, return_dict=True).past_key_values
         shapes = layer_shapes(cache)
-    except Exception as error:  # noqa: BLE001 - it is not served in a batch then, or it is one that cannot be run without numbers
-        logger.debug("the cache of %s cannot be told: %s", type(model).__name__, error)
+    except Exception as error:  # noqa: BLE001 - such a model is not served in a batch, or cannot run without numbers
+        logger.debug("the cache of %s is unknown: %s", type(model).__name__, error)
         return _configured_bytes(model.config.get_text_config(), dtype)
     floats = sum(shape.token_bytes // shape.dtype.itemsize for shape in shapes if shape is not None)
     return int(floats * dtype.itemsize)
 
 
 def _configured_bytes(config: Any, dtype: torch.dtype) -> int:
-    """The same of what its config says; of each layer, where they differ."""
+    """The same, computed from the config; per layer, where layers differ."""
     if getattr(config, "state_size", None):
         return 0
     layers = config.per_layer_config if config.is_heterogeneous else [config] * getattr(config, "num_hidden_layers", 0)

@@ -1,8 +1,8 @@
-"""GGUF files: whether one is whole, how large its model becomes, and its config, tokenizer and weights.
+"""GGUF files: whether one is complete, the size of its model, and its config, tokenizer and weights.
 
-`check` and the sizes read no further than the file's head and need no torch; the `read_` functions import transformers
-when they are called, by any thread. The weights are unpacked: what is loaded is a plain model like any other. Must not
-know the registry, the Hub or HTTP. Failures are `LoadError`s that name the model and hold no path of this machine.
+`check` and the sizes read only the file's header and need no torch; the `read_` functions import transformers when
+called, by any thread. The weights are unpacked: the result is an ordinary model. Must not know the registry, the Hub or
+HTTP. Failures are `LoadError`s that name the model and contain no path of this machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".gguf"
-_LONGEST_HEAD = 256 << 20  # bytes; the largest vocabularies there are take a tenth of it
-_POINTER = b"version https://git-lfs"  # what stands in the place of a file that was not fetched
+_LONGEST_HEAD = 256 << 20  # bytes; the largest vocabularies take a tenth of it
+_POINTER = b"version https://git-lfs"  # the content of a Git LFS file that was not fetched
 
-# What transformers passes over in a file and leaves at a default: the config's names, by kind of model and key.
+# Keys that transformers ignores and leaves at a default: the config's names, by kind of model and key.
 _PASSED_OVER: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "gpt2": {"context_length": "n_positions"},
@@ -33,7 +33,7 @@ _PASSED_OVER: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# How transformers and gguf say that a file is of a kind they do not read.
+# How transformers and gguf report that they do not read a kind of file.
 _UNKNOWN = re.compile(r"not supported|[Uu]nsupported|Cannot (?:make|build|rebuild|find)|Unknown gguf|not implemented")
 
 
@@ -41,10 +41,11 @@ _UNKNOWN = re.compile(r"not supported|[Uu]nsupported|Cannot (?:make|build|rebuil
 
 
 def locate(model_id: str, folder: Path, gguf_file: str) -> Path:
-    """The file of that name in a model's folder or below.
+    """The path of a file in a model's folder or below.
 
     Raises:
-        FilesRefused: the name leads out of the folder, or is not a GGUF file's. FilesMissing: there is none.
+        FilesRefused: the name leads out of the folder, or is not a GGUF file's.
+        FilesMissing: there is no such file.
     """
     parts = PurePosixPath(gguf_file).parts
     inside = bool(parts) and not re.search(r"[\\:\0]", gguf_file) and parts[0] != "/" and ".." not in parts
@@ -57,11 +58,12 @@ def locate(model_id: str, folder: Path, gguf_file: str) -> Path:
 
 
 def check(model_id: str, folder: Path, gguf_file: str) -> GGUFHeader:
-    """See that a GGUF file is whole: its mark, its head, and that every tensor ends before the file does.
+    """Checks that a GGUF file is complete: its mark, its header, and that every tensor ends before the file does.
 
     Raises:
-        FilesMissing, FilesRefused: as `locate`. FilesCorrupt: it is damaged, incomplete, or a Git LFS pointer.
-        ModelUnsupported: it is a part of several, or holds tensors of a type that is not known.
+        FilesMissing, FilesRefused: as `locate`.
+        FilesCorrupt: the file is damaged, incomplete, or a Git LFS pointer.
+        ModelUnsupported: the file is one of several parts, or holds tensors of an unknown type.
     """
     path = locate(model_id, folder, gguf_file)
     size = path.stat().st_size
@@ -96,12 +98,12 @@ def check(model_id: str, folder: Path, gguf_file: str) -> GGUFHeader:
     if not header.tensors or header.end is None or header.end > size:
         raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged or incomplete; download it again")
     if not isinstance(header.values.get("general.architecture"), str):
-        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} does not say of which architecture its model is")
+        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} does not name its model's architecture")
     return header
 
 
 def parameters(header: GGUFHeader) -> int:
-    """How many parameters the file holds. Unpacked, each takes the bytes of the type that the model is loaded in."""
+    """The number of parameters in the file. Unpacked, each takes the bytes of the dtype that the model is loaded in."""
     return sum(tensor.count for tensor in (header.tensors or {}).values())
 
 
@@ -109,10 +111,10 @@ def parameters(header: GGUFHeader) -> int:
 
 
 def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader) -> Any:
-    """The config that the file's keys describe; `header` is what `check` has returned.
+    """The config that the file's keys describe; `header` is the result of `check`.
 
     Raises:
-        ModelUnsupported: transformers does not read files of this architecture, or not what it says of positions.
+        ModelUnsupported: transformers does not read this architecture, or the file's scaling of positions.
         FilesCorrupt: a key is missing or wrong.
     """
     import transformers
@@ -128,7 +130,7 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
         raise
     except Exception as error:
         raise _refusal(model_id, path, header, error, "its keys") from error
-    # transformers knows some models by this name, and it shall not matter to it where the files lie.
+    # transformers knows some models by this name, so it must not depend on the folder.
     config.name_or_path = model_id
     return config
 
@@ -136,11 +138,12 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
 def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader) -> Any:
     """The tokenizer that the file describes.
 
-    Where the folder has one of its own (`folder.has_tokenizer`), that is to be read instead: it says how texts are cut,
-    of which a GGUF file gives no more than a name.
+    If the folder has its own (`folder.has_tokenizer`), use that instead: it says how texts are split, of which a GGUF
+    file gives only a name.
 
     Raises:
-        FilesMissing: the file has none. ModelUnsupported, FilesCorrupt: it cannot be used.
+        FilesMissing: the file has none.
+        ModelUnsupported, FilesCorrupt: the tokenizer is unusable.
     """
     import transformers
 
@@ -159,12 +162,12 @@ def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHead
 def read_model(
     model_id: str, folder: Path, gguf_file: str, header: GGUFHeader, auto_class: Any, config: Any, **options: Any
 ) -> tuple[Any, Mapping[str, Any]]:
-    """The model, its weights unpacked, and transformers' own account of which tensors were missing or did not fit.
+    """The model with unpacked weights, and transformers' report of missing or mismatched tensors.
 
     `options` are those of `from_pretrained`: `dtype` above all.
 
     Raises:
-        ModelUnsupported, FilesCorrupt: the weights cannot be used. What lacks memory is raised as it is.
+        ModelUnsupported, FilesCorrupt: the weights are unusable. Errors of memory are raised unchanged.
     """
     from transformers import GgufConfig
 
@@ -190,7 +193,7 @@ def read_model(
 
 
 def _forget_packing(model: Any) -> None:
-    """Have the model be the plain one that it is: transformers goes on to call it quantized, and treats it so."""
+    """Removes the marks of quantization: transformers would go on to treat the unpacked model as quantized."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(model):
             delattr(model, name)
@@ -199,10 +202,10 @@ def _forget_packing(model: Any) -> None:
 
 
 def _note_scaling(model_id: str, config: Any, header: GGUFHeader, path: Path) -> None:
-    """Put into the config what the file says of how positions are scaled, which transformers passes over.
+    """Copies the file's scaling of positions, which transformers ignores, into the config.
 
     Raises:
-        ModelUnsupported: it cannot be said in a config's words.
+        ModelUnsupported: a config cannot express it.
     """
     architecture, text = header.values["general.architecture"], config.get_text_config()
     prefix = f"{architecture}.rope.scaling."
@@ -210,7 +213,7 @@ def _note_scaling(model_id: str, config: Any, header: GGUFHeader, path: Path) ->
     kind = said.pop("type", "none")
     tensors = header.tensors or {}
     rope = getattr(text, "rope_parameters", None) or {}
-    # Of a model whose layers differ in it, scaling is that of the layers which see everything.
+    # If layers differ in it, the scaling is that of the layers with full attention.
     rope = rope.get("full_attention", rope)
     if rope.get("rope_type", "default") != "default":  # transformers has read it
         return
@@ -220,17 +223,13 @@ def _note_scaling(model_id: str, config: Any, header: GGUFHeader, path: Path) ->
         original = said["original_context_length"]
         rope.update(rope_type="yarn", factor=said["factor"], original_max_position_embeddings=original)
     elif kind != "none" or any("rope_factors" in name for name in tensors):
-        raise ModelUnsupported(
-            f"Model '{model_id}': {path.name} scales positions in a way that is not known here ({kind})"
-        )
+        raise ModelUnsupported(f"Model '{model_id}': {path.name} scales positions in an unknown way ({kind})")
     if "rope_freqs.weight" in tensors and not _divided(text, rope, path):
-        raise ModelUnsupported(
-            f"Model '{model_id}': {path.name} scales positions by numbers that are not those of Llama 3"
-        )
+        raise ModelUnsupported(f"Model '{model_id}': {path.name} scales positions by other numbers than Llama 3")
 
 
 def _divided(config: Any, rope: dict[str, Any], path: Path) -> bool:
-    """Have frequencies divided by the rule of Llama 3; whether that gives the numbers in the file's tensor."""
+    """Divides frequencies by the rule of Llama 3; returns whether that gives the numbers in the file's tensor."""
     import torch
     from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -245,7 +244,7 @@ def _divided(config: Any, rope: dict[str, Any], path: Path) -> bool:
 
 
 def _refusal(model_id: str, path: Path, header: GGUFHeader, error: Exception, part: str) -> LoadError:
-    """What an error of transformers or gguf in reading `part` of a file means to the user."""
+    """The error for the user from transformers' or gguf's error while reading `part` of a file."""
     import transformers
 
     message = str(error)

@@ -1,7 +1,7 @@
-"""A record becomes a `LoadedModel`, or a `LoadError` that says why not.
+"""Loads a record's model: returns a `LoadedModel`, or raises a `LoadError` that says why not.
 
-Imports torch and transformers, so it is itself imported late. `load` may be called from any thread. It must not know
-the registry, the manager or HTTP.
+Imports torch and transformers, so it is imported late. Any thread may call `load`. Must not know the registry, the
+manager or HTTP.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .plan import check_compile, check_context, commit, effective, engine_option
 from .pretrained import BUILDING, read_pooling, read_tokenizer
 from .torch import Torch
 
-# What computes a model, in the order in which `auto` asks them.
+# The backends, in the order in which `auto` tries them.
 _BACKENDS: Mapping[Name, Backend] = {"openvino": OpenVINO(), "torch": Torch()}
 BACKENDS = tuple(_BACKENDS[name] for name in NAMES)
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 def warm_up() -> None:
-    """Have torch set up its math libraries, which it does at the first product of some size in each of them."""
+    """Makes torch set up its math libraries, which it does at the first larger product in each of them."""
     with torch.inference_mode():
         Products(torch.nn.Sequential(torch.nn.Linear(576, 1536)))
 
@@ -62,16 +62,20 @@ def load(
     make: Make | None = None,
     spare: Path | None = None,
 ) -> LoadedModel:
-    """Bring a registered model, whose files are in `folder`, into memory.
+    """Loads a registered model, whose files are in `folder`.
 
-    `settings` are those in effect; without them the record's. `adapters` are the folders of its adapters by their
-    names. `memory` is where it asks for memory later on. `make` has a graph made where its backend is asked for by
-    name; where it is not, another backend computes as long as there is none (`Setup.pending`). `spare` is the folder of
-    a graph that could not be kept beside the model, and goes with the loaded one.
+    Args:
+        settings: the effective settings; None for the record's.
+        adapters: the folders of its adapters, by name.
+        progress: follows the load; its cancellation cancels the load.
+        memory: the account where the model asks for memory later.
+        make: makes the graph if its backend is asked for by name; otherwise another backend computes until there is one
+            (`Setup.pending`).
+        spare: the folder of a graph that could not be stored beside the model; it is deleted with the loaded one.
 
     Raises:
         LoadError: one of its kinds, with a message that names the model and says what to do.
-        InvalidRequest: a setting that cannot be honoured, by its name.
+        InvalidRequest: a setting cannot be honoured; the message names it.
         Cancelled: `progress` was cancelled.
     """
     wanted, told = settings or record.settings, progress or Progress()
@@ -102,10 +106,12 @@ def convert(
     backend: str,
     aside: bool = False,
 ) -> Path | None:
-    """Make what `backend` lacks for a model, as `Backend.convert` does.
+    """Makes what `backend` lacks for a model, as `Backend.convert`.
 
     Raises:
-        ConversionFailed: it cannot be made. Cancelled: `progress` was cancelled. As `load`, besides.
+        ConversionFailed: it cannot be made.
+        Cancelled: `progress` was cancelled.
+        Otherwise as `load`.
     """
 
     def work() -> Path | None:
@@ -124,8 +130,9 @@ def estimate(
     described: bool = False,
     adapters: Iterable[Mapping[str, Tensor]] = (),
 ) -> Estimate:
-    """What `load` would take, from the config and the files' headers alone; where the model is only `described`, its
-    weights need not be there. `adapters` are the heads of its adapters' weights.
+    """What `load` would take, computed from the config and the files' headers.
+
+    With `described`, the weights need not be there. `adapters` are the headers of its adapters' weights.
 
     Raises: as `load`.
     """
@@ -142,7 +149,7 @@ def estimate(
 
 
 def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings) -> None:
-    """Refuse settings that a load would refuse, as far as that is known before weights are read.
+    """Refuses settings that a load would refuse, as far as that is known before weights are read.
 
     Raises: as `load`.
     """
@@ -159,9 +166,9 @@ def check(record: ModelRecord, options: LoadOptions, folder: Path, settings: Loa
 def rough_bytes(
     record: ModelRecord, options: LoadOptions, folder: Path, adapters: Iterable[Mapping[str, Tensor]] = ()
 ) -> int:
-    """About as many bytes as a load takes at most, told by the size of the files alone, in no time.
+    """A quick upper bound of the bytes that a load takes, from the sizes of the files.
 
-    Twice and a half the files: weights of 16 bits become ones of 32, and a table of embeddings may lie there twice.
+    Two and a half times the files: 16-bit weights become 32-bit ones, and a table of embeddings may be in memory twice.
 
     Raises: as `load`.
     """
@@ -170,7 +177,7 @@ def rough_bytes(
 
 
 def _loaded(load: Load, opened: Opened, before: Declined | None, memory: Memory | None) -> LoadedModel:
-    """The model that a backend has opened, in service; `before` is why the one before it does not compute it."""
+    """Puts an opened model in service; `before` says why the backend before does not compute it."""
     plan, options, compute = load.plan, load.options, opened.compute
     with ExitStack() as failed:
         if opened.folder is not None:
@@ -198,14 +205,16 @@ def _loaded(load: Load, opened: Opened, before: Declined | None, memory: Memory 
 
 
 def _on_a_thread(model_id: str, work: Callable[[], T]) -> T:
-    """Have work done on a thread of its own, that ends: OpenMP keeps a team of threads for every thread that ever
-    computed, and where there are more of them than cores, none waits actively, which makes each small product slower
-    by half."""
+    """Runs `work` on a thread that ends afterwards.
+
+    OpenMP keeps a team of threads for every thread that has computed, and if there are more of them than cores, none
+    waits actively, which slows each small product by half.
+    """
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="load") as thread, no_panics():
             return thread.submit(work).result()
     except LocalLLMError as error:
-        forget_frames(error)  # they hold whatever was read so far
+        forget_frames(error)  # the frames hold all that was read so far
         free()
         raise
     except MemoryError as error:

@@ -1,8 +1,8 @@
-"""LoRA adapters on a model in memory: read from their folders, attached by peft, and switched.
+"""LoRA adapters of a model in memory: reads them from their folders, attaches them with peft, and switches them.
 
-The model stays the base that it was: no adapter is at work until somebody asks for one, and none afterwards. `attach`
-may be called by any thread before the model is used; switching is the engine's thread's. Must not know the registry,
-requests or HTTP. Whatever an adapter changes besides two factors for a product is honoured, or refused by its name.
+The model stays the base: an adapter is active only while a request uses it. Any thread may call `attach` before the
+model is used; only the engine's thread switches. Must not know the registry, requests or HTTP. Whatever an adapter
+changes besides two factors for a product is honoured, or refused by its name.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class Adapters:
-    """The adapters of one model, none of them at work."""
+    """The adapters of one model, none of them active."""
 
     def __init__(self, model_id: str, model: Any, keys: Mapping[str, str]) -> None:
-        """`keys` are what each is called in the model's layers, by the name that requests choose it by."""
+        """`keys` has the name in the model's layers for each name in requests."""
         self._model_id = model_id
         self._model = model
         self.keys: Mapping[str, str] = MappingProxyType(dict(keys))
 
     def check(self, name: str | None) -> None:
-        """Any thread.
+        """Refuses a name that no adapter of the model has. Any thread.
 
         Raises:
             InvalidRequest: the model has no adapter of this name; the message lists those that it has.
@@ -48,7 +48,7 @@ class Adapters:
 
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:
-        """Have the model answer as this adapter within, as the base (None) before and afterwards."""
+        """Makes the model answer as this adapter in the block, and as the base (None) afterwards."""
         if name is None:
             yield
             return
@@ -59,7 +59,7 @@ class Adapters:
             self.activate(self._model, None)
 
     def activate(self, model: Any, name: str | None) -> None:
-        """Have a model of these layers, this one or a twin of it, answer as this adapter from now on."""
+        """Makes this model or its twin answer as this adapter from now on."""
         for layer in _layers(model):
             layer.enable_adapters(name is not None)
             if name is not None:
@@ -67,13 +67,14 @@ class Adapters:
 
 
 def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: Any = None) -> Adapters:
-    """Put the adapters of some folders onto a model, in place, by the names they are to be chosen by.
+    """Attaches the adapters in some folders to a model, in place, by the names that requests use.
 
-    `model` is a `PreTrainedModel` in eval mode; `tokenizer` is its own, whose tokens have to be theirs too.
+    `model` is a `PreTrainedModel` in eval mode; `tokenizer` is its own, whose tokens must be the adapters' too.
 
     Raises:
-        FilesMissing, FilesCorrupt, FilesRefused, ModelUnsupported: an adapter that cannot be used; the message names it
-            and says why. OutOfMemory. The model is not to be used then.
+        FilesMissing, FilesCorrupt, FilesRefused, ModelUnsupported: an adapter is unusable; the message names it and
+            says why. The model is unusable then.
+        OutOfMemory: memory is short. The model is unusable then.
     """
     keys = {name: f"adapter_{number}" for number, name in enumerate(folders)}
     for name, folder in folders.items():
@@ -109,9 +110,9 @@ def _attach(what: str, model: Any, key: str, folder: Path, tokenizer: Any) -> No
     weights = _factors(what, load_peft_weights(str(folder), device="cpu"), model)
     _teach_quantized(what, config, model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of adapters that are there already, and of how a Conv1D's weights lie
+        warnings.simplefilter("ignore")  # of present adapters, and of the layout of a Conv1D's weights
         inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
-    if config.target_parameters:  # what peft makes of a mixture's experts
+    if config.target_parameters:  # peft's form for a mixture's experts
         raise ModelUnsupported(f"{what} cannot be chosen per request: {REFUSED['target_parameters']}")
     _check_places(what, model)
     result: Any = set_peft_model_state_dict(model, weights, key, low_cpu_mem_usage=True)
@@ -122,27 +123,25 @@ def _attach(what: str, model: Any, key: str, folder: Path, tokenizer: Any) -> No
             f"{what} does not fit: {len(missing)} tensors missing, {len(result.unexpected_keys)} that the model has no "
             f"place for, such as {names}; it is incomplete, or belongs to another base"
         )
-    # As peft's own `from_pretrained`: half-precision factors in float32.
+    # As in peft's own `from_pretrained`: half-precision factors become float32.
     cast_adapter_dtype(model, adapter_name=key)
 
 
 def _config(what: str, content: Mapping[str, Any]) -> Any:
-    """peft's own config, of nothing but what this version of it knows."""
+    """peft's own config, from the fields that its installed version knows."""
     from peft import LoraConfig
 
     known = {field.name for field in fields(LoraConfig)}
     for name, value in content.items():
         if name not in known and value not in (None, False, [], {}):
-            raise ModelUnsupported(
-                f"{what} asks for '{name}' in {CONFIG}, which the peft that is installed does not know"
-            )
+            raise ModelUnsupported(f"{what} asks for '{name}' in {CONFIG}, which the installed peft does not know")
     config = LoraConfig(**{name: value for name, value in content.items() if name in known})
     config.inference_mode, config.init_lora_weights, config.lora_dropout = True, True, 0.0
     return config
 
 
 def _teach_quantized(what: str, config: Any, model: Any) -> None:
-    """Tell peft how layers that `quantization` has made are adapted: as any product, beside it."""
+    """Tells peft how to adapt the layers of `quantization`: beside their product, as for any layer."""
     from peft.tuners.lora import Linear
 
     from .quantization import QuantizedLinear
@@ -160,7 +159,7 @@ def _teach_quantized(what: str, config: Any, model: Any) -> None:
 
 
 def _check_tokens(what: str, folder: Path, tokenizer: Any) -> None:
-    """Refuse an adapter that was trained with tokens that the base does not have, or has in other places."""
+    """Refuses an adapter that was trained with tokens that the base lacks, or has at other ids."""
     path = folder / "tokenizer.json"
     if tokenizer is None or not path.is_file():
         return
@@ -176,17 +175,17 @@ def _check_tokens(what: str, folder: Path, tokenizer: Any) -> None:
 
 
 def _factors(what: str, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The adapter's tensors but for copies of the base's own, which peft puts beside them where it adapts words.
+    """The adapter's tensors, without copies of the base's own, which peft adds where it adapts embeddings.
 
     Raises:
-        ModelUnsupported: these differ from the base's: loading them would change the model for everybody.
-        FilesCorrupt: a number is none; rows of other adapters are multiplied with them too, if only by nothing.
+        ModelUnsupported: the copies differ from the base's: loading them would change the model for all requests.
+        FilesCorrupt: a value is not a number; rows of other adapters are multiplied by it too, if only times zero.
     """
     own = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     factors = {}
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
-            raise FilesCorrupt(f"{what}: {WEIGHTS} is damaged ({name} holds what is no number); download it again")
+            raise FilesCorrupt(f"{what}: {WEIGHTS} is damaged ({name} is not all numbers); download it again")
         if "lora_" in name:
             factors[name] = tensor
             continue
@@ -197,7 +196,7 @@ def _factors(what: str, weights: Mapping[str, Any], model: Any) -> dict[str, Any
 
 
 def _check_places(what: str, model: Any) -> None:
-    """Refuse adapters of what is neither a product nor the table of the words: of positions, above all."""
+    """Refuses adapters of anything but products and the table of tokens: of positions, above all."""
     from torch import nn
 
     words = model.get_input_embeddings()
@@ -209,7 +208,7 @@ def _check_places(what: str, model: Any) -> None:
 
 
 def _layers(model: Any) -> Iterator[Any]:
-    """The adapted layers of a model, as far as peft has put them there."""
+    """The adapted layers of a model, as far as peft has attached them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return (module for module in model.modules() if isinstance(module, BaseTunerLayer))

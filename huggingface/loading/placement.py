@@ -1,7 +1,7 @@
-"""What load settings mean on this machine: which device, which type of numbers, which kind of attention.
+"""Turns load settings into a device, a dtype and a kind of attention on this machine.
 
-Imports torch, so it is imported with the loader. Pure but for asking torch what is there. Every setting that cannot be
-honoured is refused by its name.
+Imports torch, so it is imported with the loader. Pure, except that it asks torch for the devices. Every setting that
+cannot be honoured is refused by its name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-# accelerate's names for its own ways of spreading a model.
+# accelerate's names for its ways to spread a model.
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# flex_attention on a CPU ended the whole process here, and flash attention is for GPUs.
+# On a CPU, flex_attention ended the whole process in a test, and flash attention is for GPUs.
 _ON_CPU = ("eager", "sdpa")
-# What transformers has code of its own for; any other name would be fetched from the Hub and run.
+# Kinds that transformers has its own code for; any other name would be fetched from the Hub and run.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a model is put. `device` is where its inputs go; `dtype` is None for the weights' own."""
+    """Where and how a model is placed. `device` is where its inputs go; `dtype` is None for the weights' own."""
 
     device: str
     dtype: torch.dtype | None
@@ -47,13 +47,14 @@ class Placement:
 
 
 def place(settings: LoadSettings, options: LoadOptions) -> Placement:
-    """The settings as they are to be on this machine.
+    """Resolves the settings for this machine.
 
-    On a CPU `auto` is float32: what many rows at once give is then the same as what one gives, to the last token, and
-    it is the fastest there with this server's products. Elsewhere it is the weights' own type.
+    On a CPU `auto` is float32: many rows at once then give the same as one alone, to the last token, and it is the
+    fastest with this server's products. Elsewhere `auto` is the weights' own dtype.
 
     Raises:
-        InvalidRequest: a value that nothing here honours, by its name. DeviceMissing: the device is not there.
+        InvalidRequest: a value cannot be honoured; the message names its field.
+        DeviceMissing: there is no such device.
     """
     if settings.device is not None and settings.device_map is not None:
         raise InvalidRequest("Give device or device_map, not both", "device_map")

@@ -1,7 +1,7 @@
-"""What is known of a model before its weights are read: its config, its head, and what its settings mean here.
+"""What is known of a model before its weights are read: its config, its head, and its settings on this machine.
 
-Imports torch and transformers, so it is itself imported late. No weight is read, and the network is not touched.
-Must not know the registry, the manager or HTTP.
+Imports torch and transformers, so it is imported late. Reads no weights and uses no network. Must not know the
+registry, the manager or HTTP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .placement import Placement, place
 
 logger = logging.getLogger(__name__)
 
-# How transformers says that it lacks an optional package, where it does not raise an ImportError.
+# How transformers reports a missing optional package without an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
 
 
@@ -53,11 +53,11 @@ class Plan:
 def look(
     record: ModelRecord, options: LoadOptions, folder: Path, settings: LoadSettings, described: bool = False
 ) -> Plan:
-    """Check a model's files and settings, and find out what it is to become. No weight is read."""
+    """Checks a model's files and settings, and picks its head. Reads no weights."""
     model_id, trusted_ids = record.model_id, options.trust_remote_code
     trusted = model_id in trusted_ids
     placement = place(settings, options)
-    # From here on everything is read from the folder, and the network is not touched.
+    # From here on everything is read from the folder, and the network is not used.
     header = None
     if record.gguf_file is not None:
         header = gguf_files.check(model_id, folder, record.gguf_file)
@@ -72,14 +72,14 @@ def look(
 
 
 def own_dtype(plan: Plan) -> torch.dtype:
-    """The type of the weights in their files: what the config says, as transformers takes it."""
-    text = plan.config.get_text_config()  # of a model that also sees, what is loaded may be its text half
+    """The dtype of the weights in their files, as transformers takes it from the config."""
+    text = plan.config.get_text_config()  # of a model that also sees, only the text part may be loaded
     said = getattr(plan.config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     return getattr(torch, said) if isinstance(said, str) else said
 
 
 def engine_options(plan: Plan, options: LoadOptions) -> EngineOptions:
-    """How its engine is to run."""
+    """The options of the model's engine."""
     slots = plan.placement.slots
     return options.engine if slots is None else replace(options.engine, max_batch=slots)
 
@@ -90,10 +90,10 @@ def commit(folder: Path) -> str | None:
 
 
 def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
-    """The settings that are in effect."""
+    """The effective settings."""
     placement = plan.placement
     mapping = None
-    if placement.device_map is not None:  # transformers notes none where one device has all of it
+    if placement.device_map is not None:  # transformers records none if one device has the whole model
         mapping = getattr(model, "hf_device_map", None) or {"": model.device}
     return {
         "device": placement.device if mapping is None else None,
@@ -108,20 +108,20 @@ def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
 
 
 def file_bytes(plan: Plan, options: LoadOptions) -> int:
-    """Bytes of the files that the weights are read from."""
+    """Bytes of the files that hold the weights."""
     if plan.record.gguf_file is not None:
         return (plan.folder / plan.record.gguf_file).stat().st_size
     return files.weights_bytes(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
 
 
 def file_marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells a folder's files from any others: the name, size and time of change (ns) of each."""
+    """What identifies a folder's files: the name, size and modification time (ns) of each."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
 def check_context(plan: Plan) -> None:
-    """Refuse more tokens than the model reads."""
+    """Refuses a context longer than the model's."""
     asked, config = plan.placement.max_context, plan.config.get_text_config()
     own = getattr(config, "max_position_embeddings", None) or 0
     own = context(own, getattr(config, "rope_parameters", None)) if own > 0 else 0
@@ -133,7 +133,7 @@ def check_context(plan: Plan) -> None:
 
 
 def check_compile(plan: Plan) -> None:
-    """Refuse to compile what gains nothing by it, and where there is nothing to compile with.
+    """Refuses `compile` for models that gain nothing by it, and where there is no compiler.
 
     A batch has another shape at every step: compiled, a model of two layers took minutes and was slower afterwards.
     """
@@ -155,18 +155,18 @@ def check_compile(plan: Plan) -> None:
 
 
 def _read_config(model_id: str, folder: Path, trusted: bool) -> Any:
-    files.read_config(model_id, folder)  # and see what it says, before anything is made of it
+    files.read_config(model_id, folder)  # and check it before it is used
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:
         raise refusal(model_id, folder, error, "config.json") from error
-    # transformers knows some models by this name, and it shall not matter to it where the files lie.
+    # transformers knows some models by this name, so it must not depend on the folder.
     config.name_or_path = model_id
     return config
 
 
 def refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadError:
-    """What an error of transformers in reading `part` of a model means to the user."""
+    """The error for the user from transformers' error while reading `part` of a model."""
     message = str(error)
     if "trust_remote_code" in message:
         return FilesRefused(
@@ -189,11 +189,11 @@ def refusal(model_id: str, folder: Path, error: Exception, part: str) -> LoadErr
 
 
 def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
-    """The head that the weights have: the first of `wanted` where they have several, or do not say.
+    """The head of the weights: the first of `wanted` where they have several, or name none.
 
     Raises:
-        NotServed: a model of its kind does none of this server's tasks, or cannot be run on a text alone.
-        ModelUnsupported: it cannot be told.
+        NotServed: models of its kind do none of this server's tasks, or cannot run on a text alone.
+        ModelUnsupported: the head is unknown.
     """
     kind, architectures = config.model_type, config.architectures or ()
     remote = getattr(config, "auto_map", None) or {}
@@ -214,7 +214,7 @@ def _head(model_id: str, config: Any, wanted: tuple[Head, ...]) -> Head:
 
 
 def _inputs(name: str) -> Inputs | None:
-    """What a class of transformers reads; None for one of the folder's own code."""
+    """The inputs of a class of transformers; None for one in the folder's own code."""
     model_class = getattr(transformers, name, None)
     if model_class is None:
         return None
@@ -227,7 +227,7 @@ def _inputs(name: str) -> Inputs | None:
 
 
 def auto_class(config: Any, head: Head) -> Any:
-    """What loads the model: of T5 and its kin there are weights of the encoder alone, as in sentence-t5."""
+    """The class that loads the model; T5 and its kin have weights of the encoder alone, as in sentence-t5."""
     encoder = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
     if head == "base" and encoder.endswith("EncoderModel") and encoder in (config.architectures or ()):
         return transformers.AutoModelForTextEncoding

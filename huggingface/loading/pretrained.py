@@ -1,6 +1,6 @@
-"""The only `from_pretrained` of models and tokenizers: a plan becomes transformers' own objects, or a `LoadError`.
+"""The only `from_pretrained` of models and tokenizers: turns a plan into transformers' own objects, or a `LoadError`.
 
-Imports torch and transformers, so it is itself imported late. Must not know the registry, the manager or HTTP.
+Imports torch and transformers, so it is imported late. Must not know the registry, the manager or HTTP.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from .quantization import quantize
 
 logger = logging.getLogger(__name__)
 
-# What transformers calls its progress bars: of weights that are read, and of GGUF's that are unpacked.
+# transformers' names for its progress bars: for weights that are read, and GGUF tensors that are unpacked.
 _BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
 
-# Where transformers looks for an adapter to put on the model by itself: only those that the record names are wanted.
+# Where transformers looks for an adapter to attach by itself: only the record's adapters are wanted.
 _NOWHERE = "no-adapter-of-its-own"
 
-# transformers builds a model under process-wide switches (skipped initialization), so two must not be built at once.
-# Files are fetched outside of it: a slow download holds nobody up.
+# transformers builds a model under process-wide switches (skipped initialization), so only one may be built at a time.
+# Files are fetched outside the lock: a slow download delays no other load.
 BUILDING = threading.Lock()
 
 # The default dtype is no such switch here: other models compute while one is built.
@@ -59,13 +59,13 @@ default_dtype.install()
 # A chat template is a program of the model's author, without limits of its own.
 rendering.install()
 
-# What draws a bar writes to the standard error under a lock of the process's: where its reader is gone, the write
-# fails, the lock stays locked, and every later load waits for it. Loads tell their progress themselves.
+# A progress bar writes to the standard error under a lock of the process: if the reader is gone, the write fails, the
+# lock stays locked, and every later load waits for it. Loads report their progress themselves.
 transformers.utils.logging.disable_progress_bar()
 
 
 def read_tokenizer(plan: Plan) -> Any:
-    """The model's tokenizer: of its folder, or of its GGUF file where the folder has none.
+    """The model's tokenizer: from its folder, or from its GGUF file if the folder has none.
 
     Raises: as `loader.load`.
     """
@@ -90,14 +90,15 @@ def _read_tokenizer(plan: Plan) -> Any:
             )
     except Exception as error:
         raise refusal(model_id, folder, error, "its tokenizer") from error
-    # Where there is no vocabulary, transformers makes a tokenizer that knows no word.
+    # Without a vocabulary, transformers creates a tokenizer that knows no word.
     if lacking := files.lacking_vocabulary(folder, getattr(tokenizer, "vocab_files_names", {})):
         raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
     return tokenizer
 
 
 def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False) -> Any:
-    """The model as the plan says; a `hollow` one has shapes and no numbers. Parts may be put into `offload`."""
+    """Reads the model as planned; a `hollow` one has shapes without numbers. `offload` is the folder for offloaded
+    parts."""
     model_id, placement = plan.record.model_id, plan.placement
     spread: dict[str, Any] = {}
     if placement.device_map is not None:
@@ -121,7 +122,7 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
                 use_safetensors=None if options.allow_pickle else True,
                 trust_remote_code=plan.trusted,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported in the info, and refused below in words of our own
+                ignore_mismatched_sizes=True,  # reported in the info, and refused below in the server's own words
                 output_loading_info=True,
                 adapter_kwargs={"subfolder": _NOWHERE},
                 **spread,
@@ -159,7 +160,7 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
 
 
 def read_shell(plan: Plan, options: LoadOptions) -> Any:
-    """The model without its weights: what transformers makes of its folder, with shapes for numbers."""
+    """Reads the model without its weights, from its folder: parameters have shapes only."""
     if plan.gguf is not None:
         config = copy.deepcopy(plan.config)
         with torch.device("meta"), torch.no_grad():
@@ -170,9 +171,9 @@ def read_shell(plan: Plan, options: LoadOptions) -> Any:
 
 @contextmanager
 def watched(progress: Progress) -> Iterator[None]:
-    """Tell `progress` how many of the weights are read, as transformers tells its own progress bar.
+    """Reports to `progress` how many of the weights are read, from transformers' own progress bar.
 
-    Its hook is the process's, as are the switches it builds models under: used with the lock for these only.
+    Its hook applies to the whole process, as do the switches that it builds models under: use it with their lock held.
     """
     total = progress.now().total or 0
 
@@ -202,7 +203,7 @@ def watched(progress: Progress) -> Iterator[None]:
 
 
 def read_pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLMError | None:
-    """What a sentence-transformers folder says of making vectors; what is wrong there is told to who asks for one."""
+    """The pooling of a sentence-transformers folder; an error is returned, for requests that need it."""
     try:
         return find_pooling(folder, model, trusted=trusted)
     except InvalidRequest as error:
@@ -213,10 +214,10 @@ def read_pooling(folder: Path, model: Any, trusted: bool) -> Pooling | LocalLLME
 
 
 def _check_map(device_map: Any, model: Any) -> None:
-    """Refuse a map that names what the model does not have, or leaves out what it has: transformers passes over both.
+    """Refuses a map that names unknown modules or leaves modules out: transformers ignores both.
 
     Raises:
-        InvalidRequest: naming the module.
+        InvalidRequest: the message names the module.
     """
     if not isinstance(device_map, Mapping):
         return
@@ -231,14 +232,14 @@ def _check_map(device_map: Any, model: Any) -> None:
 
 
 def _check_weights(model_id: str, head: Head, info: Mapping[str, Iterable[Any]]) -> None:
-    """Refuse weights that do not fill the model: transformers would fill the rest with random numbers.
+    """Refuses weights that do not fill the model: transformers would fill the rest with random numbers.
 
     A base model's pooler may be missing: no task here reads it, and some checkpoints come without.
     """
     missing = sorted(str(key) for key in info["missing_keys"])
     if head == "base":
         missing = [key for key in missing if not key.startswith("pooler.")]
-    # Of a tensor that does not fit: its name, its shape in the file, and the shape that the model needs.
+    # Of a mismatched tensor: its name, its shape in the file, and the shape that the model needs.
     mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing or mismatched:
         names = ", ".join([*missing, *mismatched][:3])

@@ -1,8 +1,8 @@
-"""Weights in 8 or 4 bits: a loaded model's layers are replaced, one by one, by ones that take a quarter of the memory.
+"""Weights in 8 or 4 bits: replaces a loaded model's layers, one by one, by layers with a quarter of the memory.
 
-Only the weights are rounded: values go into a product in 16 bits, each row by a scale of its own, and whole numbers
-add up exactly. So a row's answer does not depend on who else is in the batch. `int4` on CUDA is bitsandbytes'. Called
-by the loader, on its thread, before anybody uses the model. Must not know records, the registry or the engine.
+Only the weights are rounded: values enter a product in 16 bits, each row with its own scale, and whole numbers add up
+exactly. So a row's result does not depend on the rest of the batch. `int4` on CUDA is bitsandbytes'. The loader calls
+it, on its thread, before the model is used. Must not know records, the registry or the engine.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from ..errors import InvalidRequest, ModelUnsupported
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
 _GROUP = 32  # weights of one output that share a step in 4 bits
-_MOST_STEP = 15  # a group's step is this many times its output's smallest, at most: 15 * 8 still is an 8-bit number
-_STEPS_TRIED = (0, 1, -1)  # beside the step that just holds all of a group's weights
-_HALF = 256  # what the upper half of a 16-bit number counts
+_MOST_STEP = 15  # a group's step is at most this many times its output's smallest: 15 * 8 still is an 8-bit number
+_STEPS_TRIED = (0, 1, -1)  # besides the step that just holds all of a group's weights
+_HALF = 256  # the value of one unit in the upper half of a 16-bit number
 _TOP = 127 * _HALF  # a row's largest value in 16 bits
 _SMALLEST = 1e-30  # so that a row of zeros has a scale
-_ROWS = 256  # rows that are computed at a time: their sums take 16 bytes an output
-_BLOCK = 2**17  # weights that are rounded at a time, so that what comes of them lies in the caches
+_ROWS = 256  # rows computed at a time: their sums take 16 bytes an output
+_BLOCK = 2**17  # weights rounded at a time, so that the results stay in the caches
 _NF4_BLOCK = 64  # weights that share a step in bitsandbytes' 4 bits
-_NF4_CODE = 64  # bytes of its table of values, one for each layer
-_WORTH = 0.1  # the least share of a model's bytes that must be in layers that can be quantized
+_NF4_CODE = 64  # bytes of its table of values, one per layer
+_WORTH = 0.1  # the least share of a model's bytes in layers that can be quantized
 _RUNS = 5
 
 _DEVICES = ("cpu", "cuda")
 _BITSANDBYTES = "bitsandbytes==0.50.2"
 
-# By their names in a file: tables that are looked up, output layers, and weights that transformers puts together into
-# one parameter for all experts.
+# By names in a file: tables that are looked up, output layers, and weights that transformers joins into one parameter
+# for all experts.
 _TABLES = re.compile(r"(embed|wte|wpe|shared|position|token_type|relative_attention_bias)")
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
 _EXPERTS = re.compile(r"\.experts\.")
 
-# Where a module is: its parent, its name there, itself.
+# A module's place: its parent, its name there, and itself.
 _Place = tuple[nn.Module, str, nn.Module]
 
 
 def check(scheme: str, device: str) -> None:
-    """Refuse a scheme that is not to be had on this device (`cpu`, `cuda:1`, …).
+    """Refuses a scheme that this device (`cpu`, `cuda:1`, …) does not support.
 
     Raises:
-        InvalidRequest: there is no such scheme, or none on such a device.
-        ModelUnsupported: a package is lacking.
+        InvalidRequest: the scheme is unknown, or not for such a device.
+        ModelUnsupported: a package is missing.
     """
     if scheme not in SCHEMES:
         raise InvalidRequest(
@@ -69,14 +69,14 @@ def check(scheme: str, device: str) -> None:
 
 
 def quantize(model: nn.Module, scheme: str, device: str) -> None:
-    """Replace a model's layers by quantized ones on `device`, each before the next, so that both never lie in memory.
+    """Replaces a model's layers by quantized ones on `device`, one after the other, so that memory never holds both.
 
-    Every `nn.Linear` and `Conv1D` is one, and so is a table of embeddings whose weights are an output layer's too. Such
-    a table, any output layer, and a layer whose inputs are no multiple of the group size have 8 bits in `int4` too.
-    Whatever else the model has stays as it is and where it is.
+    Every `nn.Linear` and `Conv1D` is one, and so is a table of embeddings that shares an output layer's weights. Such a
+    table, any output layer, and a layer whose inputs are no multiple of the group size have 8 bits in `int4` too. The
+    rest of the model stays as it is and where it is.
 
     Raises:
-        InvalidRequest, ModelUnsupported: see `check`; or almost none of the model's weights are of such layers.
+        InvalidRequest, ModelUnsupported: see `check`; or almost none of the model's weights are in such layers.
     """
     check(scheme, device)
     groups = list(_groups(model))
@@ -88,7 +88,7 @@ def quantize(model: nn.Module, scheme: str, device: str) -> None:
     whole = device == "cpu" and _whole_products_pay()
     head = _head(model)
     with torch.no_grad():
-        while groups:  # nobody else is to hold a layer that was replaced
+        while groups:  # nothing else may hold a replaced layer
             places = groups.pop()
             module = places[0][2]
             bits = 4 if scheme == "int4" and len(places) == 1 and module is not head else 8
@@ -102,7 +102,7 @@ def quantize(model: nn.Module, scheme: str, device: str) -> None:
 
 
 def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
-    """What `tensor_bytes` will be of a model once it is quantized; a model on torch's `meta` device will do."""
+    """What `tensor_bytes` will return once a model is quantized; the model may be on torch's `meta` device."""
     total = tensor_bytes(model)
     if scheme is None:
         return total
@@ -118,8 +118,8 @@ def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
 def quantized_bytes(name: str, shape: Sequence[int], scheme: str, device: str = "cpu", *, width: int = 4) -> int:
     """Bytes of one tensor of a weights file once its model is quantized, scales and steps included.
 
-    Told from its name and shape, as a file's header has them; `width` is the bytes of a number that stays as it is.
-    Which table is an output layer's too, and a `Conv1D`'s order, only the model can tell: see `predicted_bytes`.
+    Computed from its name and shape, as in a file's header; `width` is the bytes of a number that is not quantized.
+    Only the model shows which table is an output layer's too, and a `Conv1D`'s order: see `predicted_bytes`.
     """
     count = 1
     for size in shape:
@@ -130,14 +130,14 @@ def quantized_bytes(name: str, shape: Sequence[int], scheme: str, device: str = 
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """What the tensors of a model take, each storage once: parameters, buffers, and what modules keep beside these."""
+    """The bytes of a model's tensors, each storage once: parameters, buffers, and other tensors that modules keep."""
     storages: dict[tuple[str, int], int] = {}
     fakes = 0
     for module in model.modules():
         for tensor in _tensors(module):
             if tensor.device.type == "meta":
                 continue
-            if tensor.layout is not torch.strided:  # laid out by oneDNN: opaque, with an address of its own
+            if tensor.layout is not torch.strided:  # oneDNN's layout: opaque, with an address of its own
                 storages["opaque", id(tensor)] = tensor.numel() * tensor.element_size()
                 continue
             storage = tensor.untyped_storage()
@@ -152,7 +152,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 class QuantizedLinear(nn.Module):
-    """A layer whose weights are whole numbers of 8 or 4 bits, times one float for each output."""
+    """A layer whose weights are whole numbers of 8 or 4 bits, times one float per output."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -172,7 +172,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         """`codes` are (outputs, inputs) of int8; with `steps` and `middles`, (groups, outputs), see `_packed`.
 
-        `whole` tells to multiply in whole numbers; else the weights are made floats for each product.
+        `whole`: multiplies in whole numbers; otherwise turns the weights into floats for each product.
         """
         super().__init__()
         self.register_buffer("codes", codes)
@@ -187,7 +187,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What models look at of a weight, its type and shape, without any numbers."""
+        """The weight's dtype and shape, which models read, without its numbers."""
         return torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ class QuantizedLinear(nn.Module):
         return product.view(*values.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The text in `print(model)`."""
         return f"{self.in_features}, {self.out_features}, bits={8 if self.steps is None else 4}"
 
 
@@ -241,15 +241,15 @@ class QuantizedEmbedding(nn.Module):
 
 
 def _whole_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(rows, inputs) by int8 weights (inputs, outputs): each value as two 8-bit numbers, in rows of their own.
+    """(rows, inputs) by int8 weights (inputs, outputs): each value as two 8-bit numbers, in two rows.
 
-    Sums of whole numbers are exact, so that neither the company of a row nor the order of adding matters.
+    Sums of whole numbers are exact, so neither the other rows nor the order of additions matters.
     """
     count = rows.shape[0]
     step = rows.abs().amax(1, keepdim=True).float().clamp_min_(_SMALLEST).div_(_TOP)
     values = torch.div(rows, step).to(torch.int16)
     halves = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
-    halves[count:] = values  # the lower half, -128 to 127; so the upper one is rounded to the nearest
+    halves[count:] = values  # the lower half, -128 to 127, so the upper one is rounded to the nearest
     halves[:count] = values.add_(_HALF // 2).bitwise_right_shift_(8)
     sums = torch._int_mm(halves, weight).float()
     product = torch.add(sums[count:], sums[:count], alpha=_HALF).mul_(step).mul_(scale)
@@ -257,17 +257,17 @@ def _whole_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 
 
 def _float_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same by floats of the rows' type: where torch has no exact and fast product of whole numbers.
+    """The same product in floats of the rows' dtype, where torch has no exact and fast product of whole numbers.
 
-    The scale comes first, as sums of codes can be more than 16-bit floats hold.
+    The scale is applied first, because sums of codes can exceed what 16-bit floats hold.
     """
     return torch.mm(rows, torch.mul(weight, scale).to(rows.dtype))
 
 
 def whole_products_are_exact() -> bool:
-    """Whether this machine adds whole numbers up in 32 bits.
+    """Whether this machine adds whole numbers in 32 bits.
 
-    Without the instructions for it (AVX512-VNNI and the like) oneDNN's sums stop at 16 bits, without a word.
+    Without the instructions for it (AVX512-VNNI and the like) oneDNN's sums saturate at 16 bits, silently.
     """
     try:
         for rows, inputs, outputs in ((1, 576, 192), (2, 1536, 576), (64, 66, 33)):
@@ -282,7 +282,7 @@ def whole_products_are_exact() -> bool:
 
 
 def _whole_products_pay() -> bool:
-    """Whether they are right, and faster than to make floats of the weights: found by trying."""
+    """Whether products of whole numbers are exact, and faster than floats: measured."""
     if not whole_products_are_exact():
         return False
     values, scale = torch.rand(4, 1024) - 0.5, torch.ones(1024)
@@ -313,8 +313,8 @@ def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(outputs, inputs) -> codes of -8 to 7, steps and middles of the groups, scales of the outputs.
 
-    A weight is about (code * step + middle) * scale. Steps and middles are whole numbers, and code * step is one of 8
-    bits; of a few steps, that which comes nearest to the group's weights is taken.
+    A weight is about (code * step + middle) * scale. Steps and middles are whole numbers, and code * step fits in 8
+    bits; of a few steps, the one nearest to the group's weights is taken.
     """
     groups = weight.float().view(weight.shape[0], -1, _GROUP)
     least, most = groups.aminmax(dim=2, keepdim=True)
@@ -338,7 +338,8 @@ def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """(outputs, inputs) of 4 bits -> (inputs / 2, outputs): the first half of the inputs below, the second above."""
+    """(outputs, inputs) of 4 bits -> (inputs / 2, outputs): the first half of the inputs in the low bits, the second
+    above."""
     below, above = codes.t().chunk(2)
     return ((above << 4) | (below & 15)).contiguous()
 
@@ -371,7 +372,7 @@ def _weight_bytes(outputs: int, inputs: int, bits: int, device: str) -> int:
 
 
 def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool) -> list[nn.Module]:
-    """The modules that take the place of these, which share one weight, by which the first one multiplies."""
+    """The modules that replace these; they share one weight, with which the first one multiplies."""
     first: Any = places[0][2]
     weight = first.weight.t() if isinstance(first, Conv1D) else first.weight
     dtype = weight.dtype
@@ -393,7 +394,7 @@ def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool)
 
 
 def _nf4(module: Any, device: str) -> nn.Module:
-    """bitsandbytes' layer of 4 bits, which rounds its weights when it is moved to `device`."""
+    """bitsandbytes' layer of 4 bits, which rounds its weights when it moves to `device`."""
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
 
     weight = module.weight.t().contiguous() if isinstance(module, Conv1D) else module.weight
@@ -413,9 +414,9 @@ def _moved(bias: torch.Tensor, device: str) -> nn.Parameter:
 
 
 def _groups(model: nn.Module) -> Iterator[list[_Place]]:
-    """The modules that can be quantized, those that share a weight together, one that multiplies first.
+    """The modules that can be quantized, grouped by shared weight, a multiplying one first.
 
-    A weight stays if anybody uses it who is none of these, or listens to what goes through.
+    A weight that another kind of module uses, or whose module has hooks, is not quantized.
     """
     users: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     places: dict[int, list[_Place]] = defaultdict(list)
@@ -436,14 +437,14 @@ def _groups(model: nn.Module) -> Iterator[list[_Place]]:
         if not products or any(id(user) not in known or name != "weight" for user, name in users[identity]):
             continue
         if others and any(isinstance(place[2], Conv1D) for place in products):
-            continue  # the table would lie the other way
+            continue  # the table would have the other order
         weight = _weight(products[0][2])
         if weight.dtype.is_floating_point and weight.numel():
             yield [*products, *others]
 
 
 def _head(model: Any) -> nn.Module | None:
-    """The output layer, whose rounding is heard most."""
+    """The output layer, whose rounding is most noticeable."""
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return found if isinstance(found, nn.Module) else None
 
@@ -458,14 +459,14 @@ def _inputs(module: Any) -> int:
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The tensors that a module itself holds, those within packed parameters and tensors of several parts as well."""
+    """The tensors that a module itself holds, also inside packed parameters and tensors of several parts."""
     for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
         if isinstance(value, torch.Tensor):
             yield from _plain(value)
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that one is made of: itself, or torchao's parts of it; and what bitsandbytes keeps beside it."""
+    """The tensors that a tensor consists of: itself, or torchao's parts, and bitsandbytes' tensors beside it."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None and type(tensor) not in (torch.Tensor, nn.Parameter):
         for name in flatten()[0]:

@@ -41,18 +41,18 @@ class Torch:
     name = "torch"
 
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:  # noqa: ARG002 - the protocol's
-        """Nothing: it computes any model."""
+        """None: torch computes any model."""
         return None
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate:
-        """What the weights take on each device, and the copies of some that make products faster."""
+        """The weights' bytes on each device, and the copies of some weights that make products faster."""
         return estimate(plan, options, self.name, partial(_weigh, plan, options), before)
 
     def convert(self, *_: object, aside: bool) -> None:
-        """Nothing: it reads the weights as they are."""
+        """Nothing to make: torch reads the weights as they are."""
 
     def open(self, load: Load) -> Opened:
-        """Reads the weights, and puts the adapters on them."""
+        """Reads the weights, and attaches the adapters."""
         plan, options, placement = load.plan, load.options, load.plan.placement
         with ExitStack() as failed:
             folder = None
@@ -85,8 +85,7 @@ class TorchCompute:
         findings: MutableMapping[Hashable, Any] | None = None,
         key: Hashable = None,
     ) -> None:
-        """`findings` keep what is found out about the model under `key`, which tells its weights and settings from any
-        others."""
+        """`findings` keep measurements of the model under `key`, which identifies its weights and settings."""
         self.model = model
         self.adapters: Adapters = adapters or Attached("", model, {})
         self._head = head
@@ -99,7 +98,7 @@ class TorchCompute:
         return tensor_bytes(self.model)
 
     def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:  # noqa: ARG002 - the protocol's
-        """In a batch, where that gives what the model itself gives; only decoders that generate text are tried."""
+        """Serves in a batch, if that gives the model's own results; only decoders that generate text are tried."""
         if self._head == "seq2seq-lm":
             return Serving(self.backend, reason="it is an encoder-decoder")
         if self._head != "causal-lm":
@@ -128,7 +127,7 @@ def tensor_bytes(model: Any) -> dict[str, int]:
 
 
 def _key(plan: Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tuple[Any, ...]:
-    """What tells these weights, as they are loaded, from any others."""
+    """Identifies these weights as they are loaded."""
     marks = tuple((str(folder), file_marks(folder)) for folder in (plan.folder, *adapters.values()))
     wanted = (plan.head, str(plan.placement), plan.record.gguf_file, tuple(adapters))
     return (marks, *wanted, options.engine.kv_cache_bytes)
@@ -161,7 +160,7 @@ def _tensors(model: Any, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> dict[str, int]:
-    """Bytes of the weights on each device; what is offloaded to the disk takes no memory."""
+    """Bytes of the weights on each device; parts offloaded to the disk take no memory."""
     mapping = placement.device_map
     if mapping is None:
         return {placement.device: sum(tensors.values())}

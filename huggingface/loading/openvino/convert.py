@@ -1,7 +1,7 @@
-"""The process that makes OpenVINO's graph of a model: `python -m huggingface.loading.openvino.convert`.
+"""The process that makes a model's OpenVINO graph: `python -m huggingface.loading.openvino.convert`.
 
-It is given a pickled `Wanted` on its standard input, tells how it goes on its standard output, a JSON object a line,
-and ends when the other end of its input is closed. See `subprocess`.
+Reads a pickled `Wanted` from standard input, reports progress on standard output, one JSON object per line, and ends
+when the other end of its input is closed. See `subprocess`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Told(Progress):
-    """Progress that is told to the other process."""
+    """Progress that is reported to the parent process."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class _Told(Progress):
 
 
 def main() -> None:
-    """Make the graph that is asked for on standard input."""
+    """Makes the graph that standard input describes."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is for people
+    os.dup2(2, 1)  # what libraries print goes to standard error
     logging.basicConfig(level=logging.WARNING)
 
     def tell(**message: Any) -> None:
         print(json.dumps(message), file=told, flush=True)
 
-    wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - what started this process wrote it
+    wanted = pickle.load(sys.stdin.buffer)  # noqa: S301 - the parent process wrote it
     threading.Thread(target=_end_with_the_other, daemon=True).start()
     _step_back(wanted)
     from . import load as loading
@@ -66,12 +66,11 @@ def main() -> None:
     else:
         tell(made=True)
     told.flush()
-    os._exit(0)  # nothing is left to be done, and interpreters with threads of libraries end slowly
+    os._exit(0)  # all is done, and interpreters with threads of libraries end slowly
 
 
 def _step_back(wanted: Wanted) -> None:
-    """Have other work go first, where that is wanted; and have Linux end this process, not the one that serves, where
-    memory runs out."""
+    """Gives other work priority, if `wanted.nice` says so; makes Linux end this process first when memory runs out."""
     if wanted.nice and hasattr(os, "nice"):
         os.nice(wanted.nice)
     with suppress(OSError):

@@ -1,6 +1,6 @@
-"""The graph of a model that generates: made once, kept, and read again.
+"""The graph of a model that generates: made once, stored, and read at later loads.
 
-Called by the loader, on its thread or in the process that converts. Must not know records or the registry.
+The loader calls it, on its thread or in the process that converts. Must not know records or the registry.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from ...engine.torch.parity import Expected, room_for
 from ...host.memory import few_file_pages, release_freed
 from .graph_store import EXPECTED, Place
 
-# How far the logits of compressed weights may lie from float32's, as a share of their spread: what is worse is a fault.
+# The largest difference of compressed weights' logits from float32's, as a share of their spread: a larger one is a
+# fault.
 _CLOSE = {None: agreement.CLOSE, "int8": 0.15, "int4": 0.6}
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A model's graph on the disk, and what is known of it.
+    """A model's graph on the disk, and what is stored with it.
 
-    `shapes` are what each layer keeps of a token, `windows` how far back some of them see, `expected` the logits that
-    torch gave. `folder` is to be removed with the model where the graph could not be kept.
+    `shapes` are what each layer keeps of a token, `windows` how far back some layers see, `expected` torch's logits.
+    `folder`, of a graph that could not be stored beside the model, is deleted with the model.
     """
 
     path: Path
@@ -51,16 +52,17 @@ class Graph:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its weights."""
+        """Bytes of the graph's weights."""
         return self.path.with_suffix(".bin").stat().st_size
 
     def runner(self, tokens: int, reserve: Reserve, cancellation: Cancellation = NEVER) -> OpenVINORunner:
-        """What computes with it, tried; its KV cache has room for `tokens`.
+        """Creates a tested runner of the graph; its KV cache has room for `tokens`.
 
         Raises:
-            NotBatchable: it does not give here what torch gave. Cancelled: by `cancellation`.
+            NotBatchable: the graph does not give torch's results here.
+            Cancelled: by `cancellation`.
         """
-        weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
+        weights = self.path.with_suffix(".bin")  # products keep them packed in memory of their own
         with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
             cancellation.check()
@@ -84,13 +86,14 @@ def make(
     spare: Path,
     cancellation: Cancellation = NEVER,
 ) -> None:
-    """Make a graph of a float32 model, which is used up, see that it gives what torch gives, and keep it.
+    """Makes a graph of a float32 model, which it consumes, compares it with torch, and stores it.
 
-    A compressed one is made of one that was tried before its weights were rounded.
+    A graph to compress is compared before its weights are rounded.
 
     Raises:
-        NotBatchable: the model cannot be served so; that is noted.
-        Cancelled: by `cancellation`. OSError: there is no room on the disk.
+        NotBatchable: OpenVINO cannot serve the model; that is recorded.
+        Cancelled: by `cancellation`.
+        OSError: the disk lacks space.
         OpenVINOMissing: nncf is not installed.
     """
     try:
@@ -124,7 +127,7 @@ def make(
 
 
 def _let_go(model: Any) -> None:
-    """Free the weights that the graph has no use for: it has copies of those that it merged."""
+    """Frees the weights that the graph does not use: it has copies of those that it merged."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
     gc.collect()

@@ -1,7 +1,6 @@
-"""The graph of a model that reads texts, to embed, classify or fill them: made once, kept and read as those of models
-that generate are.
+"""The graph of a model that reads texts, to embed, classify or fill them: made once, stored, and read at later loads.
 
-Called by the loader, on its thread or in the process that converts. Must not know records or the registry.
+The loader calls it, on its thread or in the process that converts. Must not know records or the registry.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ...tasks import Head
 from ...tasks.positions import max_positions
 from .graph_store import EXPECTED, Place
 
-# What can be asked of models with these heads is asked of their forward pass alone, for rows of tokens.
+# The tasks of models with these heads need only their forward pass, for rows of tokens.
 HEADS: frozenset[Head] = frozenset(
     {"base", "masked-lm", "question-answering", "sequence-classification", "token-classification"}
 )
@@ -36,9 +35,9 @@ HEADS: frozenset[Head] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class EncoderGraph:
-    """A model's graph on the disk, and what is known of it; `expected` is what torch gave.
+    """A model's graph on the disk, and what is stored with it; `expected` are torch's results.
 
-    `folder` is to be removed with the model where the graph could not be kept.
+    `folder`, of a graph that could not be stored beside the model, is deleted with the model.
     """
 
     path: Path
@@ -49,16 +48,17 @@ class EncoderGraph:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its weights."""
+        """Bytes of the graph's weights."""
         return self.path.with_suffix(".bin").stat().st_size
 
     def encoder(self, shell: Any, reserve: Reserve, cancellation: Cancellation = NEVER) -> Encoder:
-        """What computes with it, tried, and put behind the forward pass of `shell`, a model without weights.
+        """Creates a tested encoder of the graph, and puts it behind `shell`, a model without weights.
 
         Raises:
-            NotBatchable: it does not give here what torch gave. Cancelled: by `cancellation`.
+            NotBatchable: the graph does not give torch's results here.
+            Cancelled: by `cancellation`.
         """
-        weights = self.path.with_suffix(".bin")  # products have them packed, elsewhere
+        weights = self.path.with_suffix(".bin")  # products keep them packed in memory of their own
         with computed("compute"), few_file_pages(weights):
             graph = read_graph(self.path)
             cancellation.check()
@@ -84,13 +84,14 @@ def make(
     spare: Path,
     cancellation: Cancellation = NEVER,
 ) -> None:
-    """Make a graph of a float32 model, see that it gives what torch gives, and keep it.
+    """Makes a graph of a float32 model, compares it with torch, and stores it.
 
-    A compressed one is made of one that was tried before its weights were rounded.
+    A graph to compress is compared before its weights are rounded.
 
     Raises:
-        NotBatchable: the model cannot be served so; that is noted.
-        Cancelled: by `cancellation`. OSError: there is no room on the disk.
+        NotBatchable: OpenVINO cannot serve the model; that is recorded.
+        Cancelled: by `cancellation`.
+        OSError: the disk lacks space.
         OpenVINOMissing: nncf is not installed.
     """
     padding = Padding(tokenizer.pad_token_id, tokenizer.padding_side == "left")

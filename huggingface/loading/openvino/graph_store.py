@@ -1,8 +1,8 @@
-"""Where a model's graph is kept: in `.local-llm/` in its folder, complete or not at all.
+"""Stores a model's graph in `.local-llm/` in its folder, complete or not at all.
 
-A graph's name tells the weights, the settings and the versions it was made of; it is written under another name and
-renamed when all of it is on the disk. What cannot be served so is noted there too, so that it is not tried again.
-Must not know what a graph computes, nor records.
+A graph's name identifies the weights, the settings and the versions that it was made of; it is written under another
+name and renamed when all of it is on the disk. A model that cannot be served so is recorded there too, so that it is
+not tried again. Must not know what a graph computes, or records.
 """
 
 from __future__ import annotations
@@ -31,26 +31,25 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# What makes of a folder, of what is told about its graph, and of whether it goes with the loaded model, a graph as the
-# rest of the program knows it.
+# Creates the graph's object from its folder, its stored description, and the folder to delete with the model, if any.
 Read = Callable[[Path, Mapping[str, Any], Path | None], T]
 
 FOLDER = ".local-llm"
-EXPECTED = "expected.safetensors"  # what torch gives, beside the graph
+EXPECTED = "expected.safetensors"  # torch's results, beside the graph
 
-# To be raised whenever a graph made by an earlier version of this project is not to be used any more.
+# Increase this whenever graphs of earlier versions of this project must not be used any more.
 _FORMAT = 3
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
-_ABANDONED = 24 * 3600  # seconds after which an incomplete graph is nobody's any more
+_ABANDONED = 24 * 3600  # seconds after which an incomplete graph counts as abandoned
 
 
 class Place:
-    """Where one model's graph of one kind is kept."""
+    """The place of one model's graph of one kind."""
 
     def __init__(self, folder: Path, marks: Any, quantization: str | None, form: str = "") -> None:
-        """`folder` is the model's, `marks` are what tells its weights from any others; `form` is what the graph is
-        where it is another than that of a model that generates."""
+        """`folder` is the model's, `marks` identify its weights; `form` is the graph's kind where it is not that of a
+        model that generates."""
         self._folder = folder / FOLDER
         self._quantization = quantization
         of_all = json.dumps([_FORMAT, versions(), quantization, marks], sort_keys=True, default=str)
@@ -59,11 +58,10 @@ class Place:
         self._prefix = f"openvino-{kind}-"
 
     def find(self, read: Read[T], spare: Path | None = None) -> T | None:
-        """The graph that is kept, if there is one and it is whole; or else the one in `spare`, which is to be removed
-        with the model.
+        """The stored graph, if it is complete; otherwise the one in `spare`, which is deleted with the model.
 
         Raises:
-            NotBatchable: it is noted that the model cannot be served so, and why.
+            NotBatchable: it is recorded that the model cannot be served so; the message says why.
         """
         path = self._folder / self._name
         try:
@@ -79,18 +77,18 @@ class Place:
             _check_sizes(path, about)
             return read(path, about, None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the graph in %s cannot be used, and is made again: %s", self._name, error)
+            logger.warning("the graph in %s cannot be used, it will be made again: %s", self._name, error)
             shutil.rmtree(path, ignore_errors=True)
             return None
 
     @property
     def key(self) -> str:
-        """What tells this graph from any other."""
+        """What identifies this graph."""
         return os.fspath(self._folder / self._name)
 
     @property
     def present(self) -> bool:
-        """Whether a whole graph is kept, or a note that there can be none."""
+        """Whether a complete graph is stored, or a record that there can be none."""
         path = self._folder / self._name
         try:
             about = json.loads((path / "about.json").read_text("utf-8"))
@@ -102,11 +100,12 @@ class Place:
 
     @contextmanager
     def locked(self, check: Callable[[], None]) -> Iterator[None]:
-        """Lets one thread of one process at a time make a graph of this model, and removes what one that was killed
-        had written so far. A folder that cannot be written to has no lock: its graphs are each process's own.
+        """Lets one thread of one process at a time make a graph of this model, and deletes leftovers of a killed one.
+
+        A folder that is read-only has no lock: each process makes its own graph.
 
         Raises:
-            Whatever `check` raises, which is called while another one has the lock.
+            Any error of `check`, which is called while another thread or process has the lock.
         """
         lock = None
         with suppress(OSError):
@@ -130,7 +129,7 @@ class Place:
 
     @property
     def refused(self) -> str | None:
-        """Why the model cannot be served so, where that is noted."""
+        """Why the model cannot be served so, if that is recorded."""
         try:
             reason = json.loads((self._folder / self._name / "about.json").read_text("utf-8")).get("refused")
         except (OSError, ValueError, AttributeError):
@@ -138,17 +137,16 @@ class Place:
         return None if reason is None else str(reason)
 
     def refuse(self, reason: str) -> None:
-        """Note that the model cannot be served so, in the place of a graph that is kept."""
+        """Records that the model cannot be served so, in place of a stored graph."""
         with suppress(OSError):
             shutil.rmtree(self._folder / self._name, ignore_errors=True)
             self._write(lambda folder: _write_json(folder / "about.json", {"refused": reason}))
 
     def keep(self, graph: Any, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], spare: Path) -> None:
-        """Write a graph, what is told about it, and what torch gives; where it cannot be kept beside the model, into
-        the folder `spare`.
+        """Writes a graph, its description, and torch's results; into `spare` if they cannot be stored beside the model.
 
         Raises:
-            OSError: there is no room for it there either.
+            OSError: there is no space there either.
         """
         size, _ = constant_bytes(graph)
         about = {**about, "quantization": self._quantization}
@@ -156,12 +154,12 @@ class Place:
             _check_room(self._folder.parent, size)
             self._write(lambda folder: _save(graph, folder, about, tensors))
         except OSError as error:
-            logger.warning("the graph of %s cannot be kept beside it: %s", self._folder.parent.name, error)
+            logger.warning("the graph of %s cannot be stored beside it: %s", self._folder.parent.name, error)
             _check_room(spare, size)
             _save(graph, spare, about, tensors)
 
     def _write(self, write: Callable[[Path], None]) -> Path:
-        """Have a folder written, and give it its name when all of it is on the disk."""
+        """Writes a folder, and gives it its name when all of it is on the disk."""
         self._folder.mkdir(exist_ok=True)
         target = self._folder / self._name
         unfinished = self._folder / f".{self._name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -175,7 +173,7 @@ class Place:
             try:
                 unfinished.rename(target)
             except OSError:
-                if not (target / "about.json").exists():  # else another process was as fast
+                if not (target / "about.json").exists():  # otherwise another process was as fast
                     raise
             _sync(self._folder)
         finally:
@@ -183,7 +181,7 @@ class Place:
         return target
 
     def _clean(self) -> None:
-        """Remove graphs of the same kind that were made of something else, and those that nobody will complete."""
+        """Deletes graphs of the same kind that were made of something else, and abandoned incomplete ones."""
         for path in self._folder.iterdir():
             old = path.name.startswith(self._prefix) and path.name != self._name
             with suppress(OSError):
@@ -201,10 +199,10 @@ def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[s
 
 
 def _check_sizes(path: Path, about: Mapping[str, Any]) -> None:
-    """Raises: ValueError, OSError, KeyError where a graph is not whole."""
+    """Raises: ValueError, OSError, KeyError where a graph is incomplete."""
     for name, size in about["sizes"].items():
         if (path / name).stat().st_size != size:
-            raise ValueError(f"{name} is not as long as it was")
+            raise ValueError(f"{name} has another size than when it was written")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -218,7 +216,7 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk, and not only on its way there."""
+    """Waits until a file or a folder is on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,6 +1,7 @@
-"""Loading a model that OpenVINO computes: whether it may be, its graph, and the model without its weights.
+"""OpenVINO as a backend: whether it may compute a model, the model's graph, and the model without its weights.
 
-Called by the loader, on its thread; `convert` in a process of its own too. Must not know the registry or the manager.
+The loader calls it, on its thread; `convert` also runs in a process of its own. Must not know the registry or the
+manager.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from .subprocess import Wanted
 
 logger = logging.getLogger(__name__)
 
-# Bytes of files up to which a model that somebody waits for is converted in this process: that is over before another
-# one has imported torch.
+# Bytes of files up to which this process converts a model that a load waits for: another process takes longer to import
+# torch.
 CONVERTED_HERE = 32 * 2**20
 
-# The same of one that is made aside: what runs here would hold up those that are answered meanwhile.
+# The same for a conversion `aside`: in this process it would delay the requests that are answered meanwhile.
 CONVERTED_HERE_ASIDE = 0
 
-# How far other work goes before a graph that is made aside: that gets a tenth of a core that is always busy. With 19 it
-# would take hours there.
+# The nice value of a conversion `aside`: it gets a tenth of a core that is always busy. With 19 it would take hours
+# there.
 _NICE = 10
 
 _GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
 
-# Bytes that the process which converts takes besides the weights: torch, transformers and openvino.
+# Bytes that the converting process takes besides the weights: torch, transformers and openvino.
 _CONVERTING = 600 * 10**6
 
 
@@ -69,7 +70,7 @@ class OpenVINO:
     name = "openvino"
 
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
-        """A kind of model, a setting, a package that is not installed, or a note that its graph cannot be had."""
+        """A kind of model, a setting, a missing package, or a record that the model has no graph."""
         if (reason := _rule_against(plan, adapters)) is not None:
             return unsuited(self.name, reason)
         packages = ("openvino", "nncf") if plan.placement.quantization is not None else ("openvino",)
@@ -81,7 +82,7 @@ class OpenVINO:
         return None if reason is None else unable(self.name, plan, reason)
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate | Declined:  # noqa: ARG002 - the protocol's
-        """What its graph takes; under `auto`, only where there is one."""
+        """What the model's graph takes; under `auto`, only if there is one."""
         unmade = None if _place(plan, options).present else _unmade(plan, options)
         if unmade is not None and plan.placement.backend == "auto":
             return unmade
@@ -90,7 +91,7 @@ class OpenVINO:
     def convert(
         self, plan: Plan, options: LoadOptions, settings: LoadSettings, progress: Progress, *, aside: bool
     ) -> Path | None:
-        """Makes the graph: here, or in a process of its own, which every model gets where it is made `aside`."""
+        """Makes the graph: here, or in a process of its own; with `aside` always in a process of its own."""
         place = _place(plan, options)
         bare = ModelRecord(
             plan.record.model_id, plan.record.name, plan.record.model_type, gguf_file=plan.record.gguf_file
@@ -121,8 +122,11 @@ class OpenVINO:
             return spare
 
     def open(self, load: Load) -> Opened | Declined:
-        """Reads the graph, and the model without its weights. Where there is no graph, `load.make` makes it if OpenVINO
-        is asked for by name; without `load.make`, that is done here and now."""
+        """Reads the graph, and the model without its weights.
+
+        If there is no graph, `load.make` makes it if OpenVINO is asked for by name; without `load.make`, it is made
+        here.
+        """
         plan, options, spare = load.plan, load.options, load.spare
         placement = plan.placement
         with ExitStack() as undo:
@@ -134,7 +138,7 @@ class OpenVINO:
                 if missing and placement.backend == "auto":
                     return _unmade(plan, options)
                 with BUILDING:
-                    model = read_shell(plan, options)  # refuses what is wrong with the files
+                    model = read_shell(plan, options)  # refuses faulty files
                 if missing:
                     if file_bytes(plan, options) > CONVERTED_HERE:
                         _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
@@ -150,7 +154,7 @@ class OpenVINO:
             except (NotBatchable, ConversionFailed) as error:
                 return unable(self.name, plan, str(error))
             if graph.folder is not None:
-                undo.pop_all()  # it goes with the model
+                undo.pop_all()  # the folder is deleted with the model
 
         def refuse(reason: str) -> None:
             place.refuse(reason)
@@ -163,7 +167,7 @@ class OpenVINO:
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """A model without its weights, `read`, which reads it with them, and the bytes that they take then."""
+    """A model without its weights; `read` reads it with weights, which take the bytes of `weights`."""
 
     model: Any
     read: Callable[[], Any]
@@ -178,8 +182,8 @@ class GraphCompute:
     def __init__(
         self, head: Head, graph: Graph | EncoderGraph, shell: Shell, kv_cache_bytes: int, refuse: Callable[[str], None]
     ) -> None:
-        """Where the graph proves to give other numbers on this machine than it did, `refuse` is told why, so that it is
-        not tried again; torch computes then, unless `refuse` raises."""
+        """If the graph gives other numbers on this machine, `refuse` is called with the reason, so that it is not tried
+        again; then torch computes, unless `refuse` raises."""
         self.model = shell.model
         self.adapters: Adapters = Attached("", shell.model, {})
         self._head = head
@@ -190,11 +194,11 @@ class GraphCompute:
 
     @property
     def weights(self) -> Mapping[str, int]:
-        """Bytes of the graph's."""
+        """Bytes of the graph's weights."""
         return {"cpu": self._graph.weight_bytes}
 
     def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
-        """By the graph, in a batch or behind the model's own forward pass."""
+        """Serves by the graph, in a batch or behind the model's own forward pass."""
         graph = self._graph
         reserve = Reserve(self.model, self._shell.read, memory.take_own, self._shell.weights)
         try:
@@ -206,11 +210,11 @@ class GraphCompute:
         except NotBatchable as error:
             logger.warning("a %s is not computed by OpenVINO: %s", type(self.model).__name__, error)
             self._refuse(str(error))
-            forget_frames(error)  # they hold what was compiled
+            forget_frames(error)  # the frames hold what was compiled
             declined = str(error)
         else:
             memory.set_weights({"cpu": runner.weight_bytes})
-            cache, copied = runner.cache, runner.copied_bytes  # a table is read where it lies in its file
+            cache, copied = runner.cache, runner.copied_bytes  # a table is read in place, from its file
             return Serving(self.backend, runner, unwritten=lambda: cache.unwritten_bytes + copied)
         memory.set_weights({})
         reserve.fetch()
@@ -221,7 +225,7 @@ class GraphCompute:
 
 
 def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
-    """Which rule keeps OpenVINO from computing such a model, with these settings; None where none does."""
+    """The rule that keeps OpenVINO from computing such a model with these settings; None if none does."""
     placement = plan.placement
     if plan.head == "seq2seq-lm" or (plan.config.is_encoder_decoder and _whole(plan)):
         return "it is an encoder-decoder"
@@ -241,7 +245,7 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
 
 
 def _read_whole(plan: Plan, options: LoadOptions) -> Any:
-    """The model itself, in memory of its own."""
+    """Reads the model itself, into memory of its own."""
     with BUILDING:
         whole = read_model(plan, options, None)
     detach(whole)
@@ -249,7 +253,7 @@ def _read_whole(plan: Plan, options: LoadOptions) -> Any:
 
 
 def _own_bytes(plan: Plan, model: Any) -> int:
-    """Bytes of the weights that `_read_whole` reads of a model, whose shell this is."""
+    """Bytes of the weights that `_read_whole` reads, from the model's shell."""
     if plan.placement.quantization is not None:
         return predicted_bytes(model, plan.placement.quantization, "cpu")
     return sum(tensor.numel() * tensor.itemsize for tensor in {*model.parameters(), *model.buffers()})
@@ -265,11 +269,13 @@ def _pending(plan: Plan, options: LoadOptions) -> Pending:
 
 
 def _conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
-    """Bytes that another process takes for a while to make the graph of a model of so many numbers; 0 where the model
-    is waited for and so small that no other process makes it."""
+    """Bytes that another process takes to make the graph of a model with `numbers` parameters.
+
+    0 for a model that a load waits for and that is so small that no other process makes its graph.
+    """
     try:
         size = file_bytes(plan, options)
-    except FilesMissing:  # they are still to be downloaded
+    except FilesMissing:  # they are not downloaded yet
         size = numbers * own_dtype(plan).itemsize
     small = plan.placement.backend == "openvino" and size <= CONVERTED_HERE
     return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
@@ -281,10 +287,10 @@ def _weigh(plan: Plan, model: Any) -> Weights:
 
 
 def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
-    """Bytes of the constants of OpenVINO's graph of a model, and of the table that is multiplied too.
+    """Bytes of the constants of a model's OpenVINO graph, and of the table that is also multiplied.
 
-    A compressed matrix has a number of 16 bits to scale each of its outputs by, and one of 8 to begin at; in 4 bits, a
-    number of 16 for each 64 of an output. The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
+    A compressed matrix has a 16-bit scale and an 8-bit zero point per output; in 4 bits, a 16-bit scale per 64 numbers.
+    The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
     """
     table = model.get_input_embeddings().weight
     outputs = model.get_output_embeddings()
@@ -301,12 +307,13 @@ def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
 
 
 def _converting_bytes(numbers: int, quantization: str | None) -> int:
-    # Two thirds of the weights are merged into larger ones. What is to be rounded is tried before, its weights packed.
+    # Two thirds of the weights are merged into larger ones. A graph to compress is tested first, with its weights
+    # packed.
     return int(numbers * 4 * (1.7 if quantization is None else 2.4)) + _CONVERTING
 
 
 def _check_conversion(numbers: int, quantization: str | None) -> None:
-    """See that there is memory for another process that makes the graph of a model of so many numbers.
+    """Checks that there is memory for another process that makes the graph of a model with `numbers` parameters.
 
     Raises:
         ConversionFailed: there is not.
@@ -317,22 +324,22 @@ def _check_conversion(numbers: int, quantization: str | None) -> None:
 
 
 def _whole(plan: Plan) -> bool:
-    """Whether a model is more than the encoder of one."""
+    """Whether the model is more than an encoder."""
     return auto_class(plan.config, plan.head) is not transformers.AutoModelForTextEncoding
 
 
 def _place(plan: Plan, options: LoadOptions) -> Place:
-    """Where the model's graph is kept."""
+    """The place of the model's graph."""
     wanted = [plan.head, plan.record.gguf_file, plan.trusted, options.allow_pickle]
     form = "encoder" if plan.head in encoder.HEADS else ""
     return Place(plan.folder, [file_marks(plan.folder), wanted], plan.placement.quantization, form)
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
-    """Make a model's graph and keep it; for any but a small model in a process of its own, see `subprocess`.
+    """Makes a model's graph and stores it; except for small models in a process of its own, see `subprocess`.
 
     Raises:
-        ConversionFailed: OpenVINO cannot compute it, or there is no room for its graph. As `load`, besides.
+        ConversionFailed: OpenVINO cannot compute the model, or the disk lacks space for its graph. Otherwise as `open`.
     """
     options, folder, spare = wanted.options, wanted.folder, wanted.spare
     plan = look(wanted.record, options, folder, wanted.settings)

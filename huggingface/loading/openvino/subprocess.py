@@ -1,9 +1,9 @@
-"""Making OpenVINO's graph of a model in a process of its own, which runs `convert`.
+"""Makes a model's OpenVINO graph in a process of its own, which runs `convert`.
 
-Tracing a model and converting it takes all of Python's attention for many seconds, leaves memory behind in torch's
-registries, and runs compiled code on whatever a model's author wrote. None of that is for the process that serves. This
-one is given a pickled `Wanted` on its standard input, tells how it goes on its standard output, a JSON object a line,
-and ends when the other end of its input is closed.
+Tracing and converting a model keeps Python busy for many seconds, leaves memory behind in torch's registries, and runs
+compiled code on whatever a model's author wrote; the serving process must not do that. The process reads a pickled
+`Wanted` from standard input, reports progress on standard output, one JSON object per line, and ends when the other end
+of its input is closed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
 from ...types import LoadOptions
 
-_END = 5.0  # seconds that a process which is ending may take for it
+_END = 5.0  # seconds that an ending process may take
 _ROOT = Path(__file__).resolve().parents[3]
 
-# The signals by which a process ends that did something wrong, and will again.
+# The signals that end a process after a fault that would happen again.
 _CRASHES = frozenset({-4, -6, -7, -8, -11})
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Of which model a graph is to be made. It goes into `spare` where it cannot be kept beside the model; `nice` is
-    how far other work goes first, 0 to 19 as Unix has it.
+    """The model whose graph is made.
+
+    The graph goes into `spare` if it cannot be stored beside the model; `nice` is the process's nice value, 0 to 19.
     """
 
     record: ModelRecord
@@ -49,13 +50,14 @@ class Wanted:
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
-    """Have the graph made, and wait for it.
+    """Makes the graph, and waits for it.
 
     Raises:
-        ConversionFailed: there is none. Cancelled: `progress` was cancelled.
+        ConversionFailed: there is no graph.
+        Cancelled: `progress` was cancelled.
     """
     command = [sys.executable, "-m", "huggingface.loading.openvino.convert"]
-    process = subprocess.Popen(  # noqa: S603 - this very interpreter, on this very package
+    process = subprocess.Popen(  # noqa: S603 - this interpreter, on this package
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -86,11 +88,11 @@ def convert(wanted: Wanted, progress: Progress) -> None:
                 progress.advance(told["advance"])
             else:
                 outcome = told
-    except BrokenPipeError:  # it ended before it had read what is wanted: its end says how
+    except BrokenPipeError:  # the process ended before it had read its input: its exit code says how
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END)
     finally:
-        process.kill()  # no harm where it has ended
+        process.kill()  # harmless if it has ended
         process.wait()
         reader.join()
         with suppress(BrokenPipeError):
