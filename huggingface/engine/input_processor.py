@@ -319,7 +319,7 @@ class Preparer:
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
-                raise refuse("prompt", f"holds a token that is not among the model's {size}")
+                raise refuse("prompt", f"holds a token that is not in the model's vocabulary of {size}")
             return list(request.tokens)
         return self._read(str(request.prompt), "prompt", most, cancellation)
 

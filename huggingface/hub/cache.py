@@ -78,7 +78,7 @@ def keep_commit(model_id: str, revision: str, commit: str) -> None:
             beside.write_text(commit, encoding="utf-8")
             beside.replace(reference)
     except OSError as error:  # a shared cache that is read-only here
-        logger.debug("the commit of %s could not be noted: %s", model_id, error)
+        logger.debug("the commit of %s could not be recorded: %s", model_id, error)
 
 
 def sweep(model_id: str) -> None:
@@ -88,4 +88,4 @@ def sweep(model_id: str) -> None:
             if time.time() - path.stat().st_mtime > _STALE:
                 path.unlink()
         except OSError as error:
-            logger.debug("%s stays: %s", path.name, error)
+            logger.debug("%s could not be deleted: %s", path.name, error)

@@ -125,7 +125,7 @@ def choose(
         check_named(plan, answer)
         declined = answer
     raise ModelUnsupported(
-        f"Model '{plan.record.model_id}' is computed by none of {', '.join(backend.name for backend in backends)}"
+        f"Model '{plan.record.model_id}' cannot be computed by any of {', '.join(backend.name for backend in backends)}"
     )
 
 

@@ -45,7 +45,7 @@ def estimate(
 ) -> Estimate:
     """Estimates a model that `backend` computes; `weigh` computes its weights' bytes from the model without numbers.
 
-    `before` says what is made meanwhile or before, if anything is.
+    If `before` has a pending conversion, the estimate includes the memory that it takes.
 
     Raises: as `loader.load`.
     """

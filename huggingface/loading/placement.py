@@ -69,19 +69,19 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
     attention = settings.attn_implementation
     if attention is not None and attention not in _ATTENTION:
         raise InvalidRequest(
-            f"Invalid value for field 'attn_implementation': '{attention}' is none of {', '.join(_ATTENTION)}",
+            f"Invalid value for field 'attn_implementation': '{attention}' is not one of {', '.join(_ATTENTION)}",
             "attn_implementation",
         )
     if attention is not None and device == "cpu" and attention not in _ON_CPU:
         raise InvalidRequest(
-            f"Invalid value for field 'attn_implementation': '{attention}' is not for a CPU; there are "
-            f"{' and '.join(_ON_CPU)}",
+            f"Invalid value for field 'attn_implementation': '{attention}' does not work on a CPU; "
+            f"use {' or '.join(_ON_CPU)}",
             "attn_implementation",
         )
     named = settings.dtype or "auto"
     if named != "auto" and named not in _DTYPES:
         raise InvalidRequest(
-            f"Invalid value for field 'dtype': '{named}' is none of auto, {', '.join(_DTYPES)}", "dtype"
+            f"Invalid value for field 'dtype': '{named}' is not one of auto, {', '.join(_DTYPES)}", "dtype"
         )
     dtype = torch.float32 if named == "auto" and device == "cpu" else _DTYPES.get(named)
     return Placement(
@@ -101,7 +101,7 @@ def _backend(settings: LoadSettings, options: LoadOptions) -> str:
     name = settings.backend or options.backend
     if name not in ("auto", *BACKENDS):
         raise InvalidRequest(
-            f"Invalid value for field 'backend': '{name}' is none of auto, {', '.join(BACKENDS)}", "backend"
+            f"Invalid value for field 'backend': '{name}' is not one of auto, {', '.join(BACKENDS)}", "backend"
         )
     return name
 
@@ -119,7 +119,7 @@ def _check_map(device_map: str | Mapping[str, Any]) -> None:
     if isinstance(device_map, str):
         if device_map not in _MAPS:
             raise InvalidRequest(
-                f"Invalid value for field 'device_map': '{device_map}' is none of {', '.join(_MAPS)}", "device_map"
+                f"Invalid value for field 'device_map': '{device_map}' is not one of {', '.join(_MAPS)}", "device_map"
             )
         return
     if not device_map:

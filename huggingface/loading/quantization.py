@@ -57,7 +57,7 @@ def check(scheme: str, device: str) -> None:
     """
     if scheme not in SCHEMES:
         raise InvalidRequest(
-            f"Invalid value for field 'quantization': '{scheme}' is none of {', '.join(SCHEMES)}", "quantization"
+            f"Invalid value for field 'quantization': '{scheme}' is not one of {', '.join(SCHEMES)}", "quantization"
         )
     kind = device.partition(":")[0]
     if kind not in _DEVICES:

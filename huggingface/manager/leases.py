@@ -72,7 +72,7 @@ class Place:
         return None
 
     def left(self, model: LoadedModel) -> bool:
-        """Counts a user less for a model; returns whether that was the last user of a replaced model."""
+        """Counts one user less of a model; returns whether that was the last user of a replaced model."""
         self.users -= 1
         if model not in self.replaced:
             return False

@@ -255,7 +255,7 @@ class ModelManager:
             except ModelBusy:
                 busy.append(f"'{model_id}'")
         if busy:
-            raise ModelBusy(f"In use, and still in memory: {', '.join(busy)}. The other models were cleared")
+            raise ModelBusy(f"In use, and still in memory: {', '.join(busy)}. The other models were unloaded")
 
     def remove(self, model_id: str) -> dict[str, Any]:
         """Removes the model from the registry and from memory; returns the registry's new content.
@@ -338,7 +338,7 @@ class ModelManager:
     def _acquire(
         self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
     ) -> tuple[Place, LoadedModel, ModelRecord]:
-        """The model's place, with a user more, the model in it, and its record."""
+        """The model's place, counted with one user more, the model in it, and its record."""
         asked = False
         while True:
             record = usable(self._registry, model_id)  # in every round: a wait may end with its removal
@@ -389,7 +389,7 @@ class ModelManager:
             self._leave(place, model, record)
 
     def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
-        """Waits for a load; its model then has one user more. If no request waits any more, the load is cancelled.
+        """Waits for a load and then counts as a user of its model. If no request waits any more, the load is cancelled.
 
         Raises: as the load does; Cancelled.
         """
@@ -407,7 +407,7 @@ class ModelManager:
             raise
 
     def _leave(self, place: Place, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None) -> None:
-        """Counts a user less for a model."""
+        """Counts one user less of a model."""
         with self._changed:
             last = place.left(model)
             place.used = time.monotonic()

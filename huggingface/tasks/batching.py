@@ -83,7 +83,7 @@ class Work(Protocol):
         """The call's result, from the answers to all inputs in order."""
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """The meaning of the model's error on a row of so many tokens; `error` itself if unknown."""
+        """Returns what the model's error on a row of so many tokens means to the caller; `error` if unknown."""
 
 
 class _Input:

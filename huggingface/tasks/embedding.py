@@ -54,7 +54,7 @@ class Pooling:
         ).eval()
         self._reader, *self._modules = whole
         if self._reader.module_output_name != "token_embeddings" or not self._reads_texts():
-            raise InvalidRequest("This model's vectors are made of something else than its last hidden states")
+            raise InvalidRequest("This model's vectors do not come from its last hidden states")
         said = dict(self._reader.processing_kwargs.get("text", {}))
         # Padding of a single text would only be cut off again.
         self._reader.processing_kwargs = {**self._reader.processing_kwargs, "text": {**said, "padding": False}}
@@ -102,7 +102,7 @@ def find_pooling(folder: Path, model: Any, *, trusted: bool = False) -> Pooling 
     if kind == "CrossEncoder":
         return None
     if kind != "SentenceTransformer":
-        raise InvalidRequest(f"This model is a {kind} of sentence-transformers, which makes other vectors than these")
+        raise InvalidRequest(f"This model is a {kind} of sentence-transformers, which makes another kind of vectors")
     return Pooling(folder, model, trusted=trusted)
 
 
@@ -202,7 +202,7 @@ class EmbeddingWork:
         if not isinstance(item, str):
             for token in item:
                 if self._vocabulary is not None and not 0 <= token < self._vocabulary:
-                    reason = f"token {token} is not among the model's {self._vocabulary}"
+                    reason = f"token {token} is not in the model's vocabulary of {self._vocabulary}"
                     raise InvalidRequest(f"Invalid value for field 'input': {reason}", "input")
             ids = torch.tensor([item[:most]])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -219,7 +219,7 @@ class EmbeddingWork:
         if most is None:
             return vector
         if most > vector.shape[1]:
-            reason = f"must be at most {vector.shape[1]}, all that the model's vectors have; {most} were asked for"
+            reason = f"must be at most {vector.shape[1]}, the length of the model's vectors, not {most}"
             raise InvalidRequest(f"Invalid value for field 'dimensions': {reason}", "dimensions")
         vector = vector[:, :most]
         if self._pooling is not None and self._pooling.unit_length:

@@ -63,7 +63,7 @@ class Guard:
             raise refuse("inputs", f"{tokens} tokens, but the model can read at most {self.limit}")
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """The meaning of the model's error on so many tokens: on a CPU, a position that no module's name reveals."""
+        """Returns a refusal if the error means more tokens than the model has positions, otherwise the error."""
         config = self.model.config.get_text_config()  # type: ignore[attr-defined]
         most = getattr(config, "max_position_embeddings", None)
         if not isinstance(error, IndexError) or most is None or tokens <= most:

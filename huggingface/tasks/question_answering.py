@@ -85,7 +85,7 @@ class QuestionAnswering:
             yield piece
 
     def blame(self, error: Exception, tokens: int) -> Exception:
-        """The meaning of the model's error on a piece of so many tokens."""
+        """Returns a refusal if the error means that the piece is too long, otherwise the error."""
         # A position or token outside the model's table.
         if not isinstance(error, IndexError) or "out of range in self" not in str(error):
             return error

@@ -201,7 +201,7 @@ class TaskRunner:
         if self._head != "sequence-classification":
             raise UnsupportedTask(self._model_id, "rerank", self.supported)
         if self._model.config.num_labels != 1:
-            raise shapes.refuse("model", f"is no cross-encoder: it has {self._model.config.num_labels} labels, not one")
+            raise shapes.refuse("model", f"has {self._model.config.num_labels} labels; a cross-encoder has one")
         pipeline = self._pipeline("text-classification", adapter)
         return RerankWork(pipeline, self._tokenizer, self._model.config, request.inputs, request.parameters)
 

@@ -175,9 +175,7 @@ class Text2Text:
         for name in sorted(_LANGUAGES):
             if own.get(name) is not None and not self._by_language:
                 reason = "this model's tokenizer knows no language codes"
-                raise check.refuse(
-                    name, f"{reason}; name the languages in the task (translation_en_to_fr) if it has it"
-                )
+                raise check.refuse(name, f"{reason}; name the languages in the task instead (translation_en_to_fr)")
 
     def _first_token(self, stop_sequence: str) -> int:
         """The token that ends the text for `stop_sequence`: its first one, as in `_sanitize_parameters`."""
@@ -273,7 +271,9 @@ class Text2Text:
         except IndexError as error:
             if "out of range in self" not in str(error):  # a position or token outside the model's table
                 raise
-            raise check.refuse(field, "is longer than the model reads, or its answer than it writes") from error
+            raise check.refuse(
+                field, "is longer than the model can read, or its answer longer than it can write"
+            ) from error
         answers = [self._tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
         if own.get("clean_up_tokenization_spaces"):
             # Not by `decode`: transformers 5 does it only for some kinds of tokenizers.

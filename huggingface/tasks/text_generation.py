@@ -39,7 +39,7 @@ def checked(inputs: Any, parameters: Mapping[str, Any], model: Any, tokenizer: A
     elif "continue_final_message" in parameters:
         raise shapes.refuse("continue_final_message", "can be used with a chat only")
     if parameters.get("clean_up_tokenization_spaces") and _is_byte_pair(tokenizer):
-        raise shapes.refuse("clean_up_tokenization_spaces", "must be false: this model's tokens leave none")
+        raise shapes.refuse("clean_up_tokenization_spaces", "must be false: this model's texts have no such spaces")
     check_sequences(parameters, model, do_sample=True, num_beams=1)
     # Only under this name does the pipeline pass the tokenizer on, which stop strings need.
     if "stop_strings" in parameters:

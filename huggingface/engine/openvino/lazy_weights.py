@@ -70,7 +70,7 @@ class Reserve:
             undo.pop_all()
         self._before = []
         _assume(self._shell, whole, self._before)
-        logger.info("read the own weights of a %s", type(self._shell).__name__)
+        logger.info("read the torch weights of a %s", type(self._shell).__name__)
 
     def rest(self) -> None:
         """Drops the weights if they have not been used for a while."""

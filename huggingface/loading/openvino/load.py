@@ -75,7 +75,7 @@ class OpenVINO:
             return unsuited(self.name, reason)
         packages = ("openvino", "nncf") if plan.placement.quantization is not None else ("openvino",)
         if lacking := " ".join(name for name in packages if not library.installed(name)):
-            message = "was to be computed by OpenVINO, which is not installed: pip install"
+            message = "cannot be computed by OpenVINO, which is not installed: pip install"
             error = ModelUnsupported(f"Model '{plan.record.model_id}' {message} {lacking}")
             return Declined(f"not installed: {lacking}", error)
         reason = _place(plan, options).refused
