@@ -64,7 +64,7 @@ class Runner(Protocol):
         """Restores the model itself for use outside the batch."""
 
     def rest(self) -> None:
-        """Drops what is kept for use soon."""
+        """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
         """Drops the model and the cache."""
@@ -137,7 +137,7 @@ class TransformersBatch:
         self._runner.step_aside()
 
     def rest(self) -> None:
-        """Drops what is kept for use soon."""
+        """Drops weights that were loaded on demand."""
         self._runner.rest()
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ class Batch(Protocol):
         """Restores the model itself for use outside the batch."""
 
     def rest(self) -> None:
-        """Drops what is kept for use soon."""
+        """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
         """Drops the model and the cache."""
@@ -86,7 +86,7 @@ class Background(Protocol):
         """Fails all present calls."""
 
     def rest(self) -> None:
-        """Drops what is kept for use soon."""
+        """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
         """Fails all waiting calls."""

@@ -1,8 +1,8 @@
 """Chooses the size of a step's chunk of prompts from the duration of earlier steps.
 
 A step with a chunk delays the next token of the decoding sequences, so a long prompt's chunk should take less time than
-the decoding itself. Short prompts are read in as few steps as possible: to spread them would not shorten anyone's wait,
-and sequences that could decode already would wait longer. Plain numbers; engine's thread only.
+the decoding itself. Short prompts are read in as few steps as possible: to spread them would shorten no wait, and
+sequences that could decode already would wait longer. Plain numbers; engine's thread only.
 """
 
 from __future__ import annotations

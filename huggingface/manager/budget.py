@@ -259,7 +259,7 @@ class Budget:
         if device != "cpu" or limit is None or self._idle_process is None:
             return 0
         now, resident = time.monotonic(), self._resident()
-        # While an owner allocates what it has reserved, or frees it, the difference belongs to no one for sure.
+        # While an owner allocates what it has reserved, or frees it, the difference has no certain owner.
         if resident is not None and not self._coming[device]:
             size = resident - self._idle_process - sum(self._held[device].values())
             while self._unnoted and self._unnoted[-1][1] <= size:

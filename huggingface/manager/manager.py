@@ -104,10 +104,9 @@ class ModelManager:
         self._forecasting = threading.Lock()
 
     def import_libraries(self, delay: float) -> None:
-        """Imports the loader's libraries in the background, `delay` seconds from now: the first load need not wait
-        then.
+        """Imports the loader's libraries in the background, `delay` seconds from now.
 
-        If the import fails, the first load reports it.
+        The first load then need not wait for them. If the import fails, the first load reports it.
         """
         self._loader.begin(delay)
 

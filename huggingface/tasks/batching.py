@@ -199,7 +199,7 @@ class Batcher:
         self._closed = False
         self._calls: set[TaskCall] = set()
         self._submitted: list[tuple[TaskCall, Request]] = []
-        # Only the engine's thread uses the rest. The jobs stand in the order of their turns.
+        # Only the engine's thread uses the rest. The jobs are in the order of their turns.
         self._jobs: list[_Job] = []
         self._nearly_done_first = False
 

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class Resting(Protocol):
-    """Holds something that is used now and then."""
+    """Holds weights that are loaded on demand."""
 
     def rest(self) -> None:
-        """Drops what is kept for use soon."""
+        """Drops weights that were loaded on demand."""
 
 
 class TaskRunner:
@@ -64,7 +64,7 @@ class TaskRunner:
         Args:
             pooling: returns what makes one vector of a text's, if the model's folder says how, or raises why not.
             active: lets the model answer as one of its adapters, by name, until the block ends.
-            resting: keeps what the model needs only for some tasks.
+            resting: holds weights that only some tasks need.
             claims: claims the memory of generations.
         """
         self._model_id = model_id
@@ -122,7 +122,7 @@ class TaskRunner:
         self._calls.fail(error)
 
     def rest(self) -> None:
-        """Drops what is kept for use soon, after some time without calls."""
+        """Drops weights that were loaded on demand, after some time without calls."""
         if self._resting is not None:
             self._resting.rest()
 

@@ -362,7 +362,7 @@ class Encoder:
             base.register_forward_pre_hook(lambda *_: reserve.fetch())
 
     def rest(self) -> None:
-        """Drops what is kept for use soon, after some time without requests."""
+        """Drops weights that were loaded on demand, after some time without requests."""
         if self._reserve is not None:
             self._reserve.let_go()
 

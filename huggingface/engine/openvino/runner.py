@@ -97,7 +97,7 @@ class OpenVINORunner:
         return torch.stack([of_row[-1] for of_row in rows])
 
     def _set(self, name: str, values: Any, dtype: type = np.int32) -> None:
-        if name in self._inputs:  # a model that counts by itself takes no positions
+        if name in self._inputs:  # a model that counts positions itself takes none
             self._request.set_tensor(name, self._tensor(np.asarray(values, dtype=dtype)))
 
     def step_aside(self) -> None:
@@ -110,7 +110,7 @@ class OpenVINORunner:
             self._reserve.fetch()
 
     def rest(self) -> None:
-        """Drops what is kept for use soon, after some time without requests."""
+        """Drops weights that were loaded on demand, after some time without requests."""
         if self._reserve is not None:
             self._reserve.let_go()
 

@@ -135,7 +135,7 @@ class BatchRunner:
             self.products.step_aside()
 
     def rest(self) -> None:
-        """Nothing is kept for use soon."""
+        """Drops nothing: no weights are loaded on demand."""
 
     def close(self) -> None:
         """Drops the cache."""
