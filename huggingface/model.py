@@ -152,9 +152,10 @@ class LoadedModel:
         pooling: Pooling | LocalLLMError | None = None,
         memory: Memory | None = None,
     ) -> None:
-        """`pooling` makes one vector from a text's, or is the error why none is made; `memory` is the model's account.
+        """`pooling` makes one vector from those of a text's tokens, or is the error that says why none is made.
 
-        A thread of the model's own finds out how it is served best; every request waits for that.
+        `memory` is the model's account. A thread of the model's own finds out how it is served best; every request
+        waits for that.
         """
         self.setup = setup
         self.model_id = setup.record.model_id

@@ -21,7 +21,7 @@ from .statistics import Statistics
 logger = logging.getLogger(__name__)
 
 _ALMOST_ALL = 0.9  # the part of a model's memory that should come back after an unload
-_NOTICED = 64 * 2**20  # bytes of a model from which the log warns if they did not
+_NOTICED = 64 * 2**20  # bytes that a model must have for the log to warn that they did not
 
 
 class Unloader:
