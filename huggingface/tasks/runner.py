@@ -62,7 +62,7 @@ class TaskRunner:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 
         Args:
-            pooling: returns what makes one vector of a text's tokens, if the model's folder says how, or raises why not.
+            pooling: returns what makes one vector of a text's tokens, if the folder says how, or raises why not.
             active: lets the model answer as one of its adapters, by name, until the block ends.
             resting: holds weights that only some tasks need.
             claims: claims the memory of generations.
