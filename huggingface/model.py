@@ -207,7 +207,7 @@ class LoadedModel:
                 error = EngineFailed(self.model_id)
             parts.set_exception(error)
         finally:
-            self._memory.account.settle()
+            self._memory.account.commit()
 
     def _make_parts(self, compute: Compute, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
         """Finds out how the model is served, and builds the parts that serve it."""
@@ -225,7 +225,7 @@ class LoadedModel:
             runner.cache.take = memory.take_cache
             batch = TransformersBatch(model_id, runner, texts, options)
             token_bytes = runner.cache.token_bytes
-            memory.account.keep(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
+            memory.account.reserve_floor(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
         memory.unwritten = serving.unwritten
 
         def find() -> Pooling | None:
@@ -233,7 +233,7 @@ class LoadedModel:
                 raise pooling
             return pooling
 
-        adapters, relieve = compute.adapters, memory.account.relieve
+        adapters, relieve = compute.adapters, memory.account.evict_one
         claims = Claims(model_id, model, memory.take_passing, memory.most_beside, relieve)
         tasks = TaskRunner(model_id, model, tokenizer, self.head, find, adapters.active, serving.encoder, claims)
         engine = Engine(model_id, batch, tasks, options, serving.reason, relieve, lambda: use_device(self.device))
@@ -391,7 +391,7 @@ class LoadedModel:
                 try:
                     parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
                 except OutOfMemory as error:
-                    if ticket.made or not self._memory.account.relieve():
+                    if ticket.made or not self._memory.account.evict_one():
                         raise
                     forget_frames(error)
                     parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
@@ -438,7 +438,7 @@ class LoadedModel:
         try:
             return self._run(parts, task, inputs, parameters, cancellation)
         except OutOfMemory as error:
-            if not self._memory.account.relieve():
+            if not self._memory.account.evict_one():
                 raise
             forget_frames(error)
             return self._run(parts, task, inputs, parameters, cancellation)

@@ -22,19 +22,19 @@ from .types import PASSING, Sizes
 class Memory(Protocol):
     """The account where a model asks for memory and reports what it uses."""
 
-    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+    def record(self, part: str, sizes: Mapping[str, int]) -> None:
         """Records how many bytes a part of the model has on each device."""
 
-    def take(self, part: str, device: str, size: int) -> bool:
+    def allocate(self, part: str, device: str, size: int) -> bool:
         """Asks for `size` bytes more, or gives back a negative `size`; returns whether they may be allocated."""
 
-    def keep(self, device: str, size: int) -> None:
+    def reserve_floor(self, device: str, size: int) -> None:
         """Reserves `size` bytes of KV cache for the model, if they are free, before they are allocated."""
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Ends a load's reservation: all that the load takes is allocated and recorded."""
 
-    def relieve(self) -> bool:
+    def evict_one(self) -> bool:
         """Evicts another model; returns whether one was evicted."""
 
     def most(self, device: str) -> int | None:
@@ -44,21 +44,21 @@ class Memory(Protocol):
 class Unlimited:
     """An account without a budget: for a model outside of a manager."""
 
-    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+    def record(self, part: str, sizes: Mapping[str, int]) -> None:
         """Records nothing."""
 
-    def take(self, part: str, device: str, size: int) -> bool:  # noqa: ARG002 - the protocol's
+    def allocate(self, part: str, device: str, size: int) -> bool:  # noqa: ARG002 - the protocol's
         """Whether `size` bytes are free."""
         free = free_bytes(device)
         return free is None or size <= free
 
-    def keep(self, device: str, size: int) -> None:
+    def reserve_floor(self, device: str, size: int) -> None:
         """Reserves nothing."""
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Ends no reservation."""
 
-    def relieve(self) -> bool:
+    def evict_one(self) -> bool:
         """Evicts nothing: there are no other models."""
         return False
 
@@ -87,7 +87,7 @@ class ModelMemory:
         """Records the weights' bytes on each device, in place of earlier ones."""
         with self._counting:
             self._weights = dict(sizes)
-        self.account.note("weights", sizes)
+        self.account.record("weights", sizes)
         self._note_peak()
 
     def set_copied(self, size: int) -> None:
@@ -95,7 +95,7 @@ class ModelMemory:
         with self._counting:
             self._copied = size
         if size:
-            self.account.note("copies", {self._device: size})
+            self.account.record("copies", {self._device: size})
         self._note_peak()
 
     def take_cache(self, device: str, size: int) -> bool:
@@ -108,7 +108,7 @@ class ModelMemory:
 
     def take_own(self, size: int) -> bool:
         """Does the same for torch weights that are in memory beside a graph's for a while."""
-        if not self.account.take("own weights", "cpu", size):
+        if not self.account.allocate("own weights", "cpu", size):
             return False
         with self._counting:
             self._own += size
@@ -148,7 +148,7 @@ class ModelMemory:
             self._weights = {}
 
     def _take(self, part: str, device: str, size: int) -> bool:
-        if not self.account.take(part, device, size):
+        if not self.account.allocate(part, device, size):
             return False
         with self._counting:
             self._kv[device] = self._kv.get(device, 0) + size

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from ..errors import FilesMissing, FilesRefused, HubUnreachable
-from ..hub_errors import hub_errors
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
+from ..inspection.hub_errors import hub_errors
 from ..progress import Progress
 from . import cache
 from .disk import Claims

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import DiskFull, FilesMissing, LoadError, public
-from ..hub_errors import Damaged, damaged, is_absent, is_passing, pause_after, unknown_revision
+from ..inspection.hub_errors import Damaged, damaged, is_absent, is_passing, pause_after, unknown_revision
 from ..progress import Progress
 from . import cache
 from .disk import Claims, Disk, NoRoom

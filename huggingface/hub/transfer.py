@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from ..hub_errors import Damaged, Stalled
+from ..inspection.hub_errors import Damaged, Stalled
 from ..progress import Progress
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ..errors import FilesMissing, HubUnreachable, LoadError, public
-from ..hub_errors import hub_errors, is_absent
+from .hub_errors import hub_errors, is_absent
 
 logger = logging.getLogger(__name__)
 

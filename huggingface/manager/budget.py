@@ -66,7 +66,7 @@ class Budget:
     """The ledger. Devices are named as in torch; `cuda` means `cuda:0`.
 
     An owner's bytes on a device count as the largest of three: the bytes that it recorded, these with a floor for the
-    part that has one (`keep`), and, until `settle`, the bytes that it reserved.
+    part that has one (`reserve_floor`), and, until `commit`, the bytes that it reserved.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Budget:
     def reserve(self, owner: str, needs: Mapping[str, int]) -> bool:
         """Reserves memory on all devices for `owner`, or nothing where it does not fit; returns whether it fits.
 
-        It counts as allocated until `settle`.
+        It counts as allocated until `commit`.
         """
         needs = by_index(needs)
         with self._lock:
@@ -114,13 +114,13 @@ class Budget:
         with self._lock:
             return max(0, self._lacking(owner, indexed(device), need))
 
-    def settle(self, owner: str) -> None:
+    def commit(self, owner: str) -> None:
         """Ends an owner's reservation: its memory is allocated and recorded, or will not be."""
         with self._lock:
             for reserved in self._coming.values():
                 reserved.pop(owner, None)
 
-    def note(self, owner: str, part: str, sizes: Mapping[str, int]) -> None:
+    def record(self, owner: str, part: str, sizes: Mapping[str, int]) -> None:
         """Records how many bytes a part of `owner` (its weights, its KV cache) has on each device, in place of earlier
         ones."""
         with self._lock:
@@ -130,13 +130,13 @@ class Budget:
                 if size:
                     self._held[indexed(device)][owner, part] = size
 
-    def keep(self, owner: str, part: str, device: str, size: int) -> bool:
+    def reserve_floor(self, owner: str, part: str, device: str, size: int) -> bool:
         """Reserves a floor of `size` bytes for a part of `owner`, in place of an earlier one; returns whether they are
         free."""
         with self._lock:
             return self._set(self._kept, owner, part, indexed(device), size)
 
-    def take(self, owner: str, part: str, device: str, size: int) -> bool:
+    def allocate(self, owner: str, part: str, device: str, size: int) -> bool:
         """Records `size` bytes more for a part of `owner`, if they are free or within its floor; may be negative.
 
         Returns whether the bytes may be allocated.
@@ -146,7 +146,7 @@ class Budget:
             before = self._held[device].get((owner, part), 0)
             return self._set(self._held, owner, part, device, max(0, before + size))
 
-    def leave(self, owner: str) -> None:
+    def freeze(self, owner: str) -> None:
         """Freezes the owner's byte count until `forget`: freed memory reaches the system later."""
         with self._lock:
             for device in list(self._held):
@@ -186,7 +186,7 @@ class Budget:
         with self._lock:
             return self._counted(indexed(device))
 
-    def room(self, device: str) -> int | None:
+    def available(self, device: str) -> int | None:
         """The bytes that a load could take on a device now; None for no limit."""
         with self._lock:
             return self._room(indexed(device))
@@ -198,7 +198,7 @@ class Budget:
             room = self._room(device, 0)
             return None if room is None else room + self._taken(device)
 
-    def besides(self, device: str) -> int:
+    def unrecorded(self, device: str) -> int:
         """The bytes of a limit that models cannot have now, because the process uses them beyond the records."""
         with self._lock:
             return self._besides(indexed(device), _LENIENT)
@@ -274,9 +274,9 @@ class Budget:
 class Account:
     """The account of one model in the budget: see `model_memory.Memory`."""
 
-    def __init__(self, budget: Budget, owner: str, relieve: Callable[[], bool]) -> None:
-        """`owner` is the model's name in the budget; `relieve` evicts another model."""
-        self.relieve = relieve
+    def __init__(self, budget: Budget, owner: str, evict_one: Callable[[], bool]) -> None:
+        """`owner` is the model's name in the budget; `evict_one` evicts another model."""
+        self.evict_one = evict_one
         self._budget = budget
         self._owner = owner
         self._naming = threading.Lock()  # so that each call uses one name, before or after `rename`
@@ -292,25 +292,25 @@ class Account:
             self._budget.rename(self._owner, owner)
             self._owner = owner
 
-    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+    def record(self, part: str, sizes: Mapping[str, int]) -> None:
         """Records how many bytes a part of the model has on each device."""
         with self._naming:
-            self._budget.note(self._owner, part, sizes)
+            self._budget.record(self._owner, part, sizes)
 
-    def keep(self, device: str, size: int) -> None:
+    def reserve_floor(self, device: str, size: int) -> None:
         """Reserves `size` bytes of KV cache for the model, if they are free."""
         with self._naming:
-            self._budget.keep(self._owner, _KV_CACHE, device, size)
+            self._budget.reserve_floor(self._owner, _KV_CACHE, device, size)
 
-    def take(self, part: str, device: str, size: int) -> bool:
+    def allocate(self, part: str, device: str, size: int) -> bool:
         """Asks for `size` bytes more, or gives back a negative `size`; returns whether they may be allocated."""
         with self._naming:
-            return self._budget.take(self._owner, part, device, size)
+            return self._budget.allocate(self._owner, part, device, size)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Ends the load's reservation: all that the load takes is allocated."""
         with self._naming:
-            self._budget.settle(self._owner)
+            self._budget.commit(self._owner)
 
     def most(self, device: str) -> int | None:
         """The most bytes that the owner could have if all others were evicted; None for no limit."""

@@ -2,7 +2,7 @@
 
 A waiting load has a claim. The claim outlives a refusal for some seconds: a client that retries after `Retry-After` is
 still first, and the models that should make room for it do not fill again meanwhile. Otherwise overlapping requests
-could keep a model out for ever. Not thread-safe: `Places` guards it with its lock.
+could keep a model out for ever. Not thread-safe: `ModelTable` guards it with its lock.
 """
 
 from __future__ import annotations

@@ -301,9 +301,9 @@ class Conversions:
             return False
         if conversion.bytes is None:
             conversion.bytes = conversion.need()
-        need, room = conversion.bytes, self._budget.room("cpu")
+        need, room = conversion.bytes, self._budget.available("cpu")
         with self._changed:
-            conversion.held = not need or self._budget.keep(conversion.owner, "memory", "cpu", need)
+            conversion.held = not need or self._budget.reserve_floor(conversion.owner, "memory", "cpu", need)
             if conversion.held or waited:
                 conversion.state, conversion.reason = "converting", None
                 return True

@@ -1,4 +1,4 @@
-"""The models' places in memory: which model is there, how many requests use it, and who waits for exclusive access.
+"""The models' entries in memory: which model is there, how many requests use it, and who waits for exclusive access.
 
 One lock guards all of it; it is never held while a model is loaded, waited for or unloaded. The manager decides what
 happens to the models. Any thread may call it. Must not know the registry, torch or HTTP.
@@ -43,8 +43,8 @@ class Loading:
 
 
 @dataclass(slots=True)
-class Place:
-    """One model's place in memory. Times are readings of `time.monotonic`."""
+class ModelEntry:
+    """One model's entry in memory. Times are readings of `time.monotonic`."""
 
     model: LoadedModel | None = None
     account: Account | None = None  # the model's account in the budget
@@ -94,25 +94,26 @@ class Resident:
     load_seconds: float
 
 
-class Places:
-    """All places, and the lock that guards them; the condition `changed` is notified of every change that a thread
+class ModelTable:
+    """All entries, and the lock that guards them; the condition `changed` is notified of every change that a thread
     awaits."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.closed = False
-        self._places: dict[str, Place] = {}  # never shrinks: a thread may wait for a place, and an empty one is tiny
+        # It never shrinks: a thread may wait for an entry, and an empty one is tiny.
+        self._entries: dict[str, ModelEntry] = {}
         self._claims = Claims()
 
     # With the lock held -----------------------------------------------------------------------------------------------
 
-    def of(self, model_id: str) -> Place:
-        """The model's place, created if it is missing."""
-        return self._places.setdefault(model_id, Place())
+    def of(self, model_id: str) -> ModelEntry:
+        """The model's entry, created if it is missing."""
+        return self._entries.setdefault(model_id, ModelEntry())
 
-    def all(self) -> list[tuple[str, Place]]:
-        """Every place, by id."""
-        return list(self._places.items())
+    def all(self) -> list[tuple[str, ModelEntry]]:
+        """Every entry, by id."""
+        return list(self._entries.items())
 
     def drains(self, model_id: str) -> bool:
         """Whether a model admits no new users, because a load waits for its memory."""
@@ -121,32 +122,32 @@ class Places:
     # With or without the lock -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def alone(self, model_id: str, deadline: float) -> Iterator[Place]:
-        """Exclusive access to the model's place: waits for active leases to end, and blocks new ones meanwhile.
+    def exclusive(self, model_id: str, deadline: float) -> Iterator[ModelEntry]:
+        """Exclusive access to the model's entry: waits for active leases to end, and blocks new ones meanwhile.
 
         Raises:
             ModelBusy: they did not end before the deadline, a reading of `time.monotonic`.
         """
         with self.changed:
-            place = self.of(model_id)
-            if not self.changed.wait_for(lambda: not place.reserved, deadline - time.monotonic()):
+            entry = self.of(model_id)
+            if not self.changed.wait_for(lambda: not entry.reserved, deadline - time.monotonic()):
                 raise ModelBusy(f"Model '{model_id}' is being loaded or unloaded; try again later")
-            place.reserved = True
+            entry.reserved = True
             if not self.changed.wait_for(
-                lambda: place.users == 0 and place.loading is None, deadline - time.monotonic()
+                lambda: entry.users == 0 and entry.loading is None, deadline - time.monotonic()
             ):
-                place.reserved = False
+                entry.reserved = False
                 self.changed.notify_all()
                 raise ModelBusy(f"Model '{model_id}' is in use; try again when its requests have ended")
         try:
-            yield place
+            yield entry
         finally:
-            self.free(place)
+            self.free(entry)
 
-    def free(self, place: Place) -> None:
-        """Ends the exclusive access to a place."""
+    def free(self, entry: ModelEntry) -> None:
+        """Ends the exclusive access to an entry."""
         with self.changed:
-            place.reserved = False
+            entry.reserved = False
             self.changed.notify_all()
 
     @contextmanager
@@ -183,14 +184,14 @@ class Places:
             Cancelled: by `cancellation`, or the server is shutting down.
         """
         with self.changed:
-            places = [self.of(model_id) for model_id in claim.victims]
+            entries = [self.of(model_id) for model_id in claim.victims]
             while (left := deadline - time.monotonic()) > 0:
                 if self.closed or cancellation.cancelled:
                     raise Cancelled
-                if places and not any(place.users for place in places):
+                if entries and not any(entry.users for entry in entries):
                     return
                 self.changed.wait(min(left, LOOK_AGAIN))
-                if not places:  # another load runs, or is first: its end changes what fits
+                if not entries:  # another load runs, or is first: its end changes what fits
                     return
 
     # Snapshots --------------------------------------------------------------------------------------------------------
@@ -198,25 +199,25 @@ class Places:
     def loaded(self) -> dict[str, LoadedModel]:
         """The models in memory, by id."""
         with self.changed:
-            return {model_id: place.model for model_id, place in self.all() if place.model is not None}
+            return {model_id: entry.model for model_id, entry in self.all() if entry.model is not None}
 
     def loading(self) -> dict[str, Progress]:
         """The loads that run, by id."""
         with self.changed:
-            return {model_id: place.loading.progress for model_id, place in self.all() if place.loading is not None}
+            return {model_id: entry.loading.progress for model_id, entry in self.all() if entry.loading is not None}
 
     def residents(self, pinned: Collection[str]) -> dict[str, Resident]:
         """The models in memory and how many requests use each, by id."""
         with self.changed:
             now, clock = time.monotonic(), datetime.now(UTC).replace(tzinfo=None)
             found = {}
-            for model_id, place in self.all():
-                if place.model is not None:
+            for model_id, entry in self.all():
+                if entry.model is not None:
                     expires = None
-                    if place.expires is not None and not place.users:
-                        expires = (clock + timedelta(seconds=place.expires - now)).isoformat(timespec="microseconds")
+                    if entry.expires is not None and not entry.users:
+                        expires = (clock + timedelta(seconds=entry.expires - now)).isoformat(timespec="microseconds")
                     found[model_id] = Resident(
-                        place.model, place.users, expires, model_id in pinned, place.load_seconds
+                        entry.model, entry.users, expires, model_id in pinned, entry.load_seconds
                     )
             return found
 
@@ -224,18 +225,18 @@ class Places:
         """When idle models were last used, by id; with `busy` those in use too."""
         with self.changed:
             return {
-                model_id: place.used
-                for model_id, place in self.all()
-                if place.idle or (busy and place.model is not None and not place.reserved)
+                model_id: entry.used
+                for model_id, entry in self.all()
+                if entry.idle or (busy and entry.model is not None and not entry.reserved)
             }
 
     def goes(self, model_id: str) -> bool:
         """Whether a model is about to be unloaded."""
         with self.changed:
-            place = self._places.get(model_id)
-            return place is None or place.reserved or self.closed
+            entry = self._entries.get(model_id)
+            return entry is None or entry.reserved or self.closed
 
     def others_come(self, model_id: str) -> bool:
         """Whether another model is being loaded."""
         with self.changed:
-            return any(place.loading is not None for name, place in self.all() if name != model_id)
+            return any(entry.loading is not None for name, entry in self.all() if name != model_id)

@@ -22,9 +22,9 @@ from ..registry.registry import ModelRegistry
 from ..types import Estimate, LoadOptions, Pending
 from .budget import Account, Budget
 from .conversions import Conversion, Conversions
-from .leases import Loading, Place, Places
+from .eviction import Evictor
+from .leases import Loading, ModelEntry, ModelTable
 from .loader import Heads, LateLoader, Loader
-from .room import Room
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -36,47 +36,47 @@ _PLENTY = 2  # times the load's rough size; if so much is free, no estimate is n
 
 
 class Loads:
-    """Loads models into their places."""
+    """Loads models into their entries."""
 
     def __init__(
         self,
         loader: LateLoader,
         options: LoadOptions,
         downloads: Downloads,
-        places: Places,
+        table: ModelTable,
         budget: Budget,
-        room: Room,
+        evictor: Evictor,
         conversions: Conversions,
         statistics: Statistics,
     ) -> None:
         self._loader = loader
         self._options = options
         self._downloads = downloads
-        self._places = places
+        self._table = table
         self._budget = budget
-        self._room = room
+        self._evictor = evictor
         self._conversions = conversions
         self._statistics = statistics
 
-    def fill(self, record: ModelRecord, place: Place, loading: Loading, spare: Path | None = None) -> None:
-        """Loads a model into `place`, and ends `loading` for all who wait; `spare` as in `loader.load`."""
+    def fill(self, record: ModelRecord, entry: ModelEntry, loading: Loading, spare: Path | None = None) -> None:
+        """Loads a model into `entry`, and ends `loading` for all who wait; `spare` as in `loader.load`."""
         model, failure = None, None
         account = self.account(record.model_id, record.model_id)
         started = time.monotonic()
         try:
-            model = self._read(record, place.overrides.over(record.settings), loading.progress, account, spare)
+            model = self._read(record, entry.overrides.over(record.settings), loading.progress, account, spare)
         except BaseException as error:  # noqa: BLE001 - `loading` raises it for all who wait
             failure = error
         seconds = time.monotonic() - started
-        with self._places.changed:
-            late = self._places.closed
-            place.model, place.account = None if late else model, account
-            place.loading = None
-            if place.model is not None:
-                place.users += loading.waiting
-                loading.model = place.model
-            place.used, place.load_seconds = time.monotonic(), seconds
-            self._places.changed.notify_all()
+        with self._table.changed:
+            late = self._table.closed
+            entry.model, entry.account = None if late else model, account
+            entry.loading = None
+            if entry.model is not None:
+                entry.users += loading.waiting
+                loading.model = entry.model
+            entry.used, entry.load_seconds = time.monotonic(), seconds
+            self._table.changed.notify_all()
         if late and model is not None:
             model.close()
         if failure is None:
@@ -93,7 +93,7 @@ class Loads:
     def open(
         self, record: ModelRecord, conversion: Conversion, settings: LoadSettings, account: Account
     ) -> LoadedModel:
-        """Opens the graph of a finished conversion, beside the model in its place.
+        """Opens the graph of a finished conversion, beside the model in its entry.
 
         Raises: as `loader.load`.
         """
@@ -109,7 +109,7 @@ class Loads:
 
     def account(self, owner: str, model_id: str) -> Account:
         """The account of `owner` in the budget; it may evict idle models other than `model_id`."""
-        return Account(self._budget, owner, partial(self._room.relieve, model_id))
+        return Account(self._budget, owner, partial(self._evictor.evict_one, model_id))
 
     def estimate(self, record: ModelRecord, settings: LoadSettings) -> Estimate:
         """Estimates what a load of a model would take, whether its weights are here or not.
@@ -145,7 +145,7 @@ class Loads:
             estimate = self.estimate(record, settings)
         except LocalLLMError:
             return
-        self._room.lacking(record.model_id, estimate.devices)
+        self._evictor.lacking(record.model_id, estimate.devices)
 
     def _read(
         self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
@@ -159,8 +159,8 @@ class Loads:
         heads = self._downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-            self._room.make(model_id, estimate.devices, progress)
-            account.keep(estimate.device, estimate.kv_cache)
+            self._evictor.reserve(model_id, estimate.devices, progress)
+            account.reserve_floor(estimate.device, estimate.kv_cache)
         try:
             read = partial(
                 loader.load,
@@ -216,7 +216,7 @@ class Loads:
             return False
         device = resolve_device(settings.device or self._options.device)
         rough = loader.rough_bytes(record, self._options, folder, adapters)
-        return self._room.take_if_plenty(record.model_id, device, rough, _PLENTY)
+        return self._evictor.reserve_if_plenty(record.model_id, device, rough, _PLENTY)
 
     def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
         """Reads a model; if memory still runs out, evicts idle models and reads it once more."""
@@ -224,7 +224,7 @@ class Loads:
             return read()
         except OutOfMemory:
             relieved = False
-            while self._room.relieve(model_id):
+            while self._evictor.evict_one(model_id):
                 relieved = True
             if not relieved:
                 raise

@@ -24,11 +24,11 @@ from ..registry.registry import ModelRegistry
 from ..types import Forecast, LoadOptions, Unloaded
 from .budget import Budget
 from .conversions import Conversions
+from .eviction import Evictor
 from .keep_alive import KeepAlive
-from .leases import Loading, Place, Places, Resident
+from .leases import Loading, ModelEntry, ModelTable, Resident
 from .loader import LateLoader
 from .loads import Loads, is_stale, usable
-from .room import Room
 from .statistics import Statistics
 from .takeover import Takeover
 from .unloading import Unloader
@@ -65,12 +65,12 @@ class ModelManager:
         self._registry = registry
         self._options = options
         self._busy_timeout = busy_timeout
-        self._places = places = Places()
-        self._changed = places.changed
+        self._table = table = ModelTable()
+        self._changed = table.changed
         self._loader = LateLoader(self.budget.begin)
-        self._unloader = unloader = Unloader(registry, places, self.budget, self.statistics)
+        self._unloader = unloader = Unloader(registry, table, self.budget, self.statistics)
         self._keep_alive = KeepAlive(
-            places, keep_alive, lambda model_id: unloader.evict(model_id, "its keep-alive is over", expired=True)
+            table, keep_alive, lambda model_id: unloader.evict(model_id, "its keep-alive is over", expired=True)
         )
         self.conversions = Conversions(
             self.budget,
@@ -78,24 +78,24 @@ class ModelManager:
             lambda conversion: self._takeover.take_over(conversion),
             lambda conversion, reason: self._takeover.stays(conversion, reason),
         )
-        self._room = Room(
-            self.budget, places, memory_timeout, unloader.pinned, unloader.evict, self.conversions.give_way
+        self._evictor = Evictor(
+            self.budget, table, memory_timeout, unloader.pinned, unloader.evict, self.conversions.give_way
         )
         self._loads = Loads(
             self._loader,
             options,
             self.downloads,
-            places,
+            table,
             self.budget,
-            self._room,
+            self._evictor,
             self.conversions,
             self.statistics,
         )
         self._takeover = Takeover(
             registry,
-            places,
+            table,
             self.budget,
-            self._room,
+            self._evictor,
             self._loads,
             unloader,
             self._keep_alive,
@@ -130,11 +130,11 @@ class ModelManager:
                 error.
             Cancelled: by `cancellation` while the model was loaded, or the server is shutting down.
         """
-        place, model, record = self._acquire(model_id, cancellation, watch)
+        entry, model, record = self._acquire(model_id, cancellation, watch)
         try:
             yield model
         finally:
-            self._leave(place, model, record, keep_alive)
+            self._leave(entry, model, record, keep_alive)
 
     def load(
         self,
@@ -162,9 +162,9 @@ class ModelManager:
             return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
         except LocalLLMError:
             with self._changed:  # the settings of a failed load must not affect the next request
-                place = self._places.of(model_id)
-                if place.overrides == settings and place.model is None:
-                    place.overrides = before
+                entry = self._table.of(model_id)
+                if entry.overrides == settings and entry.model is None:
+                    entry.overrides = before
             raise
 
     def _bring(
@@ -178,12 +178,12 @@ class ModelManager:
     ) -> LoadedModel:
         if force_reload:
             usable(self._registry, model_id)
-            with self._places.alone(model_id, self._busy_deadline) as place:
+            with self._table.exclusive(model_id, self._busy_deadline) as entry:
                 record = usable(self._registry, model_id)
-                self._unloader.release(model_id, place)
-                loading = place.loading = Loading(forced=True)
+                self._unloader.release(model_id, entry)
+                loading = entry.loading = Loading(forced=True)
                 watch(loading.progress)
-                self._loads.fill(record, place, loading)
+                self._loads.fill(record, entry, loading)
                 loading.done.result()
         with self.lease(model_id, cancellation, keep_alive, watch) as model:
             conversion = self.conversions.of(model_id) if wait_for_graph else None
@@ -205,17 +205,17 @@ class ModelManager:
         """
         record = usable(self._registry, model_id)
         with self._changed:
-            place = self._places.of(model_id)
-            before = place.overrides
+            entry = self._table.of(model_id)
+            before = entry.overrides
         if before == settings:
             return before
         loader = self._loader.get()
         with suppress(FilesMissing, HubUnreachable):  # without the files nothing can be checked yet
             folder = self.downloads.present(record)
             loader.check(record, self._options, folder, settings.over(record.settings))
-        with self._places.alone(model_id, self._busy_deadline) as place:
-            self._clear(model_id, place)
-            place.overrides = settings
+        with self._table.exclusive(model_id, self._busy_deadline) as entry:
+            self._clear(model_id, entry)
+            entry.overrides = settings
         return before
 
     @property
@@ -231,8 +231,8 @@ class ModelManager:
         Raises:
             ModelBusy: they did not end within the busy timeout; the model stays.
         """
-        with self._places.alone(model_id, self._busy_deadline) as place:
-            return self._clear(model_id, place)
+        with self._table.exclusive(model_id, self._busy_deadline) as entry:
+            return self._clear(model_id, entry)
 
     def unload_all(self) -> None:
         """Unloads all models, after the requests that use them.
@@ -244,13 +244,13 @@ class ModelManager:
         busy = []
         with self._changed:
             present = [
-                name for name, place in self._places.all() if place.model is not None or place.loading is not None
+                name for name, entry in self._table.all() if entry.model is not None or entry.loading is not None
             ]
         present += [name for name in self.conversions.shown() if name not in present]
         for model_id in present:
             try:
-                with self._places.alone(model_id, deadline) as place:
-                    self._clear(model_id, place)
+                with self._table.exclusive(model_id, deadline) as entry:
+                    self._clear(model_id, entry)
             except ModelBusy:
                 busy.append(f"'{model_id}'")
         if busy:
@@ -264,30 +264,30 @@ class ModelManager:
             ModelBusy: the requests that use it did not end within the busy timeout; nothing was changed.
         """
         self._registry.check_present(model_id)
-        with self._places.alone(model_id, self._busy_deadline) as place:
+        with self._table.exclusive(model_id, self._busy_deadline) as entry:
             content = self._registry.remove(model_id)
             self.downloads.cancel(model_id)
-            self._clear(model_id, place)
+            self._clear(model_id, entry)
             self.statistics.removed(model_id)
         return content
 
-    def _clear(self, model_id: str, place: Place) -> Unloaded:
-        """Empties a place that this thread has exclusively, and drops the settings of its last load."""
+    def _clear(self, model_id: str, entry: ModelEntry) -> Unloaded:
+        """Empties an entry that this thread has exclusively, and drops the settings of its last load."""
         self.conversions.cancel(model_id)
-        place.overrides = LoadSettings()
-        return self._unloader.release(model_id, place)
+        entry.overrides = LoadSettings()
+        return self._unloader.release(model_id, entry)
 
     def close(self) -> None:
         """Cancels all work and empties the memory; no model is leased or loaded afterwards."""
         with self._changed:
-            self._places.closed = True
-            models = [place.model for _, place in self._places.all() if place.model is not None]
-            for _, place in self._places.all():
-                models.extend(place.replaced)
-                place.replaced.clear()
-                place.model = None
-                if place.loading is not None:
-                    place.loading.progress.cancel()
+            self._table.closed = True
+            models = [entry.model for _, entry in self._table.all() if entry.model is not None]
+            for _, entry in self._table.all():
+                models.extend(entry.replaced)
+                entry.replaced.clear()
+                entry.model = None
+                if entry.loading is not None:
+                    entry.loading.progress.cancel()
             self._changed.notify_all()
         self.downloads.close()
         for model in models:
@@ -300,15 +300,15 @@ class ModelManager:
 
     def loaded(self) -> dict[str, LoadedModel]:
         """The models in memory, by id, at this moment."""
-        return self._places.loaded()
+        return self._table.loaded()
 
     def residents(self) -> dict[str, Resident]:
         """The models in memory and how many requests use each, by id, at this moment."""
-        return self._places.residents(self._unloader.pinned())
+        return self._table.residents(self._unloader.pinned())
 
     def loading(self) -> dict[str, Progress]:
         """The loads that run, by id."""
-        return self._places.loading()
+        return self._table.loading()
 
     def forecast(
         self, model_id: str, settings: LoadSettings | None = None, cancellation: Cancellation = NEVER
@@ -320,7 +320,7 @@ class ModelManager:
 
         Raises: as `lease`, except errors that only reading the weights shows.
         """
-        cancellation = cancellation.child(lambda: self._places.closed)
+        cancellation = cancellation.child(lambda: self._table.closed)
         cancellation.until(lambda seconds: self._forecasting.acquire(timeout=seconds))
         try:
             return self._forecast(model_id, settings)
@@ -330,40 +330,40 @@ class ModelManager:
     def _forecast(self, model_id: str, settings: LoadSettings | None) -> Forecast:
         record = self._registry.get(model_id)
         wanted = (settings or LoadSettings()).over(record.settings)
-        return self._room.forecast(model_id, self._loads.estimate(record, wanted))
+        return self._evictor.forecast(model_id, self._loads.estimate(record, wanted))
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
     def _acquire(
         self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
-    ) -> tuple[Place, LoadedModel, ModelRecord]:
-        """The model's place, counted with one user more, the model in it, and its record."""
+    ) -> tuple[ModelEntry, LoadedModel, ModelRecord]:
+        """The model's entry, counted with one user more, the model in it, and its record."""
         asked = False
         while True:
             record = usable(self._registry, model_id)  # in every round: a wait may end with its removal
             with self._changed:
-                if self._places.closed:
+                if self._table.closed:
                     raise Cancelled("The server is shutting down")
-                place = self._places.of(model_id)
-                loading = place.loading
+                entry = self._table.of(model_id)
+                loading = entry.loading
                 if (
-                    place.reserved
-                    or self._places.drains(model_id)
+                    entry.reserved
+                    or self._table.drains(model_id)
                     or (loading is not None and loading.progress.cancellation.cancelled)
                 ):
                     self._changed.wait(LOOK_AGAIN)
                     cancellation.check()
                     continue
-                stale = place.model is not None and is_stale(place.model, record)
-                if place.model is not None and not stale:
-                    place.users += 1
-                    place.expires = None
+                stale = entry.model is not None and is_stale(entry.model, record)
+                if entry.model is not None and not stale:
+                    entry.users += 1
+                    entry.expires = None
                     if not asked:
                         self.statistics.found(model_id)
-                    return place, place.model, record
+                    return entry, entry.model, record
                 mine = loading is None
                 if loading is None and not stale:
-                    loading = place.loading = Loading()
+                    loading = entry.loading = Loading()
                 if loading is not None:
                     loading.waiting += 1
             if stale or loading is None:
@@ -372,22 +372,22 @@ class ModelManager:
             watch(loading.progress)
             if mine:
                 name = f"load-{model_id}"
-                threading.Thread(target=self._loads.fill, args=(record, place, loading), name=name).start()
+                threading.Thread(target=self._loads.fill, args=(record, entry, loading), name=name).start()
             if not asked:
                 self.statistics.missed(model_id)
                 asked = True
-            self._wait_for(place, loading, record, cancellation)
+            self._wait_for(entry, loading, record, cancellation)
             model = loading.model  # only the server's end can unload it now
             assert model is not None  # noqa: S101 - the load has succeeded
             try:
-                if not self._places.closed and not is_stale(model, usable(self._registry, model_id)):
-                    return place, model, record
+                if not self._table.closed and not is_stale(model, usable(self._registry, model_id)):
+                    return entry, model, record
             except LocalLLMError:
-                self._leave(place, model, record)
+                self._leave(entry, model, record)
                 raise
-            self._leave(place, model, record)
+            self._leave(entry, model, record)
 
-    def _wait_for(self, place: Place, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
+    def _wait_for(self, entry: ModelEntry, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
         """Waits for a load and then counts as a user of its model. If no request waits any more, the load is cancelled.
 
         Raises: as the load does; Cancelled.
@@ -398,20 +398,22 @@ class ModelManager:
         except BaseException:
             with self._changed:
                 if loading.model is not None:
-                    self._leave(place, loading.model, record)
+                    self._leave(entry, loading.model, record)
                 else:
                     loading.waiting -= 1
                     if not loading.waiting and not loading.forced:
                         loading.progress.cancel()
             raise
 
-    def _leave(self, place: Place, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None) -> None:
+    def _leave(
+        self, entry: ModelEntry, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None
+    ) -> None:
         """Counts one user less of a model."""
         with self._changed:
-            last = place.left(model)
-            place.used = time.monotonic()
-            if place.users == 0 and place.model is not None:
-                self._keep_alive.begin(place, record, keep_alive)
+            last = entry.left(model)
+            entry.used = time.monotonic()
+            if entry.users == 0 and entry.model is not None:
+                self._keep_alive.begin(entry, record, keep_alive)
             self._changed.notify_all()
         if last:  # on a thread of its own, so that the answer need not wait
             arguments = (record.model_id, model)
@@ -421,7 +423,7 @@ class ModelManager:
 
     def _drop_stale(self, record: ModelRecord) -> None:
         """Unloads a model that a load must replace."""
-        with self._places.alone(record.model_id, self._busy_deadline) as place:
-            if place.model is not None and is_stale(place.model, record):
+        with self._table.exclusive(record.model_id, self._busy_deadline) as entry:
+            if entry.model is not None and is_stale(entry.model, record):
                 self.conversions.cancel(record.model_id)
-                self._unloader.release(record.model_id, place)
+                self._unloader.release(record.model_id, entry)

@@ -15,10 +15,10 @@ from ..registry.records import ModelRecord
 from ..registry.registry import ModelRegistry
 from .budget import Budget
 from .conversions import Conversion
+from .eviction import Evictor
 from .keep_alive import KeepAlive
-from .leases import Loading, Places
+from .leases import Loading, ModelTable
 from .loads import Loads, is_stale, usable
-from .room import Room
 from .unloading import Unloader
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Takeover:
     def __init__(
         self,
         registry: ModelRegistry,
-        places: Places,
+        table: ModelTable,
         budget: Budget,
-        room: Room,
+        evictor: Evictor,
         loads: Loads,
         unloader: Unloader,
         keep_alive: KeepAlive,
@@ -45,9 +45,9 @@ class Takeover:
     ) -> None:
         """`timeout` is how many seconds new requests of a model may wait for a reload."""
         self._registry = registry
-        self._places = places
+        self._table = table
         self._budget = budget
-        self._room = room
+        self._evictor = evictor
         self._loads = loads
         self._unloader = unloader
         self._keep_alive = keep_alive
@@ -55,14 +55,14 @@ class Takeover:
 
     def may_convert(self, conversion: Conversion) -> bool:
         """Whether a model's load is over, so that its conversion does not disturb the load's measurements."""
-        with self._places.changed:
-            place = self._places.of(conversion.model_id)
-            return place.loading is None and (place.model is None or place.model.settles(0))
+        with self._table.changed:
+            entry = self._table.of(conversion.model_id)
+            return entry.loading is None and (entry.model is None or entry.model.settles(0))
 
     def stays(self, conversion: Conversion, reason: str) -> None:
         """Records why no graph computes a model."""
-        with self._places.changed:
-            model = self._places.of(conversion.model_id).model
+        with self._table.changed:
+            model = self._table.of(conversion.model_id).model
             if model is not None and model.setup.pending == conversion.pending:
                 model.backend_reason = reason
 
@@ -75,39 +75,39 @@ class Takeover:
         Raises: as a load does; torch goes on then.
         """
         model_id = conversion.model_id
-        with self._places.changed:
-            place = self._places.of(model_id)
-            model = place.model
-            if place.reserved or place.loading is not None:
+        with self._table.changed:
+            entry = self._table.of(model_id)
+            model = entry.model
+            if entry.reserved or entry.loading is not None:
                 return False
         if model is None or model.setup.pending != conversion.pending or model.failed:
             return True  # the next load reads the graph
         record = usable(self._registry, model_id)
         if is_stale(model, record):
             return True
-        settings = place.overrides.over(record.settings)
+        settings = entry.overrides.over(record.settings)
         backend = conversion.pending.backend
         account = self._loads.account(f"{model_id} by {backend}", model_id)
         estimate = self._loads.estimate(record, replace(settings, backend=backend))
-        self._room.lacking(model_id, estimate.devices)
+        self._evictor.lacking(model_id, estimate.devices)
         if not self._budget.reserve(account.owner, estimate.devices):
             return self._reload(conversion, record)
         after = None
         try:
-            account.keep(estimate.device, estimate.kv_cache)
+            account.reserve_floor(estimate.device, estimate.kv_cache)
             after = self._loads.open(record, conversion, settings, account)
             conversion.spare = None  # the folder is deleted with the model
             after.prepared(conversion.cancellation)
             if after.effective["backend"] != backend:
                 raise ConversionFailed(after.backend_reason or "its graph cannot be found")
-            with self._places.changed:
-                if place.model is not model or place.reserved or self._places.closed:
-                    return place.model is None
-                assert place.account is not None  # noqa: S101 - it came with the model
-                place.account.rename(_replaced(model_id))
+            with self._table.changed:
+                if entry.model is not model or entry.reserved or self._table.closed:
+                    return entry.model is None
+                assert entry.account is not None  # noqa: S101 - it came with the model
+                entry.account.rename(_replaced(model_id))
                 account.rename(model_id)
-                unused, after = place.replace(after, account), None
-                self._places.changed.notify_all()
+                unused, after = entry.replace(after, account), None
+                self._table.changed.notify_all()
         finally:
             if after is not None:
                 after.close()
@@ -127,30 +127,30 @@ class Takeover:
         patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
         conversion.reason = "there is no room for both while it is in use"
         try:
-            with self._places.alone(
+            with self._table.exclusive(
                 record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
-            ) as place:
-                if place.model is None or place.model.setup.pending != conversion.pending:
+            ) as entry:
+                if entry.model is None or entry.model.setup.pending != conversion.pending:
                     return True
-                used, expires = place.used, place.expires
-                self._unloader.release(record.model_id, place)
-                loading = place.loading = Loading(forced=True)
-                self._loads.fill(record, place, loading, conversion.spare)
-                with self._places.changed:
-                    place.used = used
-                    if place.model is not None:
-                        self._keep_alive.expire(place, expires)
+                used, expires = entry.used, entry.expires
+                self._unloader.release(record.model_id, entry)
+                loading = entry.loading = Loading(forced=True)
+                self._loads.fill(record, entry, loading, conversion.spare)
+                with self._table.changed:
+                    entry.used = used
+                    if entry.model is not None:
+                        self._keep_alive.expire(entry, expires)
         except ModelBusy:
             return False
-        if place.model is not None:
-            if place.model.setup.pending is not None:
+        if entry.model is not None:
+            if entry.model.setup.pending is not None:
                 raise ConversionFailed("its graph cannot be found")
             conversion.spare = None  # the folder is deleted with the model
         return True
 
     def close_replaced(self, model_id: str, model: LoadedModel) -> None:
         """Closes a model that a takeover replaced."""
-        self._budget.leave(_replaced(model_id))
+        self._budget.freeze(_replaced(model_id))
         model.close()
         self._budget.forget(_replaced(model_id))
 

@@ -15,7 +15,7 @@ from ..registry.records import LoadSettings
 from ..registry.registry import ModelRegistry
 from ..types import Unloaded
 from .budget import Budget
-from .leases import Place, Places
+from .leases import ModelEntry, ModelTable
 from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ _NOTICED = 64 * 2**20  # bytes that a model must have for the log to warn that t
 
 
 class Unloader:
-    """Empties places."""
+    """Empties table."""
 
-    def __init__(self, registry: ModelRegistry, places: Places, budget: Budget, statistics: Statistics) -> None:
+    def __init__(self, registry: ModelRegistry, table: ModelTable, budget: Budget, statistics: Statistics) -> None:
         self._registry = registry
-        self._places = places
+        self._table = table
         self._budget = budget
         self._statistics = statistics
 
@@ -38,38 +38,38 @@ class Unloader:
         try:
             return frozenset(record.model_id for record in self._registry.list() if record.pinned)
         except LocalLLMError:  # the registry cannot be read now, so no model is evicted
-            return frozenset(self._places.loaded())
+            return frozenset(self._table.loaded())
 
     def evict(self, model_id: str, why: str, *, expired: bool = False) -> bool:
         """Unloads a model if it is still idle and, with `expired`, its time is still over; returns whether it did."""
-        with self._places.changed:
-            place = self._places.of(model_id)
-            if not place.idle or self._places.closed:
+        with self._table.changed:
+            entry = self._table.of(model_id)
+            if not entry.idle or self._table.closed:
                 return False
-            if expired and (place.expires is None or place.expires > time.monotonic()):
+            if expired and (entry.expires is None or entry.expires > time.monotonic()):
                 return False
-            place.reserved = True
+            entry.reserved = True
         try:
             logger.info("unloading %s: %s", model_id, why)
-            place.overrides = LoadSettings()
-            self.release(model_id, place)
+            entry.overrides = LoadSettings()
+            self.release(model_id, entry)
             if not expired:
                 self._statistics.evicted(model_id)
         finally:
-            self._places.free(place)
+            self._table.free(entry)
         return True
 
-    def release(self, model_id: str, place: Place) -> Unloaded:
-        """Empties a place that this thread has exclusively; returns what the model had, and what came back."""
-        with self._places.changed:
-            model, place.model = place.model, None
-            place.expires = None
+    def release(self, model_id: str, entry: ModelEntry) -> Unloaded:
+        """Empties an entry that this thread has exclusively; returns what the model had, and what came back."""
+        with self._table.changed:
+            model, entry.model = entry.model, None
+            entry.expires = None
         if model is None:
             return Unloaded(False, 0, 0)
         sizes, expected = model.sizes, model.expected_back
         resident = model.resident
         before = {device: used_bytes(device) for device in sizes.devices}
-        self._budget.leave(model_id)
+        self._budget.freeze(model_id)
         model.close()
         self._budget.forget(model_id)
         freed = 0

@@ -49,10 +49,9 @@ from huggingface.host.memory import few_file_pages, ran_out_of_memory, readable
 from huggingface.loading import loader
 from huggingface.loading import torch as by_torch
 from huggingface.manager.budget import Budget, Limit, parse_limits
-from huggingface.manager.eviction import Idle, choose
-from huggingface.manager.leases import Places
+from huggingface.manager.eviction import Evictor, Idle, choose
+from huggingface.manager.leases import ModelTable
 from huggingface.manager.manager import ModelManager
-from huggingface.manager.room import Room
 from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry
@@ -124,13 +123,13 @@ def test_what_is_set_aside_counts_until_it_is_taken_or_given_up() -> None:
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
     assert budget.reserve("a", {"cpu": 600})
     assert not budget.reserve("b", {"cpu": 500})
-    assert (budget.room("cpu"), budget.most("cpu")) == (400, 1000)
-    budget.note("a", "weights", {"cpu": 550})
-    budget.settle("a")
-    assert budget.room("cpu") == 450
-    assert budget.take("a", "kv cache", "cpu", 450)
-    assert not budget.take("a", "kv cache", "cpu", 1)
-    assert budget.take("a", "kv cache", "cpu", -100)
+    assert (budget.available("cpu"), budget.most("cpu")) == (400, 1000)
+    budget.record("a", "weights", {"cpu": 550})
+    budget.commit("a")
+    assert budget.available("cpu") == 450
+    assert budget.allocate("a", "kv cache", "cpu", 450)
+    assert not budget.allocate("a", "kv cache", "cpu", 1)
+    assert budget.allocate("a", "kv cache", "cpu", -100)
     assert budget.holders("cpu") == {"a": 900}
     budget.forget("a")
     assert budget.held() == {}
@@ -138,40 +137,40 @@ def test_what_is_set_aside_counts_until_it_is_taken_or_given_up() -> None:
 
 def test_what_is_kept_for_later_can_be_taken_when_all_else_is_gone() -> None:
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
-    assert budget.keep("a", "kv cache", "cpu", 300)
-    budget.note("b", "weights", {"cpu": 700})
-    assert budget.room("cpu") == 0
-    assert not budget.keep("a", "kv cache", "cpu", 301)
-    assert budget.take("a", "kv cache", "cpu", 300)
-    assert not budget.take("a", "kv cache", "cpu", 1)
+    assert budget.reserve_floor("a", "kv cache", "cpu", 300)
+    budget.record("b", "weights", {"cpu": 700})
+    assert budget.available("cpu") == 0
+    assert not budget.reserve_floor("a", "kv cache", "cpu", 301)
+    assert budget.allocate("a", "kv cache", "cpu", 300)
+    assert not budget.allocate("a", "kv cache", "cpu", 1)
     assert budget.holders("cpu") == {"a": 300, "b": 700}
-    assert budget.take("a", "kv cache", "cpu", -200)
-    assert budget.room("cpu") == 0  # it is still kept
+    assert budget.allocate("a", "kv cache", "cpu", -200)
+    assert budget.available("cpu") == 0  # it is still kept
 
 
 def test_what_is_given_back_by_who_is_going_is_not_to_be_had_before_he_has_gone() -> None:
     resident = 1000
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000, lambda: resident)
     budget.begin()
-    budget.note("a", "weights", {"cpu": 500})
-    assert budget.take("a", "kv cache", "cpu", 300)
+    budget.record("a", "weights", {"cpu": 500})
+    assert budget.allocate("a", "kv cache", "cpu", 300)
     resident += 800
-    budget.leave("a")
-    assert budget.take("a", "kv cache", "cpu", -300)
-    assert (budget.room("cpu"), budget.besides("cpu")) == (200, 0)
+    budget.freeze("a")
+    assert budget.allocate("a", "kv cache", "cpu", -300)
+    assert (budget.available("cpu"), budget.unrecorded("cpu")) == (200, 0)
     resident -= 800
     budget.forget("a")
-    assert budget.room("cpu") == 1000
+    assert budget.available("cpu") == 1000
 
 
 def test_what_a_load_reserved_is_what_it_notes_and_not_besides() -> None:
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
     assert budget.reserve("a", {"cpu": 600})
-    budget.note("a", "weights", {"cpu": 500})
-    assert budget.keep("a", "kv cache", "cpu", 100)
-    assert budget.room("cpu") == 400
-    budget.settle("a")
-    assert budget.room("cpu") == 400
+    budget.record("a", "weights", {"cpu": 500})
+    assert budget.reserve_floor("a", "kv cache", "cpu", 100)
+    assert budget.available("cpu") == 400
+    budget.commit("a")
+    assert budget.available("cpu") == 400
     assert budget.holders("cpu") == {"a": 600}
 
 
@@ -181,25 +180,25 @@ def test_what_the_process_has_besides_is_not_to_be_had_but_for_a_model_that_is_a
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000, lambda: resident)
     budget.begin()
     resident += 130
-    assert (budget.room("cpu"), budget.most("cpu"), budget.besides("cpu")) == (970, 1000, 30)
+    assert (budget.available("cpu"), budget.most("cpu"), budget.unrecorded("cpu")) == (970, 1000, 30)
     budget.begin()  # only the first time says what the process is without models
     assert budget.lacking("a", "cpu", 1000) == 0
     assert budget.reserve("a", {"cpu": 600})
     resident += 600
-    assert budget.room("cpu") == 370  # what is read just now is not what the process has besides
-    budget.note("a", "weights", {"cpu": 600})
-    budget.settle("a")
-    assert budget.room("cpu") == 370
+    assert budget.available("cpu") == 370  # what is read just now is not what the process has besides
+    budget.record("a", "weights", {"cpu": 600})
+    budget.commit("a")
+    assert budget.available("cpu") == 370
     assert budget.lacking("b", "cpu", 400) == 30
     assert budget.lacking("b", "cpu", 1000) == 600  # all that others have; then it is alone
     assert budget.lacking("b", "cpu", 1001) == 601
     assert not budget.reserve("b", {"cpu": 380})
-    assert budget.take("a", "kv cache", "cpu", 270)
-    assert not budget.take("a", "kv cache", "cpu", 1)
-    assert budget.take("a", "kv cache", "cpu", -270)
+    assert budget.allocate("a", "kv cache", "cpu", 270)
+    assert not budget.allocate("a", "kv cache", "cpu", 1)
+    assert budget.allocate("a", "kv cache", "cpu", -270)
     assert budget.reserve("b", {"cpu": 370})
     resident -= 130  # a moment later it may have it again
-    assert budget.room("cpu") == 0
+    assert budget.available("cpu") == 0
 
 
 def test_what_the_process_has_besides_does_not_count_twice_where_the_budget_is_a_share_of_what_is_free() -> None:
@@ -207,48 +206,48 @@ def test_what_the_process_has_besides_does_not_count_twice_where_the_budget_is_a
     budget = Budget({"*": Limit(share=0.5)}, lambda _: 1000, lambda: resident)
     budget.begin()
     resident += 400
-    assert budget.room("cpu") == 500
+    assert budget.available("cpu") == 500
 
 
 def test_a_share_is_of_what_models_have_and_what_is_free_and_an_amount_is_never_more_than_that() -> None:
     free = 1000
     budget = Budget({"*": Limit(share=0.5)}, lambda _: free)
-    assert budget.room("cpu") == 500
-    budget.note("a", "weights", {"cpu": 200})
+    assert budget.available("cpu") == 500
+    budget.record("a", "weights", {"cpu": 200})
     free -= 200
-    assert (budget.room("cpu"), budget.most("cpu")) == (300, 500)
-    assert Budget({"*": Limit(bytes=10**9)}, lambda _: 700).room("cpu") == 700
+    assert (budget.available("cpu"), budget.most("cpu")) == (300, 500)
+    assert Budget({"*": Limit(bytes=10**9)}, lambda _: 700).available("cpu") == 700
 
 
 def test_cuda_is_its_first_device() -> None:
     budget = Budget({"cuda": Limit(bytes=100)}, lambda _: None)
-    budget.note("a", "weights", {"cuda": 60})
-    assert budget.room("cuda:0") == 40
-    assert budget.room("cuda:1") == 100
+    budget.record("a", "weights", {"cuda": 60})
+    assert budget.available("cuda:0") == 40
+    assert budget.available("cuda:1") == 100
 
 
 def test_an_idle_model_goes_for_another_whether_the_device_is_named_with_its_index_or_not() -> None:
     """A load says `cuda`; torch, and so a model in memory, says `cuda:0`."""
-    budget, places, gone = Budget({"cuda": Limit(bytes=100)}, lambda _: None), Places(), []
+    budget, table, gone = Budget({"cuda": Limit(bytes=100)}, lambda _: None), ModelTable(), []
 
     def evict(model_id: str, _: str) -> bool:
         gone.append(model_id)
-        places.of(model_id).model = None
+        table.of(model_id).model = None
         budget.forget(model_id)
         return True
 
-    room = Room(budget, places, 0, tuple, evict)
-    places.of("idle").model = cast("Any", object())
-    budget.note("idle", "weights", {"cuda:0": 60})
+    evictor = Evictor(budget, table, 0, tuple, evict)
+    table.of("idle").model = cast("Any", object())
+    budget.record("idle", "weights", {"cuda:0": 60})
     estimate = Estimate(50, 0, 0, 0, "cuda", "bfloat16", None, {"cuda": 50})
-    forecast = room.forecast("new", estimate)
+    forecast = evictor.forecast("new", estimate)
     assert (forecast.fits, forecast.evicts) == (True, ["idle"])
     assert (dict(forecast.available), dict(forecast.limits)) == ({"cuda:0": 40}, {"cuda:0": 100})
-    room.make("new", {"cuda": 50}, Progress())
+    evictor.reserve("new", {"cuda": 50}, Progress())
     assert gone == ["idle"]
-    budget.settle("new")
-    budget.note("new", "weights", {"cuda:0": 50})
-    assert room.forecast("new", estimate).available == {"cuda:0": 100}  # what it has itself is there for it
+    budget.commit("new")
+    budget.record("new", "weights", {"cuda:0": 50})
+    assert evictor.forecast("new", estimate).available == {"cuda:0": 100}  # what it has itself is there for it
 
 
 @pytest.mark.parametrize(
@@ -1266,7 +1265,7 @@ def test_a_model_that_was_let_in_can_serve_whatever_the_others_have_taken_since(
     """Also one for which there was so much room that nobody looked closely."""
     manager = manage(record(tiny("llama")), budget=Budget({"*": Limit(bytes=3 * 10**9)}))
     manager.load(tiny("llama")).prepared()
-    manager.budget.note("others", "weights", {"cpu": manager.budget.room("cpu") or 0})
+    manager.budget.record("others", "weights", {"cpu": manager.budget.available("cpu") or 0})
     with manager.lease(tiny("llama")) as model:
         request = GenerationRequest({"max_new_tokens": 4, "do_sample": False}, prompt="The cat")
         assert "".join(chunk.text for chunk in model.generate(request))

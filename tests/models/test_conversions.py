@@ -468,7 +468,7 @@ def test_a_conversion_waits_for_memory_and_begins_when_there_is_some(
 ) -> None:
     """Nothing is taken from others for it."""
     manager = manage(limit=10**9)
-    assert manager.budget.keep("another", "part", "cpu", 700_000_000)
+    assert manager.budget.reserve_floor("another", "part", "cpu", 700_000_000)
     answer(manager)
     conversion = manager.conversions.of(MODEL)
     assert conversion is not None
@@ -492,9 +492,9 @@ def test_a_load_that_lacks_memory_has_that_of_a_conversion(
     conversion = manager.conversions.of(MODEL)
     assert conversion is not None
     until(lambda: conversion.state == "converting")
-    room = manager.budget.room("cpu")
+    room = manager.budget.available("cpu")
     assert room is not None
-    assert manager.budget.keep("another", "part", "cpu", room - 1000)
+    assert manager.budget.reserve_floor("another", "part", "cpu", room - 1000)
     manager.load(other)
     assert set(manager.loaded()) == {MODEL, other}
     assert conversion.reason is not None

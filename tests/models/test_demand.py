@@ -185,7 +185,7 @@ def test_an_idle_model_goes_for_beams_but_not_for_what_could_never_be_had(manage
         assert tiny("gpt2") in manager.loaded()
         text(model, num_beams=2)
         assert tiny("gpt2") in manager.loaded()
-        room = manager.budget.room("cpu")
+        room = manager.budget.available("cpu")
         need = Claims("x", read[-1], lambda _: True, lambda: None, bool).check
         most = max(rows for rows in range(1, 20_000) if need(_rows(rows)) < room + other // 2)
         assert need(_rows(most)) > room, "one that needs a part of what the other has"
@@ -204,7 +204,9 @@ def test_two_at_once_are_not_granted_the_same_memory_and_growth_is_asked_for() -
     model, _ = build("llama")
 
     def claims(owner: str) -> Claims:
-        return Claims(owner, model, lambda size: budget.take(owner, "kv cache", "cpu", size), lambda: 350 * 10**6, bool)
+        return Claims(
+            owner, model, lambda size: budget.allocate(owner, "kv cache", "cpu", size), lambda: 350 * 10**6, bool
+        )
 
     asked = asked_of(model, {"num_beams": 400, "max_new_tokens": 10**4}, 50)
     first, second = claims("first"), claims("second")

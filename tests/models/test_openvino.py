@@ -112,10 +112,10 @@ class Tight(Unlimited):
         self.room = room
         self.held: dict[str, int] = {}
 
-    def note(self, part: str, sizes: Mapping[str, int]) -> None:
+    def record(self, part: str, sizes: Mapping[str, int]) -> None:
         self.held[part] = sum(sizes.values())
 
-    def take(self, part: str, device: str, size: int) -> bool:
+    def allocate(self, part: str, device: str, size: int) -> bool:
         if part != "kv cache":
             if sum(self.held.values()) + size > self.room:
                 return False
@@ -597,8 +597,8 @@ class Full(Unlimited):
 
     full = False
 
-    def take(self, part: str, device: str, size: int) -> bool:
-        return not (self.full and part == "own weights" and size > 0) and super().take(part, device, size)
+    def allocate(self, part: str, device: str, size: int) -> bool:
+        return not (self.full and part == "own weights" and size > 0) and super().allocate(part, device, size)
 
 
 @dataclass

@@ -41,7 +41,6 @@ MODULES: dict[str, set[str]] = {
     "cancellation": {"errors"},
     "types": {"errors"},
     "progress": {"cancellation", "errors"},
-    "hub_errors": {"errors"},
     "served": {"engine", "cancellation", "types"},
     "model_memory": {"host", "cancellation", "errors", "types"},
     "model": {"engine", "tasks", "modeling", "registry", "host", "model_memory", "cancellation", "errors", "types"},
@@ -74,7 +73,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 }
 LATE: dict[str, tuple[str, ...]] = {
     "llguidance": ("huggingface/forms/*",),
-    "huggingface_hub": ("huggingface/hub/*", "huggingface/hub_errors.py", "huggingface/inspection/*"),
+    "huggingface_hub": ("huggingface/hub/*", "huggingface/inspection/*"),
     "safetensors": ("huggingface/loading/*", "huggingface/hub/*", "huggingface/inspection/*", "starter.py"),
     "nncf": ("huggingface/engine/openvino/*",),
     "openvino": ("huggingface/engine/openvino/*",),

@@ -56,7 +56,7 @@ def show_cache() -> dict[str, Any]:
         "memory": {
             device: {
                 "bytes": size,
-                "available_bytes": manager.budget.room(device),
+                "available_bytes": manager.budget.available(device),
                 "limit_bytes": manager.budget.most(device),
             }
             for device, size in (

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from .errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
+from ..errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
 
 _LONGEST_WAIT = 300.0  # the longest wait in seconds that a Hub can ask for; its rate limits use windows of this length
 
