@@ -27,9 +27,10 @@ class Place:
         self.servers: list[Server] = []
 
     def publish(self, model_id: str, name: str = "gpt2") -> Repository:
-        """Put a copy of a tiny model on the Hub."""
+        """Put a copy of a tiny model on the Hub, without the graph that a server may have made of it."""
         tiny_models.build(self.built, name)
-        shutil.copytree(self.built / "tiny" / name, self.hub.root / model_id)
+        source = self.built / "tiny" / name
+        shutil.copytree(source, self.hub.root / model_id, ignore=shutil.ignore_patterns(".local-llm"))
         return self.hub.repository(model_id)
 
     def serve(self, home: Path | None = None, **environment: str) -> Server:

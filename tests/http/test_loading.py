@@ -116,8 +116,8 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
     "weights-truncated": (truncate, 422, "model.safetensors is damaged or incomplete"),
     "weights-empty": (write("model.safetensors", ""), 422, "model.safetensors is damaged or incomplete"),
     "weights-pointer": (write("model.safetensors", POINTER), 422, "git lfs pull"),
-    "weights-elsewhere": (change(transformers_weights="../tiny/gpt2/model.safetensors"), 403, "of its folder"),
-    "weights-adapter": (change(transformers_weights="adapter_model.bin"), 403, "of its folder"),
+    "weights-elsewhere": (change(transformers_weights="../tiny/gpt2/model.safetensors"), 403, "in its folder"),
+    "weights-adapter": (change(transformers_weights="adapter_model.bin"), 403, "in its folder"),
     "shard-missing": (
         index(a="model-00001-of-00002.safetensors", b="model-00002-of-00002.safetensors"),
         422,
