@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -244,6 +245,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
     channel_class = Connection
     limits: Limits
     guard: Guard
+    stopped: threading.Event
     active_channels: dict[int, Connection]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -252,6 +254,8 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
 
     def readable(self) -> bool:
         """Whether to accept a connection now. Called before every wait, so overdue connections are closed here too."""
+        if self.stopped.is_set():
+            raise SystemExit(0)
         now = time.monotonic()
         if now >= self._looks_at:
             self._looks_at = now + _LOOK_AGAIN
@@ -299,8 +303,12 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         return True
 
 
-def listen(app: Any, limits: Limits, guard: Guard, held: HeldBodies, **adjustments: Any) -> MultiSocketServer:
+def listen(
+    app: Any, limits: Limits, guard: Guard, held: HeldBodies, stopped: threading.Event, **adjustments: Any
+) -> MultiSocketServer:
     """Returns a server for a WSGI app, already listening; `held` counts its bodies, `adjustments` are waitress's own.
+
+    Its loop ends, with SystemExit, within a second after `stopped` is set.
 
     Raises:
         OSError: the server cannot listen on the address.
@@ -314,6 +322,7 @@ def listen(app: Any, limits: Limits, guard: Guard, held: HeldBodies, **adjustmen
     connections: dict[int, Connection] = {}
     for listener in listeners:
         listener.limits, listener.guard, listener.active_channels = limits, guard, connections
+        listener.stopped = stopped
     dispatcher.set_thread_count(adj.threads)
     addresses = [(each.effective_host, each.effective_port) for each in listeners]
     return MultiSocketServer(sockets, adj, addresses, dispatcher, listeners[0].log_info)

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -31,13 +32,22 @@ _LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that `l
 
 def serve(app: Flask, settings: Settings) -> None:
     """Serves `app` until SIGINT or SIGTERM; then it takes no new request, and running ones get seconds to end."""
+    stopped = threading.Event()
     try:
-        server = _listen(app, settings)
+        server = _listen(app, settings, stopped)
     except (OSError, ValueError) as error:  # ValueError: waitress cannot resolve the name
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"Cannot listen on {settings.host}, port {settings.port}: {reason}")
     host, port = server.effective_listen[0]
-    signal.signal(signal.SIGTERM, _stop)
+
+    def stop(*_: object) -> None:
+        # waitress ends its loop and its threads on this exception. Within a finalizer Python drops it: then the loop
+        # raises it itself.
+        stopped.set()
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"\nLocal LLM is at {url}  (the API, to read and try: {url}/docs)\n\nTry:\n\n{_example(url)}\n"
     with suppress(OSError):  # the reader may have ended, as with `| head`
@@ -45,7 +55,7 @@ def serve(app: Flask, settings: Settings) -> None:
     server.run()
 
 
-def _listen(app: Flask, settings: Settings) -> Any:
+def _listen(app: Flask, settings: Settings, stopped: threading.Event) -> Any:
     limits = Limits(
         connections=_connections(settings.connection_limit),
         receive=settings.receive_timeout,
@@ -59,6 +69,7 @@ def _listen(app: Flask, settings: Settings) -> Any:
         limits,
         app.extensions[GUARD],
         app.extensions[BODIES],
+        stopped,
         host=settings.host,
         port=settings.port,
         threads=settings.threads,
@@ -88,11 +99,6 @@ def _connections(most: int) -> int:
     possible = max(1, (soft - min(_OTHER_FILES, soft // 2)) // _FILES_EACH)
     logger.warning("The system allows %d open files, so at most %d connections are held at once", soft, possible)
     return possible
-
-
-def _stop(*_: object) -> None:
-    # waitress ends its loop and its threads on this exception.
-    raise SystemExit(0)
 
 
 def _example(url: str) -> str:

@@ -258,6 +258,26 @@ def test_memory_comes_back_after_an_unload(start_server: Any, tiny: Any, starter
         assert process.memory_info().rss < before * 1.1
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_midst_of_a_finalizer_stops_the_server_too(
+    how: signal.Signals, start_server: Any, tmp_path: Path
+) -> None:
+    """Python drops what a handler raises there."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {int(how)})\n"
+        "        for _ in range(1000): pass\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: bool(Last()))\n"
+    )
+    server = start_server(PYTHONPATH=str(tmp_path))
+    assert server.call("GET", "/models").status_code == 200
+    server.process.send_signal(signal.SIGUSR1)
+    assert server.process.wait(PATIENCE) == 0
+    assert any("SystemExit" in line for line in server.lines)
+
+
 def test_settings_come_from_the_environment_over_a_file_over_the_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
