@@ -361,7 +361,7 @@ def test_downloads_that_run_have_the_room_on_the_disk_that_they_still_need(place
         running = downloads.start(record("org/first"))
         arriving(place, "org/first")
         with pytest.raises(
-            DiskFull, match=r"3\.\d MB are still to be .* 4\.\d MB free, 2\.\d MB of them for what else"
+            DiskFull, match=r"3\.\d MB are still to be .* 4\.\d MB free, 2\.\d MB of them for other downloads"
         ):
             done(downloads.start(record("org/second")))
         assert place.hub.bodies_of("org/second", WEIGHTS) == []
@@ -396,7 +396,7 @@ def test_a_model_and_its_adapters_have_to_fit_on_the_disk_together(place: Place)
     wanted = record("org/base", adapters={"a": "org/adapter"})
     try:
         with pytest.raises(
-            DiskFull, match=r"'org/base': 3\.\d MB are still .* 4\.\d MB free, 2\.\d MB of them for what else"
+            DiskFull, match=r"'org/base': 3\.\d MB are still .* 4\.\d MB free, 2\.\d MB of them for other downloads"
         ):
             done(downloads.start(wanted))
         assert place.hub.bodies_of("org/base", WEIGHTS) == []
