@@ -172,7 +172,8 @@ class Server:
             **environment,
         }
         self.lines: list[str] = []
-        # What libraries read as they are imported, and what is about importing, needs a process of its own.
+        # What libraries read as they are imported, and what is about importing, or the memory that the system counts,
+        # needs a process that is not forked.
         fresh = any(not name.startswith("LOCAL_LLM_") or name == "LOCAL_LLM_IMPORT_AT_START" for name in environment)
         self.process = self._run(directory) if fresh else forked.Forked(self.environment, directory)
         started = threading.Event()

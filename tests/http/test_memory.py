@@ -664,7 +664,7 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
     for model_id in ids:
         sized_models.build(sized, model_id, initializer_range=0.05)  # with larger ones rounding is much of the logits
     settings = {"LOCAL_LLM_MODELS_DIR": str(sized), "LOCAL_LLM_MEMORY_BUDGET": str(budget)}
-    server = start_server(**settings, LOCAL_LLM_BACKEND=engine)
+    server = start_server(**settings, LOCAL_LLM_BACKEND=engine, LOCAL_LLM_IMPORT_AT_START="false")  # not forked
     for model_id in ids:
         server.add(model_id, "text-generation")
     server.call("GET", f"/models/{ids[0]}/estimate")  # imports what loads need
@@ -785,7 +785,7 @@ def test_the_clock_starts_when_the_last_use_ends(start_server: Any, tiny: Any) -
 
 
 def test_an_unload_gives_the_memory_back_and_says_how_much(sized: Path, start_server: Any) -> None:
-    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized))
+    server = start_server(LOCAL_LLM_MODELS_DIR=str(sized), LOCAL_LLM_IMPORT_AT_START="false")
     server.add("sized/a", "text-generation")
     assert generate(server, "sized/a").status_code == 200
     process = psutil.Process(server.process.pid)
@@ -821,7 +821,7 @@ def test_an_unload_waits_for_who_uses_the_model_and_is_refused_if_that_takes_lon
 
 
 def test_fifty_rounds_of_loading_and_unloading_leave_memory_as_it_was(start_server: Any, tiny: Any) -> None:
-    server = start_server()
+    server = start_server(LOCAL_LLM_IMPORT_AT_START="false")
     ids = [tiny(name) for name in ("gpt2", "llama", "bert-mlm", "t5", "distilbert-sst2")]
     types = ["text-generation", "text-generation", "fill-mask", "translation", "sentiment-analysis"]
     for model_id, model_type in zip(ids, types, strict=True):

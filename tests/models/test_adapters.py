@@ -438,7 +438,7 @@ def other_tokens(folder: Path) -> None:
         (config(r=6), FilesCorrupt, "cannot be used"),
         (config(r="many"), FilesCorrupt, "cannot be used"),
         (tensors(lambda weights: weights.popitem()), FilesCorrupt, "1 tensors missing"),
-        (tensors(lambda weights: next(iter(weights.values())).fill_(float("nan"))), FilesCorrupt, "no number"),
+        (tensors(lambda weights: next(iter(weights.values())).fill_(float("nan"))), FilesCorrupt, "not all numbers"),
         (
             tensors(lambda weights: weights.update({"base_model.model.lm_head.weight": torch.ones(4, 4)})),
             ModelUnsupported,
