@@ -1,7 +1,9 @@
 """Servers forked from a process that has imported what they import: importing takes longer than most tests.
 
-`start` gives what `subprocess.Popen` gives for `python app.py`, as far as tests use it. The program of the process that
-forks is `main`; it computes nothing, so that its children begin as one that has just imported the libraries does.
+`Forked` has what tests use of the `subprocess.Popen` of `python app.py`. This file is also the program of the process
+that forks: it computes nothing, so that a child begins as a server does that has just imported the libraries. A child
+cannot show everything: imports, variables that a library reads as it is imported, and the memory that the system counts
+need a real `python app.py`. `conftest.Server` decides.
 """
 
 from __future__ import annotations
@@ -100,8 +102,8 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def main(connection: socket.socket) -> None:
-    """Fork a server for each wish, in which this returns, and tell how each ends; where the other side has gone, end
-    those that are left, and this process."""
+    """Forks a server for each request; returns in the server. Reports how each ends. When the other side has gone, ends
+    the remaining servers and this process."""
     running: dict[int, socket.socket] = {}
     wakes, woken = os.pipe()
     os.set_blocking(woken, False)

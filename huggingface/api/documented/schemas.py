@@ -34,7 +34,7 @@ OLD_NAMES = {"backend": "engine", "backend_reason": "engine_reason"}
 
 def with_old_names(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The answer with its renamed fields under their old names too."""
-    return {**answer} | {OLD_NAMES[name]: value for name, value in answer.items() if name in OLD_NAMES}
+    return {**answer, **{old: answer[name] for name, old in OLD_NAMES.items() if name in answer}}
 
 
 def renamed(name: str, description: str, **constraints: Any) -> Any:
