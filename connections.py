@@ -23,9 +23,10 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.server import MultiSocketServer, TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import BadRequest, RequestEntityTooLarge
 
+from dispatcher import Dispatcher
 from huggingface.api.http.bodies import UNHELD, HeldBodies
 from huggingface.api.http.host_check import Guard
 
@@ -37,7 +38,7 @@ _BODY_SLACK = 16
 
 _MOST_LINE = 4096  # bytes of a line with the size of a chunk
 _MOST_TRAILER = 65536
-_AT_ONCE = 16  # connections accepted before the others are served again
+_AT_ONCE = 128  # connections accepted before the others are served again
 _LOOK_AGAIN = 1.0  # seconds between checks for overdue connections, and before the next try to accept
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # `accept` lacks a resource
 
@@ -304,9 +305,17 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
 
 
 def listen(
-    app: Any, limits: Limits, guard: Guard, held: HeldBodies, stopped: threading.Event, **adjustments: Any
+    app: Any,
+    limits: Limits,
+    guard: Guard,
+    held: HeldBodies,
+    stopped: threading.Event,
+    dispatcher: Dispatcher,
+    **adjustments: Any,
 ) -> MultiSocketServer:
-    """Returns a server for a WSGI app, already listening; `held` counts its bodies, `adjustments` are waitress's own.
+    """Returns a server for a WSGI app, already listening.
+
+    `held` counts its bodies, `dispatcher` runs its requests, `adjustments` are waitress's own.
 
     Its loop ends, with SystemExit, within a second after `stopped` is set.
 
@@ -316,7 +325,6 @@ def listen(
     """
     adj = Adjustments(max_request_body_size=limits.body * _BODY_SLACK, asyncore_use_poll=True, **adjustments)
     adj.limits, adj.held = limits, held
-    dispatcher = ThreadedTaskDispatcher()
     sockets: dict[int, Any] = {}
     listeners = [Listener(app, sockets, dispatcher=dispatcher, adj=adj, sockinfo=each) for each in adj.listen]
     connections: dict[int, Connection] = {}

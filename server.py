@@ -17,6 +17,8 @@ from flask import Flask
 
 from config import Settings
 from connections import Limits, listen
+from dispatcher import Dispatcher
+from huggingface.api.documented.system import PROBES
 from huggingface.api.http.bodies import EXTENSION as BODIES
 from huggingface.api.http.host_check import EXTENSION as GUARD
 
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 # for a long body and a long answer.
 _OTHER_FILES = 512
 _FILES_EACH = 3
+
+# Seconds after which a thread that computes lets another one run, if Python code runs in both. Python's own 5 ms add up
+# for the thread of the connections, which asks for the interpreter after each call of the system.
+_SWITCH_INTERVAL = 0.001
 
 _LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - addresses that `localhost` reaches from this machine
 
@@ -46,6 +52,7 @@ def serve(app: Flask, settings: Settings) -> None:
         stopped.set()
         raise SystemExit(0)
 
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     url = f"http://{'localhost' if host in _LOCAL else f'[{host}]' if ':' in host else host}:{port}"
@@ -70,6 +77,7 @@ def _listen(app: Flask, settings: Settings, stopped: threading.Event) -> Any:
         app.extensions[GUARD],
         app.extensions[BODIES],
         stopped,
+        Dispatcher(PROBES),
         host=settings.host,
         port=settings.port,
         threads=settings.threads,

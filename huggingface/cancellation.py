@@ -1,16 +1,17 @@
 """One object that cancels work: it goes from a request down to the loop that computes the answer.
 
-Work asks its `Cancellation` between steps, and waits through it. Any thread may call anything here. Must not know which
-work it cancels.
+Work asks its `Cancellation` between steps, and waits through it. What waits otherwise calls `before_wait`, so that the
+thread's owner can let other work run meanwhile. Any thread may call anything here. Must not know which work it cancels.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from threading import Event
+from contextlib import contextmanager
+from threading import Event, local
 from typing import TypeVar
 
 from .errors import Cancelled
@@ -18,6 +19,32 @@ from .errors import Cancelled
 T = TypeVar("T")
 
 LOOK_AGAIN = 0.1  # seconds between two polls of what wakes no thread
+
+
+class _Thread(local):
+    """What the present thread calls before it waits."""
+
+    on_wait: Callable[[], object] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def on_wait(callback: Callable[[], object]) -> Iterator[None]:
+    """Calls `callback` before this thread waits for the first time within the block."""
+    _thread.on_wait = callback
+    try:
+        yield
+    finally:
+        _thread.on_wait = None
+
+
+def before_wait() -> None:
+    """Tells the thread's owner that the thread is about to wait for others."""
+    callback, _thread.on_wait = _thread.on_wait, None
+    if callback is not None:
+        callback()
 
 
 class Cancellation:
@@ -76,6 +103,7 @@ class Cancellation:
 
     def wait(self, seconds: float) -> bool:
         """Waits `seconds`, or until the work is cancelled (`cancel` wakes it at once); returns whether it is."""
+        before_wait()
         end = time.monotonic() + seconds
         while not self.cancelled and (left := end - time.monotonic()) > 0:
             self._event.wait(min(left, LOOK_AGAIN))
@@ -89,6 +117,7 @@ class Cancellation:
         Raises:
             Cancelled: the work is cancelled.
         """
+        before_wait()
         end = time.monotonic() + seconds
         while not (found := ready(max(0.0, min(LOOK_AGAIN, end - time.monotonic())))):
             self.check()

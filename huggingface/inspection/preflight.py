@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..cancellation import before_wait
 from ..errors import HubUnreachable, LoadError, LocalLLMError, NotServed, public
 from ..registry.records import ModelRecord, check_model_id
 from ..tasks import MODEL_TYPES
@@ -193,6 +194,7 @@ class Preflight:
 
         thread = threading.Thread(target=run, name="preflight", daemon=True)
         thread.start()
+        before_wait()
         thread.join(self._timeout + 0.5)
         if thread.is_alive():
             self._was_silent(model_id)

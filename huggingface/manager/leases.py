@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from ..cancellation import LOOK_AGAIN, Cancellation
+from ..cancellation import LOOK_AGAIN, Cancellation, before_wait
 from ..errors import Cancelled, MemoryHeld, ModelBusy
 from ..progress import Progress
 from ..registry.records import LoadSettings
@@ -128,6 +128,7 @@ class ModelTable:
         Raises:
             ModelBusy: they did not end before the deadline, a reading of `time.monotonic`.
         """
+        before_wait()
         with self.changed:
             entry = self.of(model_id)
             if not self.changed.wait_for(lambda: not entry.reserved, deadline - time.monotonic()):
@@ -183,6 +184,7 @@ class ModelTable:
         Raises:
             Cancelled: by `cancellation`, or the server is shutting down.
         """
+        before_wait()
         with self.changed:
             entries = [self.of(model_id) for model_id in claim.victims]
             while (left := deadline - time.monotonic()) > 0:

@@ -15,7 +15,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..cancellation import LOOK_AGAIN, NEVER, Cancellation
+from ..cancellation import LOOK_AGAIN, NEVER, Cancellation, before_wait
 from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
 from ..hub.downloads import Downloads
 from ..progress import Progress
@@ -351,6 +351,7 @@ class ModelManager:
                     or self._table.drains(model_id)
                     or (loading is not None and loading.progress.cancellation.cancelled)
                 ):
+                    before_wait()
                     self._changed.wait(LOOK_AGAIN)
                     cancellation.check()
                     continue

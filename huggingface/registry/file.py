@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from ..cancellation import before_wait
 from ..errors import RegistryBusy, RegistryError, StorageFull
 from ..types import timestamp
 
@@ -119,6 +120,7 @@ class RegistryFile:
             RegistryBusy: other writers held the lock for all of `lock_timeout`.
             RegistryError: the lock file beside the registry cannot be made.
         """
+        before_wait()
         deadline = time.monotonic() + self._lock_timeout
         if not self._mutex.acquire(timeout=self._lock_timeout):
             raise self._busy()

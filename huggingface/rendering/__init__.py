@@ -22,6 +22,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from ..cancellation import before_wait
 from .process import LENGTH, read
 
 _PATIENCE = 10.0  # seconds that a chat waits for earlier chats of the same template
@@ -54,6 +55,7 @@ class Renderer:
             TypeError, ValueError, RecursionError: the template fails on the chat.
         """
         question = pickle.dumps((template, values, self._seconds))
+        before_wait()
         with self._turn(template):
             answer = self._ask(question)
         if "text" in answer:

@@ -19,7 +19,7 @@ from repository import files, requirements
 
 from huggingface.api.documented.system import VERSION
 
-PROGRAM = {"app.py", "config.py", "connections.py", "server.py"}  # and huggingface/
+PROGRAM = {"app.py", "config.py", "connections.py", "dispatcher.py", "server.py"}  # and huggingface/
 COMMAND = "import sys, app; sys.exit(app.main())"  # as what pip makes of `local-llm = app:main`
 
 

@@ -18,6 +18,7 @@ from test_concurrency import LONG, at_once, in_thread
 import huggingface
 from app import create_app
 from config import Settings
+from huggingface.cancellation import on_wait
 
 pytestmark = pytest.mark.each_backend
 
@@ -163,3 +164,32 @@ def test_a_place_is_free_again_when_its_request_ends_however_it_ends(small_app: 
         with client.post("/api/huggingface/generate", json={**ask, "stream": True}, buffered=False) as stream:
             assert client.post("/api/huggingface/generate", json=ask).status_code == 503  # it has the one place
             next(stream.iter_encoded())
+
+
+def test_what_may_wait_says_so_before_it_waits(client: Any, tiny: Any) -> None:
+    """For the registry's file, a load, the engine, a template, a model's users: the next request computes meanwhile."""
+    base, model_id = "/api/huggingface", tiny("llama")
+    at_model = f"{base}/models/{model_id}"
+    body = {"model_id": model_id, "name": "a", "model_type": "text-generation"}
+    ask = {"model_id": model_id, "prompt": "The cat", "max_new_tokens": 3}
+    chat = {"model": model_id, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+    calls: list[tuple[str, str, Any]] = [
+        ("POST", f"{base}/models", body),
+        ("GET", f"{at_model}/estimate", None),
+        ("POST", f"{at_model}/load", {}),
+        ("POST", f"{base}/generate", ask),
+        ("POST", f"{base}/generate", {**ask, "num_beams": 2}),
+        ("POST", "/v1/chat/completions", chat),
+        ("DELETE", f"{base}/cache", None),
+        ("POST", f"{at_model}/load", {}),
+        ("POST", f"{at_model}/unload", {}),
+    ]
+    for method, path, sent in calls:
+        told = threading.Event()
+        with on_wait(told.set):
+            assert client.open(path, method=method, json=sent).status_code == 200, path
+        assert told.is_set(), path
+    told = threading.Event()
+    with on_wait(told.set):
+        assert client.get(f"{base}/models").status_code == 200
+    assert not told.is_set(), "a list waits for nothing"

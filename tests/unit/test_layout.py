@@ -57,7 +57,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "flask": ("app.py", "server.py", "huggingface/__init__.py", "huggingface/api/*"),
     "flask_openapi3": ("app.py", "huggingface/__init__.py", "huggingface/api/*"),
     "werkzeug": ("huggingface/api/*",),
-    "waitress": ("connections.py",),
+    "waitress": ("connections.py", "dispatcher.py"),
     "pydantic": ("config.py", "huggingface/api/*"),
     "pydantic_settings": ("config.py",),
     "torch": COMPUTES,

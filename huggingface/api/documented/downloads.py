@@ -12,6 +12,7 @@ from typing import Any
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
+from ...cancellation import before_wait
 from ...errors import DownloadNotFound, InvalidRequest, LocalLLMError
 from ...hub.downloads import Downloads
 from ...hub.job import Job
@@ -98,6 +99,7 @@ def _downloads() -> Downloads:
 
 def _settle(job: Job) -> None:
     """Waits briefly until a job is over or has bytes to download; most jobs have nothing to download."""
+    before_wait()
     end, version = time.monotonic() + HOLD, -1
     while not job.over and (left := end - time.monotonic()) > 0:
         version, moment = job.progress.wait(version, left)

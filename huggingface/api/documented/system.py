@@ -16,6 +16,7 @@ from . import schemas, system_schemas
 
 VERSION = "0.5.1"
 _TAG = Tag(name="System", description="The server itself.")
+PROBES = frozenset({"/health", "/ready"})  # these are answered first, however much else the server has to do
 root = APIBlueprint("root", __name__, abp_tags=[_TAG], abp_responses={**schemas.FAILURES})
 blueprint = APIBlueprint(
     "system", __name__, url_prefix="/api/huggingface", abp_tags=[_TAG], abp_responses={**schemas.FAILURES}

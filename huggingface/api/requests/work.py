@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Protocol
 
-from ...cancellation import Cancellation
+from ...cancellation import Cancellation, before_wait
 from ...errors import no_panics
 from ...progress import Moment, Progress
 from ..http.sse import HOLD, KEEP_ALIVE
@@ -82,6 +82,7 @@ class Work:
 
         Raises: the error that ended the work.
         """
+        before_wait()
         return self._done.result()
 
 
@@ -92,6 +93,7 @@ def moments(work: Followed, hold: float = HOLD) -> Iterator[Moment | None]:
 
     Raises: the error that ended the work.
     """
+    before_wait()
     if work.wait(hold):
         work.result()
     followed, version, told = None, -1, time.monotonic()
