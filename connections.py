@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 # read and dropped, so that the client has finished sending when the answer arrives.
 _BODY_SLACK = 16
 
-_MOST_LINE = 4096  # bytes of a line with the size of a chunk
-_MOST_TRAILER = 65536
+_MAX_LINE = 4096  # bytes of a line with the size of a chunk
+_MAX_TRAILER = 65536
 _AT_ONCE = 128  # connections accepted before the others are served again
 _LOOK_AGAIN = 1.0  # seconds between checks for overdue connections, and before the next try to accept
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # `accept` lacks a resource
@@ -105,9 +105,9 @@ class _Task(WSGITask):  # type: ignore[misc]
 class _Body(OverflowableBuffer):  # type: ignore[misc]
     """A request's body. Beyond the limit, or without room, its bytes are counted and dropped, the earlier ones too."""
 
-    def __init__(self, overflow: int, most: int, held: HeldBodies) -> None:
+    def __init__(self, overflow: int, maximum: int, held: HeldBodies) -> None:
         super().__init__(overflow)
-        self._most, self._room = most, held.room()
+        self._maximum, self._room = maximum, held.room()
         self._size = 0
         self._dropped = False
         self.unheld = False
@@ -120,8 +120,8 @@ class _Body(OverflowableBuffer):  # type: ignore[misc]
         self._size += len(data)
         if self._dropped:
             return
-        self.unheld = self._size <= self._most and not self._room.take(len(data))
-        if self._size > self._most or self.unheld:
+        self.unheld = self._size <= self._maximum and not self._room.take(len(data))
+        if self._size > self._maximum or self.unheld:
             self.close()
             self.buf, self.strbuf, self._dropped = None, b"", True
         else:
@@ -154,7 +154,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         consumed: int = super().received(data)
         if self.chunked and not self.completed and self.body_rcv is not None:
             line, trailer = len(self.body_rcv.control_line), len(self.body_rcv.trailer)
-            if line > _MOST_LINE or trailer > _MOST_TRAILER:
+            if line > _MAX_LINE or trailer > _MAX_TRAILER:
                 self.error = BadRequest("Chunk size or trailer too long")
                 self.completed = True
         return consumed

@@ -89,21 +89,21 @@ def _listen(app: Flask, settings: Settings, stopped: threading.Event) -> Any:
     )
 
 
-def _connections(most: int) -> int:
-    """The number of connections, at most `most`; raises the limit of open files for them where the system allows it."""
+def _connections(maximum: int) -> int:
+    """Returns at most `maximum` connections; raises the limit of open files for them where the system allows it."""
     if importlib.util.find_spec("resource") is None:  # Windows has no such limit
-        return most
+        return maximum
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most * _FILES_EACH + _OTHER_FILES
+    wanted = maximum * _FILES_EACH + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return most
+        return maximum
     possible = max(1, (soft - min(_OTHER_FILES, soft // 2)) // _FILES_EACH)
     logger.warning("The system allows %d open files, so at most %d connections are held at once", soft, possible)
     return possible

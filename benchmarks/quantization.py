@@ -79,8 +79,8 @@ class PackedLinear(torch.nn.Module):
             self.packed, self.scales = codes, scale.bfloat16()
             return
         groups = weight.view(weight.shape[0], -1, GROUP)
-        least, most = groups.aminmax(dim=2)
-        step = ((most - least) / 15).clamp(min=1e-9)
+        least, maximum = groups.aminmax(dim=2)
+        step = ((maximum - least) / 15).clamp(min=1e-9)
         codes = ((groups - least[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).view(weight.shape)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self.scales = torch.stack([step, least + 8 * step], -1).transpose(0, 1).contiguous().bfloat16()
@@ -257,7 +257,7 @@ def main() -> None:
         try:
             contestant = Contestant(name, make(arguments.folder))
             if contestant.runner is not None:
-                contestant.runner.step_aside()  # have the model itself whole
+                contestant.runner.restore_weights()  # have the model itself whole
             told[name] = perplexity(contestant.model, ids), contestant.company()
         except Exception as error:  # noqa: BLE001 - a candidate that does not run here is a result too
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)

@@ -23,8 +23,9 @@ from huggingface.loading.openvino import decoder
 from huggingface.loading.openvino.graph_store import Place
 from huggingface.loading.openvino.load import GraphCompute, Shell
 from huggingface.loading.torch import TorchCompute
-from huggingface.model import Compute, LoadedModel, Setup
-from huggingface.model_memory import Memory
+from huggingface.model.loaded import LoadedModel
+from huggingface.model.memory import Memory
+from huggingface.model.parts import Compute, Setup
 from huggingface.registry.records import ModelRecord
 from huggingface.types import EngineOptions
 

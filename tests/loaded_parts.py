@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from huggingface import model as loaded
 from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.input_processor import Preparer
 from huggingface.loading import torch as by_torch
+from huggingface.model import parts as built
 from huggingface.modeling.demand import Claims
 
 
@@ -50,9 +50,9 @@ def noted_parts() -> Iterator[dict[str, Parts]]:
         return parts.preparer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loaded, "TransformersBatch", batch)
-        patch.setattr(loaded, "Claims", claims)
-        patch.setattr(loaded, "Preparer", preparer)
+        patch.setattr(built, "TransformersBatch", batch)
+        patch.setattr(built, "Claims", claims)
+        patch.setattr(built, "Preparer", preparer)
         yield noted
 
 

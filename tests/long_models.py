@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.types import GenerationRequest
 
 BORDER = 64

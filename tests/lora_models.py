@@ -84,8 +84,8 @@ class Served:
         """Queue a generation."""
         prepared = self.preparer.prepare(GenerationRequest(parameters, prompt=prompt, adapter=adapter))
         ticket = Ticket(prepared.prompt_tokens, prepared.end)
-        if self.batch is not None and prepared.settled is not None:
-            sequence = sequence_of(prepared, prepared.settled, self.tokenizer, ticket, False)
+        if self.batch is not None and prepared.resolved is not None:
+            sequence = sequence_of(prepared, prepared.resolved, self.tokenizer, ticket, False)
             self.engine.submit(sequence)
         else:
             self.engine.submit_job(

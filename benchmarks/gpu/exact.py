@@ -61,7 +61,7 @@ def _greedy(
         told = {kind: counts[kind] for kind in ("equal", "near tie", "other")}
         tell.check(f"greedy, {model_id}, {dtype}, {company}", not counts["other"], **told)
     apart = _logprobs_apart(server, reference, model_id, prompts)
-    tell.check(f"log-probabilities, {model_id}, {dtype}", apart <= _LOGPROBS[dtype], most_apart=apart)
+    tell.check(f"log-probabilities, {model_id}, {dtype}", apart <= _LOGPROBS[dtype], max_apart=apart)
     engine = server.done("GET", f"{API}/cache")["cached_models"][model_id]["engine"]
     tell.check(f"batched, {model_id}, {dtype}", engine["mode"] == "batched", reason=engine["reason"])
     reference.close()
@@ -204,14 +204,14 @@ def tasks(root: Path, scale: Scale, tell: Tell) -> None:
             server.load(f"{models.ORG}/{task}", dtype="float32")
         with tell.part("classification"):
             apart = _classified(server, root, prompts, scale.device)
-            tell.check("classification", apart <= _CLOSE, most_apart=apart)
+            tell.check("classification", apart <= _CLOSE, max_apart=apart)
         with tell.part("features and embeddings"):
             features, embeddings = _embedded(server, root, prompts, scale.device)
-            tell.check("features", features <= _CLOSE, most_apart=features)
-            tell.check("embeddings", embeddings <= _CLOSE, most_apart=embeddings)
+            tell.check("features", features <= _CLOSE, max_apart=features)
+            tell.check("embeddings", embeddings <= _CLOSE, max_apart=embeddings)
         with tell.part("question answering"):
             apart, same = _answered(server, root, prompts, scale.device)
-            tell.check("question answering", same and apart <= _CLOSE, same_answers=same, most_apart=apart)
+            tell.check("question answering", same and apart <= _CLOSE, same_answers=same, max_apart=apart)
         with tell.part("summarization"):
             right = _summarized(server, root, prompts, scale.device)
             tell.check("summarization", all(right), equal=sum(right), of=len(right))

@@ -185,8 +185,8 @@ def _estimate(app: App, model_id: str, meter: Meter, scale: Scale, tell: Tell) -
     # Activations come and go, and are in no estimate. Resident memory holds more besides.
     numbers = {"callers": len(bodies), "cache_peak": shown["peak_bytes"], "measured_peak": peak}
     apart = peak - shown["peak_bytes"]
-    most = _SHARE * peak + (_SLACK if meter.cuda else shown["peak_bytes"])
-    tell.check("the reported peak is the measured peak", abs(apart) <= most, **numbers)
+    maximum = _SHARE * peak + (_SLACK if meter.cuda else shown["peak_bytes"])
+    tell.check("the reported peak is the measured peak", abs(apart) <= maximum, **numbers)
 
     held = meter.allocated()
     answer = app.done("POST", f"{API}/models/{model_id}/unload", {})

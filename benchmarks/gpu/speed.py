@@ -235,7 +235,7 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
     from torch.profiler import profile as profiler
     from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-    from huggingface.engine.sampling import Sampler, draw
+    from huggingface.engine.sampling import Sampler, sample
     from huggingface.engine.slots import SlotTable
     from huggingface.engine.torch.parity import batch_runner
     from huggingface.engine.torch.runner import Piece
@@ -264,7 +264,7 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
     def step(drawing: list[Sampler]) -> None:
         with torch.profiler.record_function(_FORWARD):
             logits = runner.forward([Piece(slot, [7], len(slot.tokens)) for slot in slots])
-        tokens = draw(logits, drawing, "profile")
+        tokens = sample(logits, drawing, "profile")
         for slot, token in zip(slots, tokens, strict=True):
             slot.tokens.append(token)
 
@@ -285,11 +285,11 @@ def profile(root: Path, scale: Scale, tell: Tell) -> None:
         logits = runner.forward([Piece(slot, [7], len(slot.tokens)) for slot in slots]).clone()
         began = perf_counter()
         for _ in range(scale.profiled_steps):
-            draw(logits, drawing, "profile")
+            sample(logits, drawing, "profile")
         wall = (perf_counter() - began) / scale.profiled_steps
         with profiler(activities=activities) as seen:
             for _ in range(scale.profiled_steps):
-                draw(logits, drawing, "profile")
+                sample(logits, drawing, "profile")
         _tell_profile(f"its sampling alone, {name}", seen, wall, scale, tell)
 
 

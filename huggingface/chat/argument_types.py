@@ -18,7 +18,7 @@ _TOGETHER = (
 _VALUES = ("const", "enum", "default", "examples")  # keywords whose values are not schemas
 _PYTHONS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 TEXT = frozenset({"string"})
-_MOST_STEPS = 32  # references followed in a row; more are a cycle
+_MAX_STEPS = 32  # references followed in a row; more are a cycle
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _moved(schema: Any) -> Any:
 
 def resolved(schema: Any, root: Any) -> Any:
     """Follows the schema's reference, if it has one."""
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             return schema
         target: Any = root
@@ -86,7 +86,7 @@ def resolved(schema: Any, root: Any) -> Any:
 def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
     """The JSON types that a schema allows; None for any."""
     schema = resolved(schema, root)
-    if not isinstance(schema, Mapping) or depth > _MOST_STEPS:
+    if not isinstance(schema, Mapping) or depth > _MAX_STEPS:
         return None
     said = schema.get("type")
     if isinstance(said, str):

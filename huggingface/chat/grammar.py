@@ -27,7 +27,7 @@ _SAYING = (
     *("properties", "required", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("allOf", "anyOf", "oneOf", "$ref", "if", "not", "const", "enum"),
 )
-_MOST_STEPS = 32  # nested schemas of a text
+_MAX_STEPS = 32  # nested schemas of a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def _text(schema: Any, depth: int = 0) -> str:
 
 def _text_within(schema: Any, root: Any, depth: int) -> str:
     schema = resolved(schema, root)
-    if depth > _MOST_STEPS or not isinstance(schema, Mapping):
+    if depth > _MAX_STEPS or not isinstance(schema, Mapping):
         return "/(?s:.*)/"
     schema = said_otherwise(dict(schema), root)
     if schema is False:
@@ -275,8 +275,8 @@ def _text_within(schema: Any, root: Any, depth: int) -> str:
             raise ValueError("a text has no value that it may be")
         return f"({' | '.join(texts)})"
     parts = []
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-    parts.append(f"/(?s:.{{{least},{most}}})/" if least or most != "" else "/(?s:.*)/")
+    least, maximum = schema.get("minLength", 0), schema.get("maxLength", "")
+    parts.append(f"/(?s:.{{{least},{maximum}}})/" if least or maximum != "" else "/(?s:.*)/")
     if isinstance(schema.get("pattern"), str):
         parts.append(_searched(schema["pattern"]))
     for word in ("anyOf", "oneOf"):

@@ -16,9 +16,9 @@ from ..types import EngineOptions
 from .constraints import settle
 from .detokenizer import TextStream
 from .failures import typed
-from .input_processor import Prepared, Settled
+from .input_processor import Prepared, Resolved
 from .logprobs import TokenTexts
-from .sampling import Sampler, draw
+from .sampling import Sampler, sample
 from .scheduler import Row
 from .sequence import Sequence
 from .slots import Lengths, SlotTable, Store
@@ -60,10 +60,10 @@ class Runner(Protocol):
     def copied_bytes(self) -> int:
         """Bytes of weights that have a copy in another layout."""
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Restores the model itself for use outside the batch."""
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
@@ -96,21 +96,21 @@ class TransformersBatch:
                 torch.cuda.synchronize(logits.device)
             return logits
 
-    def draw(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
+    def sample(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
         """The next token of each complete row, or an error; 0 for rows that are not complete."""
         complete = [index for index, row in enumerate(rows) if row.complete]
         if len(complete) < len(rows):
             logits = logits[complete]
-        drawn: list[int | LocalLLMError] = [0] * len(rows)
+        sampled: list[int | LocalLLMError] = [0] * len(rows)
         samplers = [rows[index].sequence.sampler for index in complete]
-        for index, token in zip(complete, draw(logits, samplers, self._model_id), strict=True):
-            drawn[index] = token
+        for index, token in zip(complete, sample(logits, samplers, self._model_id), strict=True):
+            sampled[index] = token
         for index, row_logits in zip(complete, logits, strict=True):
-            sequence, made = rows[index].sequence, drawn[index]
+            sequence, made = rows[index].sequence, sampled[index]
             if sequence.logprobs is not None and isinstance(made, int):
                 opens = sequence.alone and not self._texts.shows(sequence.tokens[sequence.prompt_tokens :])
                 sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs, opens=opens)
-        return drawn
+        return sampled
 
     def settle(self, sequences: Many[Sequence], seconds: float) -> None:
         """Waits until the constraints of all sequences are settled, or for `seconds`."""
@@ -132,13 +132,13 @@ class TransformersBatch:
             logits = logits[first : first + len(following)]
             noted += self._texts.tokens(following, logits, sequence.logprobs or 0, opens=opens)
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Restores the model itself for use outside the batch."""
-        self._runner.step_aside()
+        self._runner.restore_weights()
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand."""
-        self._runner.rest()
+        self._runner.release_idle()
 
     def close(self) -> None:
         """Drops the model and the cache."""
@@ -155,20 +155,20 @@ def _wants_prompt(row: Row) -> bool:
     return sequence.prompt_logprobs and len(sequence.read_tokens) < sequence.prompt_tokens
 
 
-def sequence_of(prepared: Prepared, settled: Settled, tokenizer: Any, ticket: Ticket, streams: bool) -> Sequence:
+def sequence_of(prepared: Prepared, resolved: Resolved, tokenizer: Any, ticket: Ticket, streams: bool) -> Sequence:
     """Creates the sequence with which the batch gives a request what `generate` would."""
-    config = settled.config
-    tokens: list[int] = settled.input_ids[0].tolist()
+    config = resolved.config
+    tokens: list[int] = resolved.input_ids[0].tolist()
     ends = config._eos_token_tensor
     seed = prepared.parameters.get("seed")
     return Sequence(
         tokens=tokens,
         prompt_tokens=len(tokens),
-        most=config.max_length,
+        maximum=config.max_length,
         ends=frozenset() if ends is None else frozenset(ends.tolist()),
         ticket=ticket,
         text=TextStream(tokenizer, prepared.stops, tokens, prepared.special_tokens, prepared.begin),
-        sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), seed),
+        sampler=Sampler(resolved.input_ids, config.max_length, resolved.processors, bool(config.do_sample), seed),
         parameters=prepared.parameters,
         streams=streams,
         max_time=config.max_time,

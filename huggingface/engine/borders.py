@@ -52,8 +52,8 @@ class _Border:
 
 def nearest(config: Any) -> int:
     """The shortest length in tokens at which a text config says that the model changes; 0 if its context has none."""
-    most = _context(config)
-    return min((border.tokens for border in _borders(config) if border.tokens < most), default=0)
+    maximum = _context(config)
+    return min((border.tokens for border in _borders(config) if border.tokens < maximum), default=0)
 
 
 def past(config: Any) -> int:
@@ -62,13 +62,13 @@ def past(config: Any) -> int:
     return int(max(border + 1, min(border + _PAST, _context(config) - _PAST))) if border else 0
 
 
-def beyond(model: PreTrainedModel, most: float) -> int:
-    """As `past`; 0 where the prompt would take more than `most` products."""
+def beyond(model: PreTrainedModel, maximum: float) -> int:
+    """As `past`; 0 where the prompt would take more than `maximum` products."""
     config = model.config.get_text_config()
     tokens = past(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     scores = getattr(config, "num_attention_heads", 1) * tokens**2
-    return tokens if weights * tokens <= most and scores <= _SCORES else 0
+    return tokens if weights * tokens <= maximum and scores <= _SCORES else 0
 
 
 def _context(config: Any) -> float:

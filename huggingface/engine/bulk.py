@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ..cancellation import LOOK_AGAIN, Cancellation
 from ..errors import OutOfMemory, QueueFull
 from .engine import Engine
-from .input_processor import Settled, fits_a_row
+from .input_processor import Resolved, fits_a_row
 from .sampling import Sampler
 from .sequence import Sequence
 from .ticket import Ticket
@@ -93,7 +93,7 @@ def run_in_batch(
     call: Call,
     engine: Engine,
     *,
-    most: int,
+    maximum: int,
     context: int | None,
     cancellation: Cancellation,
     check_vocabulary: Callable[[int, str], None] = lambda *_: None,
@@ -101,7 +101,7 @@ def run_in_batch(
 ) -> bool:
     """Generates the tokens of all prompts of `call` in the batch; False if the call must be computed whole instead.
 
-    At most `most` prompts are in the batch at once. The batch cannot do what needs more than one plain row of
+    At most `maximum` prompts are in the batch at once. The batch cannot do what needs more than one plain row of
     `generate`, or goes beyond the `context` (tokens) or the cache. `adapter` is one of the model's adapters, None the
     model itself. `check_vocabulary` refuses a field's highest token id if the model has no row for it.
 
@@ -115,7 +115,9 @@ def run_in_batch(
     begun, ready = 0, None
     try:
         while begun < call.count or running:
-            while begun < call.count and len(running) < most and sum(row.waits for row in running.values()) < _QUEUED:
+            while (
+                begun < call.count and len(running) < maximum and sum(row.waits for row in running.values()) < _QUEUED
+            ):
                 ready = ready or _row(call, begun, context, cancellation, told, check_vocabulary, adapter)
                 if ready is None:
                     return False
@@ -151,25 +153,25 @@ def _row(
     adapter: str | None,
 ) -> _Row | None:
     """Creates the row that gives a prompt what `generate` would; None where the batch cannot."""
-    settled, masked = _settle(call, index)
-    config = settled.config
-    if masked or _tells_more(config) or not fits_a_row(settled):
+    resolved, masked = _resolve(call, index)
+    config = resolved.config
+    if masked or _tells_more(config) or not fits_a_row(resolved):
         return None
     # Beyond the context some models count positions differently, for all rows of a step.
     if context is not None and config.max_length - 1 > context:
         return None
-    prompt: list[int] = settled.input_ids[0].tolist()
+    prompt: list[int] = resolved.input_ids[0].tolist()
     check_vocabulary(max(prompt, default=0), "inputs")
     ends = config._eos_token_tensor
     tokens = _Tokens(prompt, call.stopped)
     sequence = Sequence(
         tokens=prompt,
         prompt_tokens=len(prompt),
-        most=config.max_length,
+        maximum=config.max_length,
         ends=frozenset() if ends is None else frozenset(ends.tolist()),
         ticket=_Told(len(prompt), cancellation, told),
         text=tokens,
-        sampler=Sampler(settled.input_ids, config.max_length, settled.processors, bool(config.do_sample), None),
+        sampler=Sampler(resolved.input_ids, config.max_length, resolved.processors, bool(config.do_sample), None),
         parameters={},
         max_time=config.max_time,
         adapter=adapter,
@@ -177,12 +179,12 @@ def _row(
     return _Row(sequence, tokens)
 
 
-def _settle(call: Call, index: int) -> tuple[Settled, bool]:
+def _resolve(call: Call, index: int) -> tuple[Resolved, bool]:
     """What `generate` makes of its arguments just before its loop, and whether its mask hides tokens.
 
     See `input_processor.Preparer.settle`.
     """
-    caught: list[tuple[Settled, bool]] = []
+    caught: list[tuple[Resolved, bool]] = []
 
     def take(
         model: Any,  # noqa: ARG001 - the signature that `generate` calls
@@ -194,7 +196,7 @@ def _settle(call: Call, index: int) -> tuple[Settled, bool]:
     ) -> Any:
         mask = others.get("attention_mask")
         masked = mask is not None and not bool((mask == 1).all())
-        caught.append((Settled(input_ids, logits_processor, generation_config), masked))
+        caught.append((Resolved(input_ids, logits_processor, generation_config), masked))
         return input_ids
 
     call.start(index, take)

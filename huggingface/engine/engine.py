@@ -52,16 +52,16 @@ class Batch(Protocol):
     def forward(self, rows: Many[Row]) -> Any:
         """The logits that follow each row's last token."""
 
-    def draw(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
+    def sample(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
         """Each row's next token, or an error."""
 
     def settle(self, sequences: Many[Sequence], seconds: float) -> None:
         """Waits until the constraints of all sequences are settled, or for `seconds`."""
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Restores the model itself for use outside the batch."""
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Background(Protocol):
     def fail(self, error: LocalLLMError) -> None:
         """Fails all present calls."""
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand."""
 
     def close(self) -> None:
@@ -325,9 +325,9 @@ class Engine:
         """Waits for something to do, and returns its kind. Ends this thread after some time without work."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._closing or self._busy, _IDLE):
-                self._tasks.rest()
+                self._tasks.release_idle()
                 if self._batch is not None:
-                    self._batch.rest()
+                    self._batch.release_idle()
                 self._thread = None  # under the lock: the next request starts another thread, `close` needs none
                 return "rest"
             return "close" if self._closing else "step"
@@ -385,11 +385,11 @@ class Engine:
         if self._batch is None:
             return
         try:
-            self._batch.step_aside()
+            self._batch.restore_weights()
         except OutOfMemory:
             if not self._relieve():
                 raise
-            self._batch.step_aside()
+            self._batch.restore_weights()
 
     def _let_in(self) -> None:
         """Gives slots to waiting sequences; refuses one that does not fit into all the memory there is."""
@@ -454,8 +454,8 @@ class Engine:
                 self._compute((row,))
             return
         self._scheduler.computed(rows)
-        drawn = self._batch.draw(rows, logits)
-        for row, token in zip(rows, drawn, strict=True):
+        sampled = self._batch.sample(rows, logits)
+        for row, token in zip(rows, sampled, strict=True):
             if isinstance(token, LocalLLMError):
                 self._fail(row.sequence, token, clean=False)
             elif row.complete:

@@ -1,4 +1,4 @@
-"""Turns a request into token ids and settled parameters: the state from which `generate` would start.
+"""Turns a request into token ids and resolved parameters: the state from which `generate` would start.
 
 Called on the request's own thread, so that it refuses at once and other requests go on meanwhile. Changes neither the
 model nor its tokenizer. Must not know the queue, the batch or HTTP.
@@ -47,8 +47,8 @@ _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """What `generate` itself makes of its arguments just before its loop: see `Preparer.settle`."""
+class Resolved:
+    """What `generate` itself makes of its arguments just before its loop: see `Preparer.resolve`."""
 
     input_ids: torch.Tensor
     processors: LogitsProcessorList
@@ -59,7 +59,7 @@ class Settled:
 class Prepared:
     """A request in the model's terms.
 
-    `inputs` and `arguments` are those of `generate`; `processors` are added to its own. `settled` is for a row of the
+    `inputs` and `arguments` are those of `generate`; `processors` are added to its own. `resolved` is for a row of the
     batch; None where the batch cannot do the request. `asked` says what `generate` does then. `end` is the text at the
     end of the prompt; `begin` says where the new text begins: see `detokenizer.TextStream`. The rest is the request's.
     """
@@ -71,7 +71,7 @@ class Prepared:
     processors: LogitsProcessorList
     stops: tuple[str, ...]
     ends: frozenset[int]
-    settled: Settled | None
+    resolved: Resolved | None
     asked: Wanted
     end: str
     constrained: Constrained | None
@@ -82,16 +82,16 @@ class Prepared:
     adapter: str | None = None
 
 
-def fits_a_row(settled: Settled) -> bool:
+def fits_a_row(resolved: Resolved) -> bool:
     """Whether one plain row of the batch can do it."""
-    config = settled.config
+    config = resolved.config
     return not (
         config.get_generation_mode() not in _MODES
-        or settled.input_ids.shape[0] > 1
+        or resolved.input_ids.shape[0] > 1
         or config.cache_implementation in ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
         or config.use_cache is False
         or config.token_healing
-        or any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in settled.processors)
+        or any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in resolved.processors)
     )
 
 
@@ -165,8 +165,8 @@ class Preparer:
         kept, told = request.logprobs is not None, request.prompt_logprobs
         asked = asked_of(self._model, arguments, prompt_tokens, parameters, kept=kept, told=told)
         batches = self._reads_answer and asked.rows == 1
-        settled = self.settle(inputs, arguments, processors) if batches else None
-        if settled is None:
+        resolved = self.resolve(inputs, arguments, processors) if batches else None
+        if resolved is None:
             self._check_alone(request, arguments)
         return Prepared(
             inputs=inputs,
@@ -176,7 +176,7 @@ class Preparer:
             processors=processors,
             stops=tuple(self._stops(parameters)),
             ends=self._ends(parameters),
-            settled=settled,
+            resolved=resolved,
             asked=asked,
             end=end,
             constrained=constrained,
@@ -234,9 +234,9 @@ class Preparer:
         if request.prompt_logprobs and not self._reads_answer:
             raise InvalidRequest("An encoder-decoder model gives no log-probabilities of its prompt", "echo")
 
-    def settle(
+    def resolve(
         self, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], processors: LogitsProcessorList
-    ) -> Settled | None:
+    ) -> Resolved | None:
         """What `generate` makes of these arguments; None if that is more than one plain row.
 
         `generate` calls `custom_generate` in place of its loop, with all arguments checked and merged with the model's
@@ -250,15 +250,15 @@ class Preparer:
             stopping_criteria: Any,  # noqa: ARG001
             generation_config: GenerationConfig,
             **_: Any,
-        ) -> Settled:
-            return Settled(input_ids, logits_processor, generation_config)
+        ) -> Resolved:
+            return Resolved(input_ids, logits_processor, generation_config)
 
         plain = {name: value for name, value in arguments.items() if name != "tokenizer"} | {"stop_strings": None}
         with blaming(arguments), torch.inference_mode():
-            settled: Settled = self._model.generate(
+            resolved: Resolved = self._model.generate(
                 **inputs, **plain, logits_processor=processors, custom_generate=take
             )
-        return settled if fits_a_row(settled) else None
+        return resolved if fits_a_row(resolved) else None
 
     def encode(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> dict[str, torch.Tensor]:
         """The request's `input_ids` and `attention_mask`, each (1, tokens), on the model's device; empty for no tokens.
@@ -298,32 +298,32 @@ class Preparer:
         return ContextExceeded(f"Invalid value for field '{field}': {reason}", field, tokens, room)
 
     @contextmanager
-    def _reading(self, text: str, field: str, most: int, cancellation: Cancellation) -> Iterator[None]:
-        """Refuses a text of more than `most` tokens before the block tokenizes it whole."""
+    def _reading(self, text: str, field: str, maximum: int, cancellation: Cancellation) -> Iterator[None]:
+        """Refuses a text of more than `maximum` tokens before the block tokenizes it whole."""
         try:
-            with self._lengths.reading(text, most, cancellation):
+            with self._lengths.reading(text, maximum, cancellation):
                 yield
         except TooLong as error:
             raise self._too_long(field, error.tokens, "more than ") from None
 
-    def _read(self, text: str, field: str, most: int, cancellation: Cancellation) -> list[int]:
+    def _read(self, text: str, field: str, maximum: int, cancellation: Cancellation) -> list[int]:
         """Token ids of a text."""
-        with self._reading(text, field, most, cancellation):
+        with self._reading(text, field, maximum, cancellation):
             ids: list[int] = self._tokenizer(text, return_attention_mask=False)["input_ids"]
         return ids
 
-    def _ids(self, request: GenerationRequest, most: int, cancellation: Cancellation) -> list[int]:
-        """Token ids of the request's prompt; refuses more than `most`."""
+    def _ids(self, request: GenerationRequest, maximum: int, cancellation: Cancellation) -> list[int]:
+        """Token ids of the request's prompt; refuses more than `maximum`."""
         if request.messages is not None:
-            return self._encode_messages(request, most, cancellation)
+            return self._encode_messages(request, maximum, cancellation)
         if request.tokens is not None:
             size = self._model.config.get_text_config().vocab_size
             if not all(0 <= token < size for token in request.tokens):
                 raise refuse("prompt", f"holds a token that is not in the model's vocabulary of {size}")
             return list(request.tokens)
-        return self._read(str(request.prompt), "prompt", most, cancellation)
+        return self._read(str(request.prompt), "prompt", maximum, cancellation)
 
-    def _encode_messages(self, request: GenerationRequest, most: int, cancellation: Cancellation) -> list[int]:
+    def _encode_messages(self, request: GenerationRequest, maximum: int, cancellation: Cancellation) -> list[int]:
         """Token ids of a chat: by the model's template, or turns joined by the end-of-text token where it has none."""
         assert request.messages is not None  # noqa: S101 - it is a chat
         if self._tokenizer.chat_template is None:
@@ -331,18 +331,18 @@ class Preparer:
             turns: list[str] = [message["content"] or "" for message in request.messages]
             # An encoder-decoder's tokenizer adds the end itself.
             text = end.join(turns) + (end if self._reads_answer else "")
-            return self._read(text, "messages", most, cancellation)
+            return self._read(text, "messages", maximum, cancellation)
         turn = _turn(request)
         how = {"add_generation_prompt": turn == "new", "continue_final_message": turn == "continued"}
-        return self._laid_out(request, {**how, **request.template}, most, cancellation)
+        return self._laid_out(request, {**how, **request.template}, maximum, cancellation)
 
     def _laid_out(
-        self, request: GenerationRequest, how: Mapping[str, Any], most: int, cancellation: Cancellation
+        self, request: GenerationRequest, how: Mapping[str, Any], maximum: int, cancellation: Cancellation
     ) -> list[int]:
         """Token ids of the first layout that the model's template shows completely, else of the first that it accepts.
 
         Raises:
-            InvalidRequest: the template accepts none, or the layout has more than `most` tokens.
+            InvalidRequest: the template accepts none, or the layout has more than `maximum` tokens.
         """
         taken: list[int] | None = None
         refusal: Exception | None = None
@@ -351,7 +351,7 @@ class Preparer:
             try:
                 shown = messages.long or bool(request.told)
                 text = self._tokenizer.apply_chat_template(messages, tokenize=False, **how) if shown else ""
-                with self._reading(text, "messages", most, cancellation):
+                with self._reading(text, "messages", maximum, cancellation):
                     ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **how)
                 if not request.told or request.told in text:
                     return ids
@@ -395,12 +395,12 @@ class Preparer:
         if self._answer_context is None:
             return fitted
         room = self._answer_context - before + 1
-        for name, most in (("max_new_tokens", room), ("max_length", before + room)):
+        for name, maximum in (("max_new_tokens", room), ("max_length", before + room)):
             if name in fitted:
-                fitted[name] = min(fitted[name], most)
-        for name, most in (("min_new_tokens", room), ("min_length", before + room)):
-            if fitted.get(name, 0) > most:
-                raise refuse(name, f"must be at most {most}, the room in a context of {self._answer_context} tokens")
+                fitted[name] = min(fitted[name], maximum)
+        for name, maximum in (("min_new_tokens", room), ("min_length", before + room)):
+            if fitted.get(name, 0) > maximum:
+                raise refuse(name, f"must be at most {maximum}, the room in a context of {self._answer_context} tokens")
         return fitted
 
     def _arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:

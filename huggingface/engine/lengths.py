@@ -64,11 +64,11 @@ class Lengths:
         self.of_text = max(self.of_prompt, _LEAST)
 
     @contextmanager
-    def reading(self, text: str, most: int, cancellation: Cancellation) -> Iterator[None]:
+    def reading(self, text: str, maximum: int, cancellation: Cancellation) -> Iterator[None]:
         """Checks a text before the block reads it whole; a long text holds one of the few places until the block ends.
 
         Raises:
-            TooLong: the text has more than `most` tokens, however it is read.
+            TooLong: the text has more than `maximum` tokens, however it is read.
             Cancelled: by `cancellation`.
         """
         if len(text) <= _PIECE:
@@ -81,7 +81,7 @@ class Lengths:
                 cancellation.check()
                 ids = self._tokenizer(piece, add_special_tokens=False, return_attention_mask=False)["input_ids"]
                 tokens += max(0, len(ids) - _EDGE)
-                if tokens > most:
+                if tokens > maximum:
                     raise TooLong(tokens)
             cancellation.check()
             yield

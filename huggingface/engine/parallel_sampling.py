@@ -20,22 +20,22 @@ Begin = Callable[[Cancellation], Ticket]
 class JointTicket(Ticket):
     """Reads several tickets as one. It ends with the last of them, or with the first that fails."""
 
-    def __init__(self, begins: Sequence[Begin], most: int, cancellation: Cancellation = NEVER) -> None:
-        """Starts up to `most` generations at once, on the reading thread; the first one here.
+    def __init__(self, begins: Sequence[Begin], maximum: int, cancellation: Cancellation = NEVER) -> None:
+        """Starts up to `maximum` generations at once, on the reading thread; the first one here.
 
         Raises: as the first of `begins`.
         """
         self._running: dict[int, Ticket] = {}
         super().__init__(cancellation=cancellation)
         self._left = deque(enumerate(begins))
-        self._most = most
+        self._maximum = maximum
         self._ended = 0
         self._count = len(begins)
         self._begin()
 
     def wait(self, timeout: float | None = None) -> bool:
         """As `Ticket.wait`."""
-        while len(self._running) < self._most and self._left and not self._done and not self.cancellation.cancelled:
+        while len(self._running) < self._maximum and self._left and not self._done and not self.cancellation.cancelled:
             try:
                 self._begin()
             except QueueFull as error:

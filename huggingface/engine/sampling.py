@@ -60,9 +60,9 @@ class Sampler:
     """Samples one sequence's tokens: by its request's processors, and a generator of its own if it has a seed."""
 
     def __init__(
-        self, prompt: torch.Tensor, most: int, processors: LogitsProcessorList, do_sample: bool, seed: int | None
+        self, prompt: torch.Tensor, maximum: int, processors: LogitsProcessorList, do_sample: bool, seed: int | None
     ) -> None:
-        """`prompt` are its token ids, (1, tokens), on the model's device; there may be `most` tokens in all."""
+        """`prompt` are its token ids, (1, tokens), on the model's device; there may be `maximum` tokens in all."""
         self._processors = _quick(processors)
         self._do_sample = do_sample
         self._generator: torch.Generator | None = None
@@ -71,10 +71,10 @@ class Sampler:
             self._generator.manual_seed(seed)
         self.constrained = next((each for each in processors if isinstance(each, Constrained)), None)
         self.plain = not do_sample and not len(processors)
-        self._count, self._most = prompt.shape[1], most
+        self._count, self._maximum = prompt.shape[1], maximum
         self._ids = prompt
 
-    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples the next token, (1,), from logits (1, vocabulary), float32, as `GenerationMixin._sample`.
 
         Also returns whether a token could be sampled, (1,).
@@ -87,10 +87,10 @@ class Sampler:
             probabilities = scores.softmax(-1).nan_to_num_(1.0)
             token = torch.multinomial(probabilities, num_samples=1, generator=self._generator)[:, 0]
         else:
-            token = _draw(scores.softmax(-1))
-        if self._count < self._most:
+            token = _sample(scores.softmax(-1))
+        if self._count < self._maximum:
             if self._count == self._ids.shape[1]:
-                more = self._ids.new_empty((1, min(_AHEAD + self._count // 2, self._most - self._count)))
+                more = self._ids.new_empty((1, min(_AHEAD + self._count // 2, self._maximum - self._count)))
                 self._ids = torch.cat((self._ids, more), dim=1)
             self._ids[:, self._count] = token
             self._count += 1
@@ -114,7 +114,7 @@ class Sampler:
             self.constrained.close()
 
 
-def _draw(probabilities: torch.Tensor) -> torch.Tensor:
+def _sample(probabilities: torch.Tensor) -> torch.Tensor:
     """Samples a token, (1,), by its probability, of (1, vocabulary), which need not add up to 1.
 
     On a CPU `torch.multinomial` makes a random number for each token of the vocabulary, which takes as long as a layer
@@ -181,7 +181,7 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> list[int | LocalLLMError]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> list[int | LocalLLMError]:
     """A token for each row of `logits`, (rows, vocabulary), float32; an error for a row whose logits are not numbers or
     forbid every token."""
     if not samplers:
@@ -199,7 +199,7 @@ def draw(logits: torch.Tensor, samplers: Sequence[Sampler], model_id: str) -> li
                 here = slice(index, index + 1)
                 try:
                     with typed(model_id):
-                        tokens[here], chosen[here] = sampler.draw(logits[here])
+                        tokens[here], chosen[here] = sampler.sample(logits[here])
                 except LocalLLMError as error:
                     failed[index] = error
         failed |= {index: no_token() for index, some in enumerate(chosen.tolist()) if not some}

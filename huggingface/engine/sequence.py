@@ -42,7 +42,7 @@ class Sequence:
 
     Attributes:
         tokens: the prompt's and the new ones; those in `slot.tokens` are computed.
-        most: the most tokens in all.
+        maximum: the most tokens in all.
         ends: the token ids that end the text.
         logprobs: how many alternatives each new token is reported with; None reports no tokens.
         prompt_logprobs: the prompt's tokens are reported too.
@@ -54,7 +54,7 @@ class Sequence:
 
     tokens: list[int]
     prompt_tokens: int
-    most: int
+    maximum: int
     ends: frozenset[int]
     ticket: Ticket
     text: Text
@@ -84,7 +84,7 @@ class Sequence:
     @property
     def need(self) -> int:
         """Tokens for which the cache must have room: the last one is never read back."""
-        return max(self.most - 1, 1)
+        return max(self.maximum - 1, 1)
 
     @property
     def first_need(self) -> int:
@@ -133,7 +133,7 @@ class Sequence:
         token = self.tokens[-1]
         if token in self.ends or self.text.stopped or self.sampler.complete:
             self.finished = "stop"
-        elif len(self.tokens) >= self.most or (self.max_time is not None and now - self.admitted > self.max_time):
+        elif len(self.tokens) >= self.maximum or (self.max_time is not None and now - self.admitted > self.max_time):
             self.finished = "length"
         self.ticket.made = self.made
         if self.finished:

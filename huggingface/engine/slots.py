@@ -292,9 +292,9 @@ def _capacity(need: int) -> int:
     return max(SMALLEST, 1 << (need - 1).bit_length())
 
 
-def _shared(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """How many first tokens both share, at most `most`; by halving, because Python compares slices fast."""
-    low, high = 0, min(len(one), len(other), most)
+def _shared(one: Sequence[int], other: Sequence[int], maximum: int) -> int:
+    """How many first tokens both share, at most `maximum`; by halving, because Python compares slices fast."""
+    low, high = 0, min(len(one), len(other), maximum)
     if not high or one[0] != other[0]:
         return 0
     while low < high:

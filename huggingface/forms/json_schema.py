@@ -128,8 +128,8 @@ def _set_bound(schema: dict[str, Any], word: str, inwards: float) -> None:
         choose = max if inwards > 0 else min
         inside, word = choose(inside, schema.get(other, inside)), other
     schema[word] = inside
-    least, most = schema.get("minimum"), schema.get("maximum")
-    if isinstance(least, int) and isinstance(most, int) and least > most:
+    least, maximum = schema.get("minimum"), schema.get("maximum")
+    if isinstance(least, int) and isinstance(maximum, int) and least > maximum:
         raise ValueError(f"no number between its bounds can be written exactly: '{word}' is {bound}; say it as a text")
 
 

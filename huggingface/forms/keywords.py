@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
-_MOST_STEPS = 32  # references that are followed in a row
-_MOST_ORDERED = 4  # values of a set whose orders are all listed
+_MAX_STEPS = 32  # references that are followed in a row
+_MAX_ORDERED = 4  # values of a set whose orders are all listed
 _UUID = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 _TIME = r"T(\d+H(\d+M)?(\d+([.,]\d+)?S)?|\d+M(\d+([.,]\d+)?S)?|\d+([.,]\d+)?S)"
 
@@ -205,7 +205,7 @@ def _closing(pattern: str, start: int) -> int | None:
 
 
 def _resolved(schema: Any, root: Any) -> Any:
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         reference = schema.get("$ref") if isinstance(schema, dict) else None
         if not isinstance(reference, str) or not reference.startswith("#"):
             return schema
@@ -238,8 +238,8 @@ def _say_property_names(schema: dict[str, Any], root: Any) -> None:
     elif said == {"format"} and names["format"] == "uuid":
         schema["patternProperties"] = {_UUID: values}
     elif said <= {"minLength", "maxLength"}:
-        least, most = names.get("minLength", 0), names.get("maxLength", "")
-        schema["patternProperties"] = {f"^[\\s\\S]{{{least},{most}}}$": values}
+        least, maximum = names.get("minLength", 0), names.get("maxLength", "")
+        schema["patternProperties"] = {f"^[\\s\\S]{{{least},{maximum}}}$": values}
     else:
         return
     del schema["propertyNames"]
@@ -254,9 +254,9 @@ def _say_unique(schema: dict[str, Any], root: Any) -> None:
         return
     items = _resolved(schema.get("items"), root)
     values = _values(items)
-    if values is None or len(values) > _MOST_ORDERED or isinstance(schema.get("items"), list):
+    if values is None or len(values) > _MAX_ORDERED or isinstance(schema.get("items"), list):
         return
-    least, most = schema.get("minItems", 0), min(_at_most(schema), len(values))
+    least, maximum = schema.get("minItems", 0), min(_at_most(schema), len(values))
     for word in ("uniqueItems", "items", "minItems", "maxItems"):
         schema.pop(word, None)
     schema["anyOf"] = [
@@ -267,7 +267,7 @@ def _say_unique(schema: dict[str, Any], root: Any) -> None:
             "minItems": len(chosen),
             "maxItems": len(chosen),
         }
-        for count in range(least, most + 1)
+        for count in range(least, maximum + 1)
         for chosen in _orders(values, count)
     ]
 
@@ -283,8 +283,8 @@ def _orders(values: list[Any], count: int) -> list[list[Any]]:
 
 
 def _at_most(schema: dict[str, Any]) -> int:
-    most = schema.get("maxItems")
-    return most if isinstance(most, int) else _MOST_ORDERED + 1
+    maximum = schema.get("maxItems")
+    return maximum if isinstance(maximum, int) else _MAX_ORDERED + 1
 
 
 def _values(schema: Any) -> list[Any] | None:

@@ -15,7 +15,7 @@ from .json_schema import TIDY, closed
 from .places import apart
 from .unique import Watch
 
-_MOST_CHOICES = 10_000
+_MAX_CHOICES = 10_000
 
 
 def notation(kind: str, value: Any, *, pruned: bool = False) -> tuple[str, Watch | None]:
@@ -92,7 +92,7 @@ def _json(schema: Any) -> str:
 
 
 def _choices(texts: list[str]) -> str:
-    if not texts or len(texts) > _MOST_CHOICES or not all(texts):
-        raise ValueError(f"1 to {_MOST_CHOICES} texts are needed, none of them empty")
+    if not texts or len(texts) > _MAX_CHOICES or not all(texts):
+        raise ValueError(f"1 to {_MAX_CHOICES} texts are needed, none of them empty")
     # One terminal: with one rule for each text, more would be open at once than llguidance allows.
     return "start: TEXT\nTEXT: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from .items import Reader, Repeated
 from .places import Places
 
-_MOST_LOOKS = 2000  # masks computed ahead, for one token
+_MAX_LOOKS = 2000  # masks computed ahead, for one token
 _TAIL = 4000  # bytes before a value, by which it is recognized
 _NOTHING_LEFT = "'uniqueItems': nothing fits it that is not in the array yet"
 
@@ -33,7 +33,7 @@ class Tokens:
         self.by_text: dict[bytes, list[int]] = {}
         for number, text in enumerate(self.texts):
             self.by_text.setdefault(text, []).append(number)
-        self.most_alike = max((len(several) for text, several in self.by_text.items() if text), default=1)
+        self.max_alike = max((len(several) for text, several in self.by_text.items() if text), default=1)
         marks = frozenset(b'"[]{},')
         self.structural = [number for number, text in enumerate(self.texts) if not marks.isdisjoint(text)]
         self.quotes = [number for number in self.structural if b'"' in self.texts[number]]
@@ -166,7 +166,7 @@ class Watched:
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error() or self._matcher.is_stopped():
             return mask
-        self._looks = _MOST_LOOKS
+        self._looks = _MAX_LOOKS
         left = bytearray(mask)
         for reader in self._readers:
             for token in self._doubtful(reader, left):
@@ -196,7 +196,7 @@ class Watched:
         if text in array.dead:
             return False
         choices = array.choices.get(text, 0)
-        if self._looks <= 0 or choices > self._tokens.most_alike * sum(map(len, rests)):  # more than can repeat
+        if self._looks <= 0 or choices > self._tokens.max_alike * sum(map(len, rests)):  # more than can repeat
             return True
         if choices > (along := len(self._tokens.along(reader))):
             return True

@@ -20,7 +20,7 @@ from .headers import HeaderDamaged
 from .rules import templates_of
 from .sources import cached_place, folder_place
 
-_MOST_LICENSE = 256 << 10  # bytes
+_MAX_LICENSE = 256 << 10  # bytes
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
 
 
@@ -62,5 +62,5 @@ def _license(folder: Path) -> str:
     for name in _LICENSES:
         path = folder / name
         if path.is_file():
-            return path.read_bytes()[:_MOST_LICENSE].decode("utf-8", "replace")
+            return path.read_bytes()[:_MAX_LICENSE].decode("utf-8", "replace")
     return ""

@@ -19,8 +19,8 @@ from .sources import Place
 
 logger = logging.getLogger(__name__)
 
-_MOST_HEADER = 16 << 20  # bytes of one header read from the Hub
-MOST_LOCAL_HEADER = 256 << 20
+_MAX_HEADER = 16 << 20  # bytes of one header read from the Hub
+MAX_LOCAL_HEADER = 256 << 20
 _AT_ONCE = 8
 
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json")
@@ -81,11 +81,11 @@ def gguf_head(place: Place, name: str) -> GGUFHeader:
     Raises:
         HeaderDamaged: it is not a GGUF file, or is cut short. OSError, and the Hub client's errors.
     """
-    return gguf_header(partial(place.read, name), most=_most(place))
+    return gguf_header(partial(place.read, name), maximum=_maximum(place))
 
 
-def _most(place: Place) -> int:
-    return MOST_LOCAL_HEADER if place.source != "hub" else _MOST_HEADER
+def _maximum(place: Place) -> int:
+    return MAX_LOCAL_HEADER if place.source != "hub" else _MAX_HEADER
 
 
 def weight_files(place: Place, config: dict[str, Any]) -> list[str]:
@@ -104,7 +104,7 @@ def tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
     """The tensors of all headers together; empty where one header cannot be read."""
 
     def head(name: str) -> dict[str, Tensor] | None:
-        return safetensors_header(partial(place.read, name), most=_most(place))
+        return safetensors_header(partial(place.read, name), maximum=_maximum(place))
 
     if not names or not all(name.endswith(".safetensors") for name in names):
         return {}

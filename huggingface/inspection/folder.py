@@ -42,9 +42,9 @@ _WIDTH = re.compile(
     r"^(?!.*(data|train|cache|memory|batch|queue|max_|context|ctx|seq|window)).*"
     r"(^|_)(size|dims?|width|rank|channels|embd|inner|model|ff|kv|buckets)$"
 )
-_MOST_LAYERS, _MOST_PARTS, _MOST_LABELS, _MOST_WIDTH = 1 << 12, 1 << 15, 1 << 20, 1 << 24
-_MOST_JSON = 64 << 20  # bytes of a JSON file that is not a vocabulary
-_MOST_TEMPLATE = 1 << 20  # characters: 30 times the longest known template
+_MAX_LAYERS, _MAX_PARTS, _MAX_LABELS, _MAX_WIDTH = 1 << 12, 1 << 15, 1 << 20, 1 << 24
+_MAX_JSON = 64 << 20  # bytes of a JSON file that is not a vocabulary
+_MAX_TEMPLATE = 1 << 20  # characters: 30 times the longest known template
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_SIZE = 1024  # bytes; pointers of Git LFS are smaller
 _IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
@@ -123,12 +123,12 @@ def _may_be(name: str, value: float) -> bool:
     if isinstance(value, bool):
         return not _NUMBER.match(name)
     if _LAYERS.search(name):
-        return 0 <= value <= _MOST_LAYERS
+        return 0 <= value <= _MAX_LAYERS
     if _PARTS.search(name):
-        return 0 <= value <= _MOST_PARTS
+        return 0 <= value <= _MAX_PARTS
     if _LABELS.search(name):
-        return 0 <= value <= _MOST_LABELS
-    return not _WIDTH.search(name) or -1 <= value <= _MOST_WIDTH  # -1 stands for "none"
+        return 0 <= value <= _MAX_LABELS
+    return not _WIDTH.search(name) or -1 <= value <= _MAX_WIDTH  # -1 stands for "none"
 
 
 def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -281,8 +281,8 @@ def check_templates(model_id: str, templates: Iterable[Any]) -> None:
     Raises:
         ModelUnsupported: a template is too long.
     """
-    if any(isinstance(template, str) and len(template) > _MOST_TEMPLATE for template in templates):
-        raise ModelUnsupported(f"Model '{model_id}': its chat template is longer than {_MOST_TEMPLATE} characters")
+    if any(isinstance(template, str) and len(template) > _MAX_TEMPLATE for template in templates):
+        raise ModelUnsupported(f"Model '{model_id}': its chat template is longer than {_MAX_TEMPLATE} characters")
 
 
 def code_modules(folder: Path, model_id: str) -> dict[str, list[str]]:
@@ -320,8 +320,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _read_object(model_id: str, path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise FilesCorrupt(f"Model '{model_id}': {path.name} is longer than {_MOST_JSON >> 20} MiB")
+        if path.stat().st_size > _MAX_JSON:
+            raise FilesCorrupt(f"Model '{model_id}': {path.name} is longer than {_MAX_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         if _is_pointer(path):

@@ -17,7 +17,7 @@ from typing import Any
 Read = Callable[[int, int], bytes]
 
 _LONGEST_JSON = 100_000_000  # bytes of a safetensors header, the format's own limit
-_MOST_ENTRIES = 1_000_000  # tensors or keys of a GGUF file: more mean damage
+_MAX_ENTRIES = 1_000_000  # tensors or keys of a GGUF file: more mean damage
 _FIRST_BLOCK, _LARGEST_BLOCK = 1 << 16, 1 << 22  # bytes of one read, doubled each time
 
 # A type's name in a safetensors file: its name in torch, and the bits of one value.
@@ -114,8 +114,8 @@ class GGUFHeader:
     end: int | None
 
 
-def safetensors_header(read: Read, *, most: int = _LONGEST_JSON) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file by name, or None where its header is longer than `most` bytes.
+def safetensors_header(read: Read, *, maximum: int = _LONGEST_JSON) -> dict[str, Tensor] | None:
+    """The tensors of a safetensors file by name, or None where its header is longer than `maximum` bytes.
 
     Raises:
         HeaderDamaged: it is not a safetensors file. Errors of `read` pass through.
@@ -126,7 +126,7 @@ def safetensors_header(read: Read, *, most: int = _LONGEST_JSON) -> dict[str, Te
     (size,) = _LENGTH.unpack(start)
     if not 2 <= size <= _LONGEST_JSON:
         raise HeaderDamaged("no length of a header")
-    if size > most:
+    if size > maximum:
         return None
     try:
         header = json.loads(read(8, size))
@@ -140,13 +140,13 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     return Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), int(end) - int(start))
 
 
-def gguf_header(read: Read, *, most: int) -> GGUFHeader:
-    """The keys and the tensors of a GGUF file, as far as they lie within its first `most` bytes.
+def gguf_header(read: Read, *, maximum: int) -> GGUFHeader:
+    """The keys and the tensors of a GGUF file, as far as they lie within its first `maximum` bytes.
 
     Raises:
         HeaderDamaged: it is not a GGUF file of version 2 or 3. Errors of `read` pass through.
     """
-    stream = _Stream(read, most)
+    stream = _Stream(read, maximum)
     values: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     ends: list[int | None] = [0]
@@ -154,7 +154,7 @@ def gguf_header(read: Read, *, most: int) -> GGUFHeader:
         if stream.take(4) != b"GGUF":
             raise HeaderDamaged("not the mark of a GGUF file")
         version, tensor_count, value_count = stream.unpack("IQQ")
-        if version not in (2, 3) or max(tensor_count, value_count) > _MOST_ENTRIES:
+        if version not in (2, 3) or max(tensor_count, value_count) > _MAX_ENTRIES:
             raise HeaderDamaged("a GGUF file of another version")
         for _ in range(value_count):
             name = stream.text()
@@ -212,8 +212,8 @@ class _TooFar(Exception):
 class _Stream:
     """Reads bytes from the start in growing blocks; nothing is read twice."""
 
-    def __init__(self, read: Read, most: int) -> None:
-        self._read, self._most = read, most
+    def __init__(self, read: Read, maximum: int) -> None:
+        self._read, self._maximum = read, maximum
         self._block = _FIRST_BLOCK
         self._buffer = bytearray()
         self.position = 0
@@ -221,9 +221,9 @@ class _Stream:
     def _need(self, length: int) -> None:
         while self.position + length > len(self._buffer):
             have = len(self._buffer)
-            if self.position + length > self._most:
+            if self.position + length > self._maximum:
                 raise _TooFar
-            block = self._read(have, min(self._block, self._most - have))
+            block = self._read(have, min(self._block, self._maximum - have))
             if not block:
                 raise HeaderDamaged("the file ends within its header")
             self._buffer += block

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import InvalidModelId, LoadError
 from ..registry.records import check_model_id
 from . import folder as files
-from .contents import MOST_LOCAL_HEADER
+from .contents import MAX_LOCAL_HEADER
 from .headers import HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _is_whole_gguf(path: Path) -> bool:
             return file.read(length)
 
     try:
-        end = gguf_header(read, most=MOST_LOCAL_HEADER).end
+        end = gguf_header(read, maximum=MAX_LOCAL_HEADER).end
     except HeaderDamaged:
         return False
     return end is None or path.stat().st_size >= end

@@ -42,8 +42,8 @@ _TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 # Files that are asked for by name where the Hub does not list a repository's files.
 _PROBED = ("model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-_MOST_SMALL = 4 << 20  # bytes of a small file
-_MOST_INDEX = 32 << 20  # bytes of an index: some list a hundred thousand tensors
+_MAX_SMALL = 4 << 20  # bytes of a small file
+_MAX_INDEX = 32 << 20  # bytes of an index: some list a hundred thousand tensors
 _AT_ONCE = 8  # requests
 
 
@@ -234,15 +234,15 @@ class _Hub:
         Raises:
             LoadError: the file is too long for its name. The Hub client's errors pass through.
         """
-        most = _MOST_INDEX if name.endswith(".index.json") else _MOST_SMALL
+        maximum = _MAX_INDEX if name.endswith(".index.json") else _MAX_SMALL
         try:
-            content = self._get(name, None, most + 1)
+            content = self._get(name, None, maximum + 1)
         except Exception as error:
             if is_absent(error):
                 return None
             raise
-        if len(content) > most:
-            raise LoadError(f"Model '{self.model_id}': {name} is longer than {most >> 20} MiB")
+        if len(content) > maximum:
+            raise LoadError(f"Model '{self.model_id}': {name} is longer than {maximum >> 20} MiB")
         return content
 
     def exists(self, name: str) -> bool:
@@ -259,8 +259,8 @@ class _Hub:
         """Reads a range of a file."""
         return self._get(name, (start, length), length)
 
-    def _get(self, name: str, span: tuple[int, int] | None, most: int) -> bytes:
-        """Reads a file or a range of it; closes the connection after `most` bytes, even if more would follow."""
+    def _get(self, name: str, span: tuple[int, int] | None, maximum: int) -> bytes:
+        """Reads a file or a range of it; closes the connection after `maximum` bytes, even if more would follow."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -287,11 +287,11 @@ class _Hub:
                 seen: Any = [each.headers.get("X-Repo-Commit") for each in (*response.history, response)]
                 self.commit = next((each for each in seen if each), None)
             announced = response.headers.get("Content-Length", "")
-            ends = announced.isdigit() and int(announced) <= most  # then the connection can be used again
+            ends = announced.isdigit() and int(announced) <= maximum  # then the connection can be used again
             content = bytearray()
             for block in response.iter_bytes(1 << 16):
                 content += block
                 self._deadline.left()
-                if len(content) >= most and not ends:
+                if len(content) >= maximum and not ends:
                     break
-        return bytes(content[:most])
+        return bytes(content[:maximum])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..errors import InvalidRequest, LocalLLMError, ModelUnsupported
-from ..model import Compute
+from ..model.parts import Compute
 from ..progress import Progress
 from ..registry.records import LoadSettings
 from ..types import Estimate, LoadOptions, Pending

@@ -28,7 +28,7 @@ from .pretrained import BUILDING
 
 logger = logging.getLogger(__name__)
 
-_MOST_PARAMETERS = 100_000  # tensors of one model: the largest models have some ten thousand
+_MAX_PARAMETERS = 100_000  # tensors of one model: the largest models have some ten thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ def _bounded() -> Iterator[None]:
     def note(*_: Any) -> None:
         nonlocal count
         count += threading.get_ident() == thread
-        if count > _MOST_PARAMETERS:
-            raise ValueError(f"a model of more than {_MOST_PARAMETERS} tensors")
+        if count > _MAX_PARAMETERS:
+            raise ValueError(f"a model of more than {_MAX_PARAMETERS} tensors")
 
     hook = register_module_parameter_registration_hook(note)
     try:

@@ -79,7 +79,7 @@ def check(model_id: str, folder: Path, gguf_file: str) -> GGUFHeader:
                     f"Model '{model_id}': {gguf_file} is only a Git LFS pointer, not the file itself; fetch it "
                     "(git lfs pull)"
                 )
-            header = gguf_header(read, most=min(size, _LONGEST_HEAD))
+            header = gguf_header(read, maximum=min(size, _LONGEST_HEAD))
     except (HeaderDamaged, MemoryError, OverflowError) as error:
         raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged ({error}); download it again") from error
     except OSError as error:

@@ -23,8 +23,9 @@ from ..host.memory import forget_frames
 from ..inspection import folder as files
 from ..inspection.headers import Tensor
 from ..inspection.lora import factor_bytes
-from ..model import LoadedModel, Setup
-from ..model_memory import Memory, free
+from ..model.loaded import LoadedModel
+from ..model.memory import Memory, free
+from ..model.parts import Setup
 from ..progress import Progress
 from ..registry.records import LoadSettings, ModelRecord
 from ..tasks.reranking import note_cross_encoder

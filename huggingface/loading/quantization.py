@@ -23,7 +23,7 @@ from ..errors import InvalidRequest, ModelUnsupported
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
 _GROUP = 32  # weights of one output that share a step in 4 bits
-_MOST_STEP = 15  # a group's step is at most this many times its output's smallest: 15 * 8 still is an 8-bit number
+_MAX_STEP = 15  # a group's step is at most this many times its output's smallest: 15 * 8 still is an 8-bit number
 _STEPS_TRIED = (0, 1, -1)  # besides the step that just holds all of a group's weights
 _HALF = 256  # the value of one unit in the upper half of a 16-bit number
 _TOP = 127 * _HALF  # a row's largest value in 16 bits
@@ -317,14 +317,14 @@ def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     bits; of a few steps, the one nearest to the group's weights is taken.
     """
     groups = weight.float().view(weight.shape[0], -1, _GROUP)
-    least, most = groups.aminmax(dim=2, keepdim=True)
-    apart, middle = most - least, (most + least) / 2
-    scale = torch.maximum(apart.amax(1, keepdim=True) / (15 * _MOST_STEP), middle.abs().amax(1, keepdim=True) / 120)
+    least, maximum = groups.aminmax(dim=2, keepdim=True)
+    apart, middle = maximum - least, (maximum + least) / 2
+    scale = torch.maximum(apart.amax(1, keepdim=True) / (15 * _MAX_STEP), middle.abs().amax(1, keepdim=True) / 120)
     scale.clamp_min_(_SMALLEST)
     parts, holding, middle = groups / scale, (apart / (15 * scale)).round_(), middle / scale
     best: list[torch.Tensor] = []
     for beside in _STEPS_TRIED:
-        steps = (holding + beside).clamp_(1, _MOST_STEP)
+        steps = (holding + beside).clamp_(1, _MAX_STEP)
         middles = (middle + steps / 2).round_()  # the codes' own middle is at -0.5
         codes = ((parts - middles) / steps).round_().clamp_(-8, 7)
         wrong = torch.addcmul(middles, codes, steps).sub_(parts).square_().sum(2, keepdim=True)

@@ -18,8 +18,8 @@ from ..engine.layers import NotBatchable
 from ..engine.torch.lora import Adapters
 from ..engine.torch.matmul import copies
 from ..engine.torch.parity import batch_runner
-from ..model import Serving
-from ..model_memory import ModelMemory
+from ..model.memory import ModelMemory
+from ..model.parts import Serving
 from ..tasks import Head
 from ..types import Estimate, LoadOptions
 from .backend import Declined, Load, Opened

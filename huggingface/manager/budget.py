@@ -191,7 +191,7 @@ class Budget:
         with self._lock:
             return self._room(indexed(device))
 
-    def most(self, device: str) -> int | None:
+    def maximum(self, device: str) -> int | None:
         """The bytes that models could have on a device if all of them were evicted; None for no limit."""
         device = indexed(device)
         with self._lock:
@@ -267,12 +267,12 @@ class Budget:
             self._unnoted.append((now, size))
         while len(self._unnoted) > 1 and self._unnoted[0][0] < now - _WINDOW:
             self._unnoted.popleft()
-        most = self._unnoted[0][1] if self._unnoted else 0
-        return max(0, most - int(lenient * limit))
+        maximum = self._unnoted[0][1] if self._unnoted else 0
+        return max(0, maximum - int(lenient * limit))
 
 
 class Account:
-    """The account of one model in the budget: see `model_memory.Memory`."""
+    """The account of one model in the budget: see `model.memory.Memory`."""
 
     def __init__(self, budget: Budget, owner: str, evict_one: Callable[[], bool]) -> None:
         """`owner` is the model's name in the budget; `evict_one` evicts another model."""
@@ -312,6 +312,6 @@ class Account:
         with self._naming:
             self._budget.commit(self._owner)
 
-    def most(self, device: str) -> int | None:
+    def maximum(self, device: str) -> int | None:
         """The most bytes that the owner could have if all others were evicted; None for no limit."""
-        return self._budget.most(device)
+        return self._budget.maximum(device)

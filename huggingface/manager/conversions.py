@@ -307,10 +307,10 @@ class Conversions:
             if conversion.held or waited:
                 conversion.state, conversion.reason = "converting", None
                 return True
-        most = self._budget.most("cpu")
-        if most is not None and need > most:
+        maximum = self._budget.maximum("cpu")
+        if maximum is not None and need > maximum:
             raise ConversionFailed(
-                f"its conversion takes {readable(need)} of memory, and models may have {readable(most)}"
+                f"its conversion takes {readable(need)} of memory, and models may have {readable(maximum)}"
             )
         conversion.reason = f"its conversion takes {readable(need)} of memory, and {readable(room or 0)} are free"
         return False

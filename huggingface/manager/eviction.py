@@ -18,7 +18,7 @@ from ..host.memory import readable
 from ..progress import Progress
 from ..types import Estimate, Forecast
 from .budget import Budget
-from .leases import ModelTable
+from .table import ModelTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +118,16 @@ class Evictor:
     def forecast(self, model_id: str, estimate: Estimate) -> Forecast:
         """Whether a load would fit, and which models it would evict."""
         own, estimate = self._budget.held(model_id), replace(estimate, devices=by_index(estimate.devices))
-        lacking, rooms, most = {}, {}, {}
+        lacking, rooms, maximum = {}, {}, {}
         for device, need in estimate.devices.items():
-            room, limit = self._budget.available(device), self._budget.most(device)
+            room, limit = self._budget.available(device), self._budget.maximum(device)
             if room is not None and limit is not None:
-                rooms[device], most[device] = room + own.get(device, 0), limit
+                rooms[device], maximum[device] = room + own.get(device, 0), limit
                 lacking[device] = self._budget.lacking(model_id, device, need)
         goes = choose(self._idle(model_id), lacking) if any(lacking.values()) else []
-        possible = all(estimate.devices[device] <= limit for device, limit in most.items())
+        possible = all(estimate.devices[device] <= limit for device, limit in maximum.items())
         fits = possible and (not any(lacking.values()) or bool(goes))
-        return Forecast(estimate, rooms, most, fits, possible, [model.model_id for model in goes])
+        return Forecast(estimate, rooms, maximum, fits, possible, [model.model_id for model in goes])
 
     def lacking(self, model_id: str, needs: Mapping[str, int]) -> dict[str, int]:
         """The bytes that are missing on each device.
@@ -137,13 +137,13 @@ class Evictor:
         """
         lacking = {}
         for device, need in by_index(needs).items():
-            most = self._budget.most(device)
-            if most is None:
+            maximum = self._budget.maximum(device)
+            if maximum is None:
                 continue
-            if need > most:
+            if need > maximum:
                 raise NeverFits(
                     f"Model '{model_id}' needs {readable(need)} of memory on {device} ({need} bytes), and models may "
-                    f"have {readable(most)} there ({most} bytes)"
+                    f"have {readable(maximum)} there ({maximum} bytes)"
                 )
             lacking[device] = self._budget.lacking(model_id, device, need)
         return lacking

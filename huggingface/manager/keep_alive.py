@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..cancellation import LOOK_AGAIN
 from ..registry.records import ModelRecord
-from .leases import ModelEntry, ModelTable
+from .table import ModelEntry, ModelTable
 
 
 class KeepAlive:

@@ -17,8 +17,8 @@ from ..types import Estimate, LoadOptions, Pending
 if TYPE_CHECKING:
     from ..inspection.headers import Tensor
     from ..loading import loader
-    from ..model import LoadedModel
-    from ..model_memory import Memory
+    from ..model.loaded import LoadedModel
+    from ..model.memory import Memory
 
 
 # For each adapter, the tensors of its weights by name.

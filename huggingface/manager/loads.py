@@ -23,12 +23,12 @@ from ..types import Estimate, LoadOptions, Pending
 from .budget import Account, Budget
 from .conversions import Conversion, Conversions
 from .eviction import Evictor
-from .leases import Loading, ModelEntry, ModelTable
 from .loader import Heads, LateLoader, Loader
 from .statistics import Statistics
+from .table import Loading, ModelEntry, ModelTable
 
 if TYPE_CHECKING:
-    from ..model import LoadedModel
+    from ..model.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -15,26 +15,27 @@ from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..cancellation import LOOK_AGAIN, NEVER, Cancellation, before_wait
-from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
+from ..cancellation import LOOK_AGAIN, NEVER, Cancellation
+from ..errors import FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
 from ..hub.downloads import Downloads
 from ..progress import Progress
-from ..registry.records import LoadSettings, ModelRecord
+from ..registry.records import LoadSettings
 from ..registry.registry import ModelRegistry
 from ..types import Forecast, LoadOptions, Unloaded
 from .budget import Budget
 from .conversions import Conversions
 from .eviction import Evictor
 from .keep_alive import KeepAlive
-from .leases import Loading, ModelEntry, ModelTable, Resident
+from .leases import Leases
 from .loader import LateLoader
-from .loads import Loads, is_stale, usable
+from .loads import Loads, usable
 from .statistics import Statistics
+from .table import Loading, ModelEntry, ModelTable, Resident
 from .takeover import Takeover
 from .unloading import Unloader
 
 if TYPE_CHECKING:
-    from ..model import LoadedModel
+    from ..model.loaded import LoadedModel
 
 
 class ModelManager:
@@ -101,6 +102,17 @@ class ModelManager:
             self._keep_alive,
             memory_timeout,
         )
+        self._leases = Leases(
+            registry,
+            table,
+            self._loads,
+            unloader,
+            self._keep_alive,
+            self._takeover,
+            self.conversions,
+            self.statistics,
+            busy_timeout,
+        )
         self._forecasting = threading.Lock()
 
     def import_libraries(self, delay: float) -> None:
@@ -130,11 +142,11 @@ class ModelManager:
                 error.
             Cancelled: by `cancellation` while the model was loaded, or the server is shutting down.
         """
-        entry, model, record = self._acquire(model_id, cancellation, watch)
+        entry, model, record = self._leases.acquire(model_id, cancellation, watch)
         try:
             yield model
         finally:
-            self._leave(entry, model, record, keep_alive)
+            self._leases.leave(entry, model, record, keep_alive)
 
     def load(
         self,
@@ -331,100 +343,3 @@ class ModelManager:
         record = self._registry.get(model_id)
         wanted = (settings or LoadSettings()).over(record.settings)
         return self._evictor.forecast(model_id, self._loads.estimate(record, wanted))
-
-    # Loading ---------------------------------------------------------------------------------------------------------
-
-    def _acquire(
-        self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
-    ) -> tuple[ModelEntry, LoadedModel, ModelRecord]:
-        """The model's entry, counted with one user more, the model in it, and its record."""
-        asked = False
-        while True:
-            record = usable(self._registry, model_id)  # in every round: a wait may end with its removal
-            with self._changed:
-                if self._table.closed:
-                    raise Cancelled("The server is shutting down")
-                entry = self._table.of(model_id)
-                loading = entry.loading
-                if (
-                    entry.reserved
-                    or self._table.drains(model_id)
-                    or (loading is not None and loading.progress.cancellation.cancelled)
-                ):
-                    before_wait()
-                    self._changed.wait(LOOK_AGAIN)
-                    cancellation.check()
-                    continue
-                stale = entry.model is not None and is_stale(entry.model, record)
-                if entry.model is not None and not stale:
-                    entry.users += 1
-                    entry.expires = None
-                    if not asked:
-                        self.statistics.found(model_id)
-                    return entry, entry.model, record
-                mine = loading is None
-                if loading is None and not stale:
-                    loading = entry.loading = Loading()
-                if loading is not None:
-                    loading.waiting += 1
-            if stale or loading is None:
-                self._drop_stale(record)
-                continue
-            watch(loading.progress)
-            if mine:
-                name = f"load-{model_id}"
-                threading.Thread(target=self._loads.fill, args=(record, entry, loading), name=name).start()
-            if not asked:
-                self.statistics.missed(model_id)
-                asked = True
-            self._wait_for(entry, loading, record, cancellation)
-            model = loading.model  # only the server's end can unload it now
-            assert model is not None  # noqa: S101 - the load has succeeded
-            try:
-                if not self._table.closed and not is_stale(model, usable(self._registry, model_id)):
-                    return entry, model, record
-            except LocalLLMError:
-                self._leave(entry, model, record)
-                raise
-            self._leave(entry, model, record)
-
-    def _wait_for(self, entry: ModelEntry, loading: Loading, record: ModelRecord, cancellation: Cancellation) -> None:
-        """Waits for a load and then counts as a user of its model. If no request waits any more, the load is cancelled.
-
-        Raises: as the load does; Cancelled.
-        """
-        try:
-            cancellation.result(loading.done)
-            cancellation.check()
-        except BaseException:
-            with self._changed:
-                if loading.model is not None:
-                    self._leave(entry, loading.model, record)
-                else:
-                    loading.waiting -= 1
-                    if not loading.waiting and not loading.forced:
-                        loading.progress.cancel()
-            raise
-
-    def _leave(
-        self, entry: ModelEntry, model: LoadedModel, record: ModelRecord, keep_alive: float | None = None
-    ) -> None:
-        """Counts one user less of a model."""
-        with self._changed:
-            last = entry.left(model)
-            entry.used = time.monotonic()
-            if entry.users == 0 and entry.model is not None:
-                self._keep_alive.begin(entry, record, keep_alive)
-            self._changed.notify_all()
-        if last:  # on a thread of its own, so that the answer need not wait
-            arguments = (record.model_id, model)
-            threading.Thread(
-                target=self._takeover.close_replaced, args=arguments, name=f"close-{record.model_id}"
-            ).start()
-
-    def _drop_stale(self, record: ModelRecord) -> None:
-        """Unloads a model that a load must replace."""
-        with self._table.exclusive(record.model_id, self._busy_deadline) as entry:
-            if entry.model is not None and is_stale(entry.model, record):
-                self.conversions.cancel(record.model_id)
-                self._unloader.release(record.model_id, entry)

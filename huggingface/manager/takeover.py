@@ -17,12 +17,12 @@ from .budget import Budget
 from .conversions import Conversion
 from .eviction import Evictor
 from .keep_alive import KeepAlive
-from .leases import Loading, ModelTable
 from .loads import Loads, is_stale, usable
+from .table import Loading, ModelTable
 from .unloading import Unloader
 
 if TYPE_CHECKING:
-    from ..model import LoadedModel
+    from ..model.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from ..registry.records import LoadSettings
 from ..registry.registry import ModelRegistry
 from ..types import Unloaded
 from .budget import Budget
-from .leases import ModelEntry, ModelTable
 from .statistics import Statistics
+from .table import ModelEntry, ModelTable
 
 logger = logging.getLogger(__name__)
 

@@ -156,20 +156,20 @@ class Claims:
         model_id: str,
         model: PreTrainedModel,
         take: Callable[[int], bool],
-        most: Callable[[], int | None],
+        maximum: Callable[[], int | None],
         relieve: Callable[[], bool],
     ) -> None:
         """Claims nothing yet.
 
         Args:
             take: claims so many bytes more, or gives them back where the number is negative; whether it could.
-            most: the most bytes that could ever be free beside the model, None for no limit.
+            maximum: the most bytes that could ever be free beside the model, None for no limit.
             relieve: evicts another model; whether there was one.
         """
         self._model_id = model_id
         self._demand = Demand(model)
         self._take = take
-        self._most = most
+        self._maximum = maximum
         self._relieve = relieve
 
     def check(self, asked: Wanted) -> int:
@@ -179,9 +179,9 @@ class Claims:
             InvalidRequest: a parameter asks for too much; the error names it.
             OutOfMemory: the prompt alone is too long.
         """
-        need, most = self._first(asked), self._most()
-        if most is not None and need > most:
-            message = f"{self._needs(asked, need)}, and models may have {readable(most)} here beside its weights"
+        need, maximum = self._first(asked), self._maximum()
+        if maximum is not None and need > maximum:
+            message = f"{self._needs(asked, need)}, and models may have {readable(maximum)} here beside its weights"
             raise InvalidRequest(message, asked.field) if asked.field else OutOfMemory(message)
         return need
 

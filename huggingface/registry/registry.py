@@ -134,7 +134,7 @@ class ModelRegistry:
         """
         content, uses = self._snapshot()
         records = _with_uses(content, uses)
-        most = max(records, key=lambda record: (record.usage_count, record.last_used or ""), default=None)
+        maximum = max(records, key=lambda record: (record.usage_count, record.last_used or ""), default=None)
         updated = [content.last_updated or "", *(use.last_used for use in uses.values())]
         return {
             "total_models": len(records),
@@ -142,8 +142,8 @@ class ModelRegistry:
             "model_types": dict(Counter(record.model_type for record in records)),
             "last_updated": max(updated) or None,
             "most_used": None
-            if most is None or most.usage_count == 0
-            else {"model_id": most.model_id, "name": most.name, "usage_count": most.usage_count},
+            if maximum is None or maximum.usage_count == 0
+            else {"model_id": maximum.model_id, "name": maximum.name, "usage_count": maximum.usage_count},
         }
 
     @property

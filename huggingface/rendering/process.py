@@ -16,8 +16,8 @@ import sys
 from typing import IO, Any
 
 LENGTH = struct.Struct("<Q")
-MOST_CHARACTERS = 16 << 20  # of one rendered chat
-MOST_BYTES = 512 << 20  # of memory, on top of the process's own at its start
+MAX_CHARACTERS = 16 << 20  # of one rendered chat
+MAX_BYTES = 512 << 20  # of memory, on top of the process's own at its start
 
 
 def main() -> None:
@@ -74,8 +74,8 @@ def _render(library: Any, template: str, values: dict[str, Any]) -> dict[str, st
     except Exception as error:  # noqa: BLE001 - the caller gets any error of a template
         kind = "TemplateError" if isinstance(error, TemplateError) else type(error).__name__
         return {"error": kind, "message": str(error)[:2000]}
-    if len(text) > MOST_CHARACTERS:
-        return {"error": "TooLarge", "message": f"it makes more than {MOST_CHARACTERS >> 20} million characters"}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": "TooLarge", "message": f"it makes more than {MAX_CHARACTERS >> 20} million characters"}
     return {"text": text}
 
 
@@ -86,8 +86,8 @@ def _limit_memory() -> None:
         from pathlib import Path
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + MOST_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        maximum = pages * resource.getpagesize() + MAX_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (maximum, maximum))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, OSError, ValueError):
         return

@@ -63,7 +63,7 @@ class Pooling:
         }
         self.default_prompt: str = whole.prompts.get(whole.default_prompt_name or "", "")
         self.unit_length = bool(self._modules) and type(self._modules[-1]).__name__ == "Normalize"
-        self.most: int | None = said.get("max_length", sane_length(self._reader.max_seq_length))
+        self.maximum: int | None = said.get("max_length", sane_length(self._reader.max_seq_length))
 
     def _reads_texts(self) -> bool:
         """Whether texts, or chats made of them, go through the model itself."""
@@ -71,9 +71,9 @@ class Pooling:
         way = ways.get("message", ways.get("text"))
         return way is not None and way["method"] == "forward" and way["method_output_name"] == "last_hidden_state"
 
-    def read(self, text: str, prompt: str, most: int | None = None) -> dict[str, Any]:
-        """The features that `SentenceTransformer` makes of a text for its model, cut to `most` tokens."""
-        cut = {"truncation": False} if most is None else {"max_length": most}
+    def read(self, text: str, prompt: str, maximum: int | None = None) -> dict[str, Any]:
+        """The features that `SentenceTransformer` makes of a text for its model, cut to `maximum` tokens."""
+        cut = {"truncation": False} if maximum is None else {"max_length": maximum}
         return dict(self._reader.preprocess([text], prompt=prompt or None, processing_kwargs={"text": cut}))
 
     def takes(self, name: str) -> bool:
@@ -137,8 +137,8 @@ class EmbeddingWork:
         self._prompt = self._find_prompt(parameters.get("prompt_name"))
         self._truncate = bool(parameters.get("truncate"))
         self._dimensions: int | None = parameters.get("dimensions")
-        mosts = [limits[0], None if pooling is None else pooling.most]
-        self._most = min((most for most in mosts if most is not None), default=None)
+        maxima = [limits[0], None if pooling is None else pooling.maximum]
+        self._maximum = min((maximum for maximum in maxima if maximum is not None), default=None)
         self._vocabulary = limits[1]
         self.count = len(self._items)
         self._tokens = 0
@@ -150,11 +150,11 @@ class EmbeddingWork:
         count = token_count(features)
         if count == 0:
             raise InvalidRequest("Invalid value for field 'input': holds no token", "input")
-        if self._most is not None and count > self._most:
+        if self._maximum is not None and count > self._maximum:
             if not self._truncate:
-                reason = f"{count} tokens, but the model reads {self._most}; 'truncate' cuts a text"
+                reason = f"{count} tokens, but the model reads {self._maximum}; 'truncate' cuts a text"
                 raise InvalidRequest(f"Invalid value for field 'input': {reason}", "input")
-            features = self._read(item, self._most)
+            features = self._read(item, self._maximum)
             count = token_count(features)
         self._tokens += count
         yield {name: value for name, value in features.items() if self._is_tensor(name, value)}, features
@@ -197,31 +197,31 @@ class EmbeddingWork:
             raise InvalidRequest(f"Invalid value for field 'prompt_name': {reason}", "prompt_name")
         return known[name]
 
-    def _read(self, item: str | list[int], most: int | None = None) -> dict[str, Any]:
-        """The features of a text or of token ids, the model's inputs among them; cut to `most` tokens."""
+    def _read(self, item: str | list[int], maximum: int | None = None) -> dict[str, Any]:
+        """The features of a text or of token ids, the model's inputs among them; cut to `maximum` tokens."""
         if not isinstance(item, str):
             for token in item:
                 if self._vocabulary is not None and not 0 <= token < self._vocabulary:
                     reason = f"token {token} is not in the model's vocabulary of {self._vocabulary}"
                     raise InvalidRequest(f"Invalid value for field 'input': {reason}", "input")
-            ids = torch.tensor([item[:most]])
+            ids = torch.tensor([item[:maximum]])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self._pooling is not None:
-            return self._pooling.read(item, self._prompt, most)
-        cut = {} if most is None else {"truncation": True, "max_length": most}
+            return self._pooling.read(item, self._prompt, maximum)
+        cut = {} if maximum is None else {"truncation": True, "max_length": maximum}
         return dict(self._tokenizer(item, return_tensors="pt", return_attention_mask=True, **cut))
 
     def _is_tensor(self, name: str, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and (self._pooling is None or self._pooling.takes(name))
 
     def _shortened(self, vector: torch.Tensor) -> torch.Tensor:
-        most = self._dimensions
-        if most is None:
+        maximum = self._dimensions
+        if maximum is None:
             return vector
-        if most > vector.shape[1]:
-            reason = f"must be at most {vector.shape[1]}, the length of the model's vectors, not {most}"
+        if maximum > vector.shape[1]:
+            reason = f"must be at most {vector.shape[1]}, the length of the model's vectors, not {maximum}"
             raise InvalidRequest(f"Invalid value for field 'dimensions': {reason}", "dimensions")
-        vector = vector[:, :most]
+        vector = vector[:, :maximum]
         if self._pooling is not None and self._pooling.unit_length:
             vector = torch.nn.functional.normalize(vector, dim=1)
         return vector

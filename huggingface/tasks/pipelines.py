@@ -65,10 +65,10 @@ class Guard:
     def blame(self, error: Exception, tokens: int) -> Exception:
         """Returns a refusal if the error means more tokens than the model has positions, otherwise the error."""
         config = self.model.config.get_text_config()  # type: ignore[attr-defined]
-        most = getattr(config, "max_position_embeddings", None)
-        if not isinstance(error, IndexError) or most is None or tokens <= most:
+        maximum = getattr(config, "max_position_embeddings", None)
+        if not isinstance(error, IndexError) or maximum is None or tokens <= maximum:
             return error
-        refusal = refuse("inputs", f"{tokens} tokens, but the model can read at most {most}")
+        refusal = refuse("inputs", f"{tokens} tokens, but the model can read at most {maximum}")
         refusal.__cause__ = error
         return refusal
 
@@ -348,9 +348,9 @@ class TableQuestionAnswering(Guard, TableQuestionAnsweringPipeline):  # type: ig
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:
         """Runs `Pipeline.forward` on one table with its queries, unless it has more rows or columns than the model
         knows."""
-        most = model_inputs["token_type_ids"].flatten(0, -2).amax(0).tolist()
+        maximum = model_inputs["token_type_ids"].flatten(0, -2).amax(0).tolist()
         sizes = self.model.config.type_vocab_sizes
-        if any(number >= size for number, size in zip(most, sizes, strict=True)):
+        if any(number >= size for number, size in zip(maximum, sizes, strict=True)):
             raise refuse("inputs", f"the model reads tables of at most {sizes[1] - 1} columns and {sizes[2] - 1} rows")
         found = super().forward(model_inputs, **parameters)
         outputs = found["outputs"]

@@ -56,9 +56,9 @@ def max_positions(model: Any) -> int | None:
     return None
 
 
-def contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
+def contexts(model: Any, maximum: int | None) -> tuple[int | None, int | None]:
     """The most tokens that the model can read, and can write: the least of its weights, its config and a setting
-    (`most`)."""
+    (`maximum`)."""
     reads = max_positions(model)
     if reads is None:
         config = model.config.get_text_config()
@@ -66,6 +66,6 @@ def contexts(model: Any, most: int | None) -> tuple[int | None, int | None]:
         # XLNet says -1: no limit
         reads = context(said, getattr(config, "rope_parameters", None)) if said and said > 0 else None
     writes = max_positions(model.get_decoder()) if model.config.is_encoder_decoder else reads
-    if most is None:
+    if maximum is None:
         return reads, writes
-    return min(reads or most, most), min(writes or most, most)
+    return min(reads or maximum, maximum), min(writes or maximum, maximum)

@@ -59,8 +59,8 @@ class RerankWork:
         self._documents: list[str] = inputs["documents"]
         self._truncate = bool(parameters.get("truncate"))
         positions = getattr(config, "max_position_embeddings", -1)  # XLNet says -1: no limit
-        mosts = [pipeline.limit, sane_length(tokenizer.model_max_length), positions if positions > 0 else None]
-        self._most = min((most for most in mosts if most is not None), default=None)
+        maxima = [pipeline.limit, sane_length(tokenizer.model_max_length), positions if positions > 0 else None]
+        self._maximum = min((maximum for maximum in maxima if maximum is not None), default=None)
         self.count = len(self._documents)
         self._tokens = 0
 
@@ -68,11 +68,11 @@ class RerankWork:
         """The one row of a document: the query and the document."""
         row = self._read(index)
         count = token_count(row)
-        if self._most is not None and count > self._most:
+        if self._maximum is not None and count > self._maximum:
             if not self._truncate:
-                reason = f"{count} tokens with the query, but the model reads {self._most}; 'truncate' cuts them"
+                reason = f"{count} tokens with the query, but the model reads {self._maximum}; 'truncate' cuts them"
                 raise InvalidRequest(f"Invalid value for field 'documents.{index}': {reason}", f"documents.{index}")
-            row = self._read(index, truncation="longest_first", max_length=self._most)
+            row = self._read(index, truncation="longest_first", max_length=self._maximum)
             count = token_count(row)
         self._tokens += count
         yield row, None

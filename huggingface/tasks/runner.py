@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from .embedding import Pooling
 
 
-class Resting(Protocol):
+class OnDemand(Protocol):
     """Holds weights that are loaded on demand."""
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand."""
 
 
@@ -56,7 +56,7 @@ class TaskRunner:
         head: Head,
         pooling: Callable[[], Pooling | None] = lambda: None,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
-        resting: Resting | None = None,
+        on_demand: OnDemand | None = None,
         claims: Claims | None = None,
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
@@ -70,7 +70,7 @@ class TaskRunner:
         self._model_id = model_id
         self._pooling = pooling
         self._active = active
-        self._resting = resting
+        self._on_demand = on_demand
         self._claims = claims
         self._model = model
         self._shared_tokenizer = tokenizer
@@ -121,15 +121,15 @@ class TaskRunner:
         """Fails all submitted calls that are not done with this error."""
         self._calls.fail(error)
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand, after some time without calls."""
-        if self._resting is not None:
-            self._resting.rest()
+        if self._on_demand is not None:
+            self._on_demand.release_idle()
 
     def close(self) -> None:
         """Cancels all calls that are not done, and those submitted later."""
         self._calls.close()
-        self.rest()
+        self.release_idle()
 
     @property
     def pending(self) -> int:

@@ -131,8 +131,8 @@ class TextGenerations:
         # On a thread that ends: OpenMP keeps a team of threads for every thread that has computed so much.
         with ThreadPoolExecutor(1, thread_name_prefix="stops") as thread:
             criterion = thread.submit(StopStringCriteria, self._opened.tokenizer, list(stops)).result()
-        most = criterion.maximum_token_len
-        return lambda tokens: bool(criterion(torch.tensor([tokens[-most:]]), None))
+        maximum = criterion.maximum_token_len
+        return lambda tokens: bool(criterion(torch.tensor([tokens[-maximum:]]), None))
 
 
 class TextGenerationCall:

@@ -236,16 +236,16 @@ def test_what_is_beyond_the_limit_of_a_body_is_kept_nowhere(start_server: Any, c
     framed = b"Transfer-Encoding: chunked\r\n\r\n%X\r\n" % size if chunked else b"Content-Length: %d\r\n\r\n" % size
     with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as client:
         client.sendall(head + b"Content-Type: application/json\r\n" + framed)
-        most = 0
+        maximum = 0
         for _ in range(size // 500_000):
             client.sendall(b"x" * 500_000)
-            most = max(most, temporary_bytes(server.process.pid))
+            maximum = max(maximum, temporary_bytes(server.process.pid))
         if chunked:
             client.sendall(b"\r\n0\r\n\r\n")
         answer = b""
         while chunk := client.recv(65536):
             answer += chunk
-    assert most <= 1_000_000
+    assert maximum <= 1_000_000
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"The request body is larger than 1000000 bytes" in answer
 

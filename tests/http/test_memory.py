@@ -50,8 +50,8 @@ from huggingface.loading import loader
 from huggingface.loading import torch as by_torch
 from huggingface.manager.budget import Budget, Limit, parse_limits
 from huggingface.manager.eviction import Evictor, Idle, choose
-from huggingface.manager.leases import ModelTable
 from huggingface.manager.manager import ModelManager
+from huggingface.manager.table import ModelTable
 from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.registry.registry import ModelRegistry
@@ -123,7 +123,7 @@ def test_what_is_set_aside_counts_until_it_is_taken_or_given_up() -> None:
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000)
     assert budget.reserve("a", {"cpu": 600})
     assert not budget.reserve("b", {"cpu": 500})
-    assert (budget.available("cpu"), budget.most("cpu")) == (400, 1000)
+    assert (budget.available("cpu"), budget.maximum("cpu")) == (400, 1000)
     budget.record("a", "weights", {"cpu": 550})
     budget.commit("a")
     assert budget.available("cpu") == 450
@@ -180,7 +180,7 @@ def test_what_the_process_has_besides_is_not_to_be_had_but_for_a_model_that_is_a
     budget = Budget({"*": Limit(bytes=1000)}, lambda _: 10_000, lambda: resident)
     budget.begin()
     resident += 130
-    assert (budget.available("cpu"), budget.most("cpu"), budget.unrecorded("cpu")) == (970, 1000, 30)
+    assert (budget.available("cpu"), budget.maximum("cpu"), budget.unrecorded("cpu")) == (970, 1000, 30)
     budget.begin()  # only the first time says what the process is without models
     assert budget.lacking("a", "cpu", 1000) == 0
     assert budget.reserve("a", {"cpu": 600})
@@ -215,7 +215,7 @@ def test_a_share_is_of_what_models_have_and_what_is_free_and_an_amount_is_never_
     assert budget.available("cpu") == 500
     budget.record("a", "weights", {"cpu": 200})
     free -= 200
-    assert (budget.available("cpu"), budget.most("cpu")) == (300, 500)
+    assert (budget.available("cpu"), budget.maximum("cpu")) == (300, 500)
     assert Budget({"*": Limit(bytes=10**9)}, lambda _: 700).available("cpu") == 700
 
 
@@ -669,11 +669,11 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
         server.add(model_id, "text-generation")
     server.call("GET", f"/models/{ids[0]}/estimate")  # imports what loads need
     process, stop = psutil.Process(server.process.pid), threading.Event()
-    before, most = process.memory_info().rss, [0]
+    before, maximum = process.memory_info().rss, [0]
 
     def watch() -> None:
         while not stop.is_set():
-            most[0] = max(most[0], process.memory_info().rss - before)
+            maximum[0] = max(maximum[0], process.memory_info().rss - before)
             time.sleep(0.02)
 
     def call(number: int) -> Counter[int]:
@@ -703,8 +703,8 @@ def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
     evictions = sum(counts["evictions"] for counts in statistics.values())
     assert evictions >= 1
     assert loads == evictions + len(cached(server))  # each load is of a model that was not there
-    assert most[0] > 0.8 * budget
-    assert most[0] <= 1.1 * budget
+    assert maximum[0] > 0.8 * budget
+    assert maximum[0] <= 1.1 * budget
     assert server.call("DELETE", "/cache").status_code == 200
 
 

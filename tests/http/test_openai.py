@@ -332,11 +332,11 @@ def test_a_call_that_is_cut_off_is_none_to_act_on(client: openai.OpenAI, model: 
     long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 500}}, "required": ["a"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": long}}
     options: dict[str, Any] = {"model": model, "messages": HI, "tools": [tool], "tool_choice": "required"}
-    for most in (3, 60):
-        [choice] = client.chat.completions.create(max_tokens=most, **options).choices
+    for maximum in (3, 60):
+        [choice] = client.chat.completions.create(max_tokens=maximum, **options).choices
         assert choice.finish_reason == "length"
         assert not choice.message.content
-        events = list(client.chat.completions.create(max_tokens=most, stream=True, **options))
+        events = list(client.chat.completions.create(max_tokens=maximum, stream=True, **options))
         assert events[-1].choices[0].finish_reason == "length"
         assert not any(event.choices[0].delta.content for event in events)
     [stopped] = client.chat.completions.create(stop='"a"', **options).choices
@@ -577,13 +577,13 @@ def test_completions_tell_how_likely_a_text_is(client: openai.OpenAI, model: str
 
 def test_a_stream_counts_as_the_whole_answer_does(client: openai.OpenAI, model: str) -> None:
     """Of nothing but the prompt, no token was made."""
-    for most in (0, 3):
-        options = {"model": model, "prompt": "the cat", "echo": True, "max_tokens": most, "temperature": 0}
+    for maximum in (0, 3):
+        options = {"model": model, "prompt": "the cat", "echo": True, "max_tokens": maximum, "temperature": 0}
         whole = client.completions.create(**options)
         *_, last = client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
         counts = ("prompt_tokens", "completion_tokens", "total_tokens")
         assert [getattr(last.usage, name) for name in counts] == [getattr(whole.usage, name) for name in counts]
-        assert whole.usage.completion_tokens == most
+        assert whole.usage.completion_tokens == maximum
 
 
 def test_the_best_of_several_is_the_likeliest(client: openai.OpenAI, model: str) -> None:

@@ -190,9 +190,9 @@ def test_how_many_positions_a_model_has_is_known_before_it_is_run(kind: str) -> 
         shape |= {"max_position_embeddings": 66}
     config = getattr(transformers, kind)(**shape, pad_token_id=1)
     model = transformers.AutoModel.from_config(config).eval()
-    most = max_positions(model)
-    assert most in (63, 64)  # RoBERTa's begin after the padding index, which takes one more
-    tokens = torch.full((1, most), 7)
+    maximum = max_positions(model)
+    assert maximum in (63, 64)  # RoBERTa's begin after the padding index, which takes one more
+    tokens = torch.full((1, maximum), 7)
     with torch.inference_mode():
         model(input_ids=tokens)
         with pytest.raises((IndexError, RuntimeError)):

@@ -354,7 +354,7 @@ def test_prompts_of_a_task_are_made_by_their_adapter_in_the_batch(llama: Any) ->
     prompts = [" ".join(WORDS[at : at + 5]) for at in range(4)]
     for adapter in ("a", None):
         call = texts.begin(prompts, {"max_new_tokens": 8, "do_sample": False})
-        done = run_in_batch(call, served.engine, most=4, context=512, cancellation=NEVER, adapter=adapter)
+        done = run_in_batch(call, served.engine, maximum=4, context=512, cancellation=NEVER, adapter=adapter)
         plain = references[adapter] if adapter is None else references[adapter].base_model.model
         wanted = pipeline("text-generation", model=plain, tokenizer=served.tokenizer)(
             prompts, max_new_tokens=8, do_sample=False

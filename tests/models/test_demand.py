@@ -18,7 +18,7 @@ from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of
 from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
@@ -187,9 +187,9 @@ def test_an_idle_model_goes_for_beams_but_not_for_what_could_never_be_had(manage
         assert tiny("gpt2") in manager.loaded()
         room = manager.budget.available("cpu")
         need = Claims("x", read[-1], lambda _: True, lambda: None, bool).check
-        most = max(rows for rows in range(1, 20_000) if need(_rows(rows)) < room + other // 2)
-        assert need(_rows(most)) > room, "one that needs a part of what the other has"
-        with parts[tiny("llama")].claims.held(_rows(most)):
+        maximum = max(rows for rows in range(1, 20_000) if need(_rows(rows)) < room + other // 2)
+        assert need(_rows(maximum)) > room, "one that needs a part of what the other has"
+        with parts[tiny("llama")].claims.held(_rows(maximum)):
             assert tiny("gpt2") not in manager.loaded()
 
 

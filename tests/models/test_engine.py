@@ -20,7 +20,7 @@ from tiny_tokenizers import TEXT
 
 from huggingface.engine.layers import NotBatchable
 from huggingface.errors import Cancelled, GenerationFailed, OutOfMemory, QueueFull
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.types import Chunk, GenerationRequest
 
 WORDS = TEXT.split()
@@ -99,10 +99,10 @@ def idle(loaded: LoadedModel) -> Any:
     return until(none)
 
 
-def draw_prompt(draw: random.Random, most: int = 60) -> str:
+def draw_prompt(draw: random.Random, maximum: int = 60) -> str:
     """Some words of the text; now and then the beginning that others have too."""
-    start = 0 if draw.random() < 0.3 else draw.randrange(len(WORDS) - most)
-    return " ".join(WORDS[start : start + draw.randint(1, most)])
+    start = 0 if draw.random() < 0.3 else draw.randrange(len(WORDS) - maximum)
+    return " ".join(WORDS[start : start + draw.randint(1, maximum)])
 
 
 def draw_parameters(draw: random.Random) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_processed_logits_are_those_of_transformers(family: Any) -> None:
             )
             count = prepared.prompt_tokens
             for step, (logits, scores) in enumerate(zip(output.logits, output.scores, strict=True)):
-                mine = prepared.settled.processors(output.sequences[:, : count + step], logits.clone())
+                mine = prepared.resolved.processors(output.sequences[:, : count + step], logits.clone())
                 assert torch.equal(mine, scores), parameters
 
 
@@ -321,12 +321,12 @@ def test_kv_memory_is_bounded_and_who_does_not_fit_waits_or_is_refused(family: A
     options = {"do_sample": False, "max_new_tokens": 30}
     prompts = [" ".join(WORDS[start : start + 100]) for start in range(12)]
     expected = [served.expect(prompt, options) for prompt in prompts]
-    most: list[int] = []
+    maximum: list[int] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            most.append(served.loaded.status.kv_cache_bytes)
+            maximum.append(served.loaded.status.kv_cache_bytes)
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -335,7 +335,7 @@ def test_kv_memory_is_bounded_and_who_does_not_fit_waits_or_is_refused(family: A
         assert list(pool.map(lambda prompt: served.text(prompt, options), prompts)) == expected
     done.set()
     watcher.join()
-    assert 0 < max(most) <= status.kv_cache_limit == 2**20
+    assert 0 < max(maximum) <= status.kv_cache_limit == 2**20
     small = family("phi3", kv_cache_bytes=300 * 256)
     with pytest.raises(OutOfMemory, match="LOCAL_LLM_KV_CACHE_BYTES"):
         small.text(prompts[0], {**options, "max_new_tokens": 300})
@@ -401,7 +401,7 @@ def test_an_engine_that_breaks_tells_everyone() -> None:
     def broken(*_: Any) -> Any:
         raise AssertionError("a bug of the engine's own")
 
-    served.parts.batch.draw = broken
+    served.parts.batch.sample = broken
     with pytest.raises(Exception, match="out of service"):
         list(loaded.generate(GenerationRequest({"max_new_tokens": 5}, prompt="The cat")))
     assert loaded.failed

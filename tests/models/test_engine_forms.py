@@ -22,7 +22,7 @@ from transformers import LogitsProcessorList
 from huggingface.engine.sampling import Sampler
 from huggingface.errors import InvalidRequest
 from huggingface.forms.json_schema import closed
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.types import Chunk, Constraint, GenerationRequest
 
 WORDS = TEXT.split()
@@ -395,7 +395,7 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     scores[0, ::7] = torch.randn(72) * 2
     sampler = Sampler(torch.zeros((1, 1), dtype=torch.long), 1, LogitsProcessorList(), True, None)
     count = 20_000
-    drawn = torch.stack([sampler.draw(scores)[0] for _ in range(count)])
+    drawn = torch.stack([sampler.sample(scores)[0] for _ in range(count)])
     seen = torch.bincount(drawn[:, 0], minlength=500)
     expected = scores.softmax(-1)[0] * count
     assert seen[expected == 0].sum() == 0
@@ -406,4 +406,4 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     for only in (0, 250, 499):
         alone = torch.full((1, 500), -torch.inf)
         alone[0, only] = -3.0
-        assert sampler.draw(alone)[0].tolist() == [only]
+        assert sampler.sample(alone)[0].tolist() == [only]

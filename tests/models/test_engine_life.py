@@ -19,7 +19,7 @@ from huggingface.engine import engine as engine_module
 from huggingface.engine.engine import Engine
 from huggingface.engine.ticket import Ticket
 from huggingface.errors import Cancelled, EngineFailed
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.tasks.runner import TaskRunner
 from huggingface.types import EngineOptions, GenerationRequest
 

@@ -50,11 +50,11 @@ def compiler(tokenizer: str) -> Iterator[Compiler]:
     made.close()
 
 
-def write(form: Open, tokenizer: str, most: int = 400) -> str:
+def write(form: Open, tokenizer: str, maximum: int = 400) -> str:
     """The text of the first token that may follow, and so on."""
     vocabulary = {number: text for text, number in json.loads(tokenizer)["model"]["vocab"].items()}
     text = ""
-    for _ in range(most):
+    for _ in range(maximum):
         mask = int.from_bytes(form.state().mask, "little") & ~1
         if not mask:
             break

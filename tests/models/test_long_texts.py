@@ -22,7 +22,7 @@ from huggingface.engine.torch.parity import batch_runner
 from huggingface.errors import InvalidRequest
 from huggingface.inspection.names import Names
 from huggingface.inspection.rules import context_of
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.modeling.rotary import context
 
 

@@ -47,8 +47,8 @@ from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino import subprocess as process
 from huggingface.loading.openvino.graph_store import FOLDER, Place
-from huggingface.model import LoadedModel
-from huggingface.model_memory import Memory, Unlimited
+from huggingface.model.loaded import LoadedModel
+from huggingface.model.memory import Memory, Unlimited
 from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.types import EngineOptions, GenerationRequest, LoadOptions
@@ -613,7 +613,7 @@ class Served:
 
     def rest(self) -> int:
         """Releases its own weights; returns the bytes of copies that remain."""
-        self.loaded.engine.call(self.parts.runner.rest)
+        self.loaded.engine.call(self.parts.runner.release_idle)
         return self.loaded.sizes.copies
 
 
@@ -687,7 +687,7 @@ def test_a_shell_is_its_model_again_and_again() -> None:
         reserve.fetch()
         with torch.inference_mode():
             assert torch.equal(shell(inputs).logits, model(inputs).logits)
-        reserve.let_go()
+        reserve.unload()
         assert shell.model.layers[0].mlp is layer
         assert {tensor.device.type for tensor in shell.parameters()} == {"meta"}
     assert taken == [7, -7] * 3

@@ -33,7 +33,8 @@ from huggingface.loading import loader
 from huggingface.loading.openvino import encoder as converted_encoder
 from huggingface.loading.openvino.graph_store import Place
 from huggingface.loading.openvino.load import GraphCompute, Shell
-from huggingface.model import LoadedModel, Setup
+from huggingface.model.loaded import LoadedModel
+from huggingface.model.parts import Setup
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.tasks.embedding import find_pooling
 from huggingface.tasks.question_answering import QuestionAnswering
@@ -252,7 +253,7 @@ def test_features_of_a_model_with_a_head_are_made_by_its_own_modules(
     assert model.whole == 1
     assert near(model.run("feature-extraction", inputs[0]), wanted[0])
     assert model.whole == 1
-    model.loaded.engine.call(model.loaded.tasks.rest)
+    model.loaded.engine.call(model.loaded.tasks.release_idle)
     assert all(tensor.device.type == "meta" for tensor in model.shell.parameters())
     peak = model.loaded.sizes.peak
     assert model.loaded.sizes == replace(before, peak=peak)

@@ -20,7 +20,7 @@ from tiny_tokenizers import TEXT
 
 from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled, InvalidRequest, QueueFull
-from huggingface.model import LoadedModel
+from huggingface.model.loaded import LoadedModel
 from huggingface.types import GenerationRequest
 
 TASK = "text-generation"

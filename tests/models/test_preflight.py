@@ -530,17 +530,17 @@ def test_a_gguf_file_of_an_architecture_that_transformers_does_not_read_is_a_pro
 def test_a_header_longer_than_may_be_read_gives_what_comes_before(tmp_path: Path) -> None:
     write_gguf(tmp_path / "long.gguf", words=20_000)
     content = (tmp_path / "long.gguf").read_bytes()
-    header = gguf_header(lambda start, length: content[start : start + length], most=100_000)
+    header = gguf_header(lambda start, length: content[start : start + length], maximum=100_000)
     assert header.values["llama.context_length"] == 2048
     assert header.tensors is None
-    whole = gguf_header(lambda start, length: content[start : start + length], most=10_000_000)
+    whole = gguf_header(lambda start, length: content[start : start + length], maximum=10_000_000)
     assert (whole.end, whole.values["tokenizer.ggml.tokens"]) == (len(content), 20_000)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"GGUF\x01\0\0\0" + b"\0" * 16])
 def test_what_is_no_header_is_said_to_be_damaged(content: bytes) -> None:
     with pytest.raises(HeaderDamaged):
-        gguf_header(lambda start, length: content[start : start + length], most=1 << 20)
+        gguf_header(lambda start, length: content[start : start + length], maximum=1 << 20)
     for start in (b"", b"\xff" * 9, b"\x02\0\0\0\0\0\0\0[]", b"\x0f\0\0\0\0\0\0\0" + b'{"a": {"x": 1}}'):
         with pytest.raises(HeaderDamaged):
             safetensors_header(lambda first, length, start=start: start[first : first + length])

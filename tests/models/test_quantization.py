@@ -28,7 +28,8 @@ from huggingface.loading.quantization import (
     tensor_bytes,
 )
 from huggingface.loading.torch import TorchCompute
-from huggingface.model import LoadedModel, Setup
+from huggingface.model.loaded import LoadedModel
+from huggingface.model.parts import Setup
 from huggingface.registry.records import ModelRecord
 from huggingface.types import EngineOptions, GenerationRequest
 

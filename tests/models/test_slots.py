@@ -19,12 +19,12 @@ from huggingface.engine.torch.cache import LayerShape
 class Lists:
     """Rows of tokens in lists: what a cache holds, as far as the table can tell."""
 
-    def __init__(self, most: int = 10**9) -> None:
+    def __init__(self, maximum: int = 10**9) -> None:
         self.banks: dict[int, list[list[int | None]]] = {}
-        self.most = most
+        self.maximum = maximum
 
     def create(self, bank: int, rows: int, capacity: int) -> bool:
-        if sum(len(row) for kept in self.banks.values() for row in kept) + rows * capacity > self.most:
+        if sum(len(row) for kept in self.banks.values() for row in kept) + rows * capacity > self.maximum:
             return False
         self.banks[bank] = [[None] * capacity for _ in range(rows)]
         return True
@@ -229,7 +229,7 @@ def test_the_least_recently_used_row_goes_first() -> None:
 
 def test_memory_that_is_not_there_is_not_taken() -> None:
     """Where the store has no memory for a bank, a sequence waits, and the bookkeeping is as before."""
-    table = SlotTable(Lists(most=SMALLEST), 64 * SMALLEST)
+    table = SlotTable(Lists(maximum=SMALLEST), 64 * SMALLEST)
     first = table.take([1, 2], 10)
     assert first is not None
     assert table.take([3, 4], 10) is None
@@ -310,7 +310,7 @@ def waiting(tokens: list[int]) -> Sequence:
     return Sequence(
         tokens=tokens,
         prompt_tokens=len(tokens),
-        most=len(tokens) + 8,
+        maximum=len(tokens) + 8,
         ends=frozenset(),
         ticket=Ticket(),
         text=Nothing(),

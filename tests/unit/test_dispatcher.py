@@ -63,13 +63,13 @@ def gate() -> Iterator[threading.Event]:
 def test_one_request_computes_and_the_others_run_one_after_another(dispatcher: Any, gate: threading.Event) -> None:
     made = dispatcher()
     order: list[int] = []
-    inside, most = 0, 0
+    inside, maximum = 0, 0
     lock = threading.Lock()
 
     def work(number: int) -> None:
-        nonlocal inside, most
+        nonlocal inside, maximum
         with lock:
-            inside, most = inside + 1, max(most, inside + 1)
+            inside, maximum = inside + 1, max(maximum, inside + 1)
         order.append(number)
         gate.wait(PATIENCE)
         with lock:
@@ -82,7 +82,7 @@ def test_one_request_computes_and_the_others_run_one_after_another(dispatcher: A
     gate.set()
     for task in tasks:
         assert task.ended.wait(PATIENCE)
-    assert most == 1
+    assert maximum == 1
     assert order == list(range(3 * THREADS))
 
 

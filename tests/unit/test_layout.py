@@ -31,8 +31,9 @@ FOLDERS: dict[str, set[str]] = {
     "engine": {"modeling", "forms", "host"},
     "inspection": {"registry", "tasks", "modeling"},
     "hub": {"inspection", "registry"},
-    "loading": {"inspection", "registry", "engine", "tasks", "modeling", "rendering", "host"},
-    "manager": {"loading", "hub", "inspection", "registry", "modeling", "host"},
+    "model": {"registry", "engine", "tasks", "modeling", "host"},
+    "loading": {"model", "inspection", "registry", "engine", "tasks", "modeling", "rendering", "host"},
+    "manager": {"loading", "model", "hub", "inspection", "registry", "modeling", "host"},
     "api": {"manager", "hub", "inspection", "registry", "tasks", "engine", "chat", "host"},
 }
 # The modules beside the folders, which any folder may import; and which of these each may import.
@@ -42,17 +43,11 @@ MODULES: dict[str, set[str]] = {
     "types": {"errors"},
     "progress": {"cancellation", "errors"},
     "served": {"engine", "cancellation", "types"},
-    "model_memory": {"host", "cancellation", "errors", "types"},
-    "model": {"engine", "tasks", "modeling", "registry", "host", "model_memory", "cancellation", "errors", "types"},
 }
 
 # Where a library may be imported, as patterns of paths (`*` is any part of one); and where only inside of a function,
 # when it is needed.
-COMPUTES = (
-    "huggingface/model.py",
-    "huggingface/model_memory.py",
-    *(f"huggingface/{folder}/*" for folder in ("loading", "engine", "tasks", "modeling")),
-)
+COMPUTES = (*(f"huggingface/{folder}/*" for folder in ("model", "loading", "engine", "tasks", "modeling")),)
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "flask": ("app.py", "server.py", "huggingface/__init__.py", "huggingface/api/*"),
     "flask_openapi3": ("app.py", "huggingface/__init__.py", "huggingface/api/*"),
@@ -235,7 +230,7 @@ def test_a_module_is_imported_by_a_computed_name_in_one_place_only() -> None:
 
 
 def test_what_loads_models_is_imported_only_when_one_is_loaded() -> None:
-    heavy = {"loading", "model", "model_memory"}
+    heavy = {"loading", "model"}
     of_loading = [
         found
         for found in all_imports()

@@ -31,13 +31,13 @@ def test_what_ends_at_once_is_read_all_the_same() -> None:
 
 def test_no_more_than_so_many_run_at_once() -> None:
     running: list[Ticket] = []
-    most = 0
+    maximum = 0
 
     def begin(_: Cancellation) -> Ticket:
-        nonlocal most
+        nonlocal maximum
         ticket = Ticket()
         running.append(ticket)
-        most = max(most, len(running))
+        maximum = max(maximum, len(running))
 
         def work() -> None:
             time.sleep(0.005)
@@ -51,7 +51,7 @@ def test_no_more_than_so_many_run_at_once() -> None:
 
     joint = JointTicket([begin] * 30, 4)
     assert len(list(joint)) == 30
-    assert most <= 4
+    assert maximum <= 4
     assert joint.made == 60
 
 

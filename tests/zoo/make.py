@@ -18,7 +18,7 @@ import torch
 from tiny_tokenizers import TEXT
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>", "<media>")
-_MOST_PARAMETERS = 6_000_000
+_MAX_PARAMETERS = 6_000_000
 
 
 class Unbuildable(Exception):
@@ -38,7 +38,7 @@ def build(folder: Path, table: str, family: str) -> str:
         model_class = families.model_class(table, family, config)
         with torch.device("meta"):
             size = sum(tensor.numel() for tensor in model_class._from_config(config).parameters())
-        if size > _MOST_PARAMETERS:
+        if size > _MAX_PARAMETERS:
             raise Unbuildable(f"its smallest form has {size:,} parameters")
         torch.manual_seed(7)
         model = model_class._from_config(config).eval()

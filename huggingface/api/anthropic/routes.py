@@ -14,7 +14,7 @@ from . import schemas
 from .answers import AnthropicMessage, CountAnswer, anthropic_failures
 from .messages import answer, count
 
-_MOST_NAMES = 10  # models that an error lists
+_MAX_NAMES = 10  # models that an error lists
 
 blueprint = APIBlueprint(
     "anthropic",
@@ -56,7 +56,7 @@ def _record(model_id: str) -> ModelRecord:
         return registry.get(model_id)
     except ModelNotFound as error:
         names = [record.model_id for record in registry.list()]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        shown = ", ".join(names[:_MOST_NAMES]) or "none"
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        shown = ", ".join(names[:_MAX_NAMES]) or "none"
         hint = f". Registered here: {shown}{more}. Claude Code takes one from ANTHROPIC_MODEL"
         raise ModelNotFound(model_id, hint) from error

@@ -11,7 +11,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from ...errors import InvalidRequest, ModelDisabled, ModelNotFound
 from ...host.devices import indexed, resolve_device
 from ...manager.conversions import ConversionStatus
-from ...manager.leases import Resident
+from ...manager.table import Resident
 from ..requests.services import services
 from ..requests.waiting import at_once, may_wait
 from . import memory_schemas as cache_schemas
@@ -57,7 +57,7 @@ def show_cache() -> dict[str, Any]:
             device: {
                 "bytes": size,
                 "available_bytes": manager.budget.available(device),
-                "limit_bytes": manager.budget.most(device),
+                "limit_bytes": manager.budget.maximum(device),
             }
             for device, size in (
                 manager.budget.held() or {indexed(resolve_device(services().options.device)): 0}

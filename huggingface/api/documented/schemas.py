@@ -18,14 +18,12 @@ from ..http.durations import seconds
 from ..http.fields import Fields
 
 # Thirty years: a longer time means for ever.
-MOST_SECONDS = 10**9
+MAX_SECONDS = 10**9
 
 MODEL_ID_TEXT = "Hugging Face model id: `name` or `org/name`."
 
 # How long a model stays in memory after a use; a text is a duration as Go and Ollama write it: `5m`, `1h30m`, `-1s`.
-KeepAlive = Annotated[
-    float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MOST_SECONDS)
-]
+KeepAlive = Annotated[float, BeforeValidator(seconds, json_schema_input_type=float | str), Field(ge=-1, le=MAX_SECONDS)]
 
 
 # Renamed fields of settings and answers, with their old names, which clients may still use.

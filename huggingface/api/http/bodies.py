@@ -26,7 +26,7 @@ UNHELD = "local-llm.unheld"
 # zlib's formats of each coding; some clients send deflate without its header.
 _FORMATS = MappingProxyType({"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)})
 _PIECE = 65536  # bytes
-_MOST_MEMBERS = 1000  # members of one gzip body: each costs more than its bytes
+_MAX_MEMBERS = 1000  # members of one gzip body: each costs more than its bytes
 
 _FULL = "The server holds as many bytes of request bodies as it may; try again later"
 
@@ -40,10 +40,10 @@ class UnsupportedCoding(UnsupportedMediaType):
 
 
 class HeldBodies:
-    """Counts the held bytes of bodies, at most `most`."""
+    """Counts the held bytes of bodies, at most `maximum`."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
         self._lock = threading.Lock()
         self._held = 0
 
@@ -54,7 +54,7 @@ class HeldBodies:
     def add(self, size: int) -> bool:
         """Adds `size` bytes (negative ones are freed) if there is room; returns whether there was."""
         with self._lock:
-            if size > 0 and self._held + size > self.most:
+            if size > 0 and self._held + size > self.maximum:
                 return False
             self._held += size
             return True
@@ -82,9 +82,9 @@ class Room:
     __del__ = close
 
 
-def init_bodies(app: Flask, most: int) -> None:
-    """Limits the held bytes of `app`'s request bodies to `most`; a request beyond that is refused (503)."""
-    held = app.extensions[EXTENSION] = HeldBodies(most)
+def init_bodies(app: Flask, maximum: int) -> None:
+    """Limits the held bytes of `app`'s request bodies to `maximum`; a request beyond that is refused (503)."""
+    held = app.extensions[EXTENSION] = HeldBodies(maximum)
 
     def check() -> None:
         if request.environ.get(UNHELD):
@@ -99,8 +99,8 @@ def init_bodies(app: Flask, most: int) -> None:
     app.teardown_request(give_back)
 
 
-def unpacked(data: bytes, coding: str, most: int, room: Room) -> bytes:
-    """Unpacks a body by its `Content-Encoding`, to at most `most` bytes.
+def unpacked(data: bytes, coding: str, maximum: int, room: Room) -> bytes:
+    """Unpacks a body by its `Content-Encoding`, to at most `maximum` bytes.
 
     Raises:
         UnsupportedCoding: the coding is unknown.
@@ -115,23 +115,23 @@ def unpacked(data: bytes, coding: str, most: int, room: Room) -> bytes:
         raise UnsupportedCoding(f"Content-Encoding must be gzip, deflate or identity, not {coding[:100]!r}")
     for form in _FORMATS[coding]:
         try:
-            return _inflated(memoryview(data), form, most, room)
+            return _inflated(memoryview(data), form, maximum, room)
         except zlib.error:
             continue
     raise InvalidRequest(f"The request body is not valid {coding}")
 
 
-def _inflated(data: memoryview, form: int, most: int, room: Room) -> bytes:
+def _inflated(data: memoryview, form: int, maximum: int, room: Room) -> bytes:
     parts: list[bytes] = []
     size = at = 0
-    for _ in range(_MOST_MEMBERS):
+    for _ in range(_MAX_MEMBERS):
         unpacker = zlib.decompressobj(form)
         while not unpacker.eof:
             fed = data[at : at + _PIECE]
             part = unpacker.decompress(fed, _PIECE)
             at += len(fed) - len(unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail)
             size += len(part)
-            if size > most:
+            if size > maximum:
                 raise RequestEntityTooLarge
             if not room.take(len(part)):
                 raise ServerFull(_FULL)

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 HEADER = "X-Local-LLM-Ignored"
 _SETTING = "UNKNOWN_PARAMETERS"  # in the app's config
 _LOGGED = "local-llm-ignored"  # among the app's extensions: the names that were logged
-_MOST_NAMES = 32  # in the header of one response
-_MOST_LOGGED = 1000
+_MAX_NAMES = 32  # in the header of one response
+_MAX_LOGGED = 1000
 
 UnknownParameters = Literal["refuse", "ignore"]
 
@@ -162,7 +162,7 @@ def init_ignored(app: Flask, unknown: UnknownParameters) -> None:
     app.extensions[_LOGGED] = set()
 
     def tell(response: Response) -> Response:
-        ignored = list(g.get("ignored", ()))[:_MOST_NAMES]
+        ignored = list(g.get("ignored", ()))[:_MAX_NAMES]
         if ignored:
             response.headers[HEADER] = ", ".join(map(_printable, ignored))
             _log(app.extensions[_LOGGED], ignored)
@@ -173,7 +173,7 @@ def init_ignored(app: Flask, unknown: UnknownParameters) -> None:
 
 def _log(logged: set[str], ignored: list[str]) -> None:
     new = [_printable(name) for name in ignored if name not in logged]
-    if new and len(logged) < _MOST_LOGGED:
+    if new and len(logged) < _MAX_LOGGED:
         logged.update(ignored)
         logger.info("accepted without effect: %s", ", ".join(new))
 

@@ -41,11 +41,11 @@ _HEADERS = (
     "x-request-id",
 )
 _TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
-_MOST_HEADERS = 64
+_MAX_HEADERS = 64
 # Containers' names for the machine that they run on. Public DNS has no names below `internal`, so no page can use one.
 _CONTAINERS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 _MAX_AGE = "3600"  # seconds; Chromium takes two hours at most
-_MOST_LOGGED = 100
+_MAX_LOGGED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str])
     def check() -> Response | None:
         reason = guard.refusal()
         if reason is not None:
-            if reason not in logged and len(logged) < _MOST_LOGGED:
+            if reason not in logged and len(logged) < _MAX_LOGGED:
                 logged.add(reason)
                 logger.warning("%s", reason)  # the browser hides the answer from a refused page
             raise Forbidden(reason)
@@ -131,7 +131,7 @@ def init_guard(app: Flask, allowed_hosts: Iterable[str], origins: Iterable[str])
 def _preflight() -> Response:
     """The answer to a browser's preflight request, for unknown routes too."""
     asked = [name.strip() for name in request.headers.get("Access-Control-Request-Headers", "").lower().split(",")]
-    further = [name for name in asked if _TOKEN.fullmatch(name)][:_MOST_HEADERS]
+    further = [name for name in asked if _TOKEN.fullmatch(name)][:_MAX_HEADERS]
     response = Response(status=204)
     del response.headers["Content-Type"]
     response.vary.update(("Access-Control-Request-Method", "Access-Control-Request-Headers"))

@@ -35,8 +35,8 @@ _UNTYPED = re.compile(r"/api/(?!huggingface(/|\Z))")
 
 
 # The most values that a request needs: a million tokens to embed, or some thousands of messages and tools.
-_MOST_VALUES = 1_000_000
-_MOST_CONTAINERS = 100_000
+_MAX_VALUES = 1_000_000
+_MAX_CONTAINERS = 100_000
 _MANY = 10_000  # with more values, the faster parser makes a difference
 _PIECE = 1 << 17  # bytes that are counted at a time: no other thread runs meanwhile
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
@@ -109,7 +109,7 @@ def _check_size(data: bytes) -> None:
         values, containers = values + more[0], containers + more[1]
         if not _fits(max(values, texts), containers):
             raise InvalidRequest(
-                f"The request body holds more than {_MOST_VALUES} values, or more than {_MOST_CONTAINERS} lists "
+                f"The request body holds more than {_MAX_VALUES} values, or more than {_MAX_CONTAINERS} lists "
                 "and objects"
             )
 
@@ -128,7 +128,7 @@ def _count(data: bytes, mark: bytes) -> int:
 
 
 def _fits(values: int, containers: int) -> bool:
-    return values <= _MOST_VALUES and containers <= _MOST_CONTAINERS
+    return values <= _MAX_VALUES and containers <= _MAX_CONTAINERS
 
 
 def _outside_strings(data: bytes) -> Iterator[bytes]:

@@ -20,8 +20,8 @@ from ..requests.waiting import at_once
 from . import schemas as hub_schemas
 
 # The limits in `hub_schemas`.
-_MOST_BEST_OF = 64
-_MOST_STOPS = 64
+_MAX_BEST_OF = 64
+_MAX_STOPS = 64
 
 
 @models.blueprint.get(
@@ -67,8 +67,8 @@ def show_model_info(path: schemas.ModelPath) -> dict[str, Any]:
         "model_device_type": device.partition(":")[0],
         "model_pipeline_tag": None if own is None else own.task,
         "max_concurrent_requests": (record.slots or engine.max_batch) + engine.max_queue,
-        "max_best_of": _MOST_BEST_OF,
-        "max_stop_sequences": _MOST_STOPS,
+        "max_best_of": _MAX_BEST_OF,
+        "max_stop_sequences": _MAX_STOPS,
         "max_input_length": context,
         "max_input_tokens": context,
         "max_total_tokens": context,

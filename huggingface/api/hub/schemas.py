@@ -27,7 +27,7 @@ from ..parameters.schemas import (
 
 TAG = Tag(name="Hugging Face", description="The protocol of Hugging Face's own inference clients.")
 
-_MOST_TOKENS = 2**31 - 1
+_MAX_TOKENS = 2**31 - 1
 
 
 class Grammar(Parameters):
@@ -47,17 +47,17 @@ class HubTextGeneration(Parameters):
     do_sample: bool | None = Field(None, description="Sample each token at random by its probability.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     grammar: Grammar | None = Field(None, strict=False)
-    max_new_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="1024 where nothing else sets a limit.")
+    max_new_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="1024 where nothing else sets a limit.")
     repetition_penalty: float | None = Field(None, gt=0)
     return_full_text: bool | None = Field(None, description="Give the prompt before the text.")
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: list[Stop] | None = Field(None, max_length=64)
     stop_sequences: list[Stop] | None = Field(None, max_length=64, description="The same, under its older name.")
     temperature: float | None = Field(None, ge=0)
-    top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
+    top_k: int | None = Field(None, ge=0, le=_MAX_TOKENS)
     top_n_tokens: int | None = Field(None, ge=1, le=20, description="Alternatives to show for each token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    truncate: int | None = Field(None, ge=1, le=_MOST_TOKENS, description="Read only so many of the prompt's tokens.")
+    truncate: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="Read only so many of the prompt's tokens.")
     typical_p: float | None = Field(None, gt=0, le=1)
     watermark: Literal[False] | None = Field(None, description="Watermarks are not supported.")
 

@@ -40,7 +40,7 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
     Raises: the errors of loading and generating.
     """
     prompt = validate(OneText, {"inputs": body.inputs})["inputs"]
-    count, streams, most = wanted.get("best_of", 1), bool(body.stream), wanted.get("truncate")
+    count, streams, maximum = wanted.get("best_of", 1), bool(body.stream), wanted.get("truncate")
     with ExitStack() as stack, named({**_WORDS, **fields}):
         parameters = hub_parameters(record, _generation(wanted))
         if count > 1:
@@ -50,8 +50,10 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
         told = streams or _detailed(wanted) or count > 1
         request = GenerationRequest(
             parameters,
-            prompt=prompt if most is None else None,
-            tokens=None if most is None else model.encode(prompt, flight.cancellation)[-most:],  # TGI too keeps the end
+            prompt=prompt if maximum is None else None,
+            tokens=None
+            if maximum is None
+            else model.encode(prompt, flight.cancellation)[-maximum:],  # TGI too keeps the end
             streams=streams,
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...chat.formats import find_reasoning
 from ...inspection.card import Card
-from ...manager.leases import Resident
+from ...manager.table import Resident
 from ...registry.records import ModelRecord
 from ..requests.services import services
 from .names import find
@@ -38,7 +38,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-_MOST_LISTED = 5  # items of the longest list that is shown without `verbose`
+_MAX_LISTED = 5  # items of the longest list that is shown without `verbose`
 
 
 def rfc3339(timestamp: str) -> str:
@@ -147,7 +147,7 @@ def _human(count: int | None) -> str:
 def _resident(model_id: str, record: ModelRecord, resident: Resident) -> dict[str, Any]:
     model, details = resident.model, _known(record)
     sizes = model.sizes
-    contexts = [most for most in (model.setup.max_context, details.get("context_length")) if most]
+    contexts = [maximum for maximum in (model.setup.max_context, details.get("context_length")) if maximum]
     shown = {
         "name": model_id,
         "model": model_id,
@@ -164,7 +164,7 @@ def _info(details: Mapping[str, Any], card: Card, verbose: bool) -> dict[str, An
     """Ollama's `model_info`: the keys of a GGUF file, or a config's values under GGUF's keys."""
     if card.keys:
         told = {
-            name: value if verbose or not isinstance(value, list) or len(value) <= _MOST_LISTED else []
+            name: value if verbose or not isinstance(value, list) or len(value) <= _MAX_LISTED else []
             for name, value in card.keys.items()
             if name not in ("general.name", "tokenizer.chat_template")
         }

@@ -56,7 +56,7 @@ def _same(name: str) -> Callable[[Any], Asked]:
     return lambda value: {name: value}
 
 
-def _most_tokens(value: int) -> Asked:
+def _max_tokens(value: int) -> Asked:
     return {"max_new_tokens": value} if value > 0 else {"max_new_tokens": None, "max_length": None}
 
 
@@ -82,9 +82,7 @@ _SAMPLING = "this way of sampling is not supported"
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         # Options that set parameters.
-        "num_predict": Option(
-            Whole, "Most tokens to generate; below 1: until the end.", "max_new_tokens", _most_tokens
-        ),
+        "num_predict": Option(Whole, "Most tokens to generate; below 1: until the end.", "max_new_tokens", _max_tokens),
         "temperature": Option(float, "0 takes the likeliest token.", "temperature", _same("temperature")),
         "top_k": Option(
             Whole,

@@ -61,9 +61,9 @@ def answer_chat(record: ModelRecord, body: schemas.ChatBody, model_name: str | N
             template=body.chat_template_kwargs,
         )
         asked = body.own() | body.penalties() | body.drawing()
-        most, limit_field = body.limited()
-        if most is not None and most >= 0:
-            asked["max_new_tokens"] = most
+        maximum, limit_field = body.limited()
+        if maximum is not None and maximum >= 0:
+            asked["max_new_tokens"] = maximum
         names = {**NAMES, **body.renamed()[1], **wish.names(form_field), "max_new_tokens": limit_field}
         if form is not None:
             names.setdefault(form.kind, form_field)
@@ -71,7 +71,7 @@ def answer_chat(record: ModelRecord, body: schemas.ChatBody, model_name: str | N
         note_ignored(*conversation.ignored)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         with named(names):
-            unlimited = most is not None and most < 0
+            unlimited = maximum is not None and maximum < 0
             parameters = openai_parameters(record, model.own_parameters, asked, unlimited=unlimited)
             requests = conversation.requests(
                 parameters, count, streams=bool(body.stream), logprobs=logprobs, adapter=body.adapter

@@ -32,7 +32,7 @@ from .serving import DONE, FINGERPRINT, NAMES, Counted, Places, completion_logpr
 from .text_schemas import CompletionBody
 
 _DEFAULT_TOKENS = 16  # OpenAI's own
-_MOST_STREAMS = 128
+_MAX_STREAMS = 128
 
 
 def complete(record: ModelRecord, body: CompletionBody, model_name: str | None = None) -> CompletionAnswer | Response:
@@ -43,9 +43,9 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
     prompts = body.prompts()
     n = body.n or 1
     made = max(body.best_of or n, n)
-    if body.stream and len(prompts) * n > _MOST_STREAMS:
+    if body.stream and len(prompts) * n > _MAX_STREAMS:
         raise InvalidRequest(
-            f"Invalid value for field 'prompt': at most {_MOST_STREAMS} texts can be streamed at once", "prompt"
+            f"Invalid value for field 'prompt': at most {_MAX_STREAMS} texts can be streamed at once", "prompt"
         )
     with ExitStack() as stack:
         flight, model = stack.enter_context(
@@ -68,9 +68,9 @@ def complete(record: ModelRecord, body: CompletionBody, model_name: str | None =
 
 def _parameters(record: ModelRecord, model: ServedModel, body: CompletionBody) -> dict[str, Any]:
     asked = body.own() | body.penalties() | body.drawing()
-    most, _ = body.limited()
-    if most is not None and most >= 0:
-        asked["max_new_tokens"] = max(most, 1)  # for 0, which asks for the prompt alone, one token is not shown
+    maximum, _ = body.limited()
+    if maximum is not None and maximum >= 0:
+        asked["max_new_tokens"] = max(maximum, 1)  # for 0, which asks for the prompt alone, one token is not shown
     with named(_names(body)):
         parameters = openai_parameters(record, model.own_parameters, asked, unlimited=_unlimited(body))
     if not _unlimited(body) and not {"max_new_tokens", "max_length"} & parameters.keys():
@@ -87,8 +87,8 @@ def _names(body: CompletionBody) -> dict[str, str]:
 
 
 def _unlimited(body: CompletionBody) -> bool:
-    most, _ = body.limited()
-    return most is not None and most < 0
+    maximum, _ = body.limited()
+    return maximum is not None and maximum < 0
 
 
 def _form(body: CompletionBody) -> tuple[Constraint, str] | None:

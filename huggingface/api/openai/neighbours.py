@@ -146,8 +146,8 @@ class Neighbours(Part):
         given = {name: value for name in (*names, *LIMITS) if (value := getattr(self, name, None)) is not None}
         if not given:
             return None, names[0]
-        first, most = next(iter(given.items()))
+        first, maximum = next(iter(given.items()))
         for name, value in given.items():
-            if value != most and max(value, most) >= 0:
+            if value != maximum and max(value, maximum) >= 0:
                 raise refuse(name, f"says something else than {first}")
-        return most, first
+        return maximum, first

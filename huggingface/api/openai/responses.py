@@ -53,9 +53,9 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> ResponseAnswer |
             leased_model(record, "responses", body.timeout, bool(body.stream), body.keep_alive)
         )
         asked = body.own() | body.drawing()
-        most, limit_field = body.limited()
-        if most is not None and most >= 0:
-            asked["max_new_tokens"] = most
+        maximum, limit_field = body.limited()
+        if maximum is not None and maximum >= 0:
+            asked["max_new_tokens"] = maximum
         form, form_field = body.form() or (_form(body.text), "text.format")
         wish = _wish(body, form)
         told = "message.output_text.logprobs" in (body.include or ())
@@ -64,7 +64,7 @@ def respond(record: ModelRecord, body: schemas.ResponseBody) -> ResponseAnswer |
         if form is not None:
             names.setdefault(form.kind, form_field)
         with named(names):
-            unlimited = most is not None and most < 0
+            unlimited = maximum is not None and maximum < 0
             parameters = openai_parameters(record, model.own_parameters, asked, unlimited=unlimited)
             conversation = Conversation(model.chat, _messages(body), wish)
             note_ignored(*conversation.ignored)

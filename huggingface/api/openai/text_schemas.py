@@ -18,7 +18,7 @@ from .schemas import ResponseFormat
 
 # Completions ----------------------------------------------------------------------------------------------------------
 
-MOST_PROMPTS = 2048
+MAX_PROMPTS = 2048
 
 
 def _texts_or_tokens(value: Any, what: str) -> Any:
@@ -28,8 +28,8 @@ def _texts_or_tokens(value: Any, what: str) -> Any:
     if isinstance(value, list):
         if not value:
             raise ValueError("must not be empty")
-        if not all(isinstance(item, int) for item in value) and len(value) > MOST_PROMPTS:
-            raise ValueError(f"must hold at most {MOST_PROMPTS} {what}")
+        if not all(isinstance(item, int) for item in value) and len(value) > MAX_PROMPTS:
+            raise ValueError(f"must hold at most {MAX_PROMPTS} {what}")
     return value
 
 
@@ -62,8 +62,8 @@ class CompletionBody(Penalized):
                 raise refuse("best_of", "must be at least n")
             if self.stream and self.best_of > (self.n or 1):
                 raise refuse("best_of", "cannot be streamed")
-        most, name = self.limited()
-        if most == 0 and not self.echo:
+        maximum, name = self.limited()
+        if maximum == 0 and not self.echo:
             raise refuse(name, "must be at least 1, unless echo asks for the prompt")
         if self.response_format is not None and self.response_format.type != "text":
             for field in self.form_fields():
@@ -155,7 +155,7 @@ class RerankBody(Asker):
 
     model: str = Field(description=MODEL)
     query: Filled
-    documents: list[Text | Document] = Field(min_length=1, max_length=MOST_PROMPTS)
+    documents: list[Text | Document] = Field(min_length=1, max_length=MAX_PROMPTS)
     top_n: Count | None = Field(None, description="Return only so many of the best documents.")
     return_documents: bool | None = Field(None, description="Return the documents' texts too.")
     truncate: Cut | None = Field(None, description="Cut documents that are longer than the model reads.")

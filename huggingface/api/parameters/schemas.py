@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _LARGEST = 2**31 - 1  # no model has a larger length, count or token id
-_MOST_SEQUENCES = 1024  # each one multiplies the memory of a step
+_MAX_SEQUENCES = 1024  # each one multiplies the memory of a step
 
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
@@ -98,10 +98,10 @@ class CommonGeneration(Parameters):
         max_length=2,
     )
     renormalize_logits: bool = _maybe("Make probabilities add up to 1 again after the other rules.")
-    num_beams: int = _maybe("Beams of a beam search; 1 is none.", ge=1, le=_MOST_SEQUENCES)
+    num_beams: int = _maybe("Beams of a beam search; 1 is none.", ge=1, le=_MAX_SEQUENCES)
     length_penalty: float = _maybe("Above 0 favours longer beams, below 0 shorter.", ge=-100, le=100)
     early_stopping: bool | Literal["never"] = _maybe("When a beam search may stop.")
-    num_return_sequences: int = _maybe("How many texts to return.", ge=1, le=_MOST_SEQUENCES)
+    num_return_sequences: int = _maybe("How many texts to return.", ge=1, le=_MAX_SEQUENCES)
 
     @field_validator("temperature", "repetition_penalty", "encoder_repetition_penalty")
     @classmethod
@@ -137,14 +137,14 @@ class CommonGeneration(Parameters):
             raise _refuse("max_length", "cannot be given together with max_new_tokens")
         if self.min_length is not None and self.min_new_tokens is not None:
             raise _refuse("min_length", "cannot be given together with min_new_tokens")
-        for least, most in (
+        for least, maximum in (
             ("min_new_tokens", "max_new_tokens"),
             ("min_new_tokens", "max_length"),
             ("min_length", "max_length"),
         ):
-            low, high = getattr(self, least), getattr(self, most)
+            low, high = getattr(self, least), getattr(self, maximum)
             if low is not None and high is not None and low > high:
-                raise _refuse(least, f"must not exceed {most} ({high})")
+                raise _refuse(least, f"must not exceed {maximum} ({high})")
         return self
 
     @model_validator(mode="after")

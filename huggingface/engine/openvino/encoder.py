@@ -221,35 +221,37 @@ def samples(
     padding: Padding,
     *,
     kept: bool,
-    most: int | None = None,
+    maximum: int | None = None,
     cancellation: Cancellation = NEVER,
 ) -> Iterator[Sample]:
     """Batches of rows of different lengths, with torch's results, for `check`.
 
-    `kept`: the batches that are stored with the graph, otherwise those that are tested once. `most` is the most tokens
-    that the model can read.
+    `kept`: the batches that are stored with the graph, otherwise those that are tested once. `maximum` is the most
+    tokens that the model can read.
 
     Raises:
         Cancelled: by `cancellation`.
     """
-    reads = _LONGEST if most is None else min(most, _LONGEST)
-    for lengths in _KEPT if kept else (*_ONCE, (_longest(model, most, reads),)):
+    reads = _LONGEST if maximum is None else min(maximum, _LONGEST)
+    for lengths in _KEPT if kept else (*_ONCE, (_longest(model, maximum, reads),)):
         cancellation.check()
-        inputs = _batch(model, form, padding, [min(length, reads) if kept else length for length in lengths], most)
+        inputs = _batch(model, form, padding, [min(length, reads) if kept else length for length in lengths], maximum)
         yield Sample(inputs, dict(_run(model, inputs)))
 
 
-def _longest(model: PreTrainedModel, most: int | None, reads: int) -> int:
+def _longest(model: PreTrainedModel, maximum: int | None, reads: int) -> int:
     """The length of the longest tested row: past every window, if that is not too far."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
     wanted = max([reads, *(each + 9 for each in windows if isinstance(each, int) and each < _LONGEST_WINDOW)])
     width = config.vocab_size if model.get_output_embeddings() is not None else 1
-    return max(1, min(wanted, most or wanted, _NUMBERS // width))
+    return max(1, min(wanted, maximum or wanted, _NUMBERS // width))
 
 
-def _batch(model: PreTrainedModel, form: Form, padding: Padding, lengths: Sequence[int], most: int | None) -> Tensors:
-    lengths = [min(length, most or length) for length in lengths]
+def _batch(
+    model: PreTrainedModel, form: Form, padding: Padding, lengths: Sequence[int], maximum: int | None
+) -> Tensors:
+    lengths = [min(length, maximum or length) for length in lengths]
     longest = max(lengths)
     if padding.token is None:
         lengths = [longest] * len(lengths)
@@ -331,12 +333,12 @@ class Encoder:
         signature = inspect.signature(own)
         config = shell.config.get_text_config()
         vocabulary = shell.get_input_embeddings().num_embeddings
-        most = getattr(config, "max_position_embeddings", None)
+        maximum = getattr(config, "max_position_embeddings", None)
         types = getattr(config, "type_vocab_size", None)
 
         @functools.wraps(own)
         def forward(*arguments: Any, **named: Any) -> Any:
-            reserve.rest()
+            reserve.release_idle()
             given = {
                 name: value
                 for name, value in signature.bind(*arguments, **named).arguments.items()
@@ -346,7 +348,7 @@ class Encoder:
             if given.get("use_cache") is False:
                 del given["use_cache"]
             inputs = self._whole(given)
-            if inputs is None or (most is not None and inputs["input_ids"].shape[1] > most > 0):
+            if inputs is None or (maximum is not None and inputs["input_ids"].shape[1] > maximum > 0):
                 reserve.fetch()
                 return own(*arguments, **named)
             _check_range(inputs["input_ids"], vocabulary)
@@ -361,10 +363,10 @@ class Encoder:
             seem_whole(base)
             base.register_forward_pre_hook(lambda *_: reserve.fetch())
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand, after some time without requests."""
         if self._reserve is not None:
-            self._reserve.let_go()
+            self._reserve.unload()
 
     def _whole(self, given: Mapping[str, Any]) -> Tensors | None:
         """All inputs of the graph; None where a given input is unknown to it, or a needed one is missing."""
@@ -393,6 +395,6 @@ def _check_range(ids: torch.Tensor, size: int) -> None:
     Raises:
         IndexError: an id is not below `size`.
     """
-    least, most = torch.aminmax(ids)
-    if int(least) < 0 or int(most) >= size:
+    least, maximum = torch.aminmax(ids)
+    if int(least) < 0 or int(maximum) >= size:
         raise IndexError("index out of range in self")

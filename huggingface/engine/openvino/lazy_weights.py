@@ -72,17 +72,17 @@ class Reserve:
         _assume(self._shell, whole, self._before)
         logger.info("read the torch weights of a %s", type(self._shell).__name__)
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops the weights if they have not been used for a while."""
         if self._before is not None and time.monotonic() - self._used > _KEPT:
-            self.let_go()
+            self.unload()
 
     def stay(self) -> None:
         """Keeps the weights from now on: they are the model's again, and the caller counts their bytes."""
         self._before = None
         self._take(-self._size)
 
-    def let_go(self) -> None:
+    def unload(self) -> None:
         """Drops the weights."""
         if self._before is None:
             return

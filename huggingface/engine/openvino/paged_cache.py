@@ -33,7 +33,7 @@ class BlockCache:
         self.take: Callable[[str, int], bool] = take_if_free
         blocks = max(1, tokens // BLOCK)
         self._pools = [(_Pool(blocks, *shape.keys), _Pool(blocks, *shape.values)) for shape in layers]
-        self._most = blocks
+        self._maximum = blocks
         self._rows: dict[tuple[int, int], list[int]] = {}  # the blocks of each row, by bank and row
         self._readers: dict[int, int] = {}  # how many rows have a block
         self._free: list[int] = []  # a heap: the lowest are used first, so that the highest can be given back
@@ -86,7 +86,7 @@ class BlockCache:
     def create(self, bank: int, rows: int, capacity: int) -> bool:
         """Promises a bank its blocks, if their memory is free."""
         blocks = rows * -(-capacity // BLOCK)
-        if self._promised + blocks > self._most or not self.take("cpu", blocks * BLOCK * self.token_bytes):
+        if self._promised + blocks > self._maximum or not self.take("cpu", blocks * BLOCK * self.token_bytes):
             return False
         self._banks[bank] = blocks
         for block in range(self._promised, self._promised + blocks):

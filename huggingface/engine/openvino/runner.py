@@ -70,7 +70,7 @@ class OpenVINORunner:
         and with these: (tokens, vocabulary).
         """
         if self._reserve is not None:
-            self._reserve.rest()
+            self._reserve.release_idle()
         counts = [len(piece.tokens) for piece in pieces]
         begins = list(accumulate(counts, initial=0))
         tables = [
@@ -100,7 +100,7 @@ class OpenVINORunner:
         if name in self._inputs:  # a model that counts positions itself takes none
             self._request.set_tensor(name, self._tensor(np.asarray(values, dtype=dtype)))
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Loads the model's own weights, for use outside the batch.
 
         Raises:
@@ -109,15 +109,15 @@ class OpenVINORunner:
         if self._reserve is not None:
             self._reserve.fetch()
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops weights that were loaded on demand, after some time without requests."""
         if self._reserve is not None:
-            self._reserve.let_go()
+            self._reserve.unload()
 
     def close(self) -> None:
         """Drops the graph, the cache and the model's weights."""
         self.cache.drop_all()
-        self.rest()
+        self.release_idle()
         del self._request
 
 

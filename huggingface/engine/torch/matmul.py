@@ -155,7 +155,7 @@ class Products:
                 self._for_each(Product.pack)
             release_freed()
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Unpacks the weights, for use of the model itself."""
         self._rested = 0
         if self._packed:

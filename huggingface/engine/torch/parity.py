@@ -140,7 +140,7 @@ def _find(
             reasons.append(f"its forward pass cannot be given rows of several sequences ({type(error).__name__})")
             kind = _Unforeseen
         if runner is not None:
-            runner.step_aside()
+            runner.restore_weights()
     raise kind(reasons[-1])
 
 

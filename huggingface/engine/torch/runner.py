@@ -129,12 +129,12 @@ class BatchRunner:
         """Whether rows of different adapters share a forward pass."""
         return self._mix is not None
 
-    def step_aside(self) -> None:
+    def restore_weights(self) -> None:
         """Restores the model itself for use outside the batch."""
         if self.products is not None:
-            self.products.step_aside()
+            self.products.restore_weights()
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Drops nothing: no weights are loaded on demand."""
 
     def close(self) -> None:

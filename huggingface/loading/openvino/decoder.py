@@ -105,7 +105,7 @@ def make(
             graph = graphs.convert(model)
         cancellation.check()
         windows = graphs.windows(model)
-        _let_go(model)
+        _unload(model)
         if quantization is not None:
             trial = OpenVINORunner(graph.clone(), windows, shapes, room_for(expected))
             agreement.check(trial, expected)
@@ -126,7 +126,7 @@ def make(
         gc.collect()
 
 
-def _let_go(model: Any) -> None:
+def _unload(model: Any) -> None:
     """Frees the weights that the graph does not use: it has copies of those that it merged."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)

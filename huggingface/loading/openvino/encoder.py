@@ -100,7 +100,9 @@ def make(
             form = encoders.find_form(model, tokenizer.model_input_names)
             graph = encoders.convert(model, form)
         with computed("compute"):
-            some = partial(encoders.samples, model, form, padding, most=max_positions(model), cancellation=cancellation)
+            some = partial(
+                encoders.samples, model, form, padding, maximum=max_positions(model), cancellation=cancellation
+            )
             expected = tuple(some(kept=True))
             trial = Encoder(graph if quantization is None else graph.clone(), form)
             encoders.check(trial, expected)

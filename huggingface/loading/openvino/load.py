@@ -26,8 +26,8 @@ from ...engine.openvino.lazy_weights import Reserve
 from ...engine.torch.lora import Adapters
 from ...errors import ConversionFailed, FilesMissing, ModelUnsupported, public
 from ...host.memory import available_bytes, forget_frames
-from ...model import Serving
-from ...model_memory import ModelMemory, detach
+from ...model.memory import ModelMemory, detach
+from ...model.parts import Serving
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
 from ...tasks import Head

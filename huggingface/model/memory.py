@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .cancellation import NEVER, Cancellation
-from .host.devices import free_bytes, indexed
-from .host.memory import drop_pages, mapped_files, release_freed
-from .types import PASSING, Sizes
+from ..cancellation import NEVER, Cancellation
+from ..host.devices import free_bytes, indexed
+from ..host.memory import drop_pages, mapped_files, release_freed
+from ..types import PASSING, Sizes
 
 
 class Memory(Protocol):
@@ -37,7 +37,7 @@ class Memory(Protocol):
     def evict_one(self) -> bool:
         """Evicts another model; returns whether one was evicted."""
 
-    def most(self, device: str) -> int | None:
+    def maximum(self, device: str) -> int | None:
         """The most bytes that the model could have if all others were evicted; None for no limit."""
 
 
@@ -62,7 +62,7 @@ class Unlimited:
         """Evicts nothing: there are no other models."""
         return False
 
-    def most(self, device: str) -> int | None:  # noqa: ARG002 - the protocol's
+    def maximum(self, device: str) -> int | None:  # noqa: ARG002 - the protocol's
         """No limit."""
         return None
 
@@ -115,10 +115,10 @@ class ModelMemory:
         self._note_peak()
         return True
 
-    def most_beside(self) -> int | None:
+    def max_beside(self) -> int | None:
         """The most bytes that could ever be free beside the weights; None for no limit."""
-        most = self.account.most(self._device)
-        return None if most is None else max(0, most - self._weights.get(self._device, 0) - self._copied)
+        maximum = self.account.maximum(self._device)
+        return None if maximum is None else max(0, maximum - self._weights.get(self._device, 0) - self._copied)
 
     @property
     def sizes(self) -> Sizes:

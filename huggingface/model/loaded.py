@@ -10,131 +10,32 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from .cancellation import NEVER, Cancellation
-from .engine.batch import Runner, TransformersBatch, sequence_of
-from .engine.bulk import run_in_batch
-from .engine.constraints import constraints_of
-from .engine.engine import Engine
-from .engine.failures import typed
-from .engine.generate_fallback import Solo, unset
-from .engine.input_processor import Preparer
-from .engine.lengths import Lengths
-from .engine.logprobs import TokenTexts
-from .engine.openvino.encoder import Encoder
-from .engine.slots import first_bank
-from .engine.ticket import Ticket
-from .engine.torch.lora import Adapters
-from .engine.torch.rotary import forget_between_passes
-from .errors import Cancelled, EngineFailed, InvalidRequest, LocalLLMError, OutOfMemory, UnsupportedTask
-from .host.memory import forget_frames, release_freed
-from .model_memory import Memory, ModelMemory, detach, free
-from .modeling.demand import Claims, asked_of
-from .registry.records import ModelRecord
-from .tasks import Head
-from .tasks.embedding import Pooling
-from .tasks.generation import generation_arguments
-from .tasks.positions import contexts
-from .tasks.runner import TaskRunner
-from .tasks.text_generation import TextGenerations
-from .tasks.vocabulary import check_vocabulary, guard_vocabulary, vocabulary_rows
-from .types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Pending, Sizes, timestamp
+from ..cancellation import NEVER, Cancellation
+from ..engine.batch import sequence_of
+from ..engine.bulk import run_in_batch
+from ..engine.engine import Engine
+from ..engine.failures import typed
+from ..engine.ticket import Ticket
+from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, UnsupportedTask
+from ..host.memory import forget_frames
+from ..modeling.demand import asked_of
+from ..tasks.embedding import Pooling
+from ..tasks.runner import TaskRunner
+from ..types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Sizes, timestamp
+from .memory import Memory, ModelMemory, detach, free
+from .parts import GENERATION, Compute, Parts, Setup, build, use_device
 
 logger = logging.getLogger(__name__)
-
-_GENERATION = "text-generation"  # the one task that the batch computes
 
 # The sampling parameters of a generation config that a caller may set too.
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
 
 _DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights up to which a load itself copies them out of their file
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """How a model was loaded; `effective` are the effective settings, by name."""
-
-    record: ModelRecord
-    head: Head
-    device: str
-    effective: Mapping[str, Any]
-    backend_reason: str | None = None  # why the preferred backend does not compute the model
-    pending: Pending | None = None  # what the preferred backend lacks, while another one computes the model
-    max_context: int | None = None
-    commit: str | None = None  # of the repository, where the model came from the Hub
-    folder: Path | None = None  # for parts that are offloaded to the disk; deleted with the model
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """How a backend serves a model: in a batch by a `runner`, or one request at a time for a `reason`.
-
-    `encoder` replaces the model's own forward pass where a graph computes it. `declined` says why a backend that was
-    tried does not compute this model. `unwritten` returns the bytes that count as the model's but are not in memory.
-    """
-
-    backend: str
-    runner: Runner | None = None
-    reason: str | None = None
-    encoder: Encoder | None = None
-    declined: str | None = None
-    unwritten: Callable[[], int] = lambda: 0
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of weights that have a copy in another layout."""
-        computes = self.runner or self.encoder
-        return 0 if computes is None else computes.copied_bytes
-
-
-class Compute(Protocol):
-    """A model that a backend has opened.
-
-    `model` is transformers' own; with a graph, its weights are in memory only while they are needed.
-    """
-
-    model: Any
-    adapters: Adapters
-
-    @property
-    def backend(self) -> str:
-        """The backend's name."""
-
-    @property
-    def weights(self) -> Mapping[str, int]:
-        """Bytes of the weights on each device."""
-
-    def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
-        """Finds the best way to serve the model. Runs on the thread that prepares the model.
-
-        Raises:
-            InvalidRequest: the backend was asked for by name and cannot compute the model.
-            Cancelled: by `cancellation`.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The parts of a model in memory; dropped together."""
-
-    engine: Engine
-    tasks: TaskRunner
-    preparer: Preparer
-    solo: Solo
-    claims: Claims
-    tokenizer: Any
-    lengths: Lengths
-    batched: bool
-    generations: TextGenerations
-    adapters: Adapters
 
 
 class LoadedModel:
@@ -172,11 +73,10 @@ class LoadedModel:
         self._backend, self.backend_reason = compute.backend, setup.backend_reason
         self._memory.set_weights(compute.weights)
         # Of one call: so that another call's prompts find slots meanwhile.
-        self._most_prompts = max(1, options.max_batch // 2)
-        self._contexts = contexts(compute.model, setup.max_context)
+        self._max_prompts = max(1, options.max_batch // 2)
         self._closing = Cancellation()
         self.resident = False  # whether the weights are in memory of their own, not in a mapped file
-        self._made: Future[_Parts] | None = Future()
+        self._made: Future[Parts] | None = Future()
         small = self._memory.sizes.weights <= _DETACHED_AT_ONCE
         if small:
             detach(compute.model)
@@ -187,7 +87,7 @@ class LoadedModel:
 
     def _prepare(
         self,
-        parts: Future[_Parts],
+        parts: Future[Parts],
         compute: Compute,
         tokenizer: Any,
         pooling: LocalLLMError | Pooling | None,
@@ -199,7 +99,10 @@ class LoadedModel:
             if not detached:
                 detach(compute.model, self._closing)
             self.resident = True
-            parts.set_result(self._make_parts(compute, tokenizer, pooling))
+            made = build(self.setup, compute, tokenizer, self._options, pooling, self._memory, self._closing)
+            self._backend = made.serving.backend
+            self.backend_reason = made.serving.declined or self.backend_reason
+            parts.set_result(made)
         except BaseException as error:
             forget_frames(error)
             if not isinstance(error, LocalLLMError):
@@ -208,55 +111,6 @@ class LoadedModel:
             parts.set_exception(error)
         finally:
             self._memory.account.commit()
-
-    def _make_parts(self, compute: Compute, tokenizer: Any, pooling: Pooling | LocalLLMError | None) -> _Parts:
-        """Finds out how the model is served, and builds the parts that serve it."""
-        model_id, model, options, memory = self.model_id, compute.model, self._options, self._memory
-        forget_between_passes(model)
-        kept = unset(model)
-        rows = vocabulary_rows(model)
-        guard_vocabulary(model, tokenizer)
-        serving = compute.serve(memory, self._closing)
-        self._backend, self.backend_reason = serving.backend, serving.declined or self.backend_reason
-        constraints = constraints_of(model, tokenizer)
-        texts = TokenTexts(tokenizer, lambda: constraints.tokens)
-        batch, runner = None, serving.runner
-        if runner is not None:
-            runner.cache.take = memory.take_cache
-            batch = TransformersBatch(model_id, runner, texts, options)
-            token_bytes = runner.cache.token_bytes
-            memory.account.reserve_floor(self.device, first_bank(options.kv_cache_bytes // token_bytes) * token_bytes)
-        memory.unwritten = serving.unwritten
-
-        def find() -> Pooling | None:
-            if isinstance(pooling, LocalLLMError):
-                raise pooling
-            return pooling
-
-        adapters, relieve = compute.adapters, memory.account.evict_one
-        claims = Claims(model_id, model, memory.take_passing, memory.most_beside, relieve)
-        tasks = TaskRunner(model_id, model, tokenizer, self.head, find, adapters.active, serving.encoder, claims)
-        engine = Engine(model_id, batch, tasks, options, serving.reason, relieve, lambda: use_device(self.device))
-        lengths = Lengths(tokenizer, self._contexts[0])
-        preparer = Preparer(
-            model_id,
-            model,
-            tokenizer,
-            contexts=self._contexts,
-            room=None if batch is None else batch.slots.longest,
-            constraints=constraints,
-            arguments=lambda given: generation_arguments(given, model),
-            lengths=lengths,
-            check_adapter=adapters.check,
-            check_vocabulary=lambda highest, field: check_vocabulary(highest, rows, field),
-        )
-        solo = Solo(model_id, model, tokenizer, texts, claims, adapters.active, kept)
-        generations = TextGenerations(model, tokenizer, lambda given, error: tasks.failure(_GENERATION, given, error))
-        memory.set_copied(serving.copied_bytes)
-        release_freed()  # the trials took memory
-        return _Parts(
-            engine, tasks, preparer, solo, claims, tokenizer, lengths, batch is not None, generations, adapters
-        )
 
     @property
     def effective(self) -> Mapping[str, Any]:
@@ -305,7 +159,7 @@ class LoadedModel:
         return self._open().tasks
 
     @property
-    def _done(self) -> _Parts | None:
+    def _done(self) -> Parts | None:
         """The parts, if they are ready and whole."""
         parts = self._made
         return parts.result() if parts is not None and parts.done() and parts.exception() is None else None
@@ -335,7 +189,7 @@ class LoadedModel:
         """
         parts = self._open(cancellation)
         with typed(self.model_id):
-            _check_lengths(parts, {"inputs": text}, cancellation)
+            parts.check_lengths({"inputs": text}, cancellation)
             return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
 
     def count_prompt(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> int:
@@ -383,8 +237,8 @@ class LoadedModel:
         submitted = time.monotonic()
         prepared = parts.preparer.prepare(request, cancellation)
         ticket = Ticket(prepared.prompt_tokens, prepared.end, cancellation)
-        if parts.batched and prepared.settled is not None:
-            parts.engine.submit(sequence_of(prepared, prepared.settled, parts.tokenizer, ticket, request.streams))
+        if parts.batched and prepared.resolved is not None:
+            parts.engine.submit(sequence_of(prepared, prepared.resolved, parts.tokenizer, ticket, request.streams))
         else:
 
             def generate(cancellation: Cancellation) -> None:
@@ -400,7 +254,7 @@ class LoadedModel:
             parts.engine.submit_job(ticket, generate)
         return ticket
 
-    def _check_generates(self, parts: _Parts) -> None:
+    def _check_generates(self, parts: Parts) -> None:
         if self.head not in ("causal-lm", "seq2seq-lm"):
             raise UnsupportedTask(self.model_id, "generate", parts.engine.call(lambda: parts.tasks.supported))
 
@@ -425,10 +279,10 @@ class LoadedModel:
         """
         parts = self._open(cancellation)
         parts.adapters.check(adapter)
-        _check_lengths(parts, {"inputs": inputs, **parameters}, cancellation)
-        if task == _GENERATION and parts.batched and asked_of(parts.solo.model, parameters, 0).rows == 1:
+        parts.check_lengths({"inputs": inputs, **parameters}, cancellation)
+        if task == GENERATION and parts.batched and asked_of(parts.solo.model, parameters, 0).rows == 1:
             generation = parts.generations.begin(inputs, parameters)
-            limits: dict[str, Any] = {"most": self._most_prompts, "context": self._contexts[0]}
+            limits: dict[str, Any] = {"maximum": self._max_prompts, "context": parts.context}
             limits["check_vocabulary"] = parts.preparer.check_vocabulary
             if run_in_batch(generation, parts.engine, **limits, cancellation=cancellation, adapter=adapter):
                 parts.tasks.note(task)
@@ -444,7 +298,7 @@ class LoadedModel:
             return self._run(parts, task, inputs, parameters, cancellation)
 
     def _run(
-        self, parts: _Parts, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation
+        self, parts: Parts, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation
     ) -> Any:
         parts.engine.check_queue_for_task()
         call = parts.tasks.submit(task, inputs, parameters, cancellation)
@@ -471,7 +325,7 @@ class LoadedModel:
         """
         self._open(cancellation)
 
-    def _open(self, cancellation: Cancellation = NEVER) -> _Parts:
+    def _open(self, cancellation: Cancellation = NEVER) -> Parts:
         parts = self._made
         if parts is None:
             raise Cancelled(f"Model '{self.model_id}' was unloaded")
@@ -492,16 +346,3 @@ class LoadedModel:
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)
         free()
-
-
-def _check_lengths(parts: _Parts, values: Mapping[str, Any], cancellation: Cancellation) -> None:
-    """Refuses texts far longer than the model can read, before a task's tokenizer takes the engine's thread."""
-    if (field := parts.lengths.check(dict(values), "", cancellation)) is not None:
-        reason = f"longer than {parts.lengths.of_text} tokens, the limit for one text"
-        raise InvalidRequest(f"Invalid value for field '{field}': {reason}", field)
-
-
-def use_device(device: str) -> None:
-    """Makes a CUDA device the thread's current one: kernels outside torch run there, not on their tensors' device."""
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
