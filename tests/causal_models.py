@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from huggingface.engine.openvino.lazy_weights import make_shell
 from huggingface.errors import InvalidRequest
 from huggingface.loading.openvino import decoder
-from huggingface.loading.openvino.graph_store import Place
+from huggingface.loading.openvino.graph_store import GraphPlace
 from huggingface.loading.openvino.load import GraphCompute, Shell
 from huggingface.loading.torch import TorchCompute
 from huggingface.model.loaded import LoadedModel
@@ -100,7 +100,7 @@ def serve(
     made = EngineOptions(**options)
     compute: Compute = TorchCompute("causal-lm", model, findings=made.findings)
     if folder is not None:
-        place = Place(folder, name, None)
+        place = GraphPlace(folder, name, None)
         decoder.make(copy.deepcopy(model), place, None, folder)
         graph = decoder.find(place)
         assert graph is not None

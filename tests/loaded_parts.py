@@ -13,7 +13,7 @@ from huggingface.engine.batch import TransformersBatch
 from huggingface.engine.input_processor import Preparer
 from huggingface.loading import torch as by_torch
 from huggingface.model import parts as built
-from huggingface.modeling.demand import Claims
+from huggingface.modeling.demand import MemoryClaims
 
 
 @dataclass
@@ -39,9 +39,9 @@ def noted_parts() -> Iterator[dict[str, Parts]]:
         noted[model_id] = Parts(TransformersBatch(model_id, runner, *arguments), runner)
         return noted[model_id].batch
 
-    def claims(model_id: str, *arguments: Any) -> Claims:
+    def claims(model_id: str, *arguments: Any) -> MemoryClaims:
         parts = noted.setdefault(model_id, Parts())
-        parts.claims = Claims(model_id, *arguments)
+        parts.claims = MemoryClaims(model_id, *arguments)
         return parts.claims
 
     def preparer(model_id: str, model: Any, *arguments: Any, **named: Any) -> Preparer:
@@ -51,7 +51,7 @@ def noted_parts() -> Iterator[dict[str, Parts]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(built, "TransformersBatch", batch)
-        patch.setattr(built, "Claims", claims)
+        patch.setattr(built, "MemoryClaims", claims)
         patch.setattr(built, "Preparer", preparer)
         yield noted
 

@@ -23,8 +23,8 @@ from huggingface.engine.layers import NotBatchable
 from huggingface.engine.logprobs import TokenTexts
 from huggingface.engine.ticket import Ticket
 from huggingface.engine.torch.parity import batch_runner
-from huggingface.loading.lora import Adapters, attach
-from huggingface.modeling.demand import Claims
+from huggingface.loading.lora import AttachedAdapters, attach
+from huggingface.modeling.demand import MemoryClaims
 from huggingface.tasks.generation import generation_arguments
 from huggingface.tasks.runner import TaskRunner
 from huggingface.types import Chunk, EngineOptions, GenerationRequest
@@ -54,7 +54,7 @@ class Served:
     def __init__(self, name: str, folders: Mapping[str, Path], model: Any = None, **options: Any) -> None:
         plain, self.tokenizer = build(name)
         self.model = plain if model is None else model
-        self.adapters: Adapters = attach(f"tiny/{name}", self.model, folders, self.tokenizer)
+        self.adapters: AttachedAdapters = attach(f"tiny/{name}", self.model, folders, self.tokenizer)
         engine_options = EngineOptions(**options)
         constraints = Constraints(self.tokenizer, self.model.config.vocab_size, [])
         texts = TokenTexts(self.tokenizer, lambda: constraints.tokens)
@@ -77,7 +77,7 @@ class Served:
             arguments=lambda given: generation_arguments(given, self.model),
             check_adapter=self.adapters.check,
         )
-        claims = Claims(name, self.model, lambda _: True, lambda: None, lambda: False)
+        claims = MemoryClaims(name, self.model, lambda _: True, lambda: None, lambda: False)
         self.solo = Solo(name, self.model, self.tokenizer, texts, claims, active)
 
     def generate(self, prompt: str, parameters: Mapping[str, Any], adapter: str | None = None) -> Ticket:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..cancellation import Cancellation
-from ..modeling.demand import Claims
+from ..modeling.demand import MemoryClaims
 from ..modeling.steps import SomeToken, watched
 from ..types import Chunk, FinishReason, Timings, Token, Usage
 from .constraints import Constrained
@@ -74,7 +74,7 @@ class Solo:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: TokenTexts,
-        claims: Claims,
+        claims: MemoryClaims,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
         unset: Sequence[tuple[dict[str, Any], str]] = (),
     ) -> None:

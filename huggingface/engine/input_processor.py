@@ -24,7 +24,7 @@ from ..types import GenerationRequest
 from .constraints import Constrained, Constraints
 from .detokenizer import Begin
 from .failures import typed
-from .lengths import Asked, Lengths, TooLong
+from .lengths import Asked, TextLengths, TooLong
 from .sampling import Biased, Repeated, RepeatedLately
 
 # Parameters without a meaning unless sampling is on; `generate` warns of them and ignores them.
@@ -113,7 +113,7 @@ class Preparer:
         room: int | None,
         constraints: Constraints,
         arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
-        lengths: Lengths | None = None,
+        lengths: TextLengths | None = None,
         check_adapter: Callable[[str | None], None] = lambda _: None,
         check_vocabulary: Callable[[int, str], None] = lambda *_: None,
     ) -> None:
@@ -134,7 +134,7 @@ class Preparer:
         self._reads_answer = not model.config.is_encoder_decoder
         self._context, self._answer_context = contexts
         self._room = room
-        self._lengths = Lengths(tokenizer, self._context) if lengths is None else lengths
+        self._lengths = TextLengths(tokenizer, self._context) if lengths is None else lengths
         self._constraints = constraints
         self._arguments_for = arguments
         self._check_adapter = check_adapter

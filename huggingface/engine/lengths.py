@@ -52,7 +52,7 @@ class Asked(list[Any]):
         return _characters(list(self)) > _PIECE
 
 
-class Lengths:
+class TextLengths:
     """Counts long texts for one tokenizer."""
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:

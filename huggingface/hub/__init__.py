@@ -20,7 +20,7 @@ from ..inspection.headers import Tensor
 from ..inspection.hub_errors import hub_errors
 from ..progress import Progress
 from . import cache
-from .disk import Claims
+from .disk import DiskClaims
 from .repository import Repository
 
 # Files beside the weights that describe a model and its tokenizer. Where the Hub lists its files, those that match a
@@ -82,7 +82,7 @@ def fetch(
     progress: Progress | None = None,
     offline: bool = False,
     resolved: Callable[[str], None] = lambda _: None,
-    claims: Claims | None = None,
+    claims: DiskClaims | None = None,
 ) -> Path:
     """Downloads the missing files of a repository into the Hub's cache; returns the folder there.
 
@@ -135,7 +135,7 @@ def fetch_adapter(
     revision: str | None = None,
     progress: Progress | None = None,
     offline: bool = False,
-    claims: Claims | None = None,
+    claims: DiskClaims | None = None,
 ) -> Path:
     """Downloads a LoRA adapter's config and weights into the Hub's cache; returns the folder.
 
@@ -170,7 +170,7 @@ def adapter_head(adapter_id: str) -> dict[str, Tensor]:
         }
 
 
-def claim_adapter(adapter_id: str, claims: Claims) -> None:
+def claim_adapter(adapter_id: str, claims: DiskClaims) -> None:
     """Claims disk space for the missing files of a LoRA adapter, before its download begins.
 
     Raises:
@@ -196,7 +196,7 @@ def _fetch(
     progress: Progress | None,
     offline: bool,
     resolved: Callable[[str], None],
-    claims: Claims | None,
+    claims: DiskClaims | None,
     *,
     whole: bool = True,
 ) -> Path:

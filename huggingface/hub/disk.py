@@ -27,13 +27,13 @@ class Disk:
         """`free` returns how many bytes are free on a folder's disk."""
         self._free = free
         self._lock = threading.Lock()
-        self._claims: list[tuple[Claims, str, int, Callable[[], int]]] = []  # whose, what, device, missing bytes
+        self._claims: list[tuple[DiskClaims, str, int, Callable[[], int]]] = []  # whose, what, device, missing bytes
 
-    def claims(self) -> Claims:
+    def claims(self) -> DiskClaims:
         """The claims of one download; release them when it ends."""
-        return Claims(self)
+        return DiskClaims(self)
 
-    def claim(self, claims: Claims, what: str, place: Path, missing: Callable[[], int]) -> None:
+    def claim(self, claims: DiskClaims, what: str, place: Path, missing: Callable[[], int]) -> None:
         while not place.exists():
             place = place.parent
         disk = place.stat().st_dev
@@ -45,12 +45,12 @@ class Disk:
                 raise NoRoom(need, free, promised)
             self._claims = [*others, (claims, what, disk, missing)]
 
-    def release(self, claims: Claims) -> None:
+    def release(self, claims: DiskClaims) -> None:
         with self._lock:
             self._claims = [each for each in self._claims if each[0] is not claims]
 
 
-class Claims:
+class DiskClaims:
     """The disk space that one download claims, by what it downloads."""
 
     def __init__(self, disk: Disk) -> None:

@@ -25,7 +25,7 @@ from ..inspection.lora import read_head
 from ..progress import Moment, Progress
 from ..registry.records import ModelRecord
 from ..types import LoadOptions
-from .disk import Claims, Disk
+from .disk import Disk, DiskClaims
 from .job import Job, Key
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Downloads:
         self._closed = False
 
     def start(self, record: ModelRecord) -> Job:
-        """Starts a download of the model, or joins the one that runs; it goes on until it is complete or cancelled.
+        """Starts a download of the model, or subscribes to it; it goes on until it is complete or cancelled.
 
         A model that has a folder in the models folder is ready at once.
 
@@ -60,7 +60,7 @@ class Downloads:
         job = Job(record)
         folder = files.local_folder(self._options.models_dir, record.model_id)
         if folder is None or job.adapters:
-            return self._join(record, keep=True)
+            return self._subscribe(record, pin=True)
         job.end(folder)
         with self._lock:
             self._latest[record.model_id] = job
@@ -101,7 +101,7 @@ class Downloads:
         folder = files.local_folder(self._options.models_dir, record.model_id)
         if folder is not None:
             return folder
-        job = self._join(record, keep=False)
+        job = self._subscribe(record, pin=False)
         try:
             mirror = _Mirror(progress)
             version = -1
@@ -112,7 +112,7 @@ class Downloads:
             mirror.show(job.progress.now())
             return job.result()
         finally:
-            self._leave(job)
+            self._unsubscribe(job)
 
     def present(self, record: ModelRecord) -> Path:
         """The folder with the model's files on this machine; sends no packet.
@@ -188,16 +188,16 @@ class Downloads:
             if job.thread is not None:
                 job.thread.join(max(0.0, end - time.monotonic()))
 
-    def _join(self, record: ModelRecord, *, keep: bool) -> Job:
-        """Joins the running job for the record's files, or starts one."""
+    def _subscribe(self, record: ModelRecord, *, pin: bool) -> Job:
+        """Subscribes to the job for the record's files, or starts one; a pinned job goes on without subscribers."""
         new = Job(record)
         with self._lock:
             if self._closed:
                 raise Cancelled("The server is shutting down")
             before = self._jobs.get(new.key)
             job = new if before is None or before.over else before
-            job.kept = job.kept or keep
-            job.wanted += not keep
+            job.pinned = job.pinned or pin
+            job.subscribers += not pin
             self._latest[record.model_id] = job
             if job is new:
                 self._jobs[job.key] = job
@@ -208,11 +208,11 @@ class Downloads:
                 job.thread.start()
         return job
 
-    def _leave(self, job: Job) -> None:
-        """Leaves a job; cancels it if no other load waits for it and the download itself was not asked for."""
+    def _unsubscribe(self, job: Job) -> None:
+        """Ends a subscription; cancels the job if it was the last one and the download itself was not asked for."""
         with self._lock:
-            job.wanted -= 1
-            unwanted = not job.wanted and not job.kept
+            job.subscribers -= 1
+            unwanted = not job.subscribers and not job.pinned
         if unwanted and not job.over:
             job.cancel()
 
@@ -236,7 +236,7 @@ class Downloads:
                     )
                 for adapter in adapters:
                     self._adapter(adapter, job.progress.part(), claims)
-            if job.brought:
+            if job.active:
                 logger.info("downloaded %s in %.1f s", job.model_id, time.monotonic() - started)
             job.end(folder)
         except LocalLLMError as error:
@@ -257,7 +257,7 @@ class Downloads:
         *,
         offline: bool = False,
         resolved: Callable[[str], None] = lambda _: None,
-        claims: Claims | None = None,
+        claims: DiskClaims | None = None,
     ) -> Path:
         return hub.fetch(
             model_id,
@@ -271,14 +271,14 @@ class Downloads:
             claims=claims,
         )
 
-    def _adapter(self, adapter_id: str, progress: Progress, claims: Claims) -> Path:
+    def _adapter(self, adapter_id: str, progress: Progress, claims: DiskClaims) -> Path:
         folder = files.local_folder(self._options.models_dir, adapter_id)
         if folder is not None:
             return folder
         return hub.fetch_adapter(adapter_id, progress=progress, offline=self._options.offline, claims=claims)
 
     @contextmanager
-    def _claims(self, adapters: Iterable[str]) -> Iterator[Claims]:
+    def _claims(self, adapters: Iterable[str]) -> Iterator[DiskClaims]:
         """Claims disk space for one piece of work; that of `adapters` at the start, because they are downloaded later.
 
         Raises:

@@ -30,8 +30,8 @@ class Job:
         self._ended = threading.Event()
         self._ending = threading.Lock()
         # Guarded by the lock of `Downloads`.
-        self.wanted = 0
-        self.kept = False
+        self.subscribers = 0
+        self.pinned = False
         self.thread: threading.Thread | None = None
 
     @property
@@ -45,7 +45,7 @@ class Job:
         return self._ended.is_set()
 
     @property
-    def brought(self) -> bool:
+    def active(self) -> bool:
         """Whether bytes came from the Hub in the last seconds."""
         return self.progress.now().speed > 0
 

@@ -20,7 +20,7 @@ from ..errors import DiskFull, FilesMissing, LoadError, public
 from ..inspection.hub_errors import Damaged, damaged, is_absent, is_passing, pause_after, unknown_revision
 from ..progress import Progress
 from . import cache
-from .disk import Claims, Disk, NoRoom
+from .disk import Disk, DiskClaims, NoRoom
 from .transfer import Count, Source, bar, transfer
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Repository:
         *,
         offline: bool = False,
         progress: Progress | None = None,
-        claims: Claims | None = None,
+        claims: DiskClaims | None = None,
     ) -> None:
         """`offline` sends no packet; `progress` counts every byte; disk space is claimed among `claims`.
 

@@ -24,7 +24,7 @@ from ..inspection.lora import CONFIG, REFUSED, WEIGHTS, check, check_factors, re
 logger = logging.getLogger(__name__)
 
 
-class Adapters:
+class AttachedAdapters:
     """The adapters of one model, none of them active."""
 
     def __init__(self, model_id: str, model: Any, keys: Mapping[str, str]) -> None:
@@ -66,7 +66,7 @@ class Adapters:
                 layer.set_adapter([self.keys[name]], inference_mode=True)
 
 
-def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: Any = None) -> Adapters:
+def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: Any = None) -> AttachedAdapters:
     """Attaches the adapters in some folders to a model, in place, by the names that requests use.
 
     `model` is a `PreTrainedModel` in eval mode; `tokenizer` is its own, whose tokens must be the adapters' too.
@@ -90,7 +90,7 @@ def attach(model_id: str, model: Any, folders: Mapping[str, Path], tokenizer: An
                 raise OutOfMemory(f"Not enough memory for {what[0].lower()}{what[1:]}") from error
             logger.info("%s cannot be attached", what, exc_info=error)
             raise FilesCorrupt(f"{what} cannot be used: {public(error, folder)}") from error
-    handle = Adapters(model_id, model, keys)
+    handle = AttachedAdapters(model_id, model, keys)
     if keys:
         handle.activate(model, None)
         model.requires_grad_(False)

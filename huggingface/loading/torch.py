@@ -24,8 +24,7 @@ from ..tasks import Head
 from ..types import Estimate, LoadOptions
 from .backend import Declined, Load, Opened
 from .estimate import Weights, estimate
-from .lora import Adapters as Attached
-from .lora import attach
+from .lora import AttachedAdapters, attach
 from .placement import Placement
 from .plan import Plan, file_bytes, file_marks, own_dtype
 from .pretrained import BUILDING, read_model, watched
@@ -87,7 +86,7 @@ class TorchCompute:
     ) -> None:
         """`findings` keep measurements of the model under `key`, which identifies its weights and settings."""
         self.model = model
-        self.adapters: Adapters = adapters or Attached("", model, {})
+        self.adapters: Adapters = adapters or AttachedAdapters("", model, {})
         self._head = head
         self._findings = findings
         self._key = key

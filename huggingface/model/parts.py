@@ -18,7 +18,7 @@ from ..engine.constraints import constraints_of
 from ..engine.engine import Engine
 from ..engine.generate_fallback import Solo, unset
 from ..engine.input_processor import Preparer
-from ..engine.lengths import Lengths
+from ..engine.lengths import TextLengths
 from ..engine.logprobs import TokenTexts
 from ..engine.openvino.encoder import Encoder
 from ..engine.slots import first_bank
@@ -26,7 +26,7 @@ from ..engine.torch.lora import Adapters
 from ..engine.torch.rotary import forget_between_passes
 from ..errors import InvalidRequest, LocalLLMError
 from ..host.memory import release_freed
-from ..modeling.demand import Claims
+from ..modeling.demand import MemoryClaims
 from ..registry.records import ModelRecord
 from ..tasks import Head
 from ..tasks.embedding import Pooling
@@ -113,9 +113,9 @@ class Parts:
     tasks: TaskRunner
     preparer: Preparer
     solo: Solo
-    claims: Claims
+    claims: MemoryClaims
     tokenizer: Any
-    lengths: Lengths
+    lengths: TextLengths
     context: int | None
     batched: bool
     generations: TextGenerations
@@ -171,8 +171,8 @@ def build(
 
     adapters, relieve = compute.adapters, memory.account.evict_one
     lengths_of = contexts(model, setup.max_context)
-    lengths = Lengths(tokenizer, lengths_of[0])
-    claims = Claims(model_id, model, memory.take_passing, memory.max_beside, relieve)
+    lengths = TextLengths(tokenizer, lengths_of[0])
+    claims = MemoryClaims(model_id, model, memory.take_passing, memory.max_beside, relieve)
     tasks = TaskRunner(model_id, model, tokenizer, setup.head, find, adapters.active, serving.encoder, claims)
     preparer = Preparer(
         model_id,

@@ -148,7 +148,7 @@ class Demand:
         return int(size + step)
 
 
-class Claims:
+class MemoryClaims:
     """Claims the memory that one model's own `generate` takes."""
 
     def __init__(

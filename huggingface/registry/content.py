@@ -89,7 +89,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class RegistryContent:
     """The content of one version of the file; immutable, so that readers need no lock.
 
     `order` holds the ids of the records and, between them, the unreadable records in their places; it is empty where
@@ -122,7 +122,7 @@ class Content:
             if isinstance(each, Unreadable)
         ]
 
-    def changed(self, records: Mapping[str, ModelRecord], last_updated: str, replaced: str | None) -> Content:
+    def changed(self, records: Mapping[str, ModelRecord], last_updated: str, replaced: str | None) -> RegistryContent:
         """The content with other records. Unreadable records keep their places, except those with the id `replaced`:
         a new record of that id takes the place of the first.
         """
@@ -137,7 +137,7 @@ class Content:
             records = {entry: records[entry] for entry in order if isinstance(entry, str)}
         extras = {model_id: extra for model_id, extra in self.record_extras.items() if model_id in records}
         kept_order = tuple(order) if len(order) > len(records) else ()
-        return Content(records, last_updated, extras, self.file_extras, kept_order)
+        return RegistryContent(records, last_updated, extras, self.file_extras, kept_order)
 
 
 def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, Any]]:
@@ -167,7 +167,7 @@ def _parse_record(raw: Any, default_date: str) -> tuple[ModelRecord, dict[str, A
     return ModelRecord(**known), extras
 
 
-def parse(data: bytes, mtime: int) -> Content:
+def parse(data: bytes, mtime: int) -> RegistryContent:
     """Parses the file's bytes, last changed at `mtime` (nanoseconds since 1970).
 
     A record with a wrong value, an invalid id, or the id of an earlier record becomes an `Unreadable`.
@@ -214,13 +214,13 @@ def _content(
     records: dict[str, ModelRecord],
     extras: dict[str, dict[str, Any]],
     order: tuple[str | Unreadable, ...] = (),
-) -> Content:
+) -> RegistryContent:
     last_updated = document.get("last_updated")
     others = {name: value for name, value in document.items() if name not in ("models", "last_updated", "count")}
-    return Content(records, last_updated if isinstance(last_updated, str) else None, extras, others, order)
+    return RegistryContent(records, last_updated if isinstance(last_updated, str) else None, extras, others, order)
 
 
-def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> Content:
+def _parse_pieces(data: bytes, default_date: str, reason: Exception) -> RegistryContent:
     """As `parse`, one record at a time, so that an error in one record, even in its JSON, does not affect the others.
 
     Raises:
@@ -335,7 +335,7 @@ def _id_of(raw: Any, item: bytes) -> str | None:
     return model_id if isinstance(model_id, str) else None
 
 
-def encode(content: Content) -> bytes:
+def encode(content: RegistryContent) -> bytes:
     """Encodes the content as the file's bytes: indented JSON in UTF-8, unreadable records unchanged.
 
     Raises:
@@ -350,7 +350,7 @@ def encode(content: Content) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def _entries(content: Content) -> Iterator[Any]:
+def _entries(content: RegistryContent) -> Iterator[Any]:
     extras = content.record_extras
     for entry in content.order or content.records:
         if isinstance(entry, Unreadable):

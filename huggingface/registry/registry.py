@@ -24,7 +24,7 @@ import orjson
 
 from ..errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
 from ..types import timestamp
-from .content import FIELDS, Content, Corrupt, encode, parse, same_json, stored_value
+from .content import FIELDS, Corrupt, RegistryContent, encode, parse, same_json, stored_value
 from .file import RegistryFile, Signature, Version
 from .records import ModelRecord, check_model_id
 
@@ -56,7 +56,7 @@ def _used(record: ModelRecord, use: _Use | None) -> ModelRecord:
     )
 
 
-def _with_uses(content: Content, uses: Mapping[str, _Use]) -> list[ModelRecord]:
+def _with_uses(content: RegistryContent, uses: Mapping[str, _Use]) -> list[ModelRecord]:
     """The content's records, each with the uses that the file does not count yet."""
     if not uses:
         return list(content.records.values())
@@ -92,7 +92,7 @@ class ModelRegistry:
     def _start_process(self) -> None:
         """Sets the state that a forked child must not inherit: the parent writes its own pending uses, its threads do
         not exist in the child, and its content may be copied in the middle of a change."""
-        self._content: Content | None = None
+        self._content: RegistryContent | None = None
         self._unreadable: list[str] = []  # a warning for each unreadable record of `_content`
         self._version: Version | None = None  # the file's version that `_content` was read from or written to
         self._file.after_fork()
@@ -165,7 +165,7 @@ class ModelRegistry:
         check_model_id(record.model_id)
         added = ModelRecord(**{name: stored_value(name, getattr(record, name)) for name in FIELDS})
 
-        def edit(records: dict[str, ModelRecord], _: Content) -> None:
+        def edit(records: dict[str, ModelRecord], _: RegistryContent) -> None:
             if added.model_id in records:
                 raise ModelExists(added.model_id)
             records[added.model_id] = added
@@ -186,7 +186,7 @@ class ModelRegistry:
         wanted = {name: stored_value(name, value) for name, value in changes.items() if name in CHANGEABLE_FIELDS}
         result: ModelRecord
 
-        def edit(records: dict[str, ModelRecord], content: Content) -> None:
+        def edit(records: dict[str, ModelRecord], content: RegistryContent) -> None:
             nonlocal result
             if model_id not in records:
                 raise content.absent(model_id)
@@ -210,7 +210,7 @@ class ModelRegistry:
         wanted = stored_value("details", details)
         result: ModelRecord
 
-        def edit(records: dict[str, ModelRecord], _: Content) -> None:
+        def edit(records: dict[str, ModelRecord], _: RegistryContent) -> None:
             nonlocal result
             present = records.get(record.model_id)
             if present is None or present.added_date != record.added_date:
@@ -225,7 +225,7 @@ class ModelRegistry:
     def remove(self, model_id: str) -> dict[str, Any]:
         """Removes a model; returns the new content as the document's `models_data`. Raises ModelNotFound."""
 
-        def edit(records: dict[str, ModelRecord], content: Content) -> None:
+        def edit(records: dict[str, ModelRecord], content: RegistryContent) -> None:
             if records.pop(model_id, None) is None and not content.unreadable(model_id):
                 raise ModelNotFound(model_id)
 
@@ -270,7 +270,7 @@ class ModelRegistry:
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
-    def _snapshot(self) -> tuple[Content, dict[str, _Use]]:
+    def _snapshot(self) -> tuple[RegistryContent, dict[str, _Use]]:
         """The file's present content and the uses that it does not count yet, at the same moment."""
         try:
             return self._read()
@@ -282,14 +282,14 @@ class ModelRegistry:
                     raise self._stays_corrupt(reason, error) from error
                 return self._read_or_set_aside()
 
-    def _read(self) -> tuple[Content, dict[str, _Use]]:
+    def _read(self) -> tuple[RegistryContent, dict[str, _Use]]:
         """As `_snapshot`; parses the file only if it has changed. Raises Corrupt."""
         with self._mutex:
             signature = self._file.signature()
             if self._content is None or signature != (self._version.signature if self._version else None):
                 present = self._file.read()
                 if present is None:
-                    self._version, self._content = None, Content()
+                    self._version, self._content = None, RegistryContent()
                 else:
                     version, data = present
                     self._content = parse(data, version.signature.mtime)
@@ -297,7 +297,7 @@ class ModelRegistry:
                 self._note_unreadable()
             return self._content, {**self._pending}
 
-    def _read_or_set_aside(self) -> tuple[Content, dict[str, _Use]]:
+    def _read_or_set_aside(self) -> tuple[RegistryContent, dict[str, _Use]]:
         """As `_snapshot`, but renames a corrupt file; the caller holds the file's lock."""
         seen: Signature | None = None
         for _ in range(_SETTLE_TRIES):
@@ -337,7 +337,9 @@ class ModelRegistry:
     def _stays_corrupt(self, reason: Corrupt, error: RegistryError) -> RegistryError:
         return type(error)(f"The registry file '{self._file.name}' is corrupt ({reason}), and it stays. {error}")
 
-    def _change(self, edit: Callable[[dict[str, ModelRecord], Content], None], replaced: str | None = None) -> Content:
+    def _change(
+        self, edit: Callable[[dict[str, ModelRecord], RegistryContent], None], replaced: str | None = None
+    ) -> RegistryContent:
         """Applies `edit` to the present records, and writes them with pending uses if anything has changed.
 
         Unreadable records with the id `replaced` are removed.

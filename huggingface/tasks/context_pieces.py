@@ -22,7 +22,7 @@ _SPACES = " \t\r\n\u202f"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PieceOptions:
     """The task's parameters with 4.57.6's defaults; None: derived from the tokenizer."""
 
     top_k: int = 1
@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ContextPiece:
     """A part of the context together with the question, as the model reads it.
 
     Attributes:
@@ -64,7 +64,9 @@ class Piece:
     merges: bool
 
 
-def pieces(tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: Options) -> Iterator[Piece]:
+def pieces(
+    tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: PieceOptions
+) -> Iterator[ContextPiece]:
     """Cuts `example` into pieces of at most `max_seq_len` tokens (4.57.6: `QuestionAnsweringPipeline.preprocess`).
 
     `names` are the inputs that the model takes; `segments`: it distinguishes two texts. Neighbours share `doc_stride`
@@ -88,8 +90,8 @@ def pieces(tokenizer: Any, names: Sequence[str], segments: bool, example: Exampl
 
 
 def _by_characters(
-    tokenizer: Any, names: Sequence[str], example: Example, options: Options, longest: int, shared: int
-) -> Iterator[Piece]:
+    tokenizer: Any, names: Sequence[str], example: Example, options: PieceOptions, longest: int, shared: int
+) -> Iterator[ContextPiece]:
     import numpy as np
     import torch
 
@@ -122,7 +124,7 @@ def _by_characters(
             closed[row == tokenizer.cls_token_id] = 0
         padded = int((row == tokenizer.pad_token_id).sum()) if tokenizer.padding_side == "left" else 0
         attention = encoded.get("attention_mask")
-        yield Piece(
+        yield ContextPiece(
             tensors={name: torch.tensor([encoded[name][index]]) for name in names},
             closed=closed[None],
             attention=None if attention is None else np.array([attention[index]]),
@@ -131,7 +133,7 @@ def _by_characters(
         )
 
 
-def _check_room(tokenizer: Any, example: Example, options: Options, longest: int, shared: int) -> None:
+def _check_room(tokenizer: Any, example: Example, options: PieceOptions, longest: int, shared: int) -> None:
     """Refuses lengths that leave no room for the context: the tokenizer would not raise, but abort the thread."""
     question = len(tokenizer(example.question, add_special_tokens=False)["input_ids"])
     if options.max_question_len is not None and question > options.max_question_len:
@@ -181,8 +183,14 @@ def _locate(
 
 
 def _by_words(
-    tokenizer: Any, names: Sequence[str], segments: bool, example: Example, options: Options, longest: int, step: int
-) -> Iterator[Piece]:
+    tokenizer: Any,
+    names: Sequence[str],
+    segments: bool,
+    example: Example,
+    options: PieceOptions,
+    longest: int,
+    step: int,
+) -> Iterator[ContextPiece]:
     """Cuts for tokenizers that keep no characters (4.57.6: `squad_convert_example_to_features`)."""
     import numpy as np
     import torch
@@ -233,7 +241,7 @@ def _by_words(
         attention = np.array([read["attention_mask"]])
         first = before if question_first else 0
         place = {first + index: origin[begin + index] for index in range(len(window))}
-        yield Piece(
+        yield ContextPiece(
             tensors={name: torch.tensor([read[name]]) for name in names},
             closed=closed[None],
             attention=attention,

@@ -27,7 +27,7 @@ from transformers.pipelines.base import ChunkPipeline
 
 from ..cancellation import NEVER, Cancellation
 from ..errors import GenerationFailed
-from ..modeling.demand import Claims, asked_of
+from ..modeling.demand import MemoryClaims, asked_of
 from .generation import stop_when
 from .inputs import refuse
 from .json_values import json_value
@@ -35,7 +35,7 @@ from .padded_batch import Lane, Outputs, Tensors, token_count
 from .positions import max_positions
 
 
-class Guard:
+class CallGuard:
     """Goes before a pipeline's `forward`. `cancellation` is the running request's."""
 
     cancellation: Cancellation = NEVER
@@ -73,11 +73,11 @@ class Guard:
         return refusal
 
 
-class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
+class TextGeneration(CallGuard, TextGenerationPipeline):  # type: ignore[misc]
     """Adds limits that depend on the prompt's length, and checks the cancellation after each token."""
 
     reads_nothing = True
-    claims: Claims | None = None  # claims the memory of generations
+    claims: MemoryClaims | None = None  # claims the memory of generations
 
     def preprocess(self, prompt_text: Any, **parameters: Any) -> Any:
         """Tokenizes the prompt; a chat goes through the model's own template, which may refuse it."""
@@ -159,7 +159,7 @@ class TextGeneration(Guard, TextGenerationPipeline):  # type: ignore[misc]
 # Batched across calls -------------------------------------------------------------------------------------------------
 
 
-class Batched(Guard):
+class Batched(CallGuard):
     """A pipeline that runs the model once for each row.
 
     Its `_forward` is split where it calls the model: `read` is the part before, `found` the part after. `lane` runs the
@@ -342,7 +342,7 @@ class PipelineWork:
 # Whole calls ----------------------------------------------------------------------------------------------------------
 
 
-class TableQuestionAnswering(Guard, TableQuestionAnsweringPipeline):  # type: ignore[misc]
+class TableQuestionAnswering(CallGuard, TableQuestionAnsweringPipeline):  # type: ignore[misc]
     """Checks the table's size: a model has vectors for a limited number of rows, columns and ranks."""
 
     def forward(self, model_inputs: Any, **parameters: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..cancellation import NEVER, Cancellation
 from ..errors import InvalidRequest, UnknownField
 from . import inputs as check
-from .context_pieces import Example, Options, Piece, pieces
+from .context_pieces import ContextPiece, Example, PieceOptions, pieces
 from .json_values import json_value
 from .padded_batch import Lane, Outputs, Tensors
 from .positions import max_positions
@@ -66,7 +66,9 @@ class QuestionAnswering:
         answers = [self.best(self._read(example, options, cancellation), options) for example in examples]
         return answers[0] if len(answers) == 1 else answers
 
-    def _read(self, example: Example, options: Options, cancellation: Cancellation) -> Iterator[tuple[Piece, Outputs]]:
+    def _read(
+        self, example: Example, options: PieceOptions, cancellation: Cancellation
+    ) -> Iterator[tuple[ContextPiece, Outputs]]:
         for piece in self.pieces(example, options):
             cancellation.check()
             try:
@@ -75,7 +77,7 @@ class QuestionAnswering:
                 raise self.blame(error, _tokens(piece)) from error
             yield piece, outputs
 
-    def pieces(self, example: Example, options: Options) -> Iterator[Piece]:
+    def pieces(self, example: Example, options: PieceOptions) -> Iterator[ContextPiece]:
         """The pieces of one context, none longer than the model can read."""
         for piece in pieces(self._tokenizer, self._names, self._segments, example, options):
             length = _tokens(piece)
@@ -93,7 +95,7 @@ class QuestionAnswering:
         refusal.__cause__ = error
         return refusal
 
-    def best(self, read: Iterable[tuple[Piece, Outputs]], options: Options) -> Any:
+    def best(self, read: Iterable[tuple[ContextPiece, Outputs]], options: PieceOptions) -> Any:
         """The best answers over all pieces of one context (4.57.6: `QuestionAnsweringPipeline.postprocess`).
 
         `read` has the pieces with their logits for the answer's start and end, (1, length) each.
@@ -167,11 +169,11 @@ def _input_names(tokenizer: Any) -> list[str]:
 # Tokens and scores ----------------------------------------------------------------------------------------------------
 
 
-def _tokens(piece: Piece) -> int:
+def _tokens(piece: ContextPiece) -> int:
     return int(piece.tensors["input_ids"].shape[-1])
 
 
-def _probabilities(piece: Piece, logits: Any) -> NDArray[Any]:
+def _probabilities(piece: ContextPiece, logits: Any) -> NDArray[Any]:
     """Each token's probability to begin, or to end, the answer, (1, length); closed tokens are left out."""
     import numpy as np
     import torch
@@ -183,7 +185,7 @@ def _probabilities(piece: Piece, logits: Any) -> NDArray[Any]:
     return probabilities
 
 
-def _open(piece: Piece) -> NDArray[np.int64]:
+def _open(piece: ContextPiece) -> NDArray[np.int64]:
     """(1, length): 1 where an answer may begin or end, 0 elsewhere."""
     opened: NDArray[np.int64] = 1 - piece.closed
     return opened if piece.attention is None else opened & piece.attention
@@ -219,8 +221,8 @@ def _spans(
 # Inputs and parameters ------------------------------------------------------------------------------------------------
 
 
-def _options(parameters: Mapping[str, Any]) -> Options:
-    known = Options.__dataclass_fields__
+def _options(parameters: Mapping[str, Any]) -> PieceOptions:
+    known = PieceOptions.__dataclass_fields__
     for name, value in parameters.items():
         if name not in known:
             raise UnknownField(name, known)
@@ -234,7 +236,7 @@ def _options(parameters: Mapping[str, Any]) -> Options:
             least = 0 if name == "doc_stride" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise check.refuse(name, f"must be a whole number of at least {least}")
-    return Options(**{name: value for name, value in parameters.items() if value is not None})
+    return PieceOptions(**{name: value for name, value in parameters.items() if value is not None})
 
 
 def _examples(inputs: Any) -> list[Example]:

@@ -34,7 +34,7 @@ from .padded_batch import Lane, Outputs, Tensors, token_count
 from .vocabulary import NoRow, check_vocabulary, field_of
 
 if TYPE_CHECKING:
-    from ..modeling.demand import Claims
+    from ..modeling.demand import MemoryClaims
     from .embedding import Pooling
 
 
@@ -57,7 +57,7 @@ class TaskRunner:
         pooling: Callable[[], Pooling | None] = lambda: None,
         active: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
         on_demand: OnDemand | None = None,
-        claims: Claims | None = None,
+        claims: MemoryClaims | None = None,
     ) -> None:
         """`model` is a `PreTrainedModel` in eval mode of the kind `head`; neither it nor `tokenizer` is changed.
 

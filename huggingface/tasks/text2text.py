@@ -15,7 +15,7 @@ from typing import Any
 
 from ..cancellation import NEVER, Cancellation
 from ..errors import InvalidRequest, UnknownField
-from ..modeling.demand import Claims, asked_of
+from ..modeling.demand import MemoryClaims, asked_of
 from . import inputs as check
 from .positions import max_positions
 from .vocabulary import check_vocabulary, vocabulary_rows
@@ -87,7 +87,7 @@ class Text2Text:
         model: Any,
         tokenizer: Any,
         task: str,
-        claims: Claims | None = None,
+        claims: MemoryClaims | None = None,
     ) -> None:
         translation = _TRANSLATION.fullmatch(task)
         name = "translation" if translation else task

@@ -165,7 +165,7 @@ def test_progress_counts_the_bytes_of_all_needed_files_and_those_that_were_here(
         third = downloads.start(record("org/told"))
         done(third)
     assert len(made) == 1
-    assert (third.progress.now().done, third.brought) == (third.progress.now().total, False)
+    assert (third.progress.now().done, third.active) == (third.progress.now().total, False)
 
 
 def test_a_cancelled_download_stops_at_once_and_the_next_one_goes_on_from_there(

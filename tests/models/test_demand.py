@@ -19,7 +19,7 @@ from huggingface.errors import Cancelled, InvalidRequest, OutOfMemory
 from huggingface.manager.budget import Budget, Limit
 from huggingface.manager.manager import ModelManager
 from huggingface.model.loaded import LoadedModel
-from huggingface.modeling.demand import Claims, Demand, Wanted, asked_of
+from huggingface.modeling.demand import Demand, MemoryClaims, Wanted, asked_of
 from huggingface.registry.records import ModelRecord
 from huggingface.registry.registry import ModelRegistry
 from huggingface.types import EngineOptions, GenerationRequest, LoadOptions
@@ -186,7 +186,7 @@ def test_an_idle_model_goes_for_beams_but_not_for_what_could_never_be_had(manage
         text(model, num_beams=2)
         assert tiny("gpt2") in manager.loaded()
         room = manager.budget.available("cpu")
-        need = Claims("x", read[-1], lambda _: True, lambda: None, bool).check
+        need = MemoryClaims("x", read[-1], lambda _: True, lambda: None, bool).check
         maximum = max(rows for rows in range(1, 20_000) if need(_rows(rows)) < room + other // 2)
         assert need(_rows(maximum)) > room, "one that needs a part of what the other has"
         with parts[tiny("llama")].claims.held(_rows(maximum)):
@@ -203,8 +203,8 @@ def test_two_at_once_are_not_granted_the_same_memory_and_growth_is_asked_for() -
     budget = Budget({"cpu": Limit(bytes=350 * 10**6)}, free=lambda _: None)
     model, _ = build("llama")
 
-    def claims(owner: str) -> Claims:
-        return Claims(
+    def claims(owner: str) -> MemoryClaims:
+        return MemoryClaims(
             owner, model, lambda size: budget.allocate(owner, "kv cache", "cpu", size), lambda: 350 * 10**6, bool
         )
 
@@ -230,7 +230,7 @@ def test_two_at_once_are_not_granted_the_same_memory_and_growth_is_asked_for() -
     errors: list[BaseException] = []
     both = threading.Barrier(2)
 
-    def run(each: Claims) -> None:
+    def run(each: MemoryClaims) -> None:
         try:
             both.wait()
             with each.held(asked):

@@ -46,7 +46,7 @@ from huggingface.loading import loader
 from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino import subprocess as process
-from huggingface.loading.openvino.graph_store import FOLDER, Place
+from huggingface.loading.openvino.graph_store import FOLDER, GraphPlace
 from huggingface.model.loaded import LoadedModel
 from huggingface.model.memory import Memory, Unlimited
 from huggingface.progress import Progress
@@ -419,7 +419,7 @@ def test_without_room_on_the_disk_torch_computes(
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OSError, match="are free on the disk"):
-        generator.make(causal_models.build("llama")[0], Place(folder, "x", None), None, tmp_path)
+        generator.make(causal_models.build("llama")[0], GraphPlace(folder, "x", None), None, tmp_path)
     assert not kept(folder)
     assert not list(tmp_path.glob("graph*"))
 
@@ -427,7 +427,7 @@ def test_without_room_on_the_disk_torch_computes(
 def test_what_was_not_completed_is_never_read_and_goes_in_time(place: Callable[[str], Path]) -> None:
     """A conversion that is killed leaves a folder of another name, which a later one removes a day later."""
     folder = place("llama")
-    spot = Place(folder, "x", None)
+    spot = GraphPlace(folder, "x", None)
     stopped = folder / FOLDER / f".{Path(spot.key).name}.0123abcd.tmp"
     stopped.mkdir(parents=True)
     (stopped / "about.json").write_text("{}")
@@ -721,7 +721,7 @@ def test_a_window_is_gone_past() -> None:
 def test_a_wrong_window_is_found_out(tmp_path: Path) -> None:
     """Were the window not given to the operation, the check would see it."""
     model, _ = causal_models.build("mistral-window")
-    spot = Place(tmp_path, "x", None)
+    spot = GraphPlace(tmp_path, "x", None)
     generator.make(model, spot, None, tmp_path)
     made = generator.find(spot)
     assert made is not None
@@ -759,7 +759,7 @@ def test_products_of_the_same_rows_are_one_and_every_number_stays(
 def test_a_graph_needs_nothing_of_the_model_it_was_made_of(tmp_path: Path) -> None:
     """Whoever converts has the model's memory back as soon as there is a graph."""
     model, _ = causal_models.build("llama")
-    spot = Place(tmp_path, "x", "int8")
+    spot = GraphPlace(tmp_path, "x", "int8")
     generator.make(model, spot, "int8", tmp_path)
     assert not any(tensor.numel() for tensor in model.parameters())
     assert generator.find(spot) is not None

@@ -31,7 +31,7 @@ from huggingface.engine.openvino.lazy_weights import Reserve, make_shell
 from huggingface.errors import InvalidRequest
 from huggingface.loading import loader
 from huggingface.loading.openvino import encoder as converted_encoder
-from huggingface.loading.openvino.graph_store import Place
+from huggingface.loading.openvino.graph_store import GraphPlace
 from huggingface.loading.openvino.load import GraphCompute, Shell
 from huggingface.model.loaded import LoadedModel
 from huggingface.model.parts import Setup
@@ -51,7 +51,7 @@ class Served:
         self.model = getattr(transformers, CLASS_OF[head]).from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.whole = 0  # times that the model's own weights were read
-        place = Place(kept, str(folder), quantization, "encoder")
+        place = GraphPlace(kept, str(folder), quantization, "encoder")
         note_cross_encoder(self.model.config, folder)
         shell = copy.deepcopy(self.model)
         converted_encoder.make(shell, self.tokenizer, place, quantization, kept)
@@ -380,7 +380,7 @@ def test_families_of_other_attention_are_computed_at_every_length(name: str, lef
             encoders.check(computed, [Sample(inputs, wanted)])
 
 
-def _ragged(form: encoders.Form, lengths: tuple[int, ...], *, left: bool) -> dict[str, torch.Tensor]:
+def _ragged(form: encoders.EncoderForm, lengths: tuple[int, ...], *, left: bool) -> dict[str, torch.Tensor]:
     """Rows of these lengths of tokens by chance, padded to the longest with the padding on that side."""
     generator = torch.Generator().manual_seed(sum(lengths))
     ids = torch.randint(30, 270, (len(lengths), max(lengths)), generator=generator)
@@ -409,7 +409,7 @@ def test_a_family_whose_attention_changes_with_the_length_is_refused_and_that_is
     folder = models.directory / models.build("canine-qa")
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    place = Place(tmp_path, "canine", None, "encoder")
+    place = GraphPlace(tmp_path, "canine", None, "encoder")
     with pytest.raises(NotBatchable, match="code of its own"):
         converted_encoder.make(model, tokenizer, place, None, tmp_path)
     with pytest.raises(NotBatchable, match="code of its own"):

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from huggingface.cancellation import NEVER, Cancellation
-from huggingface.engine.lengths import Lengths, TooLong
+from huggingface.engine.lengths import TextLengths, TooLong
 from huggingface.errors import Cancelled, ContextExceeded, InvalidRequest
 from huggingface.types import GenerationRequest
 
@@ -42,7 +42,7 @@ def tokenizer(request: Any, tiny: Any, models_dir: Path) -> Any:
 def test_what_is_far_too_long_is_refused_before_it_is_read_whole(tokenizer: Any) -> None:
     """Of more than a million characters a small part tells that they do not fit a context of a thousand tokens."""
     counting = Counting(tokenizer)
-    with pytest.raises(TooLong) as error, Lengths(counting, 1000).reading(LONG, 2000, NEVER):
+    with pytest.raises(TooLong) as error, TextLengths(counting, 1000).reading(LONG, 2000, NEVER):
         raise AssertionError
     assert error.value.tokens > 2000
     assert counting.characters < 200_000
@@ -61,7 +61,7 @@ def test_what_fits_is_never_refused(tokenizer: Any) -> None:
     )
     for text in texts:
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        with Lengths(tokenizer, None).reading(text, count, NEVER):
+        with TextLengths(tokenizer, None).reading(text, count, NEVER):
             pass
 
 
@@ -74,7 +74,7 @@ def test_a_reading_ends_when_nobody_waits_for_it(tokenizer: Any) -> None:
         asked.append(len(asked) >= 2)
         return asked[-1]
 
-    lengths = Lengths(counting, None)
+    lengths = TextLengths(counting, None)
     with pytest.raises(Cancelled), lengths.reading(LONG, 10**9, Cancellation(gone)):
         raise AssertionError
     assert counting.characters < 200_000

@@ -50,7 +50,7 @@ def start_download(path: schemas.ModelPath, body: download_schemas.DownloadBody)
     told = moments(job, hold=0)
     if job.over:
         job.result()
-        told, message = iter(()), f"Model '{path.model_id}' is {'downloaded' if job.brought else 'here already'}"
+        told, message = iter(()), f"Model '{path.model_id}' is {'downloaded' if job.active else 'here already'}"
     elif body.stream:
         message = f"Model '{path.model_id}' is downloaded"
     else:

@@ -58,7 +58,7 @@ _PROPERTIES: Mapping[str, str] = MappingProxyType({"INFERENCE_PRECISION_HINT": "
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class EncoderForm:
     """The inputs and outputs of a graph.
 
     Each of `inputs` is (rows, tokens), integers; those in `optional` may be missing. `outputs` are the fields of the
@@ -102,7 +102,7 @@ class Padding:
 class _Traced(torch.nn.Module):
     """The model with only tensors in its signature, as tracing needs it."""
 
-    def __init__(self, model: PreTrainedModel, form: Form) -> None:
+    def __init__(self, model: PreTrainedModel, form: EncoderForm) -> None:
         super().__init__()
         self.model = model
         self.form = form
@@ -112,7 +112,7 @@ class _Traced(torch.nn.Module):
         return tuple(output[name] for name in self.form.outputs)
 
 
-def find_form(model: PreTrainedModel, named: Sequence[str]) -> Form:
+def find_form(model: PreTrainedModel, named: Sequence[str]) -> EncoderForm:
     """Finds the inputs and outputs for a graph of the model; `named` are the inputs that its tokenizer makes.
 
     Raises:
@@ -137,7 +137,7 @@ def find_form(model: PreTrainedModel, named: Sequence[str]) -> Form:
             names.append("token_type_ids")
         if without:
             optional.append("token_type_ids")
-    return Form(tuple(names), tuple(optional), tuple(whole), (type(whole).__module__, type(whole).__qualname__))
+    return EncoderForm(tuple(names), tuple(optional), tuple(whole), (type(whole).__module__, type(whole).__qualname__))
 
 
 def _check_kind(model: PreTrainedModel) -> None:
@@ -159,7 +159,7 @@ def _gives_same(model: PreTrainedModel, inputs: Tensors, expected: ModelOutput) 
     return list(given) == list(expected) and _apart(given, expected, None) <= CLOSE[None]
 
 
-def convert(model: PreTrainedModel, form: Form) -> Any:
+def convert(model: PreTrainedModel, form: EncoderForm) -> Any:
     """Converts the model to a graph, float32; its constants are the model's own memory.
 
     Raises:
@@ -217,7 +217,7 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> ModelOut
 
 def samples(
     model: PreTrainedModel,
-    form: Form,
+    form: EncoderForm,
     padding: Padding,
     *,
     kept: bool,
@@ -249,7 +249,7 @@ def _longest(model: PreTrainedModel, maximum: int | None, reads: int) -> int:
 
 
 def _batch(
-    model: PreTrainedModel, form: Form, padding: Padding, lengths: Sequence[int], maximum: int | None
+    model: PreTrainedModel, form: EncoderForm, padding: Padding, lengths: Sequence[int], maximum: int | None
 ) -> Tensors:
     lengths = [min(length, maximum or length) for length in lengths]
     longest = max(lengths)
@@ -307,7 +307,7 @@ def _apart(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
 class Encoder:
     """Computes the results of a model's forward pass."""
 
-    def __init__(self, graph: Any, form: Form) -> None:
+    def __init__(self, graph: Any, form: EncoderForm) -> None:
         """Compiles a `graph`."""
         self.weight_bytes, self.copied_bytes = graphs.constant_bytes(graph)
         self._form = form

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 class Adapters(Protocol):
-    """The adapters of one model: see `loading.lora.Adapters`."""
+    """The adapters of one model: see `loading.lora.AttachedAdapters`."""
 
     keys: Mapping[str, str]  # the name in the model's layers for each name in requests
 

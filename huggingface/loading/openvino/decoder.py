@@ -23,7 +23,7 @@ from ...engine.openvino.runner import OpenVINORunner, read_graph
 from ...engine.torch.cache import LayerShape
 from ...engine.torch.parity import Expected, room_for
 from ...host.memory import few_file_pages, release_freed
-from .graph_store import EXPECTED, Place
+from .graph_store import EXPECTED, GraphPlace
 
 # The largest difference of compressed weights' logits from float32's, as a share of their spread: a larger one is a
 # fault.
@@ -74,14 +74,14 @@ class Graph:
         return runner
 
 
-def find(place: Place, spare: Path | None = None) -> Graph | None:
+def find(place: GraphPlace, spare: Path | None = None) -> Graph | None:
     """The graph of a model that generates; see `Place.find`."""
     return place.find(_read, spare)
 
 
 def make(
     model: Any,
-    place: Place,
+    place: GraphPlace,
     quantization: str | None,
     spare: Path,
     cancellation: Cancellation = NEVER,

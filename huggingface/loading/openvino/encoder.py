@@ -17,7 +17,7 @@ import torch
 from ...cancellation import NEVER, Cancellation
 from ...engine.layers import NotBatchable
 from ...engine.openvino import encoder as encoders
-from ...engine.openvino.encoder import Encoder, Form, Padding, Sample
+from ...engine.openvino.encoder import Encoder, EncoderForm, Padding, Sample
 from ...engine.openvino.failures import computed
 from ...engine.openvino.graph import compress
 from ...engine.openvino.lazy_weights import Reserve
@@ -25,7 +25,7 @@ from ...engine.openvino.runner import read_graph
 from ...host.memory import few_file_pages, release_freed
 from ...tasks import Head
 from ...tasks.positions import max_positions
-from .graph_store import EXPECTED, Place
+from .graph_store import EXPECTED, GraphPlace
 
 # The tasks of models with these heads need only their forward pass, for rows of tokens.
 HEADS: frozenset[Head] = frozenset(
@@ -42,7 +42,7 @@ class EncoderGraph:
 
     path: Path
     quantization: str | None
-    form: Form
+    form: EncoderForm
     expected: tuple[Sample, ...]
     folder: Path | None = None
 
@@ -71,7 +71,7 @@ class EncoderGraph:
         return encoder
 
 
-def find(place: Place, spare: Path | None = None) -> EncoderGraph | None:
+def find(place: GraphPlace, spare: Path | None = None) -> EncoderGraph | None:
     """The graph of a model that reads; see `Place.find`."""
     return place.find(_read, spare)
 
@@ -79,7 +79,7 @@ def find(place: Place, spare: Path | None = None) -> EncoderGraph | None:
 def make(
     model: Any,
     tokenizer: Any,
-    place: Place,
+    place: GraphPlace,
     quantization: str | None,
     spare: Path,
     cancellation: Cancellation = NEVER,
@@ -121,7 +121,7 @@ def make(
         gc.collect()
 
 
-def _about(form: Form) -> dict[str, Any]:
+def _about(form: EncoderForm) -> dict[str, Any]:
     return {
         "inputs": list(form.inputs),
         "optional": list(form.optional),
@@ -142,7 +142,7 @@ def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> EncoderGrap
     from safetensors.torch import load_file
 
     module, name = about["kind"]
-    form = Form(tuple(about["inputs"]), tuple(about["optional"]), tuple(about["outputs"]), (module, name))
+    form = EncoderForm(tuple(about["inputs"]), tuple(about["optional"]), tuple(about["outputs"]), (module, name))
     tensors = load_file(path / EXPECTED)
     expected = tuple(
         Sample(

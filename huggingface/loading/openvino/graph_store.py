@@ -44,7 +44,7 @@ _ROOM = 1.1  # times a graph's size that must be free on the disk before it is w
 _ABANDONED = 24 * 3600  # seconds after which an incomplete graph counts as abandoned
 
 
-class Place:
+class GraphPlace:
     """The place of one model's graph of one kind."""
 
     def __init__(self, folder: Path, marks: Any, quantization: str | None, form: str = "") -> None:

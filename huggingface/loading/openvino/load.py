@@ -34,7 +34,7 @@ from ...tasks import Head
 from ...types import EngineOptions, Estimate, LoadOptions, Pending
 from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
-from ..lora import Adapters as Attached
+from ..lora import AttachedAdapters
 from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype
 from ..pretrained import BUILDING, read_model, read_shell, read_tokenizer, watched
 from ..quantization import predicted_bytes
@@ -42,7 +42,7 @@ from ..torch import TorchCompute
 from . import decoder, encoder, subprocess
 from .decoder import Graph
 from .encoder import EncoderGraph
-from .graph_store import Place
+from .graph_store import GraphPlace
 from .subprocess import Wanted
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class GraphCompute:
         """If the graph gives other numbers on this machine, `refuse` is called with the reason, so that it is not tried
         again; then torch computes, unless `refuse` raises."""
         self.model = shell.model
-        self.adapters: Adapters = Attached("", shell.model, {})
+        self.adapters: Adapters = AttachedAdapters("", shell.model, {})
         self._head = head
         self._graph = graph
         self._shell = shell
@@ -328,11 +328,11 @@ def _whole(plan: Plan) -> bool:
     return auto_class(plan.config, plan.head) is not transformers.AutoModelForTextEncoding
 
 
-def _place(plan: Plan, options: LoadOptions) -> Place:
+def _place(plan: Plan, options: LoadOptions) -> GraphPlace:
     """The place of the model's graph."""
     wanted = [plan.head, plan.record.gguf_file, plan.trusted, options.allow_pickle]
     form = "encoder" if plan.head in encoder.HEADS else ""
-    return Place(plan.folder, [file_marks(plan.folder), wanted], plan.placement.quantization, form)
+    return GraphPlace(plan.folder, [file_marks(plan.folder), wanted], plan.placement.quantization, form)
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
