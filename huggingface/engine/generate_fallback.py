@@ -17,42 +17,18 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from ..cancellation import Cancellation
 from ..modeling.demand import MemoryClaims
 from ..modeling.steps import SomeToken, watched
+from ..modeling.stopping import each_token
 from ..types import Chunk, FinishReason, Timings, Token, Usage
-from .constraints import Constrained
 from .detokenizer import TextStream
 from .failures import typed
 from .input_processor import Prepared, blaming
 from .logprobs import TokenTexts
 from .sampling import SeededDraws
-
-
-class _EachToken(StoppingCriteria):  # type: ignore[misc]
-    """Ends cancelled work at once: by raising, because a beam search continues after a stop.
-
-    `seen` is called with the tokens so far, (rows, tokens). A row whose constrained text is complete ends.
-    """
-
-    def __init__(
-        self, cancellation: Cancellation, seen: Callable[[torch.Tensor], None], constrained: Constrained | None
-    ) -> None:
-        self._cancellation = cancellation
-        self._seen = seen
-        self._constrained = constrained
-
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        self._cancellation.check()
-        self._seen(input_ids)
-        if self._constrained is None:
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        self._constrained.catch_up(input_ids)
-        return torch.tensor(self._constrained.complete, device=input_ids.device)
 
 
 def unset(model: Any) -> list[tuple[dict[str, Any], str]]:
@@ -133,21 +109,26 @@ class Solo:
         if streams and prepared.asked.rows == 1:  # otherwise it is one of several, or a beam that may still lose
             text = self._text(prepared)
 
-        def seen(input_ids: torch.Tensor) -> None:
+        constrained = prepared.constrained
+
+        def seen(input_ids: torch.Tensor) -> torch.Tensor | None:
             nonlocal first
             first = first or time.monotonic()
             reached(input_ids.shape[1])
             if text is not None and (shown := text.add(int(input_ids[0, -1]))):
                 emit(Chunk(shown, so_far=Usage(prompt_tokens, len(self._new_tokens(input_ids[0], prompt_tokens)))))
+            if constrained is None:
+                return None
+            constrained.catch_up(input_ids)
+            return torch.tensor(constrained.complete)  # a row whose constrained text is complete ends
 
         processors = LogitsProcessorList([*prepared.processors, SomeToken(beams=prepared.asked.searches)])
-        criteria = StoppingCriteriaList([_EachToken(cancellation, seen, prepared.constrained)])
         with blaming(parameters), torch.inference_mode(), self._draws(prepared):
             output = self.model.generate(
                 **prepared.inputs,
                 **prepared.arguments,
                 logits_processor=processors,
-                stopping_criteria=criteria,
+                stopping_criteria=each_token(cancellation, seen),
                 return_dict_in_generate=True,
                 output_logits=prepared.logprobs is not None,
             )

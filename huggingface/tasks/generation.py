@@ -6,10 +6,9 @@ answers. Refuses what `generate` would refuse late, ignore, or fail on. Must not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..cancellation import Cancellation
 from .inputs import refuse
 
 _TOKEN_FIELDS = (
@@ -82,21 +81,3 @@ def check_sequences(arguments: Mapping[str, Any], model: Any, *, do_sample: bool
         raise refuse("num_return_sequences", f"must not exceed num_beams ({beams})")
     if wanted > 1 and beams == 1 and not effective("do_sample", do_sample):
         raise refuse("num_return_sequences", "must be 1 without sampling or beams, which give a single answer")
-
-
-def stop_when(cancellation: Cancellation, reached: Callable[[int], None] = lambda _: None) -> Any:
-    """A `StoppingCriteriaList` that raises `Cancelled` after a token once `cancellation` is cancelled.
-
-    `reached` is called with the number of tokens.
-    """
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class Asking(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-            import torch
-
-            cancellation.check()
-            reached(input_ids.shape[1])
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    return StoppingCriteriaList([Asking()])

@@ -28,7 +28,7 @@ from transformers.pipelines.base import ChunkPipeline
 from ..cancellation import NEVER, Cancellation
 from ..errors import GenerationFailed
 from ..modeling.demand import MemoryClaims, asked_of
-from .generation import stop_when
+from ..modeling.stopping import each_token
 from .inputs import refuse
 from .json_values import json_value
 from .padded_batch import Lane, Outputs, Tensors, token_count
@@ -97,9 +97,9 @@ class TextGeneration(CallGuard, TextGenerationPipeline):  # type: ignore[misc]
         tokens = int(model_inputs["input_ids"].shape[-1])
         parameters.update(self._lengths(tokens, parameters))
         if "custom_generate" in parameters or self.claims is None:  # the caller generates the tokens
-            return super().forward(model_inputs, stopping_criteria=stop_when(self.cancellation), **parameters)
+            return super().forward(model_inputs, stopping_criteria=each_token(self.cancellation), **parameters)
         with self.claims.held(asked_of(self.model, parameters, tokens)) as reached:
-            criteria = stop_when(self.cancellation, reached)
+            criteria = each_token(self.cancellation, lambda ids: reached(ids.shape[1]))
             return super().forward(model_inputs, stopping_criteria=criteria, **parameters)
 
     def _lengths(self, tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from ..cancellation import NEVER, Cancellation
 from ..errors import InvalidRequest, UnknownField
 from ..modeling.demand import MemoryClaims, asked_of
+from ..modeling.stopping import each_token
 from . import inputs as check
 from .positions import max_positions
 from .vocabulary import check_vocabulary, vocabulary_rows
@@ -332,7 +333,7 @@ class Text2Text:
         reached: Callable[[int], None],
     ) -> Any:
         """The tokens of each answer, `(num_return_sequences, length)`."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig
 
         config = GenerationConfig()
         for name, value in settings.items():
@@ -343,34 +344,17 @@ class Text2Text:
             name: None for name, value in settings.items() if value is None and getattr(model, name, None) is not None
         }
         reader = {"tokenizer": self._tokenizer} if settings.get("stop_strings") else {}
-        watch = _Watch(cancellation, reached, self._decoder_positions, settings.get("max_length"))
-        criteria = StoppingCriteriaList([watch])
+        positions, limit = self._decoder_positions, settings.get("max_length")
+
+        def seen(ids: Any) -> None:
+            length = ids.shape[1]
+            reached(length)
+            if positions is not None and positions < length < (limit or length + 1):
+                reason = f"the answer is longer than the {positions} tokens that the model can write"
+                raise check.refuse("max_new_tokens", reason)
+
+        criteria = each_token(cancellation, seen)
         return self._model.generate(**tensors, generation_config=config, stopping_criteria=criteria, **none, **reader)
-
-
-class _Watch:
-    """A stopping criterion that only raises: when the work is cancelled, and before the positions run out."""
-
-    def __init__(
-        self,
-        cancellation: Cancellation,
-        reached: Callable[[int], None],
-        positions: int | None,
-        max_length: int | None,
-    ) -> None:
-        self._cancellation = cancellation
-        self._reached = reached
-        self._positions = positions
-        self._max_length = max_length
-
-    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        self._cancellation.check()
-        length = input_ids.shape[1]
-        self._reached(length)
-        if self._positions is not None and self._positions < length < (self._max_length or length + 1):
-            reason = f"the answer is longer than the {self._positions} tokens that the model can write"
-            raise check.refuse("max_new_tokens", reason)
-        return input_ids.new_zeros(input_ids.shape[0], dtype=bool)
 
 
 def _since_4_50(version: str | None) -> bool:
