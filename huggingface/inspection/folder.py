@@ -172,17 +172,17 @@ def check(model_id: str, folder: Path, *, allow_pickle: bool, trusted: frozenset
     return config
 
 
-def weights_bytes(model_id: str, folder: Path, *, allow_pickle: bool) -> int:
-    """The size in bytes of the weights' files that exist in a folder.
+def weights_files(model_id: str, folder: Path, *, allow_pickle: bool) -> list[Path]:
+    """The weights' files that exist in a folder.
 
     Raises: as `check`, where the names of the files cannot be found.
     """
     names = weight_names(read_config(model_id, folder), model_id, allow_pickle=allow_pickle)
     first = next((name for name in names if (folder / name).is_file()), None)
     if first is None:
-        return 0
+        return []
     parts = shards(model_id, folder, first) if first.endswith(".json") else [first]
-    return sum((folder / name).stat().st_size for name in parts if (folder / name).is_file())
+    return [folder / name for name in parts if (folder / name).is_file()]
 
 
 def _check_tokenizer_files(model_id: str, folder: Path) -> None:

@@ -173,7 +173,8 @@ def rough_bytes(
 
     Raises: as `load`.
     """
-    size = files.weights_bytes(record.model_id, folder, allow_pickle=options.allow_pickle)
+    paths = files.weights_files(record.model_id, folder, allow_pickle=options.allow_pickle)
+    size = sum(path.stat().st_size for path in paths)
     return size * 5 // 2 + options.engine.kv_cache_bytes // 4 + sum(map(factor_bytes, adapters))
 
 

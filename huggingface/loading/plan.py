@@ -11,7 +11,7 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
 from ..inspection import folder as files
-from ..inspection.headers import GGUFHeader
+from ..inspection.headers import SAFETENSORS_TYPES, GGUFHeader, safetensors_header
 from ..inspection.heads import AUTO_CLASSES, Heads, Inputs
 from ..modeling.rotary import context
 from ..registry.records import LoadSettings, ModelRecord
@@ -111,7 +111,30 @@ def file_bytes(plan: Plan, options: LoadOptions) -> int:
     """Bytes of the files that hold the weights."""
     if plan.record.gguf_file is not None:
         return (plan.folder / plan.record.gguf_file).stat().st_size
-    return files.weights_bytes(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
+    return sum(path.stat().st_size for path in _weights_files(plan, options))
+
+
+def stored_dtype(plan: Plan, options: LoadOptions) -> torch.dtype | None:
+    """The dtype of all floating numbers in the model's safetensors files; None where they differ, or cannot be told."""
+    found: set[str] = set()
+    for path in _weights_files(plan, options):
+        if path.suffix != ".safetensors":
+            return None
+        with path.open("rb") as file:
+
+            def read(start: int, length: int, file: BinaryIO = file) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            found |= {tensor.type for tensor in (safetensors_header(read) or {}).values()}
+    named = {SAFETENSORS_TYPES[each][0] for each in found if each in SAFETENSORS_TYPES}
+    dtypes = {getattr(torch, name) for name in named if hasattr(torch, name)}
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return floating.pop() if len(floating) == 1 else None
+
+
+def _weights_files(plan: Plan, options: LoadOptions) -> list[Path]:
+    return files.weights_files(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
 
 
 def file_marks(folder: Path) -> tuple[tuple[str, int, int], ...]:

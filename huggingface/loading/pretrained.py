@@ -38,7 +38,7 @@ from ..tasks.embedding import Pooling, find_pooling
 from ..types import LoadOptions
 from . import default_dtype
 from . import gguf as gguf_files
-from .plan import Plan, auto_class, refusal
+from .plan import Plan, auto_class, refusal, stored_dtype
 from .quantization import quantize
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,11 @@ def _read_tokenizer(plan: Plan) -> Any:
     return tokenizer
 
 
-def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False) -> Any:
+def read_model(
+    plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False, whole: bool = False
+) -> Any:
     """Reads the model as planned; a `hollow` one has shapes without numbers. `offload` is the folder for offloaded
-    parts."""
+    parts. A `whole` model has the planned dtype before it is quantized."""
     model_id, placement = plan.record.model_id, plan.placement
     spread: dict[str, Any] = {}
     if placement.device_map is not None:
@@ -108,7 +110,12 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
     if placement.attention is not None:
         spread["attn_implementation"] = placement.attention
     reader, gguf_file = auto_class(plan.config, plan.head), plan.record.gguf_file
-    dtype = placement.dtype or "auto"
+    # A model that is rounded layer by layer is read as it is stored, so that memory never holds all of it in float32.
+    narrow = None
+    if placement.quantization is not None and placement.dtype is torch.float32 and plan.gguf is None and not hollow:
+        stored = stored_dtype(plan, options)
+        narrow = stored if stored in (torch.bfloat16, torch.float16) and not whole else None
+    dtype = narrow or placement.dtype or "auto"
     try:
         if plan.gguf is not None and gguf_file is not None:
             model, info = gguf_files.read_model(
@@ -137,7 +144,12 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
                 "device_map",
             )
         if placement.quantization is not None:
-            quantize(model, placement.quantization, placement.device)
+            if narrow is not None and not _can_widen(model, narrow):
+                del model
+                return read_model(plan, options, offload, whole=True)
+            quantize(model, placement.quantization, placement.device, None if narrow is None else torch.float32)
+            if narrow is not None:
+                _widen(model)
         return model if placement.device_map is not None else model.to(placement.device)
     except LocalLLMError:
         raise
@@ -157,6 +169,22 @@ def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow
                 f"Invalid value for field 'device_map': {public(error, plan.folder)}", "device_map"
             ) from error
         raise refusal(model_id, plan.folder, error, "its weights or its config.json") from error
+
+
+def _can_widen(model: Any, narrow: torch.dtype) -> bool:
+    """Whether a model that was read in 16 bits is the float32 one when its tensors are widened.
+
+    A tensor that the model computes itself, and not the file, has lost numbers.
+    """
+    stored = model.state_dict().keys()
+    return all(name in stored or buffer.dtype is not narrow for name, buffer in model.named_buffers())
+
+
+def _widen(model: Any) -> None:
+    """Makes what is left of a quantized model in 16 bits float32."""
+    model.to(torch.float32)
+    for config in (model.config, model.config.get_text_config()):
+        config.dtype = torch.float32
 
 
 def read_shell(plan: Plan, options: LoadOptions) -> Any:

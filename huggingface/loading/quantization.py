@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidRequest, ModelUnsupported
+from ..host.memory import drop_pages, mapped_files
 
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
@@ -68,12 +69,13 @@ def check(scheme: str, device: str) -> None:
         )
 
 
-def quantize(model: nn.Module, scheme: str, device: str) -> None:
+def quantize(model: nn.Module, scheme: str, device: str, dtype: torch.dtype | None = None) -> None:
     """Replaces a model's layers by quantized ones on `device`, one after the other, so that memory never holds both.
 
     Every `nn.Linear` and `Conv1D` is one, and so is a table of embeddings that shares an output layer's weights. Such a
     table, any output layer, and a layer whose inputs are no multiple of the group size have 8 bits in `int4` too. The
-    rest of the model stays as it is and where it is.
+    rest of the model stays as it is and where it is. With `dtype`, each layer's weights have that dtype before they are
+    rounded, and so have the layer's results.
 
     Raises:
         InvalidRequest, ModelUnsupported: see `check`; or almost none of the model's weights are in such layers.
@@ -86,11 +88,15 @@ def quantize(model: nn.Module, scheme: str, device: str) -> None:
             "weights are in layers that can be quantized"
         )
     whole = device == "cpu" and _whole_products_pay()
-    head = _head(model)
+    head, mapped = _head(model), mapped_files()
     with torch.no_grad():
         while groups:  # nothing else may hold a replaced layer
             places = groups.pop()
             module = places[0][2]
+            source: torch.Tensor = module.weight.data  # type: ignore[assignment]
+            if dtype is not None:
+                for _, _, each in places:
+                    each.to(dtype)
             bits = 4 if scheme == "int4" and len(places) == 1 and module is not head else 8
             bits = 4 if bits == 4 and _fits_groups(_inputs(module)) else 8
             if bits == 4 and device != "cpu":
@@ -99,6 +105,8 @@ def quantize(model: nn.Module, scheme: str, device: str) -> None:
                 made = _quantized(places, bits, device, whole=whole)
             for (parent, name, _), new in zip(places, made, strict=True):
                 setattr(parent, name, new)
+            if any(start <= source.data_ptr() < end for start, end in mapped):
+                drop_pages(source.data_ptr(), source.nbytes)
 
 
 def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
