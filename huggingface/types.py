@@ -226,7 +226,8 @@ class Estimate:
     """The bytes that a load would take, computed from config and headers.
 
     `kv_cache` is what the first generations take, `token_bytes` the KV cache of one token. `devices` are the bytes by
-    device. `conversion` is what a second process takes meanwhile to convert the model.
+    device. `conversion` is what a second process takes meanwhile to convert the model. `own_dtype` is the dtype of the
+    weights in their files.
     """
 
     weights: int
@@ -239,6 +240,7 @@ class Estimate:
     devices: Mapping[str, int]
     backend: str = "torch"
     conversion: int = 0
+    own_dtype: str | None = None
 
     @property
     def total(self) -> int:

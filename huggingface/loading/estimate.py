@@ -66,6 +66,7 @@ def estimate(
         devices={**weights.devices, placement.device: here},
         backend=backend,
         conversion=0 if pending is None else pending.size(numbers),
+        own_dtype=str(own_dtype(plan)).removeprefix("torch."),
     )
 
 

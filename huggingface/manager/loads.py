@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelDisabled, OutOfMemory
+from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelDisabled, NeverFits, OutOfMemory
 from ..host.devices import resolve_device
+from ..host.memory import readable
 from ..hub.downloads import Downloads
 from ..progress import Progress
-from ..registry.records import LoadSettings, ModelRecord
+from ..registry.records import LOAD_SETTINGS, LoadSettings, ModelRecord
 from ..registry.registry import ModelRegistry
 from ..types import Estimate, LoadOptions, Pending
 from .budget import Account, Budget
@@ -145,7 +146,31 @@ class Loads:
             estimate = self.estimate(record, settings)
         except LocalLLMError:
             return
-        self._evictor.lacking(record.model_id, estimate.devices)
+        with self._naming_what_fits(record, settings, estimate):
+            self._evictor.lacking(record.model_id, estimate.devices)
+
+    @contextmanager
+    def _naming_what_fits(self, record: ModelRecord, settings: LoadSettings, estimate: Estimate) -> Iterator[None]:
+        """Adds to a refusal of a model that never fits the settings with which it would, and their bytes.
+
+        Raises:
+            NeverFits: by the block.
+        """
+        try:
+            yield
+        except NeverFits as error:
+            fitting = []
+            for form in _smaller(estimate) if record.gguf_file is None else ():
+                with suppress(LocalLLMError):  # not for this model, or it does not fit either
+                    smaller = self.estimate(record, form.over(settings))
+                    self._evictor.lacking(record.model_id, smaller.devices)
+                    size = readable(sum(smaller.devices.values()))
+                    fitting += [f"{name} {value} ({size})" for name in LOAD_SETTINGS if (value := getattr(form, name))]
+            if not fitting:
+                raise
+            *others, last = fitting
+            named = f"{', '.join(others)} or {last}" if others else last
+            raise NeverFits(f"{error}. It fits with {named}") from error
 
     def _read(
         self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
@@ -159,7 +184,8 @@ class Loads:
         heads = self._downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
             estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-            self._evictor.reserve(model_id, estimate.devices, progress)
+            with self._naming_what_fits(record, settings, estimate):
+                self._evictor.reserve(model_id, estimate.devices, progress)
             account.reserve_floor(estimate.device, estimate.kv_cache)
         try:
             read = partial(
@@ -248,3 +274,13 @@ def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
     then = model.setup.record
     now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
     return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed
+
+
+def _smaller(estimate: Estimate) -> Iterator[LoadSettings]:
+    """The settings that make a model smaller than `estimate`, those that lose least first."""
+    if estimate.own_dtype in ("bfloat16", "float16") and estimate.dtype == "float32":
+        yield LoadSettings(dtype=estimate.own_dtype)
+    if estimate.quantization is None:
+        yield LoadSettings(quantization="int8")
+    if estimate.quantization != "int4":
+        yield LoadSettings(quantization="int4")

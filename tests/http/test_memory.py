@@ -32,7 +32,7 @@ from loaded_parts import Findings, noted_parts
 from lora_models import save_adapter
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.cancellation import Cancellation
 from huggingface.engine.failures import typed
@@ -652,6 +652,37 @@ def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage:
     with pytest.raises(NeverFits, match="1 MB"):
         manager.load("sized/a")
     assert manager.budget.holders("cpu") == {}
+
+
+def test_a_load_that_never_fits_is_told_what_would_and_that_does(
+    sized: Path, tmp_path: Path, manage: Callable[..., ModelManager]
+) -> None:
+    """Each setting that makes the model small enough is named with its size, before and after a download alike."""
+    for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
+        model = AutoModelForCausalLM.from_pretrained(sized / "sized/a", dtype=dtype)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(sized / "sized/a").save_pretrained(tmp_path / name)
+    sizes = {
+        (name, key, value): manage(record(name), root=tmp_path).forecast(name, LoadSettings(**{key: value})).estimate
+        for name in ("half", "full")
+        for key, value in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "int4"))
+    }
+    told = {place: readable(sum(estimate.devices.values())) for place, estimate in sizes.items()}
+    limits = {
+        ("half", "dtype", "bfloat16"): "dtype bfloat16 ({0}), quantization int8 ({1}) or quantization int4 ({2})",
+        ("full", "quantization", "int8"): "quantization int8 ({1}) or quantization int4 ({2})",
+    }
+    for (name, key, value), wanted in limits.items():
+        budget = Budget({"*": Limit(bytes=sum(sizes[name, key, value].devices.values()) + 1000)})
+        manager = manage(record(name), root=tmp_path, budget=budget)
+        with pytest.raises(NeverFits) as caught:
+            manager.load(name)
+        all_told = [
+            told[name, *form] for form in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "int4"))
+        ]
+        assert str(caught.value).endswith(f"It fits with {wanted.format(*all_told)}")
+        manager.load(name, settings=LoadSettings(**{key: value}))
+        assert name in manager.loaded()
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
