@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +134,30 @@ class Loads:
             estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
         return estimate
 
+    def fitting(self, record: ModelRecord, settings: LoadSettings) -> tuple[LoadSettings, Estimate]:
+        """The settings with which a load reads a model, and its estimate.
+
+        Where a model could never fit in float32, which `dtype` `auto` is on a CPU, it has the 16 bits of its weights.
+
+        Raises: as `ModelManager.lease`.
+        """
+        estimate = self.estimate(record, settings)
+        if settings.dtype in (None, "auto") and _own_16_bits(estimate) and not self._is_possible(record, estimate):
+            narrow = replace(settings, dtype=estimate.own_dtype)
+            with suppress(LocalLLMError):  # the backend that is asked for computes in float32 only
+                smaller = self.estimate(record, narrow)
+                if self._is_possible(record, smaller):
+                    return narrow, smaller
+        return settings, estimate
+
+    def _is_possible(self, record: ModelRecord, estimate: Estimate) -> bool:
+        """Whether a load could fit if no other model were in memory."""
+        try:
+            self._evictor.lacking(record.model_id, estimate.devices)
+        except NeverFits:
+            return False
+        return True
+
     def _refuse_at_once(self, record: ModelRecord, settings: LoadSettings) -> None:
         """Refuses a model that is not here and could never fit, before its download.
 
@@ -143,7 +168,7 @@ class Loads:
             self._downloads.present(record)
             return
         try:
-            estimate = self.estimate(record, settings)
+            settings, estimate = self.fitting(record, settings)
         except LocalLLMError:
             return
         with self._naming_what_fits(record, settings, estimate):
@@ -163,14 +188,15 @@ class Loads:
             for form in _smaller(estimate) if record.gguf_file is None else ():
                 with suppress(LocalLLMError):  # not for this model, or it does not fit either
                     smaller = self.estimate(record, form.over(settings))
-                    self._evictor.lacking(record.model_id, smaller.devices)
-                    size = readable(sum(smaller.devices.values()))
-                    fitting += [f"{name} {value} ({size})" for name in LOAD_SETTINGS if (value := getattr(form, name))]
+                    if self._is_possible(record, smaller):
+                        size = readable(sum(smaller.devices.values()))
+                        named = [f"{name} {value}" for name in LOAD_SETTINGS if (value := getattr(form, name))]
+                        fitting.append(f"{' '.join(named)} ({size})")
             if not fitting:
                 raise
             *others, last = fitting
-            named = f"{', '.join(others)} or {last}" if others else last
-            raise NeverFits(f"{error}. It fits with {named}") from error
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise NeverFits(f"{error}. It fits with {choice}") from error
 
     def _read(
         self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
@@ -183,7 +209,7 @@ class Loads:
         adapters = self._downloads.adapters(record, progress)
         heads = self._downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
-            estimate: Estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
+            settings, estimate = self.fitting(record, settings)
             with self._naming_what_fits(record, settings, estimate):
                 self._evictor.reserve(model_id, estimate.devices, progress)
             account.reserve_floor(estimate.device, estimate.kv_cache)
@@ -276,9 +302,15 @@ def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
     return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed
 
 
+def _own_16_bits(estimate: Estimate) -> bool:
+    """Whether the estimate is for float32, and the weights in their files have 16 bits."""
+    plain = estimate.quantization is None and estimate.dtype == "float32"
+    return plain and estimate.own_dtype in ("bfloat16", "float16")
+
+
 def _smaller(estimate: Estimate) -> Iterator[LoadSettings]:
     """The settings that make a model smaller than `estimate`, those that lose least first."""
-    if estimate.own_dtype in ("bfloat16", "float16") and estimate.dtype == "float32":
+    if _own_16_bits(estimate):
         yield LoadSettings(dtype=estimate.own_dtype)
     if estimate.quantization is None:
         yield LoadSettings(quantization="int8")

@@ -342,4 +342,4 @@ class ModelManager:
     def _forecast(self, model_id: str, settings: LoadSettings | None) -> Forecast:
         record = self._registry.get(model_id)
         wanted = (settings or LoadSettings()).over(record.settings)
-        return self._evictor.forecast(model_id, self._loads.estimate(record, wanted))
+        return self._evictor.forecast(model_id, self._loads.fitting(record, wanted)[1])

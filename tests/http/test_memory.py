@@ -654,35 +654,72 @@ def test_a_load_that_never_fits_is_told_so_whoever_is_there(sized: Path, manage:
     assert manager.budget.holders("cpu") == {}
 
 
-def test_a_load_that_never_fits_is_told_what_would_and_that_does(
-    sized: Path, tmp_path: Path, manage: Callable[..., ModelManager]
-) -> None:
-    """Each setting that makes the model small enough is named with its size, before and after a download alike."""
+@pytest.fixture
+def halves(sized: Path, tmp_path: Path) -> Path:
+    """A folder with a model whose weights are in bfloat16, `half`, and the same in float32, `full`."""
     for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
-        model = AutoModelForCausalLM.from_pretrained(sized / "sized/a", dtype=dtype)
-        model.save_pretrained(tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(sized / "sized/a", dtype=torch.bfloat16)
+        model.to(dtype).save_pretrained(tmp_path / name)
         AutoTokenizer.from_pretrained(sized / "sized/a").save_pretrained(tmp_path / name)
-    sizes = {
-        (name, key, value): manage(record(name), root=tmp_path).forecast(name, LoadSettings(**{key: value})).estimate
-        for name in ("half", "full")
-        for key, value in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "int4"))
-    }
-    told = {place: readable(sum(estimate.devices.values())) for place, estimate in sizes.items()}
-    limits = {
-        ("half", "dtype", "bfloat16"): "dtype bfloat16 ({0}), quantization int8 ({1}) or quantization int4 ({2})",
-        ("full", "quantization", "int8"): "quantization int8 ({1}) or quantization int4 ({2})",
-    }
-    for (name, key, value), wanted in limits.items():
-        budget = Budget({"*": Limit(bytes=sum(sizes[name, key, value].devices.values()) + 1000)})
-        manager = manage(record(name), root=tmp_path, budget=budget)
-        with pytest.raises(NeverFits) as caught:
-            manager.load(name)
-        all_told = [
-            told[name, *form] for form in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "int4"))
-        ]
-        assert str(caught.value).endswith(f"It fits with {wanted.format(*all_told)}")
-        manager.load(name, settings=LoadSettings(**{key: value}))
-        assert name in manager.loaded()
+    return tmp_path
+
+
+NARROW, INT8, INT4 = (
+    LoadSettings(dtype="bfloat16"),
+    LoadSettings(quantization="int8"),
+    LoadSettings(quantization="int4"),
+)
+
+
+def needs(manage: Callable[..., ModelManager], root: Path, name: str, settings: LoadSettings) -> int:
+    """The bytes of a load with these settings, where there is room for any."""
+    return sum(manage(record(name), root=root).forecast(name, settings).estimate.devices.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "fits", "wanted"),
+    [
+        ("half", LoadSettings(dtype="float32"), NARROW, "dtype bfloat16 ({0}), quantization int8 ({1}) or {2}"),
+        ("half", LoadSettings(), INT8, "quantization int8 ({1}) or {2}"),
+        ("full", LoadSettings(), INT8, "quantization int8 ({1}) or {2}"),
+        ("full", INT8, INT4, "{2}"),
+    ],
+)
+def test_a_load_that_never_fits_is_told_what_would_and_that_does(
+    halves: Path, manage: Callable[..., ModelManager], name: str, asked: LoadSettings, fits: LoadSettings, wanted: str
+) -> None:
+    """Each setting that makes the model small enough is named with its size."""
+    sizes = [readable(needs(manage, halves, name, each)) for each in (NARROW, INT8, INT4)]
+    budget = Budget({"*": Limit(bytes=needs(manage, halves, name, fits) + 1000)})
+    manager = manage(record(name), root=halves, budget=budget)
+    with pytest.raises(NeverFits) as caught:
+        manager.load(name, settings=asked)
+    sizes[2] = f"quantization int4 ({sizes[2]})"
+    assert str(caught.value).endswith(f"It fits with {wanted.format(*sizes)}")
+    manager.load(name, settings=fits)
+    assert name in manager.loaded()
+
+
+def test_a_load_whose_float32_never_fits_has_the_16_bits_of_its_weights(
+    halves: Path, manage: Callable[..., ModelManager]
+) -> None:
+    """The forecast says so before; where float32 fits it is taken, and where it is asked for it is refused."""
+    narrow = needs(manage, halves, "half", NARROW)
+    small, large = (Budget({"*": Limit(bytes=size)}) for size in (narrow + 1000, 3 * narrow))
+    manager = manage(record("half"), root=halves, budget=small)
+    forecast = manager.forecast("half")
+    assert (forecast.estimate.dtype, forecast.fits, forecast.possible) == ("bfloat16", True, True)
+    assert sum(forecast.estimate.devices.values()) == narrow
+    manager.load("half")
+    model = manager.loaded()["half"]
+    assert (model.effective["dtype"], model.dtype) == ("bfloat16", "bfloat16")
+    assert model.generate(GenerationRequest({"max_new_tokens": 2}, prompt="The cat")).__next__()
+    with pytest.raises(NeverFits):
+        manager.load("half", settings=LoadSettings(dtype="float32"))
+    roomy = manage(record("half"), root=halves, budget=large)
+    assert roomy.forecast("half").estimate.dtype == "float32"
+    roomy.load("half")
+    assert roomy.loaded()["half"].dtype == "float32"
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
