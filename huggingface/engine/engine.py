@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from ..cancellation import Cancellation
+from ..cancellation import Cancellation, before_wait
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
 from ..host.memory import forget_frames, release_freed
 from ..types import EngineOptions, EngineStatus
@@ -199,6 +199,7 @@ class Engine:
             self._have_thread()
             closing = Cancellation(lambda: self._closing)
             self._jobs.append(_Job(lambda: future.set_result(work()), future.set_exception, closing))
+        before_wait()
         return future.result()
 
     def check_queue_for_task(self) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from types import ModuleType
 
+from ..cancellation import before_wait
 from ..errors import DependencyMissing
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,12 @@ def import_library(name: str) -> ModuleType:
     Raises:
         DependencyMissing: torch or transformers is not installed, or is broken.
     """
+    if _IMPORTING.locked():
+        before_wait()
     with _IMPORTING:
         if name in sys.modules:
             return sys.modules[name]
+        before_wait()  # an import takes seconds
         try:
             module = importlib.import_module(name)
             # Imported modules stay, so later garbage collections skip them, which saves tens of milliseconds each.
