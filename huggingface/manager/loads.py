@@ -142,7 +142,10 @@ class Loads:
         Raises: as `ModelManager.lease`.
         """
         estimate = self.estimate(record, settings)
-        if settings.dtype in (None, "auto") and _own_16_bits(estimate) and not self._is_possible(record, estimate):
+        unasked = (
+            settings.dtype in (None, "auto") and record.gguf_file is None
+        )  # what is unpacked has more than 16 bits
+        if unasked and _own_16_bits(estimate) and not self._is_possible(record, estimate):
             narrow = replace(settings, dtype=estimate.own_dtype)
             with suppress(LocalLLMError):  # the backend that is asked for computes in float32 only
                 smaller = self.estimate(record, narrow)
