@@ -44,7 +44,7 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
             try:
                 with on_wait(partial(self._end_turn, task)):
                     task.service()
-            except BaseException:
+            except BaseException:  # as waitress's own dispatcher: no request ends the thread
                 self.logger.exception("Exception when servicing %r", task)
             finally:
                 self._end_turn(task)

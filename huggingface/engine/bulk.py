@@ -182,7 +182,7 @@ def _row(
 def _resolve(call: Call, index: int) -> tuple[Resolved, bool]:
     """What `generate` makes of its arguments just before its loop, and whether its mask hides tokens.
 
-    See `input_processor.Preparer.settle`.
+    See `input_processor.Preparer.resolve`.
     """
     caught: list[tuple[Resolved, bool]] = []
 

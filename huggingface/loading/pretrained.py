@@ -174,10 +174,15 @@ def read_model(
 def _can_widen(model: Any, narrow: torch.dtype) -> bool:
     """Whether a model that was read in 16 bits is the float32 one when its tensors are widened.
 
-    A tensor that the model computes itself, and not the file, has lost numbers.
+    A tensor that the model computes itself has lost digits: a buffer that is in no file, or a parameter that may be in
+    none (Marian's positions). Any other parameter that a file lacks is refused before, by `_check_weights`.
     """
     stored = model.state_dict().keys()
-    return all(name in stored or buffer.dtype is not narrow for name, buffer in model.named_buffers())
+    unneeded = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return not any(
+        tensor.dtype is narrow and (name not in stored or any(pattern.search(name) for pattern in unneeded))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    )
 
 
 def _widen(model: Any) -> None:

@@ -142,10 +142,8 @@ class Loads:
         Raises: as `ModelManager.lease`.
         """
         estimate = self.estimate(record, settings)
-        unasked = (
-            settings.dtype in (None, "auto") and record.gguf_file is None
-        )  # what is unpacked has more than 16 bits
-        if unasked and _own_16_bits(estimate) and not self._is_possible(record, estimate):
+        open_to = settings.dtype in (None, "auto") and record.gguf_file is None  # unpacked weights have more bits
+        if open_to and _own_16_bits(estimate) and not self._is_possible(record, estimate):
             narrow = replace(settings, dtype=estimate.own_dtype)
             with suppress(LocalLLMError):  # the backend that is asked for computes in float32 only
                 smaller = self.estimate(record, narrow)

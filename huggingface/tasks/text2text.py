@@ -320,7 +320,7 @@ class Text2Text:
     def _memory(
         self, tensors: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, Any]
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """Holds an answer's memory until the block ends: see `Claims.held`."""
+        """Holds an answer's memory until the block ends: see `MemoryClaims.held`."""
         if self._claims is None:
             return nullcontext(lambda _: None)
         return self._claims.held(asked_of(self._model, settings, int(tensors["input_ids"].shape[-1]), asked))

@@ -433,6 +433,33 @@ def test_16_bits_are_widened_layer_by_layer_to_the_same_model(
         assert torch.equal(found(input_ids=ids).logits, wanted(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_model_computes_itself_is_never_rounded_to_16_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Marian's positions are parameters that no file has: such a model is read in float32."""
+    config = transformers.MarianConfig(
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    transformers.MarianMTModel(config).to(dtype).save_pretrained(tmp_path)
+    options, settings = LoadOptions(models_dir=tmp_path), LoadSettings(quantization="int8", device="cpu")
+    plan = look(ModelRecord("tiny/model", "marian", "translation"), options, tmp_path, settings)
+    found = pretrained.read_model(plan, options, None)
+    wanted = transformers.MarianMTModel(config)
+    for half in ("encoder", "decoder"):
+        positions = [getattr(each.model, half).embed_positions.weight for each in (found, wanted)]
+        assert torch.equal(*positions)
+
+
 def test_weights_of_several_types_are_read_in_float32(tmp_path: Path) -> None:
     """What a config says of the dtype does not count: numbers of 32 bits are never rounded to it first."""
     model, tokenizer = causal_models.build("llama")

@@ -48,12 +48,12 @@ def generate_text(record: ModelRecord, body: HubBody, wanted: Mapping[str, Any],
         flight, model = stack.enter_context(leased_model(record, "text-generation", None, streams))
         alternatives = wanted.get("top_n_tokens")
         told = streams or _detailed(wanted) or count > 1
+        # As TGI, `truncate` keeps the end.
+        kept = None if maximum is None else model.encode(prompt, flight.cancellation)[-maximum:]
         request = GenerationRequest(
             parameters,
             prompt=prompt if maximum is None else None,
-            tokens=None
-            if maximum is None
-            else model.encode(prompt, flight.cancellation)[-maximum:],  # TGI too keeps the end
+            tokens=kept,
             streams=streams,
             logprobs=(alternatives or 0) if told else None,
             prompt_logprobs=bool(wanted.get("decoder_input_details")),
