@@ -5,8 +5,8 @@ The part of the engine that knows tensors; only the engine's thread uses it. Mus
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +52,7 @@ class Runner(Protocol):
         """How results depend on the lengths of texts."""
 
     def forward(
-        self, pieces: Many[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
+        self, pieces: abc.Sequence[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
     ) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32, valid until the next call."""
 
@@ -79,7 +79,7 @@ class TransformersBatch:
         self._runner = runner
         self.slots = SlotTable(runner.cache, options.kv_cache_bytes // runner.cache.token_bytes, runner.lengths)
 
-    def forward(self, rows: Many[Row]) -> torch.Tensor:
+    def forward(self, rows: abc.Sequence[Row]) -> torch.Tensor:
         """The logits that follow each row's last token, (rows, vocabulary), float32.
 
         Raises: as `failures.typed`.
@@ -96,7 +96,7 @@ class TransformersBatch:
                 torch.cuda.synchronize(logits.device)
             return logits
 
-    def sample(self, rows: Many[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
+    def sample(self, rows: abc.Sequence[Row], logits: torch.Tensor) -> list[int | LocalLLMError]:
         """The next token of each complete row, or an error; 0 for rows that are not complete."""
         complete = [index for index, row in enumerate(rows) if row.complete]
         if len(complete) < len(rows):
@@ -112,7 +112,7 @@ class TransformersBatch:
                 sequence.made_tokens += self._texts.tokens([made], row_logits[None], sequence.logprobs, opens=opens)
         return sampled
 
-    def settle(self, sequences: Many[Sequence], seconds: float) -> None:
+    def settle(self, sequences: abc.Sequence[Sequence], seconds: float) -> None:
         """Waits until the constraints of all sequences are settled, or for `seconds`."""
         settle((each.sampler.constrained for each in sequences if each.sampler.constrained is not None), seconds)
 

@@ -6,8 +6,8 @@ and uses the tokens.
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -29,19 +29,19 @@ class Call(Protocol):
     """A call that needs the tokens: see `tasks.text_generation.TextGenerationCall`."""
 
     count: int
-    stopped: Callable[[Many[int]], bool] | None
+    stopped: Callable[[abc.Sequence[int]], bool] | None
 
     def start(self, index: int, custom_generate: Callable[..., Any]) -> None:
         """Calls the model's `generate` for a prompt, with `custom_generate` in place of its loop."""
 
-    def finish(self, index: int, tokens: Many[int]) -> None:
+    def finish(self, index: int, tokens: abc.Sequence[int]) -> None:
         """Takes a prompt's tokens: its own and the new ones."""
 
 
 class _Tokens:
     """Stands in for a sequence's text, and only checks whether the text ends."""
 
-    def __init__(self, prompt: Many[int], stopped: Callable[[Many[int]], bool] | None) -> None:
+    def __init__(self, prompt: abc.Sequence[int], stopped: Callable[[abc.Sequence[int]], bool] | None) -> None:
         self.all = list(prompt)
         self.stopped = False
         self.stop = None  # the task does not report which one

@@ -11,9 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -49,13 +48,13 @@ class Batch(Protocol):
 
     slots: SlotTable
 
-    def forward(self, rows: Many[Row]) -> Any:
+    def forward(self, rows: abc.Sequence[Row]) -> Any:
         """The logits that follow each row's last token."""
 
-    def sample(self, rows: Many[Row], logits: Any) -> list[int | LocalLLMError]:
+    def sample(self, rows: abc.Sequence[Row], logits: Any) -> list[int | LocalLLMError]:
         """Each row's next token, or an error."""
 
-    def settle(self, sequences: Many[Sequence], seconds: float) -> None:
+    def settle(self, sequences: abc.Sequence[Sequence], seconds: float) -> None:
         """Waits until the constraints of all sequences are settled, or for `seconds`."""
 
     def restore_weights(self) -> None:
@@ -430,7 +429,7 @@ class Engine:
             reason = f"Not enough memory for the KV cache of {stuck.need} tokens with model '{self._model_id}'"
             self._fail(stuck, OutOfMemory(reason))
 
-    def _compute(self, rows: Many[Row]) -> None:
+    def _compute(self, rows: abc.Sequence[Row]) -> None:
         """Computes rows and gives each sequence its next token. An error fails only the rows that also fail alone.
 
         If memory is short and some can be freed, it tries once more.

@@ -2,7 +2,8 @@
 
 Each beam and each returned sequence is a row with keys, values and logits of its own, so a small request or
 `generation_config.json` can ask for much memory. The numbers come from the model's config and are rather too large than
-too small. Runs on the engine's thread, except `MemoryClaims.check`. Must not know requests, HTTP, or where memory comes from.
+too small. Runs on the engine's thread, except `MemoryClaims.check`. Must not know requests, HTTP, or where memory comes
+from.
 """
 
 from __future__ import annotations
