@@ -35,8 +35,8 @@ from huggingface.cancellation import Cancellation
 from huggingface.errors import Cancelled
 from huggingface.loading import loader
 from huggingface.loading.backend import Declined
+from huggingface.loading.kept import FOLDER
 from huggingface.loading.openvino import load as loading
-from huggingface.loading.openvino.graph_store import FOLDER
 from huggingface.loading.openvino.load import OpenVINO
 from huggingface.loading.plan import look
 from huggingface.manager.budget import Budget, Limit

@@ -43,10 +43,11 @@ from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.torch.parity import room_for
 from huggingface.errors import Cancelled, ConversionFailed, InvalidRequest, OutOfMemory
 from huggingface.loading import loader
+from huggingface.loading.kept import FOLDER
 from huggingface.loading.openvino import decoder as generator
 from huggingface.loading.openvino import load as loading
 from huggingface.loading.openvino import subprocess as process
-from huggingface.loading.openvino.graph_store import FOLDER, GraphPlace
+from huggingface.loading.openvino.graph_store import GraphPlace
 from huggingface.model.loaded import LoadedModel
 from huggingface.model.memory import Memory, Unlimited
 from huggingface.progress import Progress

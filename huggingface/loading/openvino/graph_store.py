@@ -1,19 +1,15 @@
 """Stores a model's graph in `.local-llm/` in its folder, complete or not at all.
 
-A graph's name identifies the weights, the settings and the versions that it was made of; it is written under another
-name and renamed when all of it is on the disk. A model that cannot be served so is recorded there too, so that it is
-not tried again. Must not know what a graph computes, or records.
+A graph's name identifies the weights, the settings and the versions that it was made of. Must not know what a graph
+computes, or records.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +22,7 @@ from ...cancellation import LOOK_AGAIN
 from ...engine.layers import NotBatchable
 from ...engine.openvino.graph import constant_bytes
 from ...engine.openvino.library import openvino, versions
+from ..kept import KeptFolder, write_json
 
 T = TypeVar("T")
 
@@ -34,28 +31,23 @@ logger = logging.getLogger(__name__)
 # Creates the graph's object from its folder, its stored description, and the folder to delete with the model, if any.
 Read = Callable[[Path, Mapping[str, Any], Path | None], T]
 
-FOLDER = ".local-llm"
 EXPECTED = "expected.safetensors"  # torch's results, beside the graph
 
 # Increase this whenever graphs of earlier versions of this project must not be used any more.
 _FORMAT = 3
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
-_ABANDONED = 24 * 3600  # seconds after which an incomplete graph counts as abandoned
 
 
-class GraphPlace:
+class GraphPlace(KeptFolder):
     """The place of one model's graph of one kind."""
 
     def __init__(self, folder: Path, marks: Any, quantization: str | None, form: str = "") -> None:
         """`folder` is the model's, `marks` identify its weights; `form` is the graph's kind where it is not that of a
         model that generates."""
-        self._folder = folder / FOLDER
-        self._quantization = quantization
-        of_all = json.dumps([_FORMAT, versions(), quantization, marks], sort_keys=True, default=str)
         kind = f"{form}-{quantization or 'float32'}".removeprefix("-")
-        self._name = f"openvino-{kind}-{hashlib.sha256(of_all.encode()).hexdigest()[:16]}"
-        self._prefix = f"openvino-{kind}-"
+        super().__init__(folder, f"openvino-{kind}", [_FORMAT, versions(), quantization, marks])
+        self._quantization = quantization
 
     def find(self, read: Read[T], spare: Path | None = None) -> T | None:
         """The stored graph, if it is complete; otherwise the one in `spare`, which is deleted with the model.
@@ -63,7 +55,7 @@ class GraphPlace:
         Raises:
             NotBatchable: it is recorded that the model cannot be served so; the message says why.
         """
-        path = self._folder / self._name
+        path = self.path
         try:
             told = (path / "about.json").read_text("utf-8")
         except OSError:
@@ -82,14 +74,9 @@ class GraphPlace:
             return None
 
     @property
-    def key(self) -> str:
-        """What identifies this graph."""
-        return os.fspath(self._folder / self._name)
-
-    @property
     def present(self) -> bool:
         """Whether a complete graph is stored, or a record that there can be none."""
-        path = self._folder / self._name
+        path = self.path
         try:
             about = json.loads((path / "about.json").read_text("utf-8"))
             if about.get("refused") is None:
@@ -127,21 +114,6 @@ class GraphPlace:
             if lock is not None:
                 lock.release()
 
-    @property
-    def refused(self) -> str | None:
-        """Why the model cannot be served so, if that is recorded."""
-        try:
-            reason = json.loads((self._folder / self._name / "about.json").read_text("utf-8")).get("refused")
-        except (OSError, ValueError, AttributeError):
-            return None
-        return None if reason is None else str(reason)
-
-    def refuse(self, reason: str) -> None:
-        """Records that the model cannot be served so, in place of a stored graph."""
-        with suppress(OSError):
-            shutil.rmtree(self._folder / self._name, ignore_errors=True)
-            self._write(lambda folder: _write_json(folder / "about.json", {"refused": reason}))
-
     def keep(self, graph: Any, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], spare: Path) -> None:
         """Writes a graph, its description, and torch's results; into `spare` if they cannot be stored beside the model.
 
@@ -152,41 +124,11 @@ class GraphPlace:
         about = {**about, "quantization": self._quantization}
         try:
             _check_room(self._folder.parent, size)
-            self._write(lambda folder: _save(graph, folder, about, tensors))
+            self.write(lambda folder: _save(graph, folder, about, tensors))
         except OSError as error:
             logger.warning("the graph of %s cannot be stored beside it: %s", self._folder.parent.name, error)
             _check_room(spare, size)
             _save(graph, spare, about, tensors)
-
-    def _write(self, write: Callable[[Path], None]) -> Path:
-        """Writes a folder, and gives it its name when all of it is on the disk."""
-        self._folder.mkdir(exist_ok=True)
-        target = self._folder / self._name
-        unfinished = self._folder / f".{self._name}.{uuid.uuid4().hex[:8]}.tmp"
-        unfinished.mkdir()
-        try:
-            write(unfinished)
-            for path in unfinished.iterdir():
-                _sync(path)
-            _sync(unfinished)
-            self._clean()
-            try:
-                unfinished.rename(target)
-            except OSError:
-                if not (target / "about.json").exists():  # otherwise another process was as fast
-                    raise
-            _sync(self._folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return target
-
-    def _clean(self) -> None:
-        """Deletes graphs of the same kind that were made of something else, and abandoned incomplete ones."""
-        for path in self._folder.iterdir():
-            old = path.name.startswith(self._prefix) and path.name != self._name
-            with suppress(OSError):
-                if old or (path.name.endswith(".tmp") and time.time() - path.stat().st_mtime > _ABANDONED):
-                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -195,7 +137,7 @@ def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[s
     openvino().save_model(graph, os.fspath(folder / "graph.xml"), compress_to_fp16=False)
     save_file(dict(tensors), folder / EXPECTED)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    _write_json(folder / "about.json", {**about, "sizes": sizes, "versions": versions()})
+    write_json(folder / "about.json", {**about, "sizes": sizes, "versions": versions()})
 
 
 def _check_sizes(path: Path, about: Mapping[str, Any]) -> None:
@@ -205,22 +147,7 @@ def _check_sizes(path: Path, about: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has another size than when it was written")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content), "utf-8")
-
-
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size * _ROOM:
         raise OSError(f"its graph takes {size} bytes, and {free} are free on the disk")
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
