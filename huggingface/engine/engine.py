@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from ..cancellation import Cancellation, before_wait
 from ..errors import Cancelled, EngineFailed, GenerationFailed, LocalLLMError, OutOfMemory, QueueFull, no_panics
-from ..host.memory import forget_frames, release_freed
+from ..host.memory import forget_frames, release_freed, retried
 from ..types import EngineOptions, EngineStatus
 from .prefill_budget import Pace
 from .scheduler import Row, Scheduler
@@ -382,14 +382,8 @@ class Engine:
 
     def _lend_model(self) -> None:
         """Restores the model itself; called once a job or task is known to run, so that none runs without it."""
-        if self._batch is None:
-            return
-        try:
-            self._batch.restore_weights()
-        except OutOfMemory:
-            if not self._relieve():
-                raise
-            self._batch.restore_weights()
+        if self._batch is not None:
+            retried(self._batch.restore_weights, self._relieve)
 
     def _let_in(self) -> None:
         """Gives slots to waiting sequences; refuses one that does not fit into all the memory there is."""

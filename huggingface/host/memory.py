@@ -11,9 +11,14 @@ import mmap
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+from ..errors import OutOfMemory
+
+T = TypeVar("T")
 
 _M_ARENA_MAX = -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
@@ -115,6 +120,20 @@ def forget_frames(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def retried(work: Callable[[], T], relieve: Callable[[], bool]) -> T:
+    """Runs `work`; if memory runs out and `relieve` frees some, runs it once more.
+
+    Raises: as `work`.
+    """
+    try:
+        return work()
+    except OutOfMemory as error:
+        if not relieve():
+            raise
+        forget_frames(error)
+    return work()
 
 
 def _glibc(name: str) -> ctypes._NamedFuncPointer | None:

@@ -6,13 +6,9 @@ manager or HTTP.
 
 from __future__ import annotations
 
-import logging
 import shutil
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
-from functools import partial
 from typing import Any
 
 from ..cancellation import NEVER, Cancellation
@@ -21,21 +17,18 @@ from ..engine.bulk import run_in_batch
 from ..engine.engine import Engine
 from ..engine.failures import typed
 from ..engine.ticket import Ticket
-from ..errors import Cancelled, EngineFailed, LocalLLMError, OutOfMemory, UnsupportedTask
-from ..host.memory import forget_frames
+from ..errors import Cancelled, EngineFailed, LocalLLMError, UnsupportedTask
+from ..host.memory import retried
 from ..modeling.demand import asked_of
 from ..tasks.embedding import Pooling
 from ..tasks.runner import TaskRunner
 from ..types import ChatTraits, EngineOptions, EngineStatus, GenerationRequest, Sizes, timestamp
-from .memory import Memory, ModelMemory, detach, free
-from .parts import GENERATION, Compute, Parts, Setup, build, use_device
-
-logger = logging.getLogger(__name__)
+from .memory import Memory, ModelMemory, free
+from .parts import GENERATION, Compute, Parts, Setup, build
+from .preparation import Preparation
 
 # The sampling parameters of a generation config that a caller may set too.
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "top_h")
-
-_DETACHED_AT_ONCE = 64 * 2**20  # bytes of weights up to which a load itself copies them out of their file
 
 
 class LoadedModel:
@@ -69,48 +62,20 @@ class LoadedModel:
         # Texts to put before other texts, by name.
         self.prompts: Mapping[str, str] = pooling.prompts if isinstance(pooling, Pooling) else {}
         self._memory = ModelMemory(setup.device, memory)
+        self._memory.set_weights(compute.weights)
         self._options = options
         self._backend, self.backend_reason = compute.backend, setup.backend_reason
-        self._memory.set_weights(compute.weights)
         # Of one call: so that another call's prompts find slots meanwhile.
         self._max_prompts = max(1, options.max_batch // 2)
-        self._closing = Cancellation()
-        self.resident = False  # whether the weights are in memory of their own, not in a mapped file
-        self._made: Future[Parts] | None = Future()
-        small = self._memory.sizes.weights <= _DETACHED_AT_ONCE
-        if small:
-            detach(compute.model)
-        # The thread ends after its work, as the load's does: see `loader.load`.
-        work = partial(self._prepare, self._made, compute, tokenizer, pooling, small)
-        self._preparing = threading.Thread(target=work, name=f"prepare-{self.model_id}")
-        self._preparing.start()
 
-    def _prepare(
-        self,
-        parts: Future[Parts],
-        compute: Compute,
-        tokenizer: Any,
-        pooling: LocalLLMError | Pooling | None,
-        detached: bool,
-    ) -> None:
-        """Copies the weights into memory of their own, and finds out how the model is served."""
-        try:
-            use_device(self.device)
-            if not detached:
-                detach(compute.model, self._closing)
-            self.resident = True
-            made = build(self.setup, compute, tokenizer, self._options, pooling, self._memory, self._closing)
-            self._backend = made.serving.backend
-            self.backend_reason = made.serving.declined or self.backend_reason
-            parts.set_result(made)
-        except BaseException as error:
-            forget_frames(error)
-            if not isinstance(error, LocalLLMError):
-                logger.exception("%s could not be prepared", self.model_id)
-                error = EngineFailed(self.model_id)
-            parts.set_exception(error)
-        finally:
-            self._memory.account.commit()
+        def make(closing: Cancellation) -> Parts:
+            parts = build(setup, compute, tokenizer, options, pooling, self._memory, closing)
+            self._backend = parts.serving.backend
+            self.backend_reason = parts.serving.declined or self.backend_reason
+            return parts
+
+        self._preparation = Preparation(setup, compute.model, self._memory, make)
+        self._parts = self._preparation.parts
 
     @property
     def effective(self) -> Mapping[str, Any]:
@@ -130,17 +95,16 @@ class LoadedModel:
     @property
     def opened_tasks(self) -> tuple[str, ...]:
         """The tasks that have run since the load; their pipelines are kept."""
-        parts = self._done
+        parts = self._preparation.done
         return () if parts is None else parts.tasks.opened
 
     @property
     def status(self) -> EngineStatus | None:
         """What the engine is doing; None after the model was unloaded."""
-        parts = self._made
-        if parts is not None and not parts.done():
+        if not self.settles(0):
             return EngineStatus("starting", None, None, 0, 0, 0, 0, 0, 0, self._options.kv_cache_bytes)
-        done = self._done
-        return None if done is None else done.engine.status()
+        parts = self._preparation.done
+        return None if parts is None else parts.engine.status()
 
     @property
     def engine(self) -> Engine:
@@ -148,7 +112,7 @@ class LoadedModel:
 
         Raises: as `prepared`.
         """
-        return self._open().engine
+        return self._parts().engine
 
     @property
     def tasks(self) -> TaskRunner:
@@ -156,29 +120,25 @@ class LoadedModel:
 
         Raises: as `prepared`.
         """
-        return self._open().tasks
-
-    @property
-    def _done(self) -> Parts | None:
-        """The parts, if they are ready and whole."""
-        parts = self._made
-        return parts.result() if parts is not None and parts.done() and parts.exception() is None else None
+        return self._parts().tasks
 
     @property
     def own_parameters(self) -> Mapping[str, Any]:
         """The sampling parameters in the model's generation config; its lengths and end tokens apply in any case."""
-        config = getattr(self._open().solo.model, "generation_config", None)  # only models that generate have one
+        config = getattr(self._parts().solo.model, "generation_config", None)  # only models that generate have one
         return {name: value for name in _DRAWING if (value := getattr(config, name, None)) is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Decodes tokens to text, special tokens included."""
         with typed(self.model_id):
-            return str(self._open().tokenizer.decode(list(tokens), skip_special_tokens=False))
+            return str(self._parts().tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def count_tokens(self, text: str) -> int:
         """Counts a text's tokens, without special ones."""
         with typed(self.model_id):
-            return len(self._open().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+            return len(
+                self._parts().tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            )
 
     def encode(self, text: str, cancellation: Cancellation = NEVER) -> list[int]:
         """Tokenizes a text, with the special tokens that the tokenizer adds.
@@ -187,7 +147,7 @@ class LoadedModel:
             InvalidRequest: the text is far longer than the model can read.
             Cancelled: by `cancellation`.
         """
-        parts = self._open(cancellation)
+        parts = self._parts(cancellation)
         with typed(self.model_id):
             parts.check_lengths({"inputs": text}, cancellation)
             return list(parts.tokenizer(text, return_attention_mask=False)["input_ids"])
@@ -200,14 +160,14 @@ class LoadedModel:
             InvalidRequest: the chat template refuses the messages, or they are far longer than the context.
             Cancelled: by `cancellation`.
         """
-        parts = self._open(cancellation)
+        parts = self._parts(cancellation)
         self._check_generates(parts)
         return parts.preparer.count(request, cancellation)
 
     @property
     def chat(self) -> ChatTraits:
         """How the model lays chats out."""
-        tokenizer = self._open().tokenizer
+        tokenizer = self._parts().tokenizer
         added = tokenizer.added_tokens_decoder
         special = frozenset(token.content for token in added.values() if token.special)
         ids = {token.content: id_ for id_, token in added.items()}
@@ -217,10 +177,12 @@ class LoadedModel:
     @property
     def failed(self) -> bool:
         """Whether the engine is broken, so that a load replaces the model."""
-        parts, done = self._made, self._done
-        if done is not None:
-            return done.engine.failed
-        return parts is not None and parts.done()
+        return self._preparation.failed
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are in memory of their own, not in a mapped file."""
+        return self._preparation.resident
 
     def generate(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Ticket:
         """Queues a generation; its ticket delivers the text, and the errors of the engine.
@@ -232,7 +194,7 @@ class LoadedModel:
             InvalidRequest: the model cannot honour the prompt or a parameter.
             QueueFull, OutOfMemory, EngineFailed, Cancelled: the generation was not queued.
         """
-        parts = self._open(cancellation)
+        parts = self._parts(cancellation)
         self._check_generates(parts)
         submitted = time.monotonic()
         prepared = parts.preparer.prepare(request, cancellation)
@@ -242,13 +204,10 @@ class LoadedModel:
         else:
 
             def generate(cancellation: Cancellation) -> None:
-                try:
-                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
-                except OutOfMemory as error:
-                    if ticket.made or not self._memory.account.evict_one():
-                        raise
-                    forget_frames(error)
-                    parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation)
+                retried(
+                    lambda: parts.solo.generate(prepared, request.streams, submitted, ticket.put, cancellation),
+                    lambda: not ticket.made and self._memory.account.evict_one(),
+                )
 
             parts.claims.check(prepared.asked)
             parts.engine.submit_job(ticket, generate)
@@ -277,7 +236,7 @@ class LoadedModel:
             QueueFull: the task's queue is full.
             Cancelled: by `cancellation`, or the model is being unloaded.
         """
-        parts = self._open(cancellation)
+        parts = self._parts(cancellation)
         parts.adapters.check(adapter)
         parts.check_lengths({"inputs": inputs, **parameters}, cancellation)
         if task == GENERATION and parts.batched and asked_of(parts.solo.model, parameters, 0).rows == 1:
@@ -289,32 +248,24 @@ class LoadedModel:
                 return generation.result()
         if adapter is not None:
             parameters = {**parameters, "adapter": adapter}
-        try:
-            return self._run(parts, task, inputs, parameters, cancellation)
-        except OutOfMemory as error:
-            if not self._memory.account.evict_one():
-                raise
-            forget_frames(error)
-            return self._run(parts, task, inputs, parameters, cancellation)
 
-    def _run(
-        self, parts: Parts, task: str, inputs: Any, parameters: Mapping[str, Any], cancellation: Cancellation
-    ) -> Any:
-        parts.engine.check_queue_for_task()
-        call = parts.tasks.submit(task, inputs, parameters, cancellation)
-        parts.engine.wake()
-        try:
-            return cancellation.result(call.future)
-        except Cancelled:
-            call.cancel()
-            if parts.engine.failed:  # the engine broke after its queue was checked
-                raise EngineFailed(self.model_id) from None
-            raise
+        def run() -> Any:
+            parts.engine.check_queue_for_task()
+            call = parts.tasks.submit(task, inputs, parameters, cancellation)
+            parts.engine.wake()
+            try:
+                return cancellation.result(call.future)
+            except Cancelled:
+                call.cancel()
+                if parts.engine.failed:  # the engine broke after its queue was checked
+                    raise EngineFailed(self.model_id) from None
+                raise
+
+        return retried(run, self._memory.account.evict_one)
 
     def settles(self, seconds: float) -> bool:
         """Waits up to `seconds` until the model is prepared; returns whether it is."""
-        made = self._made
-        return made is None or bool(wait([made], seconds).done)
+        return self._preparation.settles(seconds)
 
     def prepared(self, cancellation: Cancellation = NEVER) -> None:
         """Waits until the model is prepared: until it is known how it is served.
@@ -323,25 +274,12 @@ class LoadedModel:
             Cancelled: by `cancellation`, or the model is being unloaded.
             EngineFailed: the model cannot be served.
         """
-        self._open(cancellation)
-
-    def _open(self, cancellation: Cancellation = NEVER) -> Parts:
-        parts = self._made
-        if parts is None:
-            raise Cancelled(f"Model '{self.model_id}' was unloaded")
-        return cancellation.result(parts)
+        self._parts(cancellation)
 
     def close(self) -> None:
         """Cancels running work and gives the memory back to the system. The model cannot be used afterwards."""
-        self._closing.cancel()
-        parts, self._made = self._made, None
-        if parts is None:
+        if not self._preparation.close():
             return
-        if parts.exception() is None:  # waits for the preparation, which the cancel above ends soon
-            parts.result().engine.close()
-            parts.result().preparer.close()
-        del parts
-        self._preparing.join()  # the thread holds the model
         self._memory.forget()
         if self.setup.folder is not None:
             shutil.rmtree(self.setup.folder, ignore_errors=True)
