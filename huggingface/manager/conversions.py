@@ -82,6 +82,19 @@ class Conversion:
         """How far the conversion is."""
         return ConversionStatus(self.state, self.reason, self.bytes or 0, self.progress.now())
 
+    def wait(self, watch: Callable[[Progress], None], cancellation: Cancellation) -> None:
+        """Waits until the graph computes the model, or never will; `watch` gets the progress of each attempt.
+
+        Raises:
+            Cancelled: by `cancellation`.
+        """
+        told = None
+        while not wait([self.settled], LOOK_AGAIN).done:
+            if self.progress is not told:
+                told = self.progress
+                watch(told)
+            cancellation.check()
+
     def cancel(self) -> None:
         """Cancels the conversion at its next check."""
         self.cancellation.cancel()

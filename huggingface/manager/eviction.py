@@ -52,7 +52,7 @@ class Evictor:
         """
         self._budget = budget
         self._table = table
-        self._timeout = timeout
+        self.timeout = timeout
         self._pinned = pinned
         self._evict = evict
         self._give_way = give_way
@@ -75,7 +75,7 @@ class Evictor:
             MemoryHeld: the others are pinned, or still in use after the memory timeout.
             Cancelled: `progress` was cancelled.
         """
-        deadline, needs, told = time.monotonic() + self._timeout, by_index(needs), False
+        deadline, needs, told = time.monotonic() + self.timeout, by_index(needs), False
         with self._table.claim(model_id) as claim:
             while True:
                 first = self._table.is_first(claim)

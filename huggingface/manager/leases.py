@@ -17,7 +17,7 @@ from ..registry.records import ModelRecord
 from ..registry.registry import ModelRegistry
 from .conversions import Conversions
 from .keep_alive import KeepAlive
-from .loads import Loads, is_stale, usable
+from .loads import Loads, is_stale
 from .statistics import Statistics
 from .table import Loading, ModelEntry, ModelTable
 from .takeover import Takeover
@@ -40,9 +40,7 @@ class Leases:
         takeover: Takeover,
         conversions: Conversions,
         statistics: Statistics,
-        busy_timeout: float,
     ) -> None:
-        """`busy_timeout` is the seconds that a load waits for the users of the model that it replaces."""
         self._registry = registry
         self._table = table
         self._loads = loads
@@ -51,7 +49,6 @@ class Leases:
         self._takeover = takeover
         self._conversions = conversions
         self._statistics = statistics
-        self._busy_timeout = busy_timeout
 
     def acquire(
         self, model_id: str, cancellation: Cancellation, watch: Callable[[Progress], None]
@@ -59,7 +56,7 @@ class Leases:
         """The model's entry, counted with one user more, the model in it, and its record."""
         asked = False
         while True:
-            record = usable(self._registry, model_id)  # in every round: a wait may end with its removal
+            record = self._registry.usable(model_id)  # in every round: a wait may end with its removal
             with self._table.changed:
                 if self._table.closed:
                     raise Cancelled("The server is shutting down")
@@ -100,7 +97,7 @@ class Leases:
             model = loading.model  # only the server's end can unload it now
             assert model is not None  # noqa: S101 - the load has succeeded
             try:
-                if not self._table.closed and not is_stale(model, usable(self._registry, model_id)):
+                if not self._table.closed and not is_stale(model, self._registry.usable(model_id)):
                     return entry, model, record
             except LocalLLMError:
                 self.leave(entry, model, record)
@@ -143,7 +140,7 @@ class Leases:
 
     def _drop_stale(self, record: ModelRecord) -> None:
         """Unloads a model that a load must replace."""
-        with self._table.exclusive(record.model_id, time.monotonic() + self._busy_timeout) as entry:
+        with self._table.exclusive(record.model_id) as entry:
             if entry.model is not None and is_stale(entry.model, record):
                 self._conversions.cancel(record.model_id)
                 self._unloader.release(record.model_id, entry)

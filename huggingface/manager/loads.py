@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Cancelled, FilesMissing, HubUnreachable, LocalLLMError, ModelDisabled, NeverFits, OutOfMemory
+from ..errors import Cancelled
 from ..host.devices import resolve_device
-from ..host.memory import readable
+from ..host.memory import retried
 from ..hub.downloads import Downloads
 from ..progress import Progress
-from ..registry.records import LOAD_SETTINGS, LoadSettings, ModelRecord
-from ..registry.registry import ModelRegistry
+from ..registry.records import LoadSettings, ModelRecord
 from ..types import Estimate, LoadOptions, Pending
 from .budget import Account, Budget
 from .conversions import Conversion, Conversions
 from .eviction import Evictor
+from .forecasts import Forecasts
 from .loader import Heads, LateLoader, Loader
 from .statistics import Statistics
 from .table import Loading, ModelEntry, ModelTable
@@ -48,6 +45,7 @@ class Loads:
         table: ModelTable,
         budget: Budget,
         evictor: Evictor,
+        forecasts: Forecasts,
         conversions: Conversions,
         statistics: Statistics,
     ) -> None:
@@ -57,6 +55,7 @@ class Loads:
         self._table = table
         self._budget = budget
         self._evictor = evictor
+        self._forecasts = forecasts
         self._conversions = conversions
         self._statistics = statistics
 
@@ -113,105 +112,19 @@ class Loads:
         """The account of `owner` in the budget; it may evict idle models other than `model_id`."""
         return Account(self._budget, owner, partial(self._evictor.evict_one, model_id))
 
-    def estimate(self, record: ModelRecord, settings: LoadSettings) -> Estimate:
-        """Estimates what a load of a model would take, whether its weights are here or not.
-
-        Raises: as `ModelManager.lease`.
-        """
-        loader = self._loader.get()
-        try:
-            folder = self._downloads.present(record)
-        except (FilesMissing, HubUnreachable):
-            if record.gguf_file is not None:
-                raise
-            folder = self._downloads.described(record)
-            heads = self._downloads.adapter_heads(record)
-            estimate: Estimate = loader.estimate(
-                record, self._options, folder, settings, described=True, adapters=heads
-            )
-        else:
-            heads = self._downloads.adapter_heads(record)
-            estimate = loader.estimate(record, self._options, folder, settings, adapters=heads)
-        return estimate
-
-    def fitting(self, record: ModelRecord, settings: LoadSettings) -> tuple[LoadSettings, Estimate]:
-        """The settings with which a load reads a model, and its estimate.
-
-        Where a model could never fit in float32, which `dtype` `auto` is on a CPU, it has the 16 bits of its weights.
-
-        Raises: as `ModelManager.lease`.
-        """
-        estimate = self.estimate(record, settings)
-        open_to = settings.dtype in (None, "auto") and record.gguf_file is None  # unpacked weights have more bits
-        if open_to and _own_16_bits(estimate) and not self._is_possible(record, estimate):
-            narrow = replace(settings, dtype=estimate.own_dtype)
-            with suppress(LocalLLMError):  # the backend that is asked for computes in float32 only
-                smaller = self.estimate(record, narrow)
-                if self._is_possible(record, smaller):
-                    return narrow, smaller
-        return settings, estimate
-
-    def _is_possible(self, record: ModelRecord, estimate: Estimate) -> bool:
-        """Whether a load could fit if no other model were in memory."""
-        try:
-            self._evictor.lacking(record.model_id, estimate.devices)
-        except NeverFits:
-            return False
-        return True
-
-    def _refuse_at_once(self, record: ModelRecord, settings: LoadSettings) -> None:
-        """Refuses a model that is not here and could never fit, before its download.
-
-        Raises:
-            NeverFits: larger than the limit. Other errors are left to the load.
-        """
-        with suppress(FilesMissing, HubUnreachable):
-            self._downloads.present(record)
-            return
-        try:
-            settings, estimate = self.fitting(record, settings)
-        except LocalLLMError:
-            return
-        with self._naming_what_fits(record, settings, estimate):
-            self._evictor.lacking(record.model_id, estimate.devices)
-
-    @contextmanager
-    def _naming_what_fits(self, record: ModelRecord, settings: LoadSettings, estimate: Estimate) -> Iterator[None]:
-        """Adds to a refusal of a model that never fits the settings with which it would, and their bytes.
-
-        Raises:
-            NeverFits: by the block.
-        """
-        try:
-            yield
-        except NeverFits as error:
-            fitting = []
-            for form in _smaller(estimate) if record.gguf_file is None else ():
-                with suppress(LocalLLMError):  # not for this model, or it does not fit either
-                    smaller = self.estimate(record, form.over(settings))
-                    if self._is_possible(record, smaller):
-                        size = readable(sum(smaller.devices.values()))
-                        named = [f"{name} {value}" for name in LOAD_SETTINGS if (value := getattr(form, name))]
-                        fitting.append(f"{' '.join(named)} ({size})")
-            if not fitting:
-                raise
-            *others, last = fitting
-            choice = f"{', '.join(others)} or {last}" if others else last
-            raise NeverFits(f"{error}. It fits with {choice}") from error
-
     def _read(
         self, record: ModelRecord, settings: LoadSettings, progress: Progress, account: Account, spare: Path | None
     ) -> LoadedModel:
         model_id = record.model_id
         loader = self._loader.get()
         started = time.monotonic()
-        self._refuse_at_once(record, settings)
+        self._forecasts.refuse_at_once(record, settings)
         folder = self._downloads.folder(record, progress)
         adapters = self._downloads.adapters(record, progress)
         heads = self._downloads.adapter_heads(record)
         if not self._has_plenty(loader, record, settings, folder, heads):
-            settings, estimate = self.fitting(record, settings)
-            with self._naming_what_fits(record, settings, estimate):
+            settings, estimate = self._forecasts.fitting(record, settings)
+            with self._forecasts.naming_what_fits(record, settings, estimate):
                 self._evictor.reserve(model_id, estimate.devices, progress)
             account.reserve_floor(estimate.device, estimate.kv_cache)
         try:
@@ -229,7 +142,7 @@ class Loads:
                 ),
                 spare=spare,
             )
-            model = self._read_or_relieve(model_id, read)
+            model = retried(read, partial(self._evict_all, model_id))
         except BaseException:
             self._budget.forget(model_id)
             raise
@@ -271,29 +184,12 @@ class Loads:
         rough = loader.rough_bytes(record, self._options, folder, adapters)
         return self._evictor.reserve_if_plenty(record.model_id, device, rough, _PLENTY)
 
-    def _read_or_relieve(self, model_id: str, read: Callable[[], LoadedModel]) -> LoadedModel:
-        """Reads a model; if memory still runs out, evicts idle models and reads it once more."""
-        try:
-            return read()
-        except OutOfMemory:
-            relieved = False
-            while self._evictor.evict_one(model_id):
-                relieved = True
-            if not relieved:
-                raise
-            return read()
-
-
-def usable(registry: ModelRegistry, model_id: str) -> ModelRecord:
-    """The record of a model that may be loaded.
-
-    Raises:
-        ModelNotFound, ModelDisabled: there is none, or it is disabled.
-    """
-    record = registry.get(model_id)
-    if record.status == "disabled":
-        raise ModelDisabled(model_id)
-    return record
+    def _evict_all(self, model_id: str) -> bool:
+        """Evicts all idle models for a model whose read has run out of memory; returns whether there was one."""
+        evicted = False
+        while self._evictor.evict_one(model_id):
+            evicted = True
+        return evicted
 
 
 def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
@@ -301,19 +197,3 @@ def is_stale(model: LoadedModel, record: ModelRecord) -> bool:
     then = model.setup.record
     now = (record.model_type, record.revision, record.gguf_file, record.adapters, record.settings)
     return (then.model_type, then.revision, then.gguf_file, then.adapters, then.settings) != now or model.failed
-
-
-def _own_16_bits(estimate: Estimate) -> bool:
-    """Whether the estimate is for float32, and the weights in their files have 16 bits."""
-    plain = estimate.quantization is None and estimate.dtype == "float32"
-    return plain and estimate.own_dtype in ("bfloat16", "float16")
-
-
-def _smaller(estimate: Estimate) -> Iterator[LoadSettings]:
-    """The settings that make a model smaller than `estimate`, those that lose least first."""
-    if _own_16_bits(estimate):
-        yield LoadSettings(dtype=estimate.own_dtype)
-    if estimate.quantization is None:
-        yield LoadSettings(quantization="int8")
-    if estimate.quantization != "int4":
-        yield LoadSettings(quantization="int4")

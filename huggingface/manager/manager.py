@@ -8,15 +8,12 @@ the loader; it must not know HTTP, and knows torch only through the loader.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..cancellation import LOOK_AGAIN, NEVER, Cancellation
-from ..errors import FilesMissing, HubUnreachable, LocalLLMError, ModelBusy
+from ..cancellation import NEVER, Cancellation
+from ..errors import LocalLLMError, ModelBusy
 from ..hub.downloads import Downloads
 from ..progress import Progress
 from ..registry.records import LoadSettings
@@ -25,10 +22,11 @@ from ..types import Forecast, LoadOptions, Unloaded
 from .budget import Budget
 from .conversions import Conversions
 from .eviction import Evictor
+from .forecasts import Forecasts
 from .keep_alive import KeepAlive
 from .leases import Leases
 from .loader import LateLoader
-from .loads import Loads, usable
+from .loads import Loads
 from .statistics import Statistics
 from .table import Loading, ModelEntry, ModelTable, Resident
 from .takeover import Takeover
@@ -60,60 +58,30 @@ class ModelManager:
                 ever.
             memory_timeout: seconds that a load waits for the requests of models that it evicts.
         """
-        self.budget = budget or Budget()
-        self.downloads = Downloads(options)
-        self.statistics = statistics or Statistics()
+        self.budget = budget = budget or Budget()
+        self.downloads = downloads = Downloads(options)
+        self.statistics = statistics = statistics or Statistics()
         self._registry = registry
-        self._options = options
-        self._busy_timeout = busy_timeout
-        self._table = table = ModelTable()
+        self._table = table = ModelTable(busy_timeout)
         self._changed = table.changed
-        self._loader = LateLoader(self.budget.begin)
-        self._unloader = unloader = Unloader(registry, table, self.budget, self.statistics)
+        self._loader = loader = LateLoader(budget.begin)
+        self._unloader = unloader = Unloader(registry, table, budget, statistics)
         self._keep_alive = KeepAlive(
             table, keep_alive, lambda model_id: unloader.evict(model_id, "its keep-alive is over", expired=True)
         )
-        self.conversions = Conversions(
-            self.budget,
-            lambda conversion: self._takeover.may_convert(conversion),
-            lambda conversion: self._takeover.take_over(conversion),
-            lambda conversion, reason: self._takeover.stays(conversion, reason),
+        self.conversions = conversions = Conversions(
+            budget,
+            lambda conversion: takeover.may_convert(conversion),
+            lambda conversion: takeover.take_over(conversion),
+            lambda conversion, reason: takeover.stays(conversion, reason),
         )
-        self._evictor = Evictor(
-            self.budget, table, memory_timeout, unloader.pinned, unloader.evict, self.conversions.give_way
+        evictor = Evictor(budget, table, memory_timeout, unloader.pinned, unloader.evict, conversions.give_way)
+        self._forecasts = forecasts = Forecasts(registry, loader, options, downloads, table, evictor)
+        self._loads = loads = Loads(
+            loader, options, downloads, table, budget, evictor, forecasts, conversions, statistics
         )
-        self._loads = Loads(
-            self._loader,
-            options,
-            self.downloads,
-            table,
-            self.budget,
-            self._evictor,
-            self.conversions,
-            self.statistics,
-        )
-        self._takeover = Takeover(
-            registry,
-            table,
-            self.budget,
-            self._evictor,
-            self._loads,
-            unloader,
-            self._keep_alive,
-            memory_timeout,
-        )
-        self._leases = Leases(
-            registry,
-            table,
-            self._loads,
-            unloader,
-            self._keep_alive,
-            self._takeover,
-            self.conversions,
-            self.statistics,
-            busy_timeout,
-        )
-        self._forecasting = threading.Lock()
+        takeover = Takeover(registry, table, budget, evictor, forecasts, loads, unloader, self._keep_alive)
+        self._leases = Leases(registry, table, loads, unloader, self._keep_alive, takeover, conversions, statistics)
 
     def import_libraries(self, delay: float) -> None:
         """Imports the loader's libraries in the background, `delay` seconds from now.
@@ -167,73 +135,49 @@ class ModelManager:
 
         Raises: as `lease`; ModelBusy when a reload's users do not end within the busy timeout.
         """
+        with self._overriding(model_id, settings):
+            if force_reload:
+                self._registry.usable(model_id)
+                with self._table.exclusive(model_id) as entry:
+                    record = self._registry.usable(model_id)
+                    self._unloader.release(model_id, entry)
+                    loading = entry.loading = Loading(forced=True)
+                    watch(loading.progress)
+                    self._loads.fill(record, entry, loading)
+                    loading.done.result()
+            with self.lease(model_id, cancellation, keep_alive, watch) as model:
+                conversion = self.conversions.of(model_id) if wait_for_graph else None
+            if conversion is not None:
+                conversion.wait(watch, cancellation)
+                with self.lease(model_id, cancellation, keep_alive, watch) as model:
+                    pass
+            return model
+
+    @contextmanager
+    def _overriding(self, model_id: str, settings: LoadSettings | None) -> Iterator[None]:
+        """Applies these settings from the next load on, unloads a model with others, and goes back if the block fails.
+
+        Raises: as a load with them, as far as that is known before weights are read; then nothing changes.
+        """
         if settings is None:
-            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
-        before = self._override(model_id, settings)
+            yield
+            return
+        record = self._registry.usable(model_id)
+        with self._changed:
+            before = self._table.of(model_id).overrides
+        if before != settings:
+            self._forecasts.check(record, settings.over(record.settings))
+            with self._table.exclusive(model_id) as entry:
+                self._clear(model_id, entry)
+                entry.overrides = settings
         try:
-            return self._bring(model_id, force_reload, keep_alive, wait_for_graph, cancellation, watch)
+            yield
         except LocalLLMError:
             with self._changed:  # the settings of a failed load must not affect the next request
                 entry = self._table.of(model_id)
                 if entry.overrides == settings and entry.model is None:
                     entry.overrides = before
             raise
-
-    def _bring(
-        self,
-        model_id: str,
-        force_reload: bool,
-        keep_alive: float | None,
-        wait_for_graph: bool,
-        cancellation: Cancellation,
-        watch: Callable[[Progress], None],
-    ) -> LoadedModel:
-        if force_reload:
-            usable(self._registry, model_id)
-            with self._table.exclusive(model_id, self._busy_deadline) as entry:
-                record = usable(self._registry, model_id)
-                self._unloader.release(model_id, entry)
-                loading = entry.loading = Loading(forced=True)
-                watch(loading.progress)
-                self._loads.fill(record, entry, loading)
-                loading.done.result()
-        with self.lease(model_id, cancellation, keep_alive, watch) as model:
-            conversion = self.conversions.of(model_id) if wait_for_graph else None
-        if conversion is None:
-            return model
-        told = None
-        while not wait([conversion.settled], LOOK_AGAIN).done:
-            if conversion.progress is not told:  # each attempt has its own
-                told = conversion.progress
-                watch(told)
-            cancellation.check()
-        with self.lease(model_id, cancellation, keep_alive, watch) as model:
-            return model
-
-    def _override(self, model_id: str, settings: LoadSettings) -> LoadSettings:
-        """Applies these settings from the next load on, and unloads a model with others; returns the earlier settings.
-
-        Raises: as a load with them, as far as that is known before weights are read; then nothing changes.
-        """
-        record = usable(self._registry, model_id)
-        with self._changed:
-            entry = self._table.of(model_id)
-            before = entry.overrides
-        if before == settings:
-            return before
-        loader = self._loader.get()
-        with suppress(FilesMissing, HubUnreachable):  # without the files nothing can be checked yet
-            folder = self.downloads.present(record)
-            loader.check(record, self._options, folder, settings.over(record.settings))
-        with self._table.exclusive(model_id, self._busy_deadline) as entry:
-            self._clear(model_id, entry)
-            entry.overrides = settings
-        return before
-
-    @property
-    def _busy_deadline(self) -> float:
-        """When an unload that begins now stops waiting for the model's requests, a reading of `time.monotonic`."""
-        return time.monotonic() + self._busy_timeout
 
     # Unloading -------------------------------------------------------------------------------------------------------
 
@@ -243,7 +187,7 @@ class ModelManager:
         Raises:
             ModelBusy: they did not end within the busy timeout; the model stays.
         """
-        with self._table.exclusive(model_id, self._busy_deadline) as entry:
+        with self._table.exclusive(model_id) as entry:
             return self._clear(model_id, entry)
 
     def unload_all(self) -> None:
@@ -252,7 +196,7 @@ class ModelManager:
         Raises:
             ModelBusy: some were in use for longer than the busy timeout and stay; the message names them.
         """
-        deadline = self._busy_deadline
+        deadline = self._table.busy_deadline
         busy = []
         with self._changed:
             present = [
@@ -276,7 +220,7 @@ class ModelManager:
             ModelBusy: the requests that use it did not end within the busy timeout; nothing was changed.
         """
         self._registry.check_present(model_id)
-        with self._table.exclusive(model_id, self._busy_deadline) as entry:
+        with self._table.exclusive(model_id) as entry:
             content = self._registry.remove(model_id)
             self.downloads.cancel(model_id)
             self._clear(model_id, entry)
@@ -325,21 +269,5 @@ class ModelManager:
     def forecast(
         self, model_id: str, settings: LoadSettings | None = None, cancellation: Cancellation = NEVER
     ) -> Forecast:
-        """Estimates a load of the model, whether it fits, and which models it would evict.
-
-        Fetches only the config of a model that is not here. Computes one forecast at a time: it keeps the interpreter
-        busy, and many at once would stop other threads.
-
-        Raises: as `lease`, except errors that only reading the weights shows.
-        """
-        cancellation = cancellation.child(lambda: self._table.closed)
-        cancellation.until(lambda seconds: self._forecasting.acquire(timeout=seconds))
-        try:
-            return self._forecast(model_id, settings)
-        finally:
-            self._forecasting.release()
-
-    def _forecast(self, model_id: str, settings: LoadSettings | None) -> Forecast:
-        record = self._registry.get(model_id)
-        wanted = (settings or LoadSettings()).over(record.settings)
-        return self._evictor.forecast(model_id, self._loads.fitting(record, wanted)[1])
+        """Estimates a load of the model: see `Forecasts.forecast`."""
+        return self._forecasts.forecast(model_id, settings, cancellation)

@@ -98,7 +98,9 @@ class ModelTable:
     """All entries, and the lock that guards them; the condition `changed` is notified of every change that a thread
     awaits."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy_timeout: float = 30.0) -> None:
+        """`busy_timeout` is the seconds that exclusive access waits for the requests of a model."""
+        self._busy_timeout = busy_timeout
         self.changed = threading.Condition()
         self.closed = False
         # It never shrinks: a thread may wait for an entry, and an empty one is tiny.
@@ -121,13 +123,19 @@ class ModelTable:
 
     # With or without the lock -----------------------------------------------------------------------------------------
 
+    @property
+    def busy_deadline(self) -> float:
+        """When exclusive access that is asked for now stops waiting, a reading of `time.monotonic`."""
+        return time.monotonic() + self._busy_timeout
+
     @contextmanager
-    def exclusive(self, model_id: str, deadline: float) -> Iterator[ModelEntry]:
+    def exclusive(self, model_id: str, deadline: float | None = None) -> Iterator[ModelEntry]:
         """Exclusive access to the model's entry: waits for active leases to end, and blocks new ones meanwhile.
 
         Raises:
-            ModelBusy: they did not end before the deadline, a reading of `time.monotonic`.
+            ModelBusy: they did not end before the deadline; without one, before `busy_deadline`.
         """
+        deadline = self.busy_deadline if deadline is None else deadline
         before_wait()
         with self.changed:
             entry = self.of(model_id)

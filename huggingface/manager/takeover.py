@@ -16,8 +16,9 @@ from ..registry.registry import ModelRegistry
 from .budget import Budget
 from .conversions import Conversion
 from .eviction import Evictor
+from .forecasts import Forecasts
 from .keep_alive import KeepAlive
-from .loads import Loads, is_stale, usable
+from .loads import Loads, is_stale
 from .table import Loading, ModelTable
 from .unloading import Unloader
 
@@ -38,20 +39,19 @@ class Takeover:
         table: ModelTable,
         budget: Budget,
         evictor: Evictor,
+        forecasts: Forecasts,
         loads: Loads,
         unloader: Unloader,
         keep_alive: KeepAlive,
-        timeout: float,
     ) -> None:
-        """`timeout` is how many seconds new requests of a model may wait for a reload."""
         self._registry = registry
         self._table = table
         self._budget = budget
         self._evictor = evictor
+        self._forecasts = forecasts
         self._loads = loads
         self._unloader = unloader
         self._keep_alive = keep_alive
-        self._memory_timeout = timeout
 
     def may_convert(self, conversion: Conversion) -> bool:
         """Whether a model's load is over, so that its conversion does not disturb the load's measurements."""
@@ -82,13 +82,13 @@ class Takeover:
                 return False
         if model is None or model.setup.pending != conversion.pending or model.failed:
             return True  # the next load reads the graph
-        record = usable(self._registry, model_id)
+        record = self._registry.usable(model_id)
         if is_stale(model, record):
             return True
         settings = entry.overrides.over(record.settings)
         backend = conversion.pending.backend
         account = self._loads.account(f"{model_id} by {backend}", model_id)
-        estimate = self._loads.estimate(record, replace(settings, backend=backend))
+        estimate = self._forecasts.estimate(record, replace(settings, backend=backend))
         self._evictor.lacking(model_id, estimate.devices)
         if not self._budget.reserve(account.owner, estimate.devices):
             return self._reload(conversion, record)
@@ -127,9 +127,8 @@ class Takeover:
         patient = conversion.tries >= _PATIENCE and not conversion.tries & (conversion.tries - 1)
         conversion.reason = "there is no room for both while it is in use"
         try:
-            with self._table.exclusive(
-                record.model_id, time.monotonic() + (self._memory_timeout if patient else 0)
-            ) as entry:
+            patience = self._evictor.timeout if patient else 0
+            with self._table.exclusive(record.model_id, time.monotonic() + patience) as entry:
                 if entry.model is None or entry.model.setup.pending != conversion.pending:
                     return True
                 used, expires = entry.used, entry.expires

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..errors import ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
+from ..errors import ModelDisabled, ModelExists, ModelNotFound, ProtectedField, RegistryError, UnknownField
 from ..types import timestamp
 from .content import FIELDS, Corrupt, RegistryContent, encode, parse, same_json, stored_value
 from .file import RegistryFile, Signature, Version
@@ -115,6 +115,17 @@ class ModelRegistry:
         if model_id not in content.records:
             raise content.absent(model_id)
         return _used(content.records[model_id], uses.get(model_id))
+
+    def usable(self, model_id: str) -> ModelRecord:
+        """The record of a model that may be loaded.
+
+        Raises:
+            ModelNotFound, ModelDisabled: there is none, or it is disabled.
+        """
+        record = self.get(model_id)
+        if record.status == "disabled":
+            raise ModelDisabled(model_id)
+        return record
 
     def check_present(self, model_id: str) -> None:
         """Raises ModelNotFound where the file has no record of `model_id`, not even an unreadable one."""

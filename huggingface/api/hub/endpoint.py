@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import EngineFailed, ModelDisabled
+from ...errors import EngineFailed
 from ...host.devices import resolve_device
 from ...registry.records import ModelRecord
 from ...tasks import MODEL_TYPES
@@ -34,9 +34,7 @@ def show_model_health(path: schemas.ModelPath) -> dict[str, Any]:
     """Check that a model accepts requests; it need not be in memory."""
     if (model := called(path.model_id, "health")) is not None:
         return dict(get_model(model))
-    record = services().registry.get(path.model_id)
-    if record.status == "disabled":
-        raise ModelDisabled(record.model_id)
+    record = services().registry.usable(path.model_id)
     resident = services().manager.residents().get(record.model_id)
     if resident is not None and resident.model.failed:
         raise EngineFailed(record.model_id)
