@@ -8,7 +8,7 @@ hold nothing private (no path of this machine, no token). Any thread may raise a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,21 @@ def no_panics() -> Iterator[None]:
         raise
     except BaseException as panic:
         raise LibraryPanic(str(panic)) from panic
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], LocalLLMError]) -> Iterator[None]:
+    """Raises any error in the block, a panic too, as the one that `explain` returns for it.
+
+    A `LocalLLMError` passes unchanged.
+    """
+    try:
+        with no_panics():
+            yield
+    except LocalLLMError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
 
 
 # What the caller sent -------------------------------------------------------------------------------------------------

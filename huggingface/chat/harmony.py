@@ -7,7 +7,7 @@ one answer; the text may come in pieces of any size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from .arguments import JsonArguments
 from .calls import longest_beginning
@@ -24,17 +24,10 @@ _SPACE = " \t\r\n"
 class HarmonyReader:
     """Reads one answer."""
 
-    def __init__(
-        self,
-        tools: Collection[str] | None = None,
-        *,
-        prompt_end: str = "",
-        new_id: Callable[[int], str] | None = None,
-    ) -> None:
+    def __init__(self, tools: Collection[str] | None = None, *, prompt_end: str = "") -> None:
         """`tools` are the functions' names; without them nothing counts as a call. `prompt_end` may hold the beginning
         of the answer's first message."""
         self._tools = frozenset(tools or ())
-        self._new_id = new_id or random_id
         self._parts: list[Part] = []
         self._calls = 0
         self._said = self._thought = False
@@ -142,7 +135,7 @@ class HarmonyReader:
 
     def _start(self, told: str) -> bool:
         if told:
-            self._parts.append(CallStart(self._calls, self._new_id(24), self._name))
+            self._parts.append(CallStart(self._calls, random_id(24), self._name))
         return bool(told)
 
     def _call(self, arguments: str) -> None:

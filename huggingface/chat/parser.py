@@ -79,7 +79,6 @@ class AnswerParser:
         inside_reasoning: bool = False,
         tools: Collection[str] | None = None,
         exact: bool = False,
-        new_id: Callable[[int], str] | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -90,7 +89,6 @@ class AnswerParser:
             tools: the functions' names, or their schemas by name; without tools nothing counts as a call.
             exact: an unmarked object is a call only if it holds a name and arguments, in this order, and nothing else:
                 for answers that may be other JSON.
-            new_id: makes a call's id of so many characters.
         """
         self._format = tool_format or JSON
         self._calls_count = tool_format is not None and bool(tools)
@@ -98,7 +96,6 @@ class AnswerParser:
         self._schemas: Mapping[str, Any] = tools if isinstance(tools, Mapping) else {}
         self._exact = exact
         self._tags = reasoning
-        self._new_id = new_id or random_id
         self._parts: list[Part] = []
         self._told: list[str] = []  # pieces of arguments that are not in `_parts` yet
         self._buffer = ""
@@ -357,7 +354,7 @@ class AnswerParser:
             return False
         self._begun = True
         self._raw = ""
-        self._tell(CallStart(self._calls, self._new_id(self._format.id_length), name))
+        self._tell(CallStart(self._calls, random_id(self._format.id_length), name))
         return True
 
     def _end_call(self) -> None:

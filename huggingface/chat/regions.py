@@ -19,14 +19,7 @@ _SPACE = " \t\r\n"
 class RegionReader:
     """Reads one answer. What the parser cannot read becomes content, and so does everything after it."""
 
-    def __init__(
-        self,
-        template: Mapping[str, Any],
-        prompt_end: str,
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        new_id: Callable[[int], str] | None = None,
-    ) -> None:
+    def __init__(self, template: Mapping[str, Any], prompt_end: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """`prompt_end` holds the answer's first words, where the chat template has written some.
 
         Raises:
@@ -39,7 +32,6 @@ class RegionReader:
         prefix = prompt_end if loaded.start_anchor_re.search(prompt_end) else ""  # else it would read the user's words
         self._parser: Any = ResponseParser(loaded, prefix=prefix, tools=list(tools) or None)
         self._calls_count = bool(tools)
-        self._new_id = new_id or random_id
         self._calls = 0
         self._pending = ""  # text that was read and not delivered yet, with its marks
         self._space = ""  # space at the end of the last part, delivered before more text of the same kind
@@ -94,7 +86,7 @@ class RegionReader:
             arguments = function.get("arguments", {})
             if not self._calls_count or not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
                 return self._say(Content, self._pending)
-            parts.append(CallStart(self._calls, self._new_id(24), function["name"]))
+            parts.append(CallStart(self._calls, random_id(24), function["name"]))
             parts.append(CallArguments(self._calls, json.dumps(arguments, ensure_ascii=False)))
             self._calls += 1
         self._last, self._space = None, ""

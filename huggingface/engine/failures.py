@@ -5,17 +5,16 @@ Called on the engine's thread. Must not know requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
-from ..errors import EngineFailed, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory, no_panics
+from ..errors import EngineFailed, GenerationFailed, InvalidRequest, LocalLLMError, OutOfMemory, explained
 from ..host.memory import ran_out_of_memory
 
 
-@contextmanager
-def typed(model_id: str) -> Iterator[None]:
+def typed(model_id: str) -> AbstractContextManager[None]:
     """Turns any error in the block into one of the project's errors.
 
     Raises:
@@ -24,18 +23,16 @@ def typed(model_id: str) -> Iterator[None]:
         InvalidRequest: beams sample from more than 2^24 tokens, the limit of `torch.multinomial`.
         GenerationFailed: any other error of the model. LocalLLMErrors pass unchanged.
     """
-    try:
-        with no_panics():
-            yield
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        if ran_out_of_memory(error):
-            raise OutOfMemory(f"Not enough memory to generate with model '{model_id}'") from error
-        if isinstance(error, torch.AcceleratorError):  # CUDA reports it once, and refuses everything afterwards
-            raise EngineFailed(model_id) from error
-        if "number of categories cannot exceed 2^24" in str(error):
-            raise InvalidRequest(
-                "'num_beams' times the vocabulary is more than the 2^24 tokens that torch can sample from", "num_beams"
-            ) from error
-        raise GenerationFailed(f"Model '{model_id}' failed to generate ({type(error).__name__})") from error
+    return explained(partial(_failure, model_id))
+
+
+def _failure(model_id: str, error: Exception) -> LocalLLMError:
+    if ran_out_of_memory(error):
+        return OutOfMemory(f"Not enough memory to generate with model '{model_id}'")
+    if isinstance(error, torch.AcceleratorError):  # CUDA reports it once, and refuses everything afterwards
+        return EngineFailed(model_id)
+    if "number of categories cannot exceed 2^24" in str(error):
+        return InvalidRequest(
+            "'num_beams' times the vocabulary is more than the 2^24 tokens that torch can sample from", "num_beams"
+        )
+    return GenerationFailed(f"Model '{model_id}' failed to generate ({type(error).__name__})")

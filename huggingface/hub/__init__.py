@@ -132,7 +132,6 @@ def fetch_config(
 def fetch_adapter(
     adapter_id: str,
     *,
-    revision: str | None = None,
     progress: Progress | None = None,
     offline: bool = False,
     claims: DiskClaims | None = None,
@@ -152,7 +151,7 @@ def fetch_adapter(
         repository.expect(_ADAPTER)
         return [config, *_weights(repository, config.parent, [_ADAPTER[1]])]
 
-    return _fetch(adapter_id, revision, _ADAPTER[0], bring, progress, offline, lambda _: None, claims)
+    return _fetch(adapter_id, None, _ADAPTER[0], bring, progress, offline, lambda _: None, claims)
 
 
 def adapter_head(adapter_id: str) -> dict[str, Tensor]:

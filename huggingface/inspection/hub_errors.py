@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 
-from ..errors import DiskFull, FilesCorrupt, FilesGated, FilesMissing, HubUnreachable, LoadError, LocalLLMError, public
+from ..errors import (
+    DiskFull,
+    FilesCorrupt,
+    FilesGated,
+    FilesMissing,
+    HubUnreachable,
+    LoadError,
+    explained,
+    public,
+)
 
 _LONGEST_WAIT = 300.0  # the longest wait in seconds that a Hub can ask for; its rate limits use windows of this length
 
@@ -93,15 +103,9 @@ def _is_transport(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def hub_errors(model_id: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(model_id: str, revision: str | None = None) -> AbstractContextManager[None]:
     """Turns any error of a call to the Hub in the block into a `LoadError` for the user, except `Cancelled`."""
-    try:
-        yield
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        raise _hub_error(model_id, revision, error) from error
+    return explained(partial(_hub_error, model_id, revision))
 
 
 def unknown_revision(model_id: str, revision: str) -> FilesMissing:

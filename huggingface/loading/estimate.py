@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..engine.slots import first_bank
 from ..engine.torch.cache import layer_shapes
-from ..errors import LocalLLMError
+from ..errors import explained
 from ..types import Estimate, LoadOptions
 from .backend import Declined
 from .plan import Plan, auto_class, engine_options, file_marks, own_dtype, refusal
@@ -99,15 +99,11 @@ def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> t
     """
     built, config = auto_class(plan.config, plan.head), copy.deepcopy(plan.config)
     config.name_or_path = str(plan.folder)  # where its own code is looked up
-    try:
+    with explained(lambda error: refusal(plan.record.model_id, plan.folder, error, "its config.json")):
         with torch.device("meta"), torch.no_grad(), _bounded():
             model = built.from_config(config, trust_remote_code=plan.trusted)
         token_bytes = _token_bytes(model, dtype) if plan.head == "causal-lm" else 0
         return weigh(model), token_bytes, sum(tensor.numel() for tensor in model.parameters())
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        raise refusal(plan.record.model_id, plan.folder, error, "its config.json") from error
 
 
 @contextmanager

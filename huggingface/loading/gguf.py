@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, no_panics, public
+from ..errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, explained, public
 from ..host.memory import ran_out_of_memory
 from ..inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 
@@ -152,11 +152,8 @@ def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHead
         raise FilesMissing(
             f"Model '{model_id}': neither {gguf_file} nor its folder holds a tokenizer; put tokenizer.json there"
         )
-    try:
-        with no_panics():
-            return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
-    except Exception as error:
-        raise _refusal(model_id, path, header, error, "its tokenizer") from error
+    with explained(lambda error: _refusal(model_id, path, header, error, "its tokenizer")):
+        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
 
 
 def read_model(

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..errors import (
     InvalidRequest,
     LocalLLMError,
     OutOfMemory,
-    no_panics,
+    explained,
     public,
 )
 from ..host.memory import ran_out_of_memory
@@ -83,13 +84,10 @@ def _read_tokenizer(plan: Plan) -> Any:
         raise FilesMissing(
             f"Model '{model_id}': its folder holds no tokenizer (tokenizer.json); put the complete model there"
         )
-    try:
-        with no_panics():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, config=plan.config, trust_remote_code=plan.trusted, local_files_only=True
-            )
-    except Exception as error:
-        raise refusal(model_id, folder, error, "its tokenizer") from error
+    with explained(lambda error: refusal(model_id, folder, error, "its tokenizer")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=plan.config, trust_remote_code=plan.trusted, local_files_only=True
+        )
     # Without a vocabulary, transformers creates a tokenizer that knows no word.
     if lacking := files.lacking_vocabulary(folder, getattr(tokenizer, "vocab_files_names", {})):
         raise FilesMissing(f"Model '{model_id}': its tokenizer lacks {lacking}; put the complete model there")
@@ -116,7 +114,7 @@ def read_model(
         stored = stored_dtype(plan, options)
         narrow = stored if stored in (torch.bfloat16, torch.float16) and not whole else None
     dtype = narrow or placement.dtype or "auto"
-    try:
+    with explained(partial(_failure, plan)):
         if plan.gguf is not None and gguf_file is not None:
             model, info = gguf_files.read_model(
                 model_id, plan.folder, gguf_file, plan.gguf, reader, plan.config, dtype=dtype, **spread
@@ -151,24 +149,23 @@ def read_model(
             if narrow is not None:
                 _widen(model)
         return model if placement.device_map is not None else model.to(placement.device)
-    except LocalLLMError:
-        raise
-    except Exception as error:
-        if ran_out_of_memory(error):
-            raise OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'") from error
-        if isinstance(error, torch.AcceleratorError):
-            raise DeviceFailed(placement.device, str(error)) from error
-        if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
-            raise InvalidRequest(
-                f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "
-                f"{public(error, plan.folder)}",
-                "attn_implementation",
-            ) from error
-        if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
-            raise InvalidRequest(
-                f"Invalid value for field 'device_map': {public(error, plan.folder)}", "device_map"
-            ) from error
-        raise refusal(model_id, plan.folder, error, "its weights or its config.json") from error
+
+
+def _failure(plan: Plan, error: Exception) -> LocalLLMError:
+    model_id, placement = plan.record.model_id, plan.placement
+    if ran_out_of_memory(error):
+        return OutOfMemory(f"Not enough memory on {placement.device} to load model '{model_id}'")
+    if isinstance(error, torch.AcceleratorError):
+        return DeviceFailed(placement.device, str(error))
+    if placement.attention is not None and re.search("attention|attn|flash|flex", str(error), re.IGNORECASE):
+        return InvalidRequest(
+            f"Invalid value for field 'attn_implementation': model '{model_id}' cannot be loaded with it here: "
+            f"{public(error, plan.folder)}",
+            "attn_implementation",
+        )
+    if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
+        return InvalidRequest(f"Invalid value for field 'device_map': {public(error, plan.folder)}", "device_map")
+    return refusal(model_id, plan.folder, error, "its weights or its config.json")
 
 
 def _can_widen(model: Any, narrow: torch.dtype) -> bool:

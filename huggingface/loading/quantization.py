@@ -7,7 +7,6 @@ it, on its thread, before the model is used. Must not know records, the registry
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +37,6 @@ _RUNS = 5
 
 _DEVICES = ("cpu", "cuda")
 _BITSANDBYTES = "bitsandbytes==0.50.2"
-
-# By names in a file: tables that are looked up, output layers, and weights that transformers joins into one parameter
-# for all experts.
-_TABLES = re.compile(r"(embed|wte|wpe|shared|position|token_type|relative_attention_bias)")
-_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_EXPERTS = re.compile(r"\.experts\.")
 
 # A module's place: its parent, its name there, and itself.
 _Place = tuple[nn.Module, str, nn.Module]
@@ -121,20 +114,6 @@ def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
         small = scheme == "int4" and len(places) == 1 and module is not head
         total += _weight_bytes(outputs, inputs, 4 if small else 8, device) - module.weight.nbytes
     return total
-
-
-def quantized_bytes(name: str, shape: Sequence[int], scheme: str, device: str = "cpu", *, width: int = 4) -> int:
-    """Bytes of one tensor of a weights file once its model is quantized, scales and steps included.
-
-    Computed from its name and shape, as in a file's header; `width` is the bytes of a number that is not quantized.
-    Only the model shows which table is an output layer's too, and a `Conv1D`'s order: see `predicted_bytes`.
-    """
-    count = 1
-    for size in shape:
-        count *= size
-    if len(shape) != 2 or not name.endswith("weight") or _TABLES.search(name) or _EXPERTS.search(name):
-        return count * width
-    return _weight_bytes(shape[0], shape[1], 8 if scheme == "int8" or _HEADS.search(name) else 4, device)
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Latencies are counted in classes whose bounds grow by this factor: a quantile is exact to half of it, and the counts
 # of several processes can be added. Source: Masson, Rim, Lee: "DDSketch", PVLDB 12(12), 2019.
 _GROWTH = 1.05
+_DELAY = 5.0  # the most seconds until counts are written to the file
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
@@ -100,10 +101,8 @@ def _number(value: Any) -> Any:
 class Statistics:
     """The counters, and the file at `path` that keeps them; without a path they last as long as the process."""
 
-    def __init__(self, path: Path | None = None, *, delay: float = 5.0) -> None:
-        """`delay` is the most seconds until counts are written to the file."""
+    def __init__(self, path: Path | None = None) -> None:
         self._file = None if path is None else RegistryFile(path, lock_timeout=5.0)
-        self._delay = delay
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._pending: dict[str, _Counts] = {}
@@ -191,8 +190,8 @@ class Statistics:
         return {model_id: counts for model_id, counts in self._kept.items() if model_id not in removed}
 
     def _write_behind(self) -> None:
-        """Writes once, `delay` seconds after the first new count; later counts start another thread."""
-        self._wake.wait(self._delay)
+        """Writes once, some seconds after the first new count; later counts start another thread."""
+        self._wake.wait(_DELAY)
         with self._lock:
             if self._closing:
                 return  # `close` writes

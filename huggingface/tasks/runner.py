@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +23,7 @@ from ..errors import (
     MissingField,
     OutOfMemory,
     UnsupportedTask,
-    no_panics,
+    explained,
 )
 from ..host.memory import ran_out_of_memory
 from . import Head, canonical_task, supported_tasks, text_generation
@@ -147,14 +148,9 @@ class TaskRunner:
             GenerationFailed, OutOfMemory: the model failed.
         """
         request = Request(task, inputs, parameters, cancellation)
-        try:
-            with no_panics():
-                work = self._begin(request)
-                result = self._whole(request) if work is None else _one_by_one(work, cancellation)
-        except LocalLLMError:
-            raise
-        except Exception as error:
-            raise self._explain(request, error) from error
+        with explained(partial(self._explain, request)):
+            work = self._begin(request)
+            result = self._whole(request) if work is None else _one_by_one(work, cancellation)
         self._finished(request)
         return result
 

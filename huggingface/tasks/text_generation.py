@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager
+from functools import lru_cache, partial
 from typing import Any
 
-from ..errors import LocalLLMError, no_panics
+from ..errors import LocalLLMError, explained
 from . import inputs as shapes
 from .generation import check_sequences, generation_arguments
 from .json_values import json_value
@@ -104,16 +104,9 @@ class TextGenerations:
         with self._lock:
             return json_value(self._opened.postprocess(outputs, **after))
 
-    @contextmanager
-    def explained(self, parameters: Mapping[str, Any]) -> Iterator[None]:
+    def explained(self, parameters: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Turns any error in the block into one of the project's."""
-        try:
-            with no_panics():
-                yield
-        except LocalLLMError:
-            raise
-        except Exception as error:
-            raise self._explain(parameters, error) from error
+        return explained(partial(self._explain, parameters))
 
     @property
     def _pipeline(self) -> Any:
