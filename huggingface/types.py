@@ -202,18 +202,10 @@ PASSING = "generation"
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """How many bytes a model in memory takes.
-
-    `copies` are weights held a second time, in a layout that makes products faster. `peak` is the most that weights,
-    copies and KV cache were together. `devices` are the bytes by device.
-    """
-
+class _Bytes:
     weights: int
     copies: int
     kv_cache: int
-    peak: int
-    devices: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -222,7 +214,19 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Sizes(_Bytes):
+    """How many bytes a model in memory takes.
+
+    `copies` are weights held a second time, in a layout that makes products faster. `peak` is the most that weights,
+    copies and KV cache were together. `devices` are the bytes by device.
+    """
+
+    peak: int
+    devices: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate(_Bytes):
     """The bytes that a load would take, computed from config and headers.
 
     `kv_cache` is what the first generations take, `token_bytes` the KV cache of one token. `devices` are the bytes by
@@ -230,9 +234,6 @@ class Estimate:
     weights in their files.
     """
 
-    weights: int
-    copies: int
-    kv_cache: int
     token_bytes: int
     device: str
     dtype: str
@@ -241,11 +242,6 @@ class Estimate:
     backend: str = "torch"
     conversion: int = 0
     own_dtype: str | None = None
-
-    @property
-    def total(self) -> int:
-        """The bytes of weights, copies and KV cache together."""
-        return self.weights + self.copies + self.kv_cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from typing import Any
 
 from ..cancellation import before_wait
@@ -183,25 +184,20 @@ class Preflight:
 
     def _within(self, model_id: str, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs `look` on its own thread with a time limit, because resolving the Hub's address, say, has none."""
-        found: list[dict[str, Any]] = []
-        failures: list[BaseException] = []
+        found: Future[dict[str, Any]] = Future()
 
         def run() -> None:
             try:
-                found.append(look())
+                found.set_result(look())
             except BaseException as error:  # noqa: BLE001 - raised again below
-                failures.append(error)
+                found.set_exception(error)
 
-        thread = threading.Thread(target=run, name="preflight", daemon=True)
-        thread.start()
+        threading.Thread(target=run, name="preflight", daemon=True).start()
         before_wait()
-        thread.join(self._timeout + 0.5)
-        if thread.is_alive():
+        if not wait([found], self._timeout + 0.5).done:
             self._was_silent(model_id)
             raise self._away_error(model_id)
-        if failures:
-            raise failures[0]
-        return found[0]
+        return found.result()
 
     def _look_away(
         self,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ...errors import InvalidRequest
 from ...registry.records import ModelRecord
-from ..parameters.schemas import request_error
+from ..http.validation import request_error
 from .schemas import ModelsPage
 
 

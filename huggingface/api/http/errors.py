@@ -19,8 +19,8 @@ from typing_extensions import TypedDict
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from ... import errors
-from ..parameters.schemas import request_error
 from .fields import fields_named
+from .validation import request_error
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,6 @@ from pydantic_core import PydanticCustomError
 from ..http.fields import Fields
 from ..http.validation import request_error
 
-__all__ = [
-    "TASK_PARAMETERS",
-    "GenerationParameters",
-    "Parameters",
-    "request_error",
-    "validate",
-]
-
 _LARGEST = 2**31 - 1  # no model has a larger length, count or token id
 _MAX_SEQUENCES = 1024  # each one multiplies the memory of a step
 
