@@ -82,7 +82,7 @@ class Conversion:
         """How far the conversion is."""
         return ConversionStatus(self.state, self.reason, self.bytes or 0, self.progress.now())
 
-    def wait(self, watch: Callable[[Progress], None], cancellation: Cancellation) -> None:
+    def wait_until_settled(self, watch: Callable[[Progress], None], cancellation: Cancellation) -> None:
         """Waits until the graph computes the model, or never will; `watch` gets the progress of each attempt.
 
         Raises:

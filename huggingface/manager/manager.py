@@ -148,7 +148,7 @@ class ModelManager:
             with self.lease(model_id, cancellation, keep_alive, watch) as model:
                 conversion = self.conversions.of(model_id) if wait_for_graph else None
             if conversion is not None:
-                conversion.wait(watch, cancellation)
+                conversion.wait_until_settled(watch, cancellation)
                 with self.lease(model_id, cancellation, keep_alive, watch) as model:
                     pass
             return model

@@ -57,7 +57,7 @@ class Takeover:
         """Whether a model's load is over, so that its conversion does not disturb the load's measurements."""
         with self._table.changed:
             entry = self._table.of(conversion.model_id)
-            return entry.loading is None and (entry.model is None or entry.model.settles(0))
+            return entry.loading is None and (entry.model is None or entry.model.preparation.settles(0))
 
     def stays(self, conversion: Conversion, reason: str) -> None:
         """Records why no graph computes a model."""

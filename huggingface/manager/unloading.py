@@ -67,7 +67,7 @@ class Unloader:
         if model is None:
             return Unloaded(False, 0, 0)
         sizes, expected = model.sizes, model.expected_back
-        resident = model.resident
+        resident = model.preparation.resident
         before = {device: used_bytes(device) for device in sizes.devices}
         self._budget.freeze(model_id)
         model.close()

@@ -74,8 +74,8 @@ class LoadedModel:
             self.backend_reason = parts.serving.declined or self.backend_reason
             return parts
 
-        self._preparation = Preparation(setup, compute.model, self._memory, make)
-        self._parts = self._preparation.parts
+        self.preparation = Preparation(setup, compute.model, self._memory, make)
+        self._parts = self.preparation.parts
 
     @property
     def effective(self) -> Mapping[str, Any]:
@@ -95,15 +95,15 @@ class LoadedModel:
     @property
     def opened_tasks(self) -> tuple[str, ...]:
         """The tasks that have run since the load; their pipelines are kept."""
-        parts = self._preparation.done
+        parts = self.preparation.done
         return () if parts is None else parts.tasks.opened
 
     @property
     def status(self) -> EngineStatus | None:
         """What the engine is doing; None after the model was unloaded."""
-        if not self.settles(0):
+        if not self.preparation.settles(0):
             return EngineStatus("starting", None, None, 0, 0, 0, 0, 0, 0, self._options.kv_cache_bytes)
-        parts = self._preparation.done
+        parts = self.preparation.done
         return None if parts is None else parts.engine.status()
 
     @property
@@ -177,12 +177,7 @@ class LoadedModel:
     @property
     def failed(self) -> bool:
         """Whether the engine is broken, so that a load replaces the model."""
-        return self._preparation.failed
-
-    @property
-    def resident(self) -> bool:
-        """Whether the weights are in memory of their own, not in a mapped file."""
-        return self._preparation.resident
+        return self.preparation.failed
 
     def generate(self, request: GenerationRequest, cancellation: Cancellation = NEVER) -> Ticket:
         """Queues a generation; its ticket delivers the text, and the errors of the engine.
@@ -263,10 +258,6 @@ class LoadedModel:
 
         return retried(run, self._memory.account.evict_one)
 
-    def settles(self, seconds: float) -> bool:
-        """Waits up to `seconds` until the model is prepared; returns whether it is."""
-        return self._preparation.settles(seconds)
-
     def prepared(self, cancellation: Cancellation = NEVER) -> None:
         """Waits until the model is prepared: until it is known how it is served.
 
@@ -278,7 +269,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Cancels running work and gives the memory back to the system. The model cannot be used afterwards."""
-        if not self._preparation.close():
+        if not self.preparation.close():
             return
         self._memory.forget()
         if self.setup.folder is not None:

@@ -40,7 +40,7 @@ def show_cache() -> dict[str, Any]:
     types = _types()
     until = time.monotonic() + (_SETTLE if residents and may_wait() else 0.0)
     for resident in residents.values():
-        resident.model.settles(max(0.0, until - time.monotonic()))
+        resident.model.preparation.settles(max(0.0, until - time.monotonic()))
     return {
         "success": True,
         "cached_models": {
