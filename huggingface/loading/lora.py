@@ -144,7 +144,7 @@ def _teach_quantized(what: str, config: Any, model: Any) -> None:
     """Tells peft how to adapt the layers of `quantization`: beside their product, as for any layer."""
     from peft.tuners.lora import Linear
 
-    from .quantization import QuantizedLinear
+    from .narrow import QuantizedLinear
 
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return

@@ -1,15 +1,13 @@
 """Weights in 8 or 4 bits: replaces a loaded model's layers, one by one, by layers with a quarter of the memory.
 
-Only the weights are rounded: values enter a product in 16 bits, each row with its own scale, and whole numbers add up
-exactly. So a row's result does not depend on the rest of the batch. `int4` on CUDA is bitsandbytes'. The loader calls
-it, on its thread, before the model is used. Must not know records, the registry or the engine.
+Only the weights are rounded; `narrow` multiplies by them. `int4` on CUDA is bitsandbytes'. The loader calls it, on its
+thread, before the model is used. Must not know records, the registry or the engine.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,21 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidRequest, ModelUnsupported
 from ..host.memory import drop_pages, mapped_files
+from .narrow import GROUP, SMALLEST, QuantizedEmbedding, QuantizedLinear, pack, whole_products_pay
 
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
-_GROUP = 32  # weights of one output that share a step in 4 bits
 _MAX_STEP = 15  # a group's step is at most this many times its output's smallest: 15 * 8 still is an 8-bit number
 _STEPS_TRIED = (0, 1, -1)  # besides the step that just holds all of a group's weights
-_HALF = 256  # the value of one unit in the upper half of a 16-bit number
-_TOP = 127 * _HALF  # a row's largest value in 16 bits
-_SMALLEST = 1e-30  # so that a row of zeros has a scale
-_ROWS = 256  # rows computed at a time: their sums take 16 bytes an output
 _BLOCK = 2**17  # weights rounded at a time, so that the results stay in the caches
 _NF4_BLOCK = 64  # weights that share a step in bitsandbytes' 4 bits
 _NF4_CODE = 64  # bytes of its table of values, one per layer
 _WORTH = 0.1  # the least share of a model's bytes in layers that can be quantized
-_RUNS = 5
 
 _DEVICES = ("cpu", "cuda")
 _BITSANDBYTES = "bitsandbytes==0.50.2"
@@ -80,7 +73,7 @@ def quantize(model: nn.Module, scheme: str, device: str, dtype: torch.dtype | No
             f"quantization is not available for this kind of model ({type(model).__name__}): almost none of its "
             "weights are in layers that can be quantized"
         )
-    whole = device == "cpu" and _whole_products_pay()
+    whole = device == "cpu" and whole_products_pay()
     head, mapped = _head(model), mapped_files()
     with torch.no_grad():
         while groups:  # nothing else may hold a replaced layer
@@ -138,162 +131,12 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(storages.values()) + fakes
 
 
-class QuantizedLinear(nn.Module):
-    """A layer whose weights are whole numbers of 8 or 4 bits, times one float per output."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    steps: torch.Tensor | None
-    middles: torch.Tensor | None
-
-    def __init__(
-        self,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        steps: torch.Tensor | None,
-        middles: torch.Tensor | None,
-        bias: nn.Parameter | None,
-        *,
-        dtype: torch.dtype,
-        whole: bool,
-    ) -> None:
-        """`codes` are (outputs, inputs) of int8; with `steps` and `middles`, (groups, outputs), see `_packed`.
-
-        `whole`: multiplies in whole numbers; otherwise turns the weights into floats for each product.
-        """
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("steps", steps)
-        self.register_buffer("middles", middles)
-        self.bias = bias
-        self.dtype = dtype
-        self.whole = whole
-        self.out_features = scale.numel()
-        self.in_features = codes.shape[1] if steps is None else 2 * codes.shape[0]
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight's dtype and shape, which models read, without its numbers."""
-        return torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) -> (…, outputs)"""
-        rows = values.reshape(-1, self.in_features)
-        weight = self.codes.t() if self.steps is None else _unpacked(self.codes, self.steps)
-        way = _whole_product if self.whole else _float_product
-        middles = None if self.middles is None else torch.mul(self.middles, self.scale).to(rows.dtype)
-        parts = torch.split(rows, _ROWS) if rows.shape[0] > _ROWS else (rows,)
-        products = []
-        for part in parts:
-            made = way(part, weight, self.scale)
-            if middles is not None:
-                made.addmm_(part.view(part.shape[0], -1, _GROUP).sum(2), middles)
-            products.append(made)
-        product = products[0] if len(products) == 1 else torch.cat(products)
-        if self.bias is not None:
-            product = product + self.bias
-        return product.view(*values.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """The text in `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, bits={8 if self.steps is None else 4}"
-
-
-class QuantizedEmbedding(nn.Module):
-    """A table of embeddings that shares its 8-bit numbers with the model's output layer."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, linear: QuantizedLinear, padding_idx: int | None) -> None:
-        super().__init__()
-        self.register_buffer("codes", linear.codes)
-        self.register_buffer("scale", linear.scale)
-        self.dtype = linear.dtype
-        self.padding_idx = padding_idx
-        self.num_embeddings, self.embedding_dim = linear.codes.shape
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """See `QuantizedLinear.weight`."""
-        return torch.empty(self.codes.shape, dtype=self.dtype, device="meta")
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(…) -> (…, width)"""
-        return (self.codes[ids] * self.scale[ids].unsqueeze(-1)).to(self.dtype)
-
-
-# Products -------------------------------------------------------------------------------------------------------------
-
-
-def _whole_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(rows, inputs) by int8 weights (inputs, outputs): each value as two 8-bit numbers, in two rows.
-
-    Sums of whole numbers are exact, so neither the other rows nor the order of additions matters.
-    """
-    count = rows.shape[0]
-    step = rows.abs().amax(1, keepdim=True).float().clamp_min_(_SMALLEST).div_(_TOP)
-    values = torch.div(rows, step).to(torch.int16)
-    halves = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
-    halves[count:] = values  # the lower half, -128 to 127, so the upper one is rounded to the nearest
-    halves[:count] = values.add_(_HALF // 2).bitwise_right_shift_(8)
-    sums = torch._int_mm(halves, weight).float()
-    product = torch.add(sums[count:], sums[:count], alpha=_HALF).mul_(step).mul_(scale)
-    return product if product.dtype is rows.dtype else product.to(rows.dtype)
-
-
-def _float_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same product in floats of the rows' dtype, where torch has no exact and fast product of whole numbers.
-
-    The scale is applied first, because sums of codes can exceed what 16-bit floats hold.
-    """
-    return torch.mm(rows, torch.mul(weight, scale).to(rows.dtype))
-
-
-def whole_products_are_exact() -> bool:
-    """Whether this machine adds whole numbers in 32 bits.
-
-    Without the instructions for it (AVX512-VNNI and the like) oneDNN's sums saturate at 16 bits, silently.
-    """
-    try:
-        for rows, inputs, outputs in ((1, 576, 192), (2, 1536, 576), (64, 66, 33)):
-            for value in (127, -128):
-                left = torch.full((rows, inputs), value, dtype=torch.int8)
-                right = torch.full((inputs, outputs), value, dtype=torch.int8)
-                if not bool((torch._int_mm(left, right) == inputs * value * value).all()):
-                    return False
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
-
-
-def _whole_products_pay() -> bool:
-    """Whether products of whole numbers are exact, and faster than floats: measured."""
-    if not whole_products_are_exact():
-        return False
-    values, scale = torch.rand(4, 1024) - 0.5, torch.ones(1024)
-    weight = torch.randint(-127, 128, (1024, 1024), dtype=torch.int8).t()
-    with torch.inference_mode():
-        whole, floats = (_seconds(way, values, weight, scale) for way in (_whole_product, _float_product))
-    return whole < floats
-
-
-def _seconds(way: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> float:
-    shortest = float("inf")
-    for _ in range(_RUNS):
-        started = time.perf_counter()
-        way(*arguments)
-        shortest = min(shortest, time.perf_counter() - started)
-    return shortest
-
-
 # Rounding -------------------------------------------------------------------------------------------------------------
 
 
 def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, inputs) -> int8 of the same shape, and the scale of each output."""
-    scale = weight.abs().amax(1).float().clamp_min_(_SMALLEST).div_(127)
+    scale = weight.abs().amax(1).float().clamp_min_(SMALLEST).div_(127)
     return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -303,11 +146,11 @@ def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     A weight is about (code * step + middle) * scale. Steps and middles are whole numbers, and code * step fits in 8
     bits; of a few steps, the one nearest to the group's weights is taken.
     """
-    groups = weight.float().view(weight.shape[0], -1, _GROUP)
+    groups = weight.float().view(weight.shape[0], -1, GROUP)
     least, maximum = groups.aminmax(dim=2, keepdim=True)
     apart, middle = maximum - least, (maximum + least) / 2
     scale = torch.maximum(apart.amax(1, keepdim=True) / (15 * _MAX_STEP), middle.abs().amax(1, keepdim=True) / 120)
-    scale.clamp_min_(_SMALLEST)
+    scale.clamp_min_(SMALLEST)
     parts, holding, middle = groups / scale, (apart / (15 * scale)).round_(), middle / scale
     best: list[torch.Tensor] = []
     for beside in _STEPS_TRIED:
@@ -324,26 +167,8 @@ def _rounded_by_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return codes.view(weight.shape), steps[:, :, 0], middles[:, :, 0], scale.flatten()
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """(outputs, inputs) of 4 bits -> (inputs / 2, outputs): the first half of the inputs in the low bits, the second
-    above."""
-    below, above = codes.t().chunk(2)
-    return ((above << 4) | (below & 15)).contiguous()
-
-
-def _unpacked(packed: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """code * step of each weight, (inputs, outputs) of int8."""
-    half, outputs = packed.shape
-    weight = torch.empty((2 * half, outputs), dtype=torch.int8, device=packed.device)
-    torch.bitwise_left_shift(packed, 4, out=weight[:half])
-    weight[:half].bitwise_right_shift_(4)
-    torch.bitwise_right_shift(packed, 4, out=weight[half:])
-    weight.view(-1, _GROUP, outputs).mul_(steps[:, None])
-    return weight
-
-
 def _fits_groups(inputs: int) -> bool:
-    return inputs % _GROUP == 0
+    return inputs % GROUP == 0
 
 
 def _weight_bytes(outputs: int, inputs: int, bits: int, device: str) -> int:
@@ -352,7 +177,7 @@ def _weight_bytes(outputs: int, inputs: int, bits: int, device: str) -> int:
         return outputs * inputs + outputs * 4
     if device != "cpu":
         return outputs * inputs // 2 + -(-outputs * inputs // _NF4_BLOCK) * 4 + _NF4_CODE
-    return outputs * inputs // 2 + 2 * (outputs * inputs // _GROUP) + outputs * 4
+    return outputs * inputs // 2 + 2 * (outputs * inputs // GROUP) + outputs * 4
 
 
 # Modules --------------------------------------------------------------------------------------------------------------
@@ -370,7 +195,7 @@ def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool)
     else:
         rounded = zip(*(_rounded_by_groups(block.contiguous()) for block in blocks), strict=True)
         codes, steps, middles, scale = (torch.cat(part).to(device) for part in rounded)
-        codes, steps, middles = _packed(codes), steps.t().contiguous(), middles.t().contiguous()
+        codes, steps, middles = pack(codes), steps.t().contiguous(), middles.t().contiguous()
     made: list[nn.Module] = []
     for _, _, old in places:
         bias: Any = getattr(old, "bias", None)

@@ -25,10 +25,11 @@ from ..types import Estimate, LoadOptions
 from .backend import Declined, Load, Opened
 from .estimate import Weights, estimate
 from .lora import AttachedAdapters, attach
+from .narrow import QuantizedLinear
 from .placement import Placement
 from .plan import Plan, file_bytes, file_marks, own_dtype
 from .pretrained import BUILDING, read_model, watched
-from .quantization import QuantizedLinear, predicted_bytes
+from .quantization import predicted_bytes
 from .quantization import tensor_bytes as quantized_bytes
 
 logger = logging.getLogger(__name__)

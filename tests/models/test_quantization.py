@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 import transformers
 from conftest import ROOT, STARTER
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from huggingface.engine.torch.parity import batch_runner
 from huggingface.errors import InvalidRequest, ModelUnsupported
 from huggingface.loading import pretrained, quantization
+from huggingface.loading.narrow import QuantizedLinear, whole_products_are_exact
 from huggingface.loading.plan import look, stored_dtype
 from huggingface.loading.quantization import (
     SCHEMES,
-    QuantizedLinear,
     predicted_bytes,
     quantize,
     tensor_bytes,
@@ -81,9 +82,7 @@ def wide_llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-EXACT = pytest.mark.skipif(
-    not quantization.whole_products_are_exact(), reason="this machine does not add whole numbers up exactly"
-)
+EXACT = pytest.mark.skipif(not whole_products_are_exact(), reason="this machine does not add whole numbers up exactly")
 BOTH_WAYS = pytest.mark.parametrize(
     "whole", [pytest.param(True, id="whole", marks=EXACT), pytest.param(False, id="float")]
 )
@@ -240,6 +239,43 @@ def test_a_row_does_not_depend_on_its_company(bits: int, whole: bool) -> None:
         assert torch.allclose(alone, together[index], rtol=1e-5, atol=1e-5 * float(together[index].abs().max()))
     if whole and bits == 8:
         assert torch.equal(made(rows[:16]), torch.cat([made(row[None]) for row in rows[:16]]))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor of floats that anything computes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and made.device.type == "cpu":
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 300])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_is_never_wide_as_a_whole(bits: int, count: int) -> None:
+    """Weights become floats a block at a time: all of them would leave the caches, and take four times the memory."""
+    layer = nn.Linear(4096, 4096, bias=False).requires_grad_(False)
+    made = rounded(layer, bits, whole=False)
+    with Largest() as largest:
+        made(torch.ones(count, 4096))
+    assert largest.bytes <= layer.weight.numel()
+
+
+@pytest.mark.parametrize("inputs", [32, 96, 128, 160])
+@pytest.mark.parametrize("outputs", [1, 5000])
+@pytest.mark.parametrize("count", [1, 8, 9, 300])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_of_a_layer_make_up_its_product(bits: int, count: int, outputs: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    made = rounded(nn.Linear(inputs, outputs, bias=False), bits, whole=False)
+    values = torch.randn(count, inputs)
+    wanted = values.double() @ rounded_weight(made).t().double()
+    assert torch.allclose(made(values).double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
