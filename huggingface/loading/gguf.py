@@ -119,9 +119,15 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
     """
     import transformers
 
+    from . import gguf_reader
+
     path = locate(model_id, folder, gguf_file)
+    gguf_reader.install()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+        with gguf_reader.without_vocabulary():
+            config = transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+        if f"{header.values['general.architecture']}.vocab_size" not in header.values:
+            config.get_text_config().vocab_size = header.values.get("tokenizer.ggml.tokens")
         for key, name in _PASSED_OVER.get(config.model_type, {}).items():
             said = header.values.get(f"{header.values['general.architecture']}.{key}")
             setattr(config, name, getattr(config, name) if said is None else said)
@@ -168,18 +174,22 @@ def read_model(
     """
     from transformers import GgufConfig
 
+    from . import gguf_reader
+
     path = locate(model_id, folder, gguf_file)
+    gguf_reader.install()
     try:
-        model, info = auto_class.from_pretrained(
-            folder,
-            gguf_file=gguf_file,
-            config=config,
-            quantization_config=GgufConfig(dequantize=True),  # else it might fetch routines from the Hub
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
+        with gguf_reader.without_vocabulary():
+            model, info = auto_class.from_pretrained(
+                folder,
+                gguf_file=gguf_file,
+                config=config,
+                quantization_config=GgufConfig(dequantize=True),  # else it might fetch routines from the Hub
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         if ran_out_of_memory(error):
             raise

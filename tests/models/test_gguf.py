@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -18,12 +17,13 @@ import pytest
 import torch
 import transformers
 from causal_models import build
+from gguf_files import write_gguf
 from lora_models import Served, reference, save_adapter
 from tiny_tokenizers import TEXT
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from huggingface.errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported
 from huggingface.loading import gguf as gguf_files
+from huggingface.loading import gguf_reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # peft, on saving adapters
 
@@ -31,74 +31,6 @@ MODEL = "tiny/gguf"
 FILE = "model.gguf"
 STARTER = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-
-
-def write_gguf(path: Path, model: Any, tokenizer: Any, arch: str, *, quantize: bool = False, **keys: Any) -> None:
-    """A model as a GGUF file, laid out as llama.cpp does; `keys` are more of them, or in the place of others."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name("tiny")
-    values = {f"{arch}.attention.key_length": getattr(config, "head_dim", None) or 0, f"{arch}.context_length": 512}
-    for key, name in GGUF_CONFIG_MAPPING[arch].items():
-        found = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name or "", None)
-        if isinstance(found, int | float):
-            values[f"{arch}.{key}"] = found
-    for key, value in {**values, **keys}.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(key, value)
-    if tokenizer is not None:
-        _write_tokenizer(writer, tokenizer)
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stem, _, suffix = name.rpartition(".")
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        _write_tensor(writer, f"{names.get_name(stem)}.{suffix}", _as_llama_cpp(name, tensor, config, arch), quantize)
-    if "rope" in config.__dict__.get("divided", ""):
-        writer.add_tensor("rope_freqs.weight", config.divisors)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if index in special else 1 for index in range(len(tokens))])
-    writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-
-
-def _write_tensor(writer: Any, name: str, values: np.ndarray, quantize: bool) -> None:
-    if quantize and values.ndim == 2:
-        packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    else:
-        writer.add_tensor(name, values)
-
-
-def _as_llama_cpp(name: str, tensor: torch.Tensor, config: Any, arch: str) -> np.ndarray:
-    """Llama's queries and keys are interleaved, GPT-2's products lie the other way, Gemma's norms begin at one."""
-    values = tensor.float().numpy()
-    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
-    part = name.split(".")[-2]
-    if arch == "llama" and part in heads:
-        rows = values.shape[0] // heads[part] // 2
-        values = values.reshape(heads[part], 2, rows, -1).swapaxes(1, 2).reshape(values.shape)
-    if arch == "gpt2" and part in ("c_attn", "c_proj", "c_fc") and values.ndim == 2:
-        values = values.T
-    if arch.startswith("gemma") and part.endswith("norm"):
-        values = values + 1
-    return np.ascontiguousarray(values)
 
 
 def read(folder: Path, gguf_file: str = FILE) -> tuple[Any, Any]:
@@ -149,7 +81,7 @@ def test_a_gguf_model_gives_the_numbers_of_the_model_it_was_made_of(name: str, t
 def test_a_packed_gguf_model_is_served_in_a_batch_with_adapters(tmp_path: Path) -> None:
     """Unpacked it is a plain model: batched, exact, and a base for adapters."""
     model, tokenizer = build("llama")
-    write_gguf(tmp_path / FILE, model, tokenizer, "llama", quantize=True)
+    write_gguf(tmp_path / FILE, model, tokenizer, "llama", quantize="Q8_0")
     loaded, _ = read(tmp_path)
     folder = save_adapter(loaded, tmp_path / "adapter", 1, target_modules=["q_proj", "v_proj"])
     served = Served("llama", {"mine": folder}, copy.deepcopy(loaded))
@@ -202,6 +134,34 @@ def test_the_frequencies_of_llama_3_are_honoured(sound: bool, tmp_path: Path) ->
             read(tmp_path)
         return
     assert torch.allclose(logits(read(tmp_path)[0], tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_is_read_without_the_vocabulary(tmp_path: Path) -> None:
+    """Long arrays are left out where they are not wanted, and every other key is the same; the size is known still."""
+    writer = gguf.GGUFWriter(tmp_path / FILE, "llama")
+    writer.add_token_list([f"token {number}" for number in range(6000)])
+    writer.add_array("llama.numbers", list(range(5000)))
+    writer.add_array("llama.layers", [1, 2, 3])
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_tensor("a", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = gguf.GGUFReader(tmp_path / FILE)
+    gguf_reader.install()
+    with gguf_reader.without_vocabulary():
+        short = gguf.GGUFReader(tmp_path / FILE)
+    after = gguf.GGUFReader(tmp_path / FILE)
+    assert list(short.fields) == list(whole.fields)
+    assert len(whole.fields["tokenizer.ggml.tokens"].data) == 6000
+    for name, field in whole.fields.items():
+        assert [part.tolist() for part in after.fields[name].parts] == [part.tolist() for part in field.parts]
+        if name in ("tokenizer.ggml.tokens", "llama.numbers"):
+            assert not short.fields[name].data
+        else:
+            assert [part.tolist() for part in short.fields[name].parts] == [part.tolist() for part in field.parts]
+    assert np.array_equal(short.tensors[0].data, whole.tensors[0].data)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -362,3 +322,13 @@ def test_a_name_in_capitals_is_that_of_a_gguf_file_everywhere(tmp_path: Path, st
         assert answer.status_code == 200, answer.text
         texts.append(answer.json()["response"])
     assert texts[0] == texts[1] != ""
+
+
+def test_a_damaged_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A length that leads out of the file is a damaged file, not an error of this server."""
+    data = bytearray((folder / FILE).read_bytes())
+    place = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4 + 12
+    data[place : place + 8] = (2**60).to_bytes(8, "little")
+    (tmp_path / FILE).write_bytes(bytes(data))
+    with pytest.raises(FilesCorrupt):
+        read(tmp_path)

@@ -60,7 +60,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "llguidance": ("huggingface/engine/*", "huggingface/forms/*"),
     "huggingface_hub": (),
     "safetensors": (),
-    "gguf": (),
+    "gguf": ("huggingface/loading/gguf_reader.py", "huggingface/loading/llama_cpp/reference.py"),  # themselves late
     "nncf": (),
     "openvino": (),
     "peft": (),
