@@ -18,7 +18,7 @@ def timestamp() -> str:
     return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
-Backend = Literal["openvino", "torch"]
+Backend = Literal["llama.cpp", "openvino", "torch"]
 # The backends, in the order in which `auto` tries them.
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 

@@ -13,21 +13,25 @@ from typing import Any
 
 import torch
 import transformers
+from gguf_files import ARCHITECTURES, write_gguf
 from tiny_tokenizers import ROWS, byte_level
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huggingface.engine.openvino.lazy_weights import make_shell
 from huggingface.errors import InvalidRequest
+from huggingface.loading.llama_cpp.load import LlamaCompute, LlamaCpp
 from huggingface.loading.openvino import decoder
 from huggingface.loading.openvino.graph_store import GraphPlace
-from huggingface.loading.openvino.load import GraphCompute, Shell
+from huggingface.loading.openvino.load import GraphCompute
+from huggingface.loading.plan import look
+from huggingface.loading.shell import Shell, open_shell
 from huggingface.loading.torch import TorchCompute
 from huggingface.model.loaded import LoadedModel
 from huggingface.model.memory import Memory
 from huggingface.model.parts import Compute, Setup
-from huggingface.registry.records import ModelRecord
-from huggingface.types import EngineOptions
+from huggingface.registry.records import LoadSettings, ModelRecord
+from huggingface.types import EngineOptions, LoadOptions
 
 END = "<|endoftext|>"
 
@@ -99,6 +103,8 @@ def serve(
     folder = Path(tempfile.mkdtemp(prefix="graph-")) if engine == "openvino" else None
     made = EngineOptions(**options)
     compute: Compute = TorchCompute("causal-lm", model, findings=made.findings)
+    if engine == "llama.cpp":
+        compute = _from_gguf(name, model, tokenizer, made)
     if folder is not None:
         place = GraphPlace(folder, name, None)
         decoder.make(copy.deepcopy(model), place, None, folder)
@@ -118,3 +124,15 @@ def serve(
     loaded.prepared()
     assert loaded.effective["backend"] == engine
     return loaded
+
+
+def _from_gguf(name: str, model: Any, tokenizer: Any, options: EngineOptions) -> LlamaCompute:
+    """A model as llama.cpp computes it, from a GGUF file."""
+    folder = Path(tempfile.mkdtemp(prefix="gguf-"))
+    write_gguf(folder / "model.gguf", model, tokenizer, ARCHITECTURES[name])
+    record = ModelRecord(f"tiny/{name}", name, "text-generation", gguf_file="model.gguf")
+    load_options = LoadOptions(folder, device="cpu", engine=options)
+    plan = look(record, load_options, folder, LoadSettings(backend="llama.cpp"))
+    backend = LlamaCpp()
+    estimate = backend.estimate(plan, load_options, None)
+    return LlamaCompute(plan, open_shell(plan, load_options), estimate.token_bytes)

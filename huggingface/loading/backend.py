@@ -70,6 +70,12 @@ class Backend(Protocol):
     def name(self) -> str:
         """The backend's name in the settings."""
 
+    def offers(self, plan: Plan) -> bool:
+        """Whether `auto` asks this backend for such a model, so that another one that computes it has a reason.
+
+        A backend that is asked for by name is always asked.
+        """
+
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
         """Why the backend cannot compute this model, as far as is known before weights are read; None if it may."""
 
@@ -116,6 +122,8 @@ def choose(
     asked = plan.placement.backend
     declined: Declined | None = None
     for backend in backends:
+        if asked != backend.name and not backend.offers(plan):
+            continue
         if asked not in ("auto", backend.name):
             declined = Declined(f"{asked} was asked for")
             continue

@@ -33,13 +33,14 @@ from ..types import BACKENDS as NAMES
 from ..types import Backend as Name
 from ..types import Estimate, LoadOptions
 from .backend import Backend, Declined, Load, Make, Opened, choose
+from .llama_cpp.load import LlamaCpp
 from .openvino.load import OpenVINO
 from .plan import check_compile, check_context, commit, effective, engine_options, look
 from .pretrained import BUILDING, read_pooling, read_tokenizer
 from .torch import Torch
 
 # The backends, in the order in which `auto` tries them.
-_BACKENDS: Mapping[Name, Backend] = {"openvino": OpenVINO(), "torch": Torch()}
+_BACKENDS: Mapping[Name, Backend] = {"llama.cpp": LlamaCpp(), "openvino": OpenVINO(), "torch": Torch()}
 BACKENDS = tuple(_BACKENDS[name] for name in NAMES)
 
 T = TypeVar("T")

@@ -40,6 +40,10 @@ class Torch:
 
     name = "torch"
 
+    def offers(self, plan: Plan) -> bool:  # noqa: ARG002 - the protocol's
+        """True: torch computes any model."""
+        return True
+
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:  # noqa: ARG002 - the protocol's
         """None: torch computes any model."""
         return None
@@ -165,7 +169,7 @@ def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> 
     if mapping is None:
         return {placement.device: sum(tensors.values())}
     if isinstance(mapping, str):
-        from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
+        from accelerate import infer_auto_device_map
 
         mapping = infer_auto_device_map(model, no_split_module_classes=getattr(model, "_no_split_modules", None))
     sizes: dict[str, int] = {}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from causal_models import ALONE, BATCHED, LARGE, UNPAGED, build, build_config, serve
 from conftest import until
+from gguf_files import ARCHITECTURES
 from loaded_parts import Parts, laying_out, noted_parts
 from tiny_tokenizers import TEXT
 
@@ -69,15 +70,17 @@ def serve_noted(name: str, model: Any, tokenizer: Any, engine: str = "torch", **
     return Served(name, model, tokenizer, loaded, noted[loaded.model_id])
 
 
-@pytest.fixture(scope="module", params=["torch", "openvino"])
+@pytest.fixture(scope="module", params=["torch", "openvino", "llama.cpp"])
 def family(request: pytest.FixtureRequest) -> Iterator[Callable[..., Served]]:
-    """Builds a model by the name of its family and serves it on either runner, once for the same options."""
+    """Builds a model by the name of its family and serves it on each runner, once for the same options."""
     built: dict[tuple[Any, ...], Served] = {}
     engine = request.param
 
     def make(name: str, **options: Any) -> Served:
         if engine == "openvino" and (name in UNPAGED or name in ALONE):
             pytest.skip("OpenVINO does not compute it")
+        if engine == "llama.cpp" and name not in ARCHITECTURES:
+            pytest.skip("no GGUF file of it is read")
         key = (name, *sorted(options.items()))
         if key not in built:
             built[key] = serve_noted(name, *build(name), engine, **options)

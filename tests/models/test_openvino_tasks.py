@@ -32,7 +32,8 @@ from huggingface.errors import InvalidRequest
 from huggingface.loading import loader
 from huggingface.loading.openvino import encoder as converted_encoder
 from huggingface.loading.openvino.graph_store import GraphPlace
-from huggingface.loading.openvino.load import GraphCompute, Shell
+from huggingface.loading.openvino.load import GraphCompute
+from huggingface.loading.shell import Shell
 from huggingface.model.loaded import LoadedModel
 from huggingface.model.parts import Setup
 from huggingface.registry.records import LoadSettings, ModelRecord

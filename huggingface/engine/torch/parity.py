@@ -8,7 +8,7 @@ chance. Called on the thread that prepares a model. Must not know requests.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
@@ -49,6 +49,29 @@ class Expected:
     adapter: str | None
     tokens: list[int]
     logits: torch.Tensor
+
+
+def as_tensors(expected: Sequence[Expected]) -> dict[str, torch.Tensor]:
+    """What is expected, to be stored."""
+    tensors = {}
+    for number, row in enumerate(expected):
+        tensors[f"{number}.prompt"] = torch.tensor(row.prompt)
+        tensors[f"{number}.tokens"] = torch.tensor(row.tokens)
+        tensors[f"{number}.logits"] = row.logits.contiguous()
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[Expected, ...]:
+    """What was stored by `as_tensors`."""
+    return tuple(
+        Expected(
+            tensors[f"{number}.prompt"].tolist(),
+            None,
+            tensors[f"{number}.tokens"].tolist(),
+            tensors[f"{number}.logits"].clone(),
+        )
+        for number in range(len(tensors) // 3)
+    )
 
 
 class Rows(Protocol):

@@ -21,7 +21,7 @@ from ...engine.openvino.failures import computed
 from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import OpenVINORunner, read_graph
 from ...engine.torch.cache import LayerShape
-from ...engine.torch.parity import Expected, room_for
+from ...engine.torch.parity import Expected, as_tensors, from_tensors, room_for
 from ...host.memory import few_file_pages, release_freed
 from .graph_store import EXPECTED, GraphPlace
 
@@ -118,7 +118,7 @@ def make(
             "windows": {str(layer): width for layer, width in windows.items()},
             "layers": [[*shape.keys, *shape.values] for shape in shapes],
         }
-        place.keep(graph, about, _tensors(expected), spare)
+        place.keep(graph, about, as_tensors(expected), spare)
     except NotBatchable as error:
         place.refuse(str(error))
         raise
@@ -134,28 +134,10 @@ def _unload(model: Any) -> None:
     release_freed()
 
 
-def _tensors(expected: tuple[Expected, ...]) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for number, row in enumerate(expected):
-        tensors[f"{number}.prompt"] = torch.tensor(row.prompt)
-        tensors[f"{number}.tokens"] = torch.tensor(row.tokens)
-        tensors[f"{number}.logits"] = row.logits.contiguous()
-    return tensors
-
-
 def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> Graph:
     from safetensors.torch import load_file
 
-    tensors = load_file(path / EXPECTED)
-    expected = tuple(
-        Expected(
-            tensors[f"{number}.prompt"].tolist(),
-            None,
-            tensors[f"{number}.tokens"].tolist(),
-            tensors[f"{number}.logits"].clone(),
-        )
-        for number in range(len(tensors) // 3)
-    )
+    expected = from_tensors(load_file(path / EXPECTED))
     device = torch.device("cpu")
     shapes = tuple(LayerShape((a, b), (c, d), torch.float32, device) for a, b, c, d in about["layers"])
     windows = {int(layer): int(width) for layer, width in about["windows"].items()}

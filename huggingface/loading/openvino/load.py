@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ...engine.openvino.lazy_weights import Reserve
 from ...engine.torch.lora import Adapters
 from ...errors import ConversionFailed, FilesMissing, ModelUnsupported, public
 from ...host.memory import available_bytes, forget_frames
-from ...model.memory import ModelMemory, detach
+from ...model.memory import ModelMemory
 from ...model.parts import Serving
 from ...progress import Progress
 from ...registry.records import LoadSettings, ModelRecord
@@ -36,8 +36,8 @@ from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
 from ..lora import AttachedAdapters
 from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype
-from ..pretrained import BUILDING, read_model, read_shell, read_tokenizer, watched
-from ..quantization import predicted_bytes
+from ..pretrained import BUILDING, read_model, read_tokenizer, watched
+from ..shell import Shell, open_shell
 from ..torch import TorchCompute
 from . import decoder, encoder, subprocess
 from .decoder import Graph
@@ -68,6 +68,10 @@ class OpenVINO:
     """OpenVINO as a `Backend`."""
 
     name = "openvino"
+
+    def offers(self, plan: Plan) -> bool:  # noqa: ARG002 - the protocol's
+        """True: `why_not` says what `auto` keeps from OpenVINO."""
+        return True
 
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:
         """A kind of model, a setting, a missing package, or a record that the model has no graph."""
@@ -137,11 +141,12 @@ class OpenVINO:
                 missing = graph is None
                 if missing and placement.backend == "auto":
                     return _unmade(plan, options)
-                with BUILDING:
-                    model = read_shell(plan, options)  # refuses faulty files
+                shell = open_shell(plan, options)  # refuses faulty files
                 if missing:
                     if file_bytes(plan, options) > CONVERTED_HERE:
-                        _check_conversion(sum(tensor.numel() for tensor in model.parameters()), placement.quantization)
+                        _check_conversion(
+                            sum(tensor.numel() for tensor in shell.model.parameters()), placement.quantization
+                        )
                     if load.make is None:
                         spare = self.convert(plan, options, load.settings, load.progress, aside=False)
                     else:
@@ -160,18 +165,8 @@ class OpenVINO:
             place.refuse(reason)
             check_named(plan, unable(self.name, plan, reason))
 
-        shell = Shell(model, lambda: _read_whole(plan, options), _own_bytes(plan, model))
         compute = GraphCompute(plan.head, graph, shell, options.engine.kv_cache_bytes, refuse)
         return Opened(compute, "cpu", graph.folder, untried=missing)
-
-
-@dataclass(frozen=True, slots=True)
-class Shell:
-    """A model without its weights; `read` reads it with weights, which take the bytes of `weights`."""
-
-    model: Any
-    read: Callable[[], Any]
-    weights: int
 
 
 class GraphCompute:
@@ -242,21 +237,6 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
         (placement.quantization == "int4" and placement.backend == "auto", "in 4 bits torch loses less"),
     )
     return next((reason for applies, reason in rules if applies), None)
-
-
-def _read_whole(plan: Plan, options: LoadOptions) -> Any:
-    """Reads the model itself, into memory of its own."""
-    with BUILDING:
-        whole = read_model(plan, options, None)
-    detach(whole)
-    return whole
-
-
-def _own_bytes(plan: Plan, model: Any) -> int:
-    """Bytes of the weights that `_read_whole` reads, from the model's shell."""
-    if plan.placement.quantization is not None:
-        return predicted_bytes(model, plan.placement.quantization, "cpu")
-    return sum(tensor.numel() * tensor.itemsize for tensor in {*model.parameters(), *model.buffers()})
 
 
 def _unmade(plan: Plan, options: LoadOptions) -> Declined:

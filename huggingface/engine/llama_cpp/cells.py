@@ -1,0 +1,140 @@
+"""The KV cache as llama.cpp keeps it: each bank is a context, whose sequences are the bank's rows.
+
+In a context whose sequences have cells of their own, attention reads those of one sequence only. Engine's thread only.
+Must not know text or sampling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..torch.cache import take_if_free
+from .library import Model
+
+_HEAD = 8  # bytes before the number of sequences in a sequence's state
+
+
+@dataclass(slots=True)
+class _Bank:
+    """A bank's context, the number of the sequence of each row, the bytes of its cells, and those of all of it."""
+
+    context: Any
+    sequences: list[int]
+    cells: int
+    size: int
+
+
+class CellCache:
+    """The contexts of a model; see `slots.Store` for the methods that move rows."""
+
+    def __init__(self, model: Model, token_bytes: int) -> None:
+        """A token's keys and values take `token_bytes`."""
+        self.token_bytes = token_bytes
+        # Asks for bytes on a device, or gives back a negative number; returns whether they may be allocated.
+        self.take: Callable[[str, int], bool] = take_if_free
+        self._model = model
+        self._lib = model.lib
+        self._banks: dict[int, _Bank] = {}
+        # Sequences whose first tokens were not copied, by bank and number; they are computed again. A copy between
+        # contexts leaves out what is behind a window, and a shorter text needs other tokens before its end.
+        self._lost: set[tuple[int, int]] = set()
+
+    def context(self, bank: int) -> Any:
+        """A bank's context."""
+        return self._banks[bank].context
+
+    def sequence(self, bank: int, row: int, start: int) -> tuple[int, int]:
+        """The number of a row's sequence, and how many of its first `start` tokens it holds: all, or none."""
+        number = self._banks[bank].sequences[row]
+        if (bank, number) in self._lost:
+            self._lost.discard((bank, number))
+            start = 0
+        self._cut(bank, number, start)
+        return number, start
+
+    def _cut(self, bank: int, number: int, start: int) -> None:
+        self._lib.llama_memory_seq_rm(self._memory(bank), number, start, -1)
+
+    def _memory(self, bank: int) -> Any:
+        return self._lib.llama_get_memory(self._banks[bank].context)
+
+    # For the slot table -----------------------------------------------------------------------------------------------
+
+    def create(self, bank: int, rows: int, capacity: int) -> bool:
+        """Makes a bank's context, if its memory is free."""
+        cells = rows * capacity * self.token_bytes
+        size = cells + self._model.context_bytes(capacity)
+        if not self.take("cpu", size):
+            return False
+        context = self._model.context(rows, capacity)
+        if not context:
+            self.take("cpu", -size)
+            return False
+        self._banks[bank] = _Bank(context, list(range(rows)), cells, size)
+        return True
+
+    def drop(self, bank: int) -> None:
+        """Gives a bank's memory back."""
+        dropped = self._banks.pop(bank)
+        self._lost = {lost for lost in self._lost if lost[0] != bank}
+        self._lib.llama_free(dropped.context)
+        self.take("cpu", -dropped.size)
+
+    def drop_all(self) -> None:
+        """Gives all memory back."""
+        for bank in list(self._banks):
+            self.drop(bank)
+
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Makes a row, named by bank and row, begin with the first `tokens` tokens of another."""
+        if source == target:
+            return
+        (bank, row), (other, place) = source, target
+        old, new = self._banks[bank].sequences[row], self._banks[other].sequences[place]
+        self._cut(other, new, -1)
+        self._lost.discard((other, new))
+        if (bank, old) in self._lost or (bank != other and self._model.windowed):
+            self._lost.add((other, new))
+        elif bank == other:
+            self._lib.llama_memory_seq_cp(self._memory(bank), old, new, -1, -1)
+            self._cut(other, new, tokens)
+        else:
+            whole = self._state(bank, old)
+            self._cut(bank, old, tokens)  # all of it might not fit there
+            self._set_state(other, new, self._state(bank, old))
+            self._set_state(bank, old, whole)
+
+    def _state(self, bank: int, number: int) -> bytes:
+        """A sequence's keys and values, without the count of the context's sequences and of the others' cells."""
+        context = self._banks[bank].context
+        size = self._lib.llama_state_seq_get_size(context, number)
+        state = ctypes.create_string_buffer(size)
+        self._lib.llama_state_seq_get_data(context, state, size, number)
+        others = len(self._banks[bank].sequences) - 1
+        return state.raw[:_HEAD] + state.raw[_HEAD + 4 * (1 + number) : size - 4 * (others - number)]
+
+    def _set_state(self, bank: int, number: int, state: bytes) -> None:
+        """Replaces a sequence's keys and values, or has them computed again where the library does not take them."""
+        context, rows = self._banks[bank].context, len(self._banks[bank].sequences)
+        whole = state[:_HEAD] + struct.pack("<I", rows) + state[_HEAD:] + bytes(4 * (rows - 1))
+        if not self._lib.llama_state_seq_set_data(context, whole, len(whole), number):
+            self._lost.add((bank, number))
+
+    def swap(self, bank: int, one: int, other: int, tokens: int) -> None:  # noqa: ARG002 - the protocol's
+        """Exchanges two rows of a bank."""
+        numbers = self._banks[bank].sequences
+        numbers[one], numbers[other] = numbers[other], numbers[one]
+
+    def clear(self, bank: int, row: int) -> None:
+        """Drops a row's cells: a cell without a token is never read."""
+        self._lost.discard((bank, self._banks[bank].sequences[row]))
+        self._cut(bank, self._banks[bank].sequences[row], -1)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all banks' cells."""
+        return sum(bank.cells for bank in self._banks.values())

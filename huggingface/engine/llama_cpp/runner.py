@@ -1,0 +1,106 @@
+"""Computes rows of tokens to logits by llama.cpp: the counterpart of `engine/torch/runner.py`.
+
+All tokens of a step go to the library in one batch, prompts and decoding rows alike, each with its sequence and its
+position. Engine's thread only. Must not know tickets, text or sampling.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..openvino.lazy_weights import Reserve
+from ..slots import Lengths
+from ..torch.runner import Piece
+from . import library
+from .cells import CellCache
+
+
+class LlamaRunner:
+    """Computes rows from a GGUF file."""
+
+    lengths = Lengths()
+    copied_bytes = 0
+
+    def __init__(self, path: Path, vocabulary: int, token_bytes: int, reserve: Reserve | None = None) -> None:
+        """`vocabulary` is the number of the model's rows, `token_bytes` what one token's keys and values take.
+
+        `reserve` has the weights for what only the model's own modules can do.
+
+        Raises:
+            FileUnusable: llama.cpp cannot read or compute the file.
+            LibraryUnusable: the library is missing, or of another version.
+        """
+        self._model = library.Model(path, torch.get_num_threads())
+        self._vocabulary = vocabulary
+        self._reserve = reserve
+        self.cache = CellCache(self._model, token_bytes)
+
+    def forward(
+        self, pieces: Sequence[Piece], every: Callable[[int, torch.Tensor], None] = lambda *_: None
+    ) -> torch.Tensor:
+        """The logits that follow each row's last token, (rows, vocabulary), float32; the cache gets all rows' tokens.
+
+        `every` is called with the index of each row that asks for all its logits, and with these: (tokens, vocabulary).
+        """
+        if self._reserve is not None:
+            self._reserve.release_idle()
+        banks: dict[int, list[int]] = defaultdict(list)
+        for index, piece in enumerate(pieces):
+            banks[piece.slot.bank.key].append(index)
+        last: dict[int, torch.Tensor] = {}
+        for bank, indices in banks.items():
+            logits = self._compute(bank, [pieces[index] for index in indices])
+            rows = torch.split(logits, [len(pieces[index].kept) for index in indices])
+            for index, of_row in zip(indices, rows, strict=True):
+                last[index] = of_row[-1]
+                if pieces[index].every:
+                    every(index, of_row)
+        return torch.stack([last[index] for index in range(len(pieces))])
+
+    def _compute(self, bank: int, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The logits of the wanted tokens of a bank's rows, (wanted, vocabulary)."""
+        model, context = self._model, self.cache.context(bank)
+        work: list[tuple[int, int, int, bool]] = []  # token, place, sequence, whether its logits are wanted
+        for piece in pieces:
+            number, held = self.cache.sequence(bank, piece.slot.row, piece.start)
+            tokens = [*piece.slot.tokens[held : piece.start], *piece.tokens]
+            kept = {piece.start + place for place in piece.kept}
+            work += [(token, place, number, place in kept) for place, token in enumerate(tokens, held)]
+        logits = torch.full((sum(wanted for *_, wanted in work), self._vocabulary), float("-inf"))
+        known, done, begin = min(model.vocabulary, self._vocabulary), 0, 0
+        while begin < len(work):
+            end, outputs = begin, 0
+            while end < min(len(work), begin + library.BATCH) and outputs + work[end][3] <= library.OUTPUTS:
+                outputs += work[end][3]
+                end += 1
+            found = model.compute(context, work[begin:end])
+            if outputs:
+                made = np.ctypeslib.as_array(found, (outputs, model.vocabulary))
+                logits[done : done + outputs, :known] = torch.from_numpy(made)[:, :known]
+            begin, done = end, done + outputs
+        return logits
+
+    def restore_weights(self) -> None:
+        """Loads the model's own weights, for use outside the batch.
+
+        Raises:
+            OutOfMemory: there is no room for them.
+        """
+        if self._reserve is not None:
+            self._reserve.fetch()
+
+    def release_idle(self) -> None:
+        """Drops weights that were loaded on demand, after some time without requests."""
+        if self._reserve is not None:
+            self._reserve.unload()
+
+    def close(self) -> None:
+        """Drops the cache, the model and its own weights."""
+        self.cache.drop_all()
+        self.release_idle()
+        self._model.close()
