@@ -231,7 +231,7 @@ class Estimate(_Bytes):
 
     `kv_cache` is what the first generations take, `token_bytes` the KV cache of one token. `devices` are the bytes by
     device. `conversion` is what a second process takes meanwhile to convert the model. `own_dtype` is the dtype of the
-    weights in their files.
+    weights in their files; they have it in memory too if it `is_stored`, and `dtype` in what is computed.
     """
 
     token_bytes: int
@@ -242,6 +242,7 @@ class Estimate(_Bytes):
     backend: str = "torch"
     conversion: int = 0
     own_dtype: str | None = None
+    is_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ def estimate(
         backend=backend,
         conversion=0 if pending is None else pending.size(numbers),
         own_dtype=str(own_dtype(plan)).removeprefix("torch."),
+        is_stored=placement.stored,
     )
 
 

@@ -144,9 +144,9 @@ def _teach_quantized(what: str, config: Any, model: Any) -> None:
     """Tells peft how to adapt the layers of `quantization`: beside their product, as for any layer."""
     from peft.tuners.lora import Linear
 
-    from .narrow import QuantizedLinear
+    from .narrow import NarrowLinear
 
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not any(isinstance(module, NarrowLinear) for module in model.modules()):
         return
     if config.use_dora:
         raise ModelUnsupported(f"{what} cannot be used with quantization: it reads the base's weights (use_dora)")
@@ -155,7 +155,7 @@ def _teach_quantized(what: str, config: Any, model: Any) -> None:
         def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
             return base_layer.codes.device, base_layer.dtype
 
-    config._register_custom_module({QuantizedLinear: Quantized})
+    config._register_custom_module({NarrowLinear: Quantized})
 
 
 def _check_tokens(what: str, folder: Path, tokenizer: Any) -> None:

@@ -25,18 +25,18 @@ _FEW = 8  # rows up to which they are a product's left factor, for the math libr
 _RUNS = 5
 
 
-class QuantizedLinear(nn.Module):
-    """A layer whose weights are whole numbers of 8 or 4 bits, times one float per output."""
+class NarrowLinear(nn.Module):
+    """A layer whose weights are floats of 16 bits, or whole numbers of 8 or 4 bits times one float per output."""
 
     codes: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
     steps: torch.Tensor | None
     middles: torch.Tensor | None
 
     def __init__(
         self,
         codes: torch.Tensor,
-        scale: torch.Tensor,
+        scale: torch.Tensor | None,
         steps: torch.Tensor | None,
         middles: torch.Tensor | None,
         bias: nn.Parameter | None,
@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         whole: bool,
     ) -> None:
-        """`codes` are (outputs, inputs) of int8; with `steps` and `middles`, (groups, outputs), see `pack`.
+        """`codes` are (outputs, inputs) of floats or int8; with `steps` and `middles`, (groups, outputs), see `pack`.
 
         `whole`: multiplies in whole numbers; otherwise turns the weights into floats for each product.
         """
@@ -56,8 +56,10 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
         self.dtype = dtype
         self.whole = whole
-        self.out_features = scale.numel()
-        self.in_features = codes.shape[1] if steps is None else 2 * codes.shape[0]
+        if steps is None:
+            self.out_features, self.in_features = codes.shape
+        else:
+            self.out_features, self.in_features = codes.shape[1], 2 * codes.shape[0]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -78,6 +80,8 @@ class QuantizedLinear(nn.Module):
 
     def _product(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """(rows, inputs) -> (rows, outputs), without the bias; by `weight`, if it is there, in whole numbers."""
+        if self.scale is None:
+            return by_outputs(rows, self.codes)
         if weight is not None:
             product = whole_product(rows, weight, self.scale)
         elif rows.device.type != "cpu":
@@ -96,31 +100,34 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The text in `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, bits={8 if self.steps is None else 4}"
+        return f"{self.in_features}, {self.out_features}, bits={8 * self.codes.itemsize if self.steps is None else 4}"
 
 
-class QuantizedEmbedding(nn.Module):
-    """A table of embeddings that shares its 8-bit numbers with the model's output layer."""
+class NarrowEmbedding(nn.Module):
+    """A table of embeddings of 16 bits, or of 8 bits that it shares with the model's output layer."""
 
     codes: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
 
-    def __init__(self, linear: QuantizedLinear, padding_idx: int | None) -> None:
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor | None, padding_idx: int | None, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.register_buffer("codes", linear.codes)
-        self.register_buffer("scale", linear.scale)
-        self.dtype = linear.dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
         self.padding_idx = padding_idx
-        self.num_embeddings, self.embedding_dim = linear.codes.shape
+        self.num_embeddings, self.embedding_dim = codes.shape
 
     @property
     def weight(self) -> torch.Tensor:
-        """See `QuantizedLinear.weight`."""
+        """See `NarrowLinear.weight`."""
         return torch.empty(self.codes.shape, dtype=self.dtype, device="meta")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(…) -> (…, width)"""
-        return (self.codes[ids] * self.scale[ids].unsqueeze(-1)).to(self.dtype)
+        rows = self.codes[ids]
+        return (rows if self.scale is None else rows * self.scale[ids].unsqueeze(-1)).to(self.dtype)
 
 
 # Products in floats ---------------------------------------------------------------------------------------------------

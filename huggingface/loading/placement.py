@@ -14,7 +14,7 @@ import torch
 
 from ..errors import DeviceMissing, InvalidRequest
 from ..host.devices import resolve_device
-from ..registry.records import LoadSettings
+from ..registry.records import STORED, LoadSettings
 from ..types import BACKENDS, LoadOptions
 from .quantization import check
 
@@ -33,7 +33,10 @@ _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a model is placed. `device` is where its inputs go; `dtype` is None for the weights' own."""
+    """Where and how a model is placed. `device` is where its inputs go; `dtype` is None for the weights' own.
+
+    `stored`: weights of 16 bits stay as they are in their files, and are computed with in `dtype`, which is float32.
+    """
 
     device: str
     dtype: torch.dtype | None
@@ -44,6 +47,7 @@ class Placement:
     backend: str
     max_context: int | None
     slots: int | None
+    stored: bool = False
 
 
 def place(settings: LoadSettings, options: LoadOptions) -> Placement:
@@ -79,11 +83,14 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
             "attn_implementation",
         )
     named = settings.dtype or "auto"
-    if named != "auto" and named not in _DTYPES:
+    stored = named == STORED
+    if stored and (device != "cpu" or settings.device_map is not None or settings.quantization or settings.compile):
+        raise InvalidRequest(f"dtype '{STORED}' is for a CPU, without quantization and compile", "dtype")
+    if named not in ("auto", STORED, *_DTYPES):
         raise InvalidRequest(
             f"Invalid value for field 'dtype': '{named}' is not one of auto, {', '.join(_DTYPES)}", "dtype"
         )
-    dtype = torch.float32 if named == "auto" and device == "cpu" else _DTYPES.get(named)
+    dtype = torch.float32 if stored or (named == "auto" and device == "cpu") else _DTYPES.get(named)
     return Placement(
         device,
         dtype,
@@ -94,6 +101,7 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
         _backend(settings, options),
         settings.max_context,
         settings.slots,
+        stored,
     )
 
 

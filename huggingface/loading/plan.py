@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,16 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from ..errors import FilesCorrupt, FilesRefused, InvalidRequest, LoadError, ModelUnsupported, NotServed, public
+from ..errors import (
+    FilesCorrupt,
+    FilesMissing,
+    FilesRefused,
+    InvalidRequest,
+    LoadError,
+    ModelUnsupported,
+    NotServed,
+    public,
+)
 from ..inspection import folder as files
 from ..inspection.headers import SAFETENSORS_TYPES, GGUFHeader, safetensors_header
 from ..inspection.heads import AUTO_CLASSES, Heads, Inputs
@@ -33,6 +43,8 @@ logger = logging.getLogger(__name__)
 # How transformers reports a missing optional package without an ImportError.
 _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not installed", re.IGNORECASE)
 
+
+_NEARLY = 0.95
 
 _HEADS = Heads(vars(modeling_auto))
 
@@ -104,6 +116,7 @@ def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
         "compile": placement.compiles,
         "max_context": placement.max_context,
         "slots": engine_options(plan, options).max_batch,
+        **({"weights_dtype": str(own_dtype(plan)).removeprefix("torch.")} if placement.stored else {}),
     }
 
 
@@ -114,23 +127,25 @@ def file_bytes(plan: Plan, options: LoadOptions) -> int:
     return sum(path.stat().st_size for path in _weights_files(plan, options))
 
 
-def stored_dtype(plan: Plan, options: LoadOptions) -> torch.dtype | None:
-    """The dtype of all floating numbers in the model's safetensors files; None where they differ, or cannot be told."""
-    found: set[str] = set()
-    for path in _weights_files(plan, options):
+def has_16_bits(plan: Plan, options: LoadOptions) -> bool:
+    """Whether nearly all of the model's weights have 16 bits in their files; before these are here, by the config."""
+    sizes: Counter[int] = Counter()
+    try:
+        paths = _weights_files(plan, options)
+    except FilesMissing:
+        return own_dtype(plan).itemsize == 2
+    for path in paths:
         if path.suffix != ".safetensors":
-            return None
+            return False
         with path.open("rb") as file:
 
             def read(start: int, length: int, file: BinaryIO = file) -> bytes:
                 file.seek(start)
                 return file.read(length)
 
-            found |= {tensor.type for tensor in (safetensors_header(read) or {}).values()}
-    named = {SAFETENSORS_TYPES[each][0] for each in found if each in SAFETENSORS_TYPES}
-    dtypes = {getattr(torch, name) for name in named if hasattr(torch, name)}
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    return floating.pop() if len(floating) == 1 else None
+            for tensor in (safetensors_header(read) or {}).values():
+                sizes[SAFETENSORS_TYPES[tensor.type][1]] += tensor.bytes or 0
+    return sizes[16] >= _NEARLY * sizes.total()
 
 
 def _weights_files(plan: Plan, options: LoadOptions) -> list[Path]:

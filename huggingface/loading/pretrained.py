@@ -10,14 +10,16 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import modeling_gguf_pytorch_utils
+from transformers.pytorch_utils import Conv1D
 
 from .. import rendering
 from ..engine.openvino.lazy_weights import make_shell
@@ -39,8 +41,8 @@ from ..tasks.embedding import Pooling, find_pooling
 from ..types import LoadOptions
 from . import default_dtype
 from . import gguf as gguf_files
-from .plan import Plan, auto_class, refusal, stored_dtype
-from .quantization import quantize
+from .plan import Plan, auto_class, refusal
+from .quantization import quantize, store_narrow
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,9 @@ _BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
 
 # Where transformers looks for an adapter to attach by itself: only the record's adapters are wanted.
 _NOWHERE = "no-adapter-of-its-own"
+
+# Modules whose weights may be kept, or rounded, as they are stored.
+_STORED = (nn.Linear, nn.Embedding, Conv1D)
 
 # transformers builds a model under process-wide switches (skipped initialization), so only one may be built at a time.
 # Files are fetched outside the lock: a slow download delays no other load.
@@ -94,11 +99,9 @@ def _read_tokenizer(plan: Plan) -> Any:
     return tokenizer
 
 
-def read_model(
-    plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False, whole: bool = False
-) -> Any:
+def read_model(plan: Plan, options: LoadOptions, offload: Path | None, *, hollow: bool = False) -> Any:
     """Reads the model as planned; a `hollow` one has shapes without numbers. `offload` is the folder for offloaded
-    parts. A `whole` model has the planned dtype before it is quantized."""
+    parts."""
     model_id, placement = plan.record.model_id, plan.placement
     spread: dict[str, Any] = {}
     if placement.device_map is not None:
@@ -108,30 +111,29 @@ def read_model(
     if placement.attention is not None:
         spread["attn_implementation"] = placement.attention
     reader, gguf_file = auto_class(plan.config, plan.head), plan.record.gguf_file
-    # A model that is rounded layer by layer is read as it is stored, so that memory never holds all of it in float32.
-    narrow = None
-    if placement.quantization is not None and placement.dtype is torch.float32 and plan.gguf is None and not hollow:
-        stored = stored_dtype(plan, options)
-        narrow = stored if stored in (torch.bfloat16, torch.float16) and not whole else None
-    dtype = narrow or placement.dtype or "auto"
+    # Memory never holds all of a model in float32 that is rounded layer by layer.
+    rounds = placement.quantization is not None and placement.dtype is torch.float32 and plan.gguf is None
+    stored = (rounds or placement.stored) and not hollow
+    dtype = placement.dtype or "auto"
     with explained(partial(_failure, plan)):
         if plan.gguf is not None and gguf_file is not None:
             model, info = gguf_files.read_model(
                 model_id, plan.folder, gguf_file, plan.gguf, reader, plan.config, dtype=dtype, **spread
             )
         else:
-            model, info = reader.from_pretrained(
-                plan.folder,
-                config=plan.config,
-                dtype=dtype,
-                use_safetensors=None if options.allow_pickle else True,
-                trust_remote_code=plan.trusted,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported in the info, and refused below in the server's own words
-                output_loading_info=True,
-                adapter_kwargs={"subfolder": _NOWHERE},
-                **spread,
-            )
+            with _as_stored() if stored else nullcontext():
+                model, info = reader.from_pretrained(
+                    plan.folder,
+                    config=plan.config,
+                    dtype=dtype,
+                    use_safetensors=None if options.allow_pickle else True,
+                    trust_remote_code=plan.trusted,
+                    local_files_only=True,
+                    ignore_mismatched_sizes=True,  # reported in the info, and refused below in the server's own words
+                    output_loading_info=True,
+                    adapter_kwargs={"subfolder": _NOWHERE},
+                    **spread,
+                )
         _check_weights(model_id, plan.head, info)
         if hollow:
             return model
@@ -142,12 +144,11 @@ def read_model(
                 "device_map",
             )
         if placement.quantization is not None:
-            if narrow is not None and not _can_widen(model, narrow):
-                del model
-                return read_model(plan, options, offload, whole=True)
-            quantize(model, placement.quantization, placement.device, None if narrow is None else torch.float32)
-            if narrow is not None:
-                _widen(model)
+            quantize(model, placement.quantization, placement.device, torch.float32 if stored else None)
+        elif placement.stored:
+            store_narrow(model)
+        if stored:
+            _widen(model)
         return model if placement.device_map is not None else model.to(placement.device)
 
 
@@ -168,25 +169,32 @@ def _failure(plan: Plan, error: Exception) -> LocalLLMError:
     return refusal(model_id, plan.folder, error, "its weights or its config.json")
 
 
-def _can_widen(model: Any, narrow: torch.dtype) -> bool:
-    """Whether a model that was read in 16 bits is the float32 one when its tensors are widened.
+@contextmanager
+def _as_stored() -> Iterator[None]:
+    """Has the weights of products and tables read in the types of their files, whatever the dtype of the model.
 
-    A tensor that the model computes itself has lost digits: a buffer that is in no file, or a parameter that may be in
-    none (Marian's positions). Any other parameter that a file lacks is refused before, by `_check_weights`.
+    All else has that dtype from the start: what a model computes itself loses no digits. It applies to the whole
+    process: use it with the lock of building held.
     """
-    stored = model.state_dict().keys()
-    unneeded = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    return not any(
-        tensor.dtype is narrow and (name not in stored or any(pattern.search(name) for pattern in unneeded))
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    )
+    models: Any = transformers.PreTrainedModel
+    own: Callable[[Any, torch.dtype], dict[str, torch.dtype | None]] = models._get_dtype_plan
+
+    def as_stored(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        kept = (f"^{re.escape(name)}[.]weight$" for name, module in model.named_modules() if type(module) in _STORED)
+        return own(model, dtype) | dict.fromkeys(kept)
+
+    models._get_dtype_plan = as_stored
+    try:
+        yield
+    finally:
+        models._get_dtype_plan = own
 
 
 def _widen(model: Any) -> None:
-    """Makes what is left of a quantized model in 16 bits float32."""
-    model.to(torch.float32)
-    for config in (model.config, model.config.get_text_config()):
-        config.dtype = torch.float32
+    """Makes parameters float32 that are left as they were stored."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def read_shell(plan: Plan, options: LoadOptions) -> Any:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidRequest, ModelUnsupported
 from ..host.memory import drop_pages, mapped_files
-from .narrow import GROUP, SMALLEST, QuantizedEmbedding, QuantizedLinear, pack, whole_products_pay
+from .narrow import GROUP, SMALLEST, NarrowEmbedding, NarrowLinear, pack, whole_products_pay
 
 SCHEMES: tuple[str, ...] = ("int8", "int4")
 
@@ -26,6 +26,7 @@ _STEPS_TRIED = (0, 1, -1)  # besides the step that just holds all of a group's w
 _BLOCK = 2**17  # weights rounded at a time, so that the results stay in the caches
 _NF4_BLOCK = 64  # weights that share a step in bitsandbytes' 4 bits
 _NF4_CODE = 64  # bytes of its table of values, one per layer
+_NARROW = 2  # bytes of a weight of 16 bits
 _WORTH = 0.1  # the least share of a model's bytes in layers that can be quantized
 
 _DEVICES = ("cpu", "cuda")
@@ -88,11 +89,29 @@ def quantize(model: nn.Module, scheme: str, device: str, dtype: torch.dtype | No
             if bits == 4 and device != "cpu":
                 made: list[nn.Module] = [_nf4(module, device)]
             else:
-                made = _quantized(places, bits, device, whole=whole)
+                made = _quantized(places, bits, device, whole=whole, dtype=_weight(module).dtype)
             for (parent, name, _), new in zip(places, made, strict=True):
                 setattr(parent, name, new)
             if any(start <= source.data_ptr() < end for start, end in mapped):
                 drop_pages(source.data_ptr(), source.nbytes)
+
+
+def store_narrow(model: nn.Module) -> None:
+    """Replaces a model's layers whose weights have 16 bits by layers that have them too, and compute in float32.
+
+    The layers are those of `quantize`, and the table of tokens. The rest of the model stays as it is.
+    """
+    for places in _narrow(model):
+        if _weight(places[0][2]).itemsize == _NARROW:
+            made = _quantized(places, 16, "cpu", whole=False, dtype=torch.float32)
+            for (parent, name, _), new in zip(places, made, strict=True):
+                setattr(parent, name, new)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What `tensor_bytes` will return of a float32 model after `store_narrow`, if its weights have 16 bits in files."""
+    saved = torch.float32.itemsize - _NARROW
+    return tensor_bytes(model) - sum(saved * _weight(places[0][2]).numel() for places in _narrow(model))
 
 
 def predicted_bytes(model: nn.Module, scheme: str | None, device: str) -> int:
@@ -183,14 +202,15 @@ def _weight_bytes(outputs: int, inputs: int, bits: int, device: str) -> int:
 # Modules --------------------------------------------------------------------------------------------------------------
 
 
-def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool) -> list[nn.Module]:
-    """The modules that replace these; they share one weight, with which the first one multiplies."""
+def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool, dtype: torch.dtype) -> list[nn.Module]:
+    """The modules that replace these; they share one weight, with which the first one multiplies, or looks up."""
     first: Any = places[0][2]
     weight = first.weight.t() if isinstance(first, Conv1D) else first.weight
-    dtype = weight.dtype
     blocks = weight.split(max(1, _BLOCK // weight.shape[1]))
-    steps = middles = None
-    if bits == 8:
+    scale = steps = middles = None
+    if bits == 16:
+        codes = weight.detach().contiguous()
+    elif bits == 8:
         codes, scale = (torch.cat(part).to(device) for part in zip(*map(_rounded, blocks), strict=True))
     else:
         rounded = zip(*(_rounded_by_groups(block.contiguous()) for block in blocks), strict=True)
@@ -200,8 +220,10 @@ def _quantized(places: Sequence[_Place], bits: int, device: str, *, whole: bool)
     for _, _, old in places:
         bias: Any = getattr(old, "bias", None)
         bias = bias if bias is None else _moved(bias, device)
-        linear = QuantizedLinear(codes, scale, steps, middles, bias, dtype=dtype, whole=whole)
-        made.append(QuantizedEmbedding(linear, old.padding_idx) if isinstance(old, nn.Embedding) else linear)
+        if isinstance(old, nn.Embedding):
+            made.append(NarrowEmbedding(codes, scale, old.padding_idx, dtype=dtype))
+        else:
+            made.append(NarrowLinear(codes, scale, steps, middles, bias, dtype=dtype, whole=whole))
     return made
 
 
@@ -253,6 +275,19 @@ def _groups(model: nn.Module) -> Iterator[list[_Place]]:
         weight = _weight(products[0][2])
         if weight.dtype.is_floating_point and weight.numel():
             yield [*products, *others]
+
+
+def _narrow(model: Any) -> list[list[_Place]]:
+    """The modules that may keep weights of 16 bits, as `_groups`: those, and the table of tokens by itself."""
+    words = model.get_input_embeddings()
+    tables: list[list[_Place]] = [
+        [(parent, name, child)]
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if child is words and type(child) is nn.Embedding and not (child._forward_hooks or child._forward_pre_hooks)
+    ]
+    users = [each for module in model.modules() for each in module._parameters.values() if each is words.weight]
+    return [*_groups(model), *(tables if len(tables) == len(users) == 1 else [])]
 
 
 def _head(model: Any) -> nn.Module | None:

@@ -18,18 +18,20 @@ from ..engine.layers import NotBatchable
 from ..engine.torch.lora import Adapters
 from ..engine.torch.matmul import copies
 from ..engine.torch.parity import batch_runner
+from ..errors import InvalidRequest
 from ..model.memory import ModelMemory
 from ..model.parts import Serving
+from ..registry.records import STORED
 from ..tasks import Head
 from ..types import Estimate, LoadOptions
 from .backend import Declined, Load, Opened
 from .estimate import Weights, estimate
 from .lora import AttachedAdapters, attach
-from .narrow import QuantizedLinear
+from .narrow import NarrowLinear
 from .placement import Placement
-from .plan import Plan, file_bytes, file_marks, own_dtype
+from .plan import Plan, file_bytes, file_marks, has_16_bits, own_dtype
 from .pretrained import BUILDING, read_model, watched
-from .quantization import predicted_bytes
+from .quantization import predicted_bytes, stored_bytes
 from .quantization import tensor_bytes as quantized_bytes
 
 logger = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class TorchCompute:
 
 def tensor_bytes(model: Any) -> dict[str, int]:
     """Bytes of a model's tensors by device, each storage once."""
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, NarrowLinear) for module in model.modules()):
         return {str(model.device): quantized_bytes(model)}
     seen: set[tuple[str, int]] = set()
     sizes: dict[str, int] = {}
@@ -139,10 +141,16 @@ def _key(plan: Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tupl
 
 def _weigh(plan: Plan, options: LoadOptions, model: Any) -> Weights:
     placement = plan.placement
-    if placement.quantization is not None:
-        weights = predicted_bytes(model, placement.quantization, placement.device)
-        return Weights(weights, {placement.device: weights})
     dtype = placement.dtype or own_dtype(plan)
+    if placement.stored or placement.quantization is not None:
+        model = model.to(dtype)  # from the config's, without numbers
+        if placement.stored:
+            if not has_16_bits(plan, options):
+                raise InvalidRequest(f"dtype '{STORED}' is for weights of 16 bits", "dtype")
+            weights = stored_bytes(model)
+        else:
+            weights = predicted_bytes(model, placement.quantization, placement.device)
+        return Weights(weights, {placement.device: weights})
     tensors = _tensors(model, dtype)
     laid_out = plan.head == "causal-lm" and placement.device == "cpu" and placement.device_map is None
     copied = copies(model, options.engine.findings) if laid_out and dtype is torch.float32 else 0

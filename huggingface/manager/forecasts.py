@@ -14,7 +14,7 @@ from ..cancellation import Cancellation
 from ..errors import FilesMissing, HubUnreachable, LocalLLMError, NeverFits
 from ..host.memory import readable
 from ..hub.downloads import Downloads
-from ..registry.records import LOAD_SETTINGS, LoadSettings, ModelRecord
+from ..registry.records import LOAD_SETTINGS, STORED, LoadSettings, ModelRecord
 from ..registry.registry import ModelRegistry
 from ..types import Estimate, Forecast, LoadOptions
 from .eviction import Evictor
@@ -92,18 +92,20 @@ class Forecasts:
     def fitting(self, record: ModelRecord, settings: LoadSettings) -> tuple[LoadSettings, Estimate]:
         """The settings with which a load reads a model, and its estimate.
 
-        Where a model could never fit in float32, which `dtype` `auto` is on a CPU, it has the 16 bits of its weights.
+        Where a model could never fit in float32, which `dtype` `auto` is on a CPU, it has the 16 bits of its weights:
+        computed with in float32, or, where that does not fit either, in 16 bits.
 
         Raises: as `ModelManager.lease`.
         """
         estimate = self.estimate(record, settings)
         open_to = settings.dtype in (None, "auto") and record.gguf_file is None  # unpacked weights have more bits
         if open_to and _own_16_bits(estimate) and not self._is_possible(record, estimate):
-            narrow = replace(settings, dtype=estimate.own_dtype)
-            with suppress(LocalLLMError):  # the backend that is asked for computes in float32 only
-                smaller = self.estimate(record, narrow)
-                if self._is_possible(record, smaller):
-                    return narrow, smaller
+            for dtype in (STORED, estimate.own_dtype):
+                narrow = replace(settings, dtype=dtype)
+                with suppress(LocalLLMError):  # the backend that is asked for computes plain float32 only
+                    smaller = self.estimate(record, narrow)
+                    if self._is_possible(record, smaller):
+                        return narrow, smaller
         return settings, estimate
 
     def _is_possible(self, record: ModelRecord, estimate: Estimate) -> bool:
@@ -157,7 +159,7 @@ class Forecasts:
 
 def _own_16_bits(estimate: Estimate) -> bool:
     """Whether the estimate is for float32, and the weights in their files have 16 bits."""
-    plain = estimate.quantization is None and estimate.dtype == "float32"
+    plain = estimate.quantization is None and estimate.dtype == "float32" and not estimate.is_stored
     return plain and estimate.own_dtype in ("bfloat16", "float16")
 
 

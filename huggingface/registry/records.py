@@ -37,12 +37,17 @@ def check_model_id(model_id: str) -> str:
     return model_id
 
 
+# A dtype: 16 bits in memory where the files have them, float32 in all that is computed.
+STORED = "stored"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
     """How one model is loaded; None leaves a setting to the server.
 
     `device` is `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; `device_map` is accelerate's: a name, or a device for each
-    module; `dtype` is `auto` or a torch dtype's name; `quantization` is a scheme of `loading/quantization.py`.
+    module; `dtype` is `auto`, `STORED` or a torch dtype's name; `quantization` is a scheme of
+    `loading/quantization.py`.
     `backend` computes the model: a name of `BACKENDS`, or `auto`. `max_context` is the most tokens of one sequence,
     `slots` the most sequences in one batch.
     """

@@ -722,6 +722,27 @@ def test_a_load_whose_float32_never_fits_has_the_16_bits_of_its_weights(
     assert roomy.loaded()["half"].dtype == "float32"
 
 
+def test_a_load_whose_float32_never_fits_computes_in_float32_with_16_bits_in_memory(
+    halves: Path, manage: Callable[..., ModelManager]
+) -> None:
+    """Where that fits: it answers as float32 does, says what it has in memory, and takes what was told."""
+    exact = manage(record("half"), root=halves)
+    request = GenerationRequest({"max_new_tokens": 12, "do_sample": False}, prompt="The cat")
+    exact.load("half", settings=LoadSettings(backend="torch"))
+    wanted = list(exact.loaded()["half"].generate(request))[-1].whole
+    stored = needs(manage, halves, "half", LoadSettings(dtype="stored"))
+    narrow, full = (needs(manage, halves, "half", each) for each in (NARROW, LoadSettings()))
+    assert narrow < stored < full
+    manager = manage(record("half"), root=halves, budget=Budget({"*": Limit(bytes=stored + 1000)}))
+    estimate = manager.forecast("half").estimate
+    assert (estimate.dtype, estimate.is_stored, estimate.own_dtype) == ("float32", True, "bfloat16")
+    manager.load("half")
+    model = manager.loaded()["half"]
+    assert (model.effective["dtype"], model.effective["weights_dtype"]) == ("float32", "bfloat16")
+    assert model.sizes.weights == pytest.approx(estimate.weights, rel=0.01)
+    assert list(model.generate(request))[-1].whole == wanted
+
+
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_callers_that_mix_more_models_than_fit_see_nothing_but_answers_and_503(
     sized: Path, start_server: Any, engine: str

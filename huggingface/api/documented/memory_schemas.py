@@ -57,7 +57,7 @@ class CachedModel(BaseModel):
     device: str
     model_type: str
     engine: EngineState | None
-    dtype: str = Field(description="Type of its weights in memory.")
+    dtype: str = Field(description="Type in which it is computed; see `weights_dtype` in its settings.")
     bytes: int = Field(description="All of its memory: weights, copies and KV cache.")
     weights_bytes: int
     copies_bytes: int = Field(description="Weights kept in a second form too, because products are faster with it.")

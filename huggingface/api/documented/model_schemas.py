@@ -35,7 +35,7 @@ class Settings(Strict):
         "accelerate's: `auto`, `balanced`, `balanced_low_0`, `sequential`, or devices by module; `disk` offloads."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional(
-        "Type of the weights in memory. `auto`: float32 on a CPU, else the files' type."
+        "Type of the weights in memory. `auto`: float32 on a CPU where that could fit, else the files' type."
     )
     quantization: Literal["int8", "int4"] | None = optional(
         "A lossy form of the weights that takes less memory; none is the default."
@@ -235,6 +235,7 @@ class EffectiveSettings(BaseModel):
     engine: Backend = old_name("backend")
     max_context: int | None = Field(description="Null for the model's own.")
     slots: int
+    weights_dtype: str | None = _shown("The weights' 16 bits in memory, where they are computed with in `dtype`.")
 
 
 class LoadedAnswer(Answer):
@@ -289,3 +290,4 @@ class EstimateAnswer(Answer):
     fits: bool = Field(description="Whether a load would succeed now, after evicting `evicts`.")
     possible: bool = Field(description="Whether it could ever fit.")
     evicts: list[str] = Field(description="The models that it would evict.")
+    weights_dtype: str | None = _shown("The weights' 16 bits in memory, where they are computed with in `dtype`.")

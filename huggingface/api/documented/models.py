@@ -297,6 +297,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
         "fits": forecast.fits,
         "possible": forecast.possible,
         "evicts": forecast.evicts,
+        **({"weights_dtype": estimate.own_dtype} if estimate.is_stored else {}),
     }
     return schemas.with_old_names(answer)
 

@@ -231,6 +231,7 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
             (placement.dtype or own_dtype(plan)) is not torch.float32,
             "OpenVINO computes in float32 here, and dtype says otherwise",
         ),
+        (placement.stored, "OpenVINO widens weights of 16 bits"),
         (bool(adapters), "it has adapters"),
         (placement.attention is not None, "attn_implementation is for torch"),
         (placement.compiles, "compile is for torch"),
