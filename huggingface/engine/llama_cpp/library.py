@@ -141,6 +141,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
     "llama_init_from_model": (c_void_p, (c_void_p, ContextParameters)),
     "llama_free": (None, (c_void_p,)),
+    "llama_set_n_threads": (None, (c_void_p, c_int32, c_int32)),
     "llama_n_ctx": (c_uint32, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_seq_rm": (c_bool, (c_void_p, c_int32, c_int32, c_int32)),
@@ -248,7 +249,7 @@ def _together(capacity: int, heads: int) -> int:
 class Model:
     """A GGUF file in llama.cpp's hands. One thread at a time."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         """Maps the file.
 
         Raises:
@@ -256,7 +257,6 @@ class Model:
             LibraryUnusable: as `library`.
         """
         self.lib = lib = library()
-        self._threads = threads
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
         self._model = lib.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -279,7 +279,6 @@ class Model:
         parameters.n_ctx, parameters.n_seq_max = sequences * capacity, sequences
         parameters.n_batch, parameters.n_ubatch = BATCH, self._together(capacity)
         parameters.n_outputs_max = parameters.n_outputs_max_per_seq = max(OUTPUTS, sequences)
-        parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.type_k = parameters.type_v = _F32
         parameters.flash_attn_type = _NO_FLASH
         parameters.swa_full = True
@@ -292,7 +291,7 @@ class Model:
     def _together(self, capacity: int) -> int:
         return _together(capacity, self._heads)
 
-    def compute(self, context: Any, work: Sequence[tuple[int, int, int, bool]]) -> Any:
+    def compute(self, context: Any, work: Sequence[tuple[int, int, int, bool]], threads: int = 1) -> Any:
         """Computes at most `BATCH` tokens: each with its place in a sequence, and whether its logits are wanted.
 
         Returns a pointer to the logits of the wanted ones, (wanted, vocabulary), valid until the next call.
@@ -306,6 +305,7 @@ class Model:
             batch.token[index], batch.pos[index] = token, place
             batch.n_seq_id[index], batch.logits[index] = 1, wanted
             batch.seq_id[index][0] = sequence
+        self.lib.llama_set_n_threads(context, threads, threads)
         if status := self.lib.llama_decode(context, batch):
             raise FileUnusable(f"llama.cpp computes no step ({status})")
         return self.lib.llama_get_logits(context)
@@ -323,7 +323,7 @@ _TRIED = 24  # tokens
 
 def _try_out(path: str) -> None:
     """Computes two sequences of a file, in a batch and step by step."""
-    model = Model(path, 1)
+    model = Model(path)
     context = model.context(2, BATCH)
     if not context:
         raise FileUnusable("there is no memory for its cache")

@@ -18,6 +18,7 @@ from ..slots import Lengths
 from ..torch.runner import Piece
 from . import library
 from .cells import CellCache
+from .team import Team
 
 
 class LlamaRunner:
@@ -35,7 +36,8 @@ class LlamaRunner:
             FileUnusable: llama.cpp cannot read or compute the file.
             LibraryUnusable: the library is missing, or of another version.
         """
-        self._model = library.Model(path, torch.get_num_threads())
+        self._model = library.Model(path)
+        self._team = Team(torch.get_num_threads())
         self._vocabulary = vocabulary
         self._reserve = reserve
         self.cache = CellCache(self._model, token_bytes)
@@ -78,7 +80,8 @@ class LlamaRunner:
             while end < min(len(work), begin + library.BATCH) and outputs + work[end][3] <= library.OUTPUTS:
                 outputs += work[end][3]
                 end += 1
-            found = model.compute(context, work[begin:end])
+            with self._team.step(end - begin) as threads:
+                found = model.compute(context, work[begin:end], threads)
             if outputs:
                 made = np.ctypeslib.as_array(found, (outputs, model.vocabulary))
                 logits[done : done + outputs, :known] = torch.from_numpy(made)[:, :known]
