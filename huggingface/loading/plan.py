@@ -111,12 +111,12 @@ def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
         "device": placement.device if mapping is None else None,
         "device_map": None if mapping is None else {name: str(device) for name, device in mapping.items()},
         "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_dtype": str(own_dtype(plan)).removeprefix("torch.") if placement.stored else None,
         "quantization": placement.quantization,
         "attn_implementation": model.config.get_text_config()._attn_implementation,
         "compile": placement.compiles,
         "max_context": placement.max_context,
         "slots": engine_options(plan, options).max_batch,
-        **({"weights_dtype": str(own_dtype(plan)).removeprefix("torch.")} if placement.stored else {}),
     }
 
 

@@ -173,6 +173,7 @@ def test_a_load_says_what_was_loaded_and_where(api: Server, backend: str) -> Non
             "device": "cpu",
             "device_map": None,
             "dtype": "float32",
+            "weights_dtype": None,
             "quantization": None,
             "attn_implementation": "sdpa",
             "compile": False,

@@ -940,6 +940,7 @@ def test_settings_of_a_load_are_in_effect_until_the_unload_and_shown(start_serve
     answer = server.call("POST", f"/models/{model_id}/load", json=asked).json()
     given = {
         "slots": 3,
+        "weights_dtype": None,
         "quantization": None,
         "compile": False,
         "device": "cpu",

@@ -228,6 +228,9 @@ class EffectiveSettings(BaseModel):
     device: str | None = Field(description="Null where a device map spreads it.")
     device_map: dict[str, str] | None
     dtype: str
+    weights_dtype: str | None = Field(
+        description="The weights' 16 bits, computed with in `dtype`; null for `dtype` itself."
+    )
     quantization: str | None
     attn_implementation: str | None
     compile: bool
@@ -235,7 +238,6 @@ class EffectiveSettings(BaseModel):
     engine: Backend = old_name("backend")
     max_context: int | None = Field(description="Null for the model's own.")
     slots: int
-    weights_dtype: str | None = _shown("The weights' 16 bits in memory, where they are computed with in `dtype`.")
 
 
 class LoadedAnswer(Answer):
@@ -280,6 +282,9 @@ class EstimateAnswer(Answer):
     kv_cache_bytes_per_token: int
     device: str
     dtype: str
+    weights_dtype: str | None = Field(
+        description="The weights' 16 bits, computed with in `dtype`; null for `dtype` itself."
+    )
     quantization: str | None
     backend: Backend = Field(description="The backend that would compute it.")
     engine: Backend = old_name("backend")
@@ -290,4 +295,3 @@ class EstimateAnswer(Answer):
     fits: bool = Field(description="Whether a load would succeed now, after evicting `evicts`.")
     possible: bool = Field(description="Whether it could ever fit.")
     evicts: list[str] = Field(description="The models that it would evict.")
-    weights_dtype: str | None = _shown("The weights' 16 bits in memory, where they are computed with in `dtype`.")

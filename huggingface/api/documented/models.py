@@ -283,6 +283,7 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
         "kv_cache_bytes_per_token": estimate.token_bytes,
         "device": estimate.device,
         "dtype": estimate.dtype,
+        "weights_dtype": estimate.own_dtype if estimate.is_stored else None,
         "quantization": estimate.quantization,
         "backend": estimate.backend,
         "conversion_bytes": estimate.conversion,
@@ -297,7 +298,6 @@ def estimate_model(path: schemas.ModelPath, query: model_schemas.EstimateQuery) 
         "fits": forecast.fits,
         "possible": forecast.possible,
         "evicts": forecast.evicts,
-        **({"weights_dtype": estimate.own_dtype} if estimate.is_stored else {}),
     }
     return schemas.with_old_names(answer)
 
