@@ -19,6 +19,8 @@ _SAME = 0.8  # a resting row is continued in place if this share of it is reused
 class Store(Protocol):
     """Holds the rows: in tensors, or in a test anything that records the calls."""
 
+    joint: bool  # whether rows of several banks are computed together
+
     def create(self, bank: int, rows: int, capacity: int) -> bool:
         """Creates an empty bank; False if there is no memory for it now."""
 
@@ -223,14 +225,18 @@ class SlotTable:
         for bank in self._banks:
             if bank.capacity == capacity and None in bank.rows:
                 return self._place(bank)
-        if (made := self._create(capacity)) is not None:
-            return self._place(made)
         resting = [slot for slot in self._slots() if not slot.taken and slot is not keep]
         alike = [slot for slot in resting if slot.bank.capacity == capacity]
+        # A further bank costs a pass over the weights where each bank has its own, so rows are rather evicted there.
+        spared = keep is not None and not keep.taken and keep.bank.capacity == capacity
+        if (self._store.joint or not (alike or spared)) and (made := self._create(capacity)) is not None:
+            return self._place(made)
         if alike:
             victim = min(alike, key=lambda slot: slot.used)
             victim.bank.rows[victim.row] = None
             return self._place(victim.bank)
+        if spared and not self._store.joint:
+            return None
         # Unused banks of other capacities, the longest unused first, until there is room.
         idle = [bank for bank in self._banks if not bank.busy and (keep is None or keep.bank is not bank)]
         for bank in sorted(

@@ -19,6 +19,8 @@ from huggingface.engine.torch.cache import LayerShape
 class Lists:
     """Rows of tokens in lists: what a cache holds, as far as the table can tell."""
 
+    joint = True
+
     def __init__(self, maximum: int = 10**9) -> None:
         self.banks: dict[int, list[list[int | None]]] = {}
         self.maximum = maximum
@@ -361,3 +363,21 @@ def test_a_token_is_said_before_the_next_one_is_computed() -> None:
     assert [row.tokens for row in scheduler.plan(100)] == [(4,)]
     sequence.append(5)
     assert [next(sequence.ticket).text for _ in "45"] == ["4", "5"]
+
+
+def test_a_further_bank_is_made_only_where_it_costs_no_pass_of_its_own() -> None:
+    """Where each bank is computed by itself, a new row rather takes the place of one that rests."""
+    for joint, banks in ((True, 2), (False, 1)):
+        store = Lists()
+        store.joint = joint
+        table = SlotTable(store, 100_000)
+        for start in range(16):
+            slot = table.take([start], 100)
+            assert slot is not None
+            store.write(slot, [start])
+            table.release(slot)
+        taken = [table.take([100 + start], 100) for start in range(15)] + [table.take([15, 1], 100)]
+        assert all(slot is not None for slot in taken)
+        assert len(store.banks) == banks
+        assert table.take([200], 100) is not None  # the first bank's rows are all taken
+        assert len(store.banks) == 2

@@ -31,6 +31,8 @@ class _Bank:
 class CellCache:
     """The contexts of a model; see `slots.Store` for the methods that move rows."""
 
+    joint = False
+
     def __init__(self, model: Model, token_bytes: int) -> None:
         """A token's keys and values take `token_bytes`."""
         self.token_bytes = token_bytes

@@ -8,11 +8,13 @@ from time to time another number of threads is tried. Engine's thread only. Must
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _SHARE = 0.05  # of the time, at most, goes into trying
-_RESTING = 0.5  # seconds until a number of threads is tried again, at least
+_RESTING = 2.0  # seconds until a number of threads is tried again, at least
+_LATELY = 3  # steps: of these the fastest counts, as any step may be delayed by something else
 _TIMED = 31  # the most tokens of a step that is timed; a larger one takes what is best for a smaller one
 
 
@@ -23,9 +25,9 @@ class Team:
         """`most` is the most threads; `clock` tells seconds."""
         self._choices = sorted({most, most - 1, most // 2, 1} - {0}, reverse=True)
         self._clock = clock
-        # For each size of a step, by its tokens' bits, and number of threads: the seconds that a token took last, and
+        # For each size of a step, by its tokens' bits, and number of threads: the seconds that a token took lately, and
         # when the number is tried again.
-        self._times: dict[int, dict[int, float]] = {}
+        self._times: dict[int, dict[int, deque[float]]] = {}
         self._due: dict[tuple[int, int], float] = {}
 
     @contextmanager
@@ -39,13 +41,13 @@ class Team:
         yield chosen
         end = self._clock()
         times = self._times.setdefault(size, {})
-        times[chosen] = (end - begin) / tokens
-        lost = (times[chosen] - min(times.values())) * tokens
+        times.setdefault(chosen, deque(maxlen=_LATELY)).append((end - begin) / tokens)
+        lost = (times[chosen][-1] - min(map(min, times.values()))) * tokens
         self._due[size, chosen] = end + max(_RESTING, lost / _SHARE)
 
     def _best(self, size: int) -> int:
         times = self._times.get(size)
-        return min(times, key=times.__getitem__) if times else self._choices[0]
+        return min(times, key=lambda choice: min(times[choice])) if times else self._choices[0]
 
     def _choose(self, size: int, now: float) -> int:
         """The best number of threads, or one to try: not tried so far, or not for a while."""

@@ -26,6 +26,8 @@ class BlockCache:
     Its memory is one reserved range per layer, of which only written blocks take memory.
     """
 
+    joint = True
+
     def __init__(self, layers: Sequence[LayerShape], tokens: int) -> None:
         """`tokens` is the most tokens that all banks together have room for."""
         self.token_bytes = sum(shape.token_bytes for shape in layers)

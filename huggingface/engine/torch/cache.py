@@ -59,6 +59,8 @@ class Segment:
 class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values of all banks and layers; see `slots.Store` for the methods that move rows."""
 
+    joint = True
+
     def __init__(self, layers: Sequence[LayerShape | None]) -> None:
         """`layers` are the model's, None for a layer that keeps nothing."""
         super().__init__(layers=[])
