@@ -309,7 +309,6 @@ class LocalLLMInt8(LocalLLM):
     """This server with OpenVINO and weights of 8 bits."""
 
     key, weights = "ours-int8", "int8"
-    packages = (*LocalLLM.packages, "nncf")
     settings: ClassVar[dict[str, str]] = {"backend": "openvino", "quantization": "int8"}
 
 

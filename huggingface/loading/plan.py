@@ -124,14 +124,14 @@ def file_bytes(plan: Plan, options: LoadOptions) -> int:
     """Bytes of the files that hold the weights."""
     if plan.record.gguf_file is not None:
         return (plan.folder / plan.record.gguf_file).stat().st_size
-    return sum(path.stat().st_size for path in _weights_files(plan, options))
+    return sum(path.stat().st_size for path in weights_files(plan, options))
 
 
 def has_16_bits(plan: Plan, options: LoadOptions) -> bool:
     """Whether nearly all of the model's weights have 16 bits in their files; before these are here, by the config."""
     sizes: Counter[int] = Counter()
     try:
-        paths = _weights_files(plan, options)
+        paths = weights_files(plan, options)
     except FilesMissing:
         return own_dtype(plan).itemsize == 2
     for path in paths:
@@ -148,7 +148,8 @@ def has_16_bits(plan: Plan, options: LoadOptions) -> bool:
     return sizes[16] >= _NEARLY * sizes.total()
 
 
-def _weights_files(plan: Plan, options: LoadOptions) -> list[Path]:
+def weights_files(plan: Plan, options: LoadOptions) -> list[Path]:
+    """The files that hold the weights, if they are not in a GGUF file."""
     return files.weights_files(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
 
 

@@ -22,6 +22,7 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.pytorch_utils import Conv1D
 
 from .. import rendering
+from ..engine.openvino.blanks import Blanks
 from ..engine.openvino.lazy_weights import make_shell
 from ..errors import (
     DeviceFailed,
@@ -41,7 +42,7 @@ from ..tasks.embedding import Pooling, find_pooling
 from ..types import LoadOptions
 from . import default_dtype
 from . import gguf as gguf_files
-from .plan import Plan, auto_class, refusal
+from .plan import Plan, auto_class, refusal, weights_files
 from .quantization import quantize, store_narrow
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,49 @@ def _failure(plan: Plan, error: Exception) -> LocalLLMError:
     if placement.device_map is not None and isinstance(error, ValueError) and "device_map" in str(error):
         return InvalidRequest(f"Invalid value for field 'device_map': {public(error, plan.folder)}", "device_map")
     return refusal(model_id, plan.folder, error, "its weights or its config.json")
+
+
+def read_blank(plan: Plan, options: LoadOptions, blanks: Blanks) -> Any:
+    """Reads the float32 model with blanks in place of its matrices, which stay in their files; None if it cannot be.
+
+    What the model computes itself is computed in float32, as in `read_model`; vectors are read.
+
+    Raises: as `loader.load`.
+    """
+    paths = weights_files(plan, options)
+    if plan.gguf is not None or any(path.suffix != ".safetensors" for path in paths):
+        return None
+    from safetensors import safe_open
+
+    hollow = read_model(plan, options, None, hollow=True)
+    shapes = {tuple(tensor.shape) for tensor in hollow.state_dict().values()}
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not all(tensor.itemsize > 1 and tuple(tensor.shape) in shapes for tensor in floating.values()):
+        return None  # they are packed, or made into others, which would take the memory of numbers
+    try:
+        for name, tensor in floating.items():
+            if tensor.dim() > 1 and tensor.numel():
+                tensors[name] = torch.from_numpy(blanks.add([tensor], mapped=True))
+        model, info = type(hollow).from_pretrained(
+            None,
+            config=copy.deepcopy(plan.config),
+            dtype=torch.float32,
+            state_dict=tensors,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise refusal(plan.record.model_id, plan.folder, error, "its weights or its config.json") from error
+    _check_weights(plan.record.model_id, plan.head, info)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if (parts := blanks.of(buffer)) is not None:
+                module.register_buffer(name, parts[0].float())
+    return model
 
 
 @contextmanager

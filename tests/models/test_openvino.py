@@ -38,6 +38,8 @@ from config import Settings
 from huggingface.engine.layers import NotBatchable, probe
 from huggingface.engine.openvino import agreement, graph, library
 from huggingface.engine.openvino import lazy_weights as reserve
+from huggingface.engine.openvino.blanks import Blanks
+from huggingface.engine.openvino.constants import NumbersFile, settle
 from huggingface.engine.openvino.lazy_weights import Reserve, make_shell
 from huggingface.engine.openvino.runner import OpenVINORunner
 from huggingface.engine.torch.parity import room_for
@@ -550,7 +552,7 @@ def refuse(*_):
     raise AssertionError("a packet")
 socket.socket.connect = socket.getaddrinfo = refuse
 from huggingface.engine.openvino import library
-library.openvino(); library.offline_transformations(); library.nncf()
+library.openvino(); library.offline_transformations()
 import openvino.tools.ovc
 assert sys.modules["openvino_telemetry"] is None
 """
@@ -746,8 +748,10 @@ def test_products_of_the_same_rows_are_one_and_every_number_stays(
     logits = []
     for merged in (True, False):
         if not merged:
-            monkeypatch.setattr(graph, "merge_products", lambda _: 0)
-        made = graph.convert(model)
+            monkeypatch.setattr(graph, "merge_products", lambda *_: 0)
+        blanks, numbers = Blanks(), NumbersFile()
+        made = graph.convert(model, blanks)
+        settle(made, blanks, None, numbers)
         count = sum(node.get_type_name() == "MatMul" for node in made.get_ops())
         assert (count == products) is (merged or name in ("gpt2", "phi3"))
         runner = OpenVINORunner(made, {}, shapes, room_for(expected))

@@ -343,7 +343,9 @@ def test_where_a_graph_gives_something_else_torch_computes(served: Callable[...,
     sample = graph.expected[0]
     off = 2e-5 * sample.outputs["last_hidden_state"].abs().max()
     wrong = {**sample.outputs, "last_hidden_state": sample.outputs["last_hidden_state"] + off}
-    other = converted_encoder.EncoderGraph(graph.path, None, graph.form, (Sample(sample.inputs, wrong),))
+    other = converted_encoder.EncoderGraph(
+        graph.path, graph.weight_bytes, None, graph.form, (Sample(sample.inputs, wrong),)
+    )
     refused: list[str] = []
     shell = Shell(make_shell(copy.deepcopy(model.model)), lambda: copy.deepcopy(model.model), 1000)
     compute = GraphCompute(model.loaded.head, other, shell, 0, refused.append)

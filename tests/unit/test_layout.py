@@ -61,7 +61,6 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": (),
     "safetensors": (),
     "gguf": ("huggingface/loading/gguf_reader.py", "huggingface/loading/llama_cpp/reference.py"),  # themselves late
-    "nncf": (),
     "openvino": (),
     "peft": (),
     "requests": ("example_usage.py",),
@@ -70,7 +69,6 @@ LATE: dict[str, tuple[str, ...]] = {
     "llguidance": ("huggingface/forms/*",),
     "huggingface_hub": ("huggingface/hub/*", "huggingface/inspection/*"),
     "safetensors": ("huggingface/loading/*", "huggingface/hub/*", "huggingface/inspection/*", "starter.py"),
-    "nncf": ("huggingface/engine/openvino/*",),
     "openvino": ("huggingface/engine/openvino/*",),
     "gguf": ("starter.py",),
     "peft": ("huggingface/loading/*",),

@@ -7,6 +7,7 @@ so that a later load, perhaps on another machine, is tested without torch's weig
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,13 @@ from ...errors import Cancelled
 from ..borders import nearest, past, small
 from ..layers import NotBatchable, probe
 from ..torch.parity import Expected, compare, expect, room_for, some_prompts
+from .blanks import Blanks
+from .constants import NumbersFile, settle
 from .failures import computed
 from .graph import convert, windows
 from .runner import OpenVINORunner
+
+logger = logging.getLogger(__name__)
 
 CLOSE = 1e-3  # the largest difference of float32's logits from torch's
 
@@ -35,7 +40,7 @@ def lengths(model: PreTrainedModel) -> tuple[int, ...]:
     return (first, *_LENGTHS[1:])
 
 
-def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> None:
+def check_far(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> None:
     """Tests the model's code, as a graph, beyond a length at which it changes, if that is too far: on a small model.
 
     Raises:
@@ -45,20 +50,36 @@ def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> N
     if border <= _LONGEST:
         return
     try:
+        tried = check_small(model, cancellation)
+    except NotBatchable as error:
+        raise NotBatchable(f"beyond {border} tokens: {error}") from error
+    if not tried:
+        raise NotBatchable(f"it changes at a length of {border} tokens, which is too far to be tried")
+
+
+def check_small(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> bool:
+    """Tests the model's code, as a graph, on a small model of it; returns whether one can be made.
+
+    Raises:
+        NotBatchable: the graph is wrong.
+    """
+    try:
         tried = small(model)
         expected = torch_expects(tried, cancellation)
     except Cancelled:
         raise
     except Exception as error:
-        raise NotBatchable(f"it changes at a length of {border} tokens, which is too far to be tried") from error
-    try:
-        shapes = [shape for shape in probe(tried) if shape is not None]
-        with computed("convert"):
-            runner = OpenVINORunner(convert(tried), windows(tried), shapes, room_for(expected))
-        check(runner, expected)
-        runner.close()
-    except NotBatchable as error:
-        raise NotBatchable(f"beyond {border} tokens: {error}") from error
+        logger.info("no small %s can be tried", type(model).__name__, exc_info=error)
+        return False
+    blanks, file = Blanks(), NumbersFile()
+    shapes = [shape for shape in probe(tried) if shape is not None]
+    with computed("convert"):
+        graph = convert(tried, blanks)
+        settle(graph, blanks, None, file)
+        runner = OpenVINORunner(graph, windows(tried), shapes, room_for(expected))
+    check(runner, expected)
+    runner.close()
+    return True
 
 
 def torch_expects(model: PreTrainedModel, cancellation: Cancellation = NEVER) -> list[Expected]:

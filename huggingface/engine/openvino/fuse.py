@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from .blanks import Blanks
 from .library import openvino
 
 
-def merge_products(graph: Any) -> int:
+def merge_products(graph: Any, blanks: Blanks) -> int:
     """Merges the products in a graph that read the same rows, in place; returns the number of merged groups.
 
-    Their weights are constants, (outputs, inputs), and so are their biases, if any. The merged constants are copies.
+    Their weights are constants, (outputs, inputs), and so are their biases, if any. The merged weights are blanks.
     """
     groups = defaultdict(list)
     for node in graph.get_ordered_ops():
@@ -29,7 +30,7 @@ def merge_products(graph: Any) -> int:
     for products in groups.values():
         biases = [_bias(product) for product in products]
         if len(products) > 1 and len({bias is None for bias in biases}) == 1:
-            _merge(products, biases)
+            _merge(products, biases, blanks)
             merged += 1
     if merged:
         graph.validate_nodes_and_infer_types()
@@ -67,11 +68,11 @@ def _bias(product: Any) -> tuple[Any, Any] | None:
     return (total, other) if shape and shape[-1] == outputs == int(np.prod(shape)) else None
 
 
-def _merge(products: Sequence[Any], biases: Sequence[tuple[Any, Any] | None]) -> None:
+def _merge(products: Sequence[Any], biases: Sequence[tuple[Any, Any] | None], blanks: Blanks) -> None:
     from openvino import opset13 as ops
 
     weights = [product.input_value(1).get_node().get_data() for product in products]
-    together = _constant(np.concatenate(weights))
+    together = _constant(blanks.add([part for each in weights for part in blanks.parts(each)]))
     whole = ops.matmul(products[0].input_value(0), together, transpose_a=False, transpose_b=True)
     whole.set_friendly_name(f"{products[0].get_friendly_name()}/merged")
     results = list(products)

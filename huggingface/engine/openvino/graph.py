@@ -18,8 +18,9 @@ from transformers import Cache, PreTrainedModel
 from ...modeling.rotary import changing
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
 from ..torch.cache import LayerShape
+from .blanks import Blanks
 from .fuse import merge_products
-from .library import nncf, offline_transformations, openvino
+from .library import offline_transformations, openvino
 
 # The index of the paged attention's input that says how many tokens back it sees; 0 for all of them.
 _WINDOW_INPUT = 10
@@ -104,8 +105,10 @@ def check_rotary(config: Any) -> None:
         raise NotBatchable(f"its rotary embeddings ({', '.join(kinds)}) change with the length of the text")
 
 
-def convert(model: PreTrainedModel) -> Any:
+def convert(model: PreTrainedModel, blanks: Blanks) -> Any:
     """Converts the model to a stateful graph, float32; constants that are not merged are the model's own memory.
+
+    Its weights may be `blanks`, and merged ones are: `constants.settle` gives them their numbers.
 
     Raises:
         NotBatchable: the model keeps something other than keys and values in each layer, or takes no positions.
@@ -138,7 +141,7 @@ def convert(model: PreTrainedModel) -> Any:
     )
     _begin_empty(graph)
     graph.validate_nodes_and_infer_types()
-    merge_products(graph)
+    merge_products(graph, blanks)
     return graph
 
 
@@ -177,30 +180,6 @@ def _begin_empty(graph: Any) -> None:
                 ops.constant(np.float32(0)), ops.concat([rows, numbers(heads), numbers(0), numbers(width)], 0)
             )
             node.set_arguments([empty.output(0)])
-
-
-def compress(graph: Any, quantization: str) -> Any:
-    """Compresses the graph's weights to 8 or 4 bits.
-
-    8 bits have a scale and a zero point per output, which loses less than a scale alone and is as fast; 4 bits have a
-    scale per 64 numbers.
-
-    Raises:
-        OpenVINOMissing: nncf is not installed.
-    """
-    library = nncf()
-    import logging
-
-    logging.getLogger("nncf").setLevel(logging.WARNING)
-    modes = library.CompressWeightsMode
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if quantization == "int8":
-            return library.compress_weights(graph, mode=modes.INT8_ASYM)
-        adjusted = library.AdvancedCompressionParameters(group_size_fallback_mode=library.GroupSizeFallbackMode.ADJUST)
-        return library.compress_weights(
-            graph, mode=modes.INT4_SYM, group_size=64, ratio=1.0, advanced_parameters=adjusted
-        )
 
 
 def paged(graph: Any, windows: Mapping[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Imports openvino and nncf late, and without their telemetry.
+"""Imports openvino late, and without its telemetry.
 
 Any thread may call it. Must not know models.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Imports belong to the process, and so does the lock for them.
 _IMPORTING = threading.Lock()
 
-# Both send usage statistics over the network on import, unless this module is missing.
+# It sends usage statistics over the network on import, unless this module is missing.
 _SENDER = "openvino_telemetry"
 
 
@@ -56,22 +56,10 @@ def offline_transformations() -> Any:
         return _offline_transformations
 
 
-def nncf() -> Any:
-    """The module `nncf`, which compresses weights.
-
-    Raises:
-        OpenVINOMissing: it is not installed, or cannot be imported.
-    """
-    with _importing("nncf"):
-        import nncf
-
-        return nncf
-
-
 def versions() -> dict[str, str]:
     """The versions of the packages that make a graph; those that are not installed are left out."""
     found = {}
-    for name in ("openvino", "nncf", "transformers", "torch"):
+    for name in ("openvino", "transformers", "torch"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ The loader calls it, on its thread or in the process that converts. Must not kno
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ...cancellation import NEVER, Cancellation
 from ...engine.layers import NotBatchable, probe
 from ...engine.openvino import agreement
 from ...engine.openvino import graph as graphs
+from ...engine.openvino.blanks import Blanks
+from ...engine.openvino.constants import settle
 from ...engine.openvino.failures import computed
 from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import OpenVINORunner, read_graph
@@ -29,6 +31,8 @@ from .graph_store import EXPECTED, GraphPlace
 # fault.
 _CLOSE = {None: agreement.CLOSE, "int8": 0.15, "int4": 0.6}
 
+TRIED = 4 * 10**8  # numbers up to which a graph is tried itself, in float32, before its weights are rounded
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:
@@ -39,6 +43,7 @@ class Graph:
     """
 
     path: Path
+    weight_bytes: int
     quantization: str | None
     shapes: tuple[LayerShape, ...]
     windows: Mapping[int, int]
@@ -49,11 +54,6 @@ class Graph:
     def token_bytes(self) -> int:
         """Bytes of the KV cache of one token."""
         return sum(shape.token_bytes for shape in self.shapes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the graph's weights."""
-        return self.path.with_suffix(".bin").stat().st_size
 
     def runner(self, tokens: int, reserve: Reserve, cancellation: Cancellation = NEVER) -> OpenVINORunner:
         """Creates a tested runner of the graph; its KV cache has room for `tokens`.
@@ -85,40 +85,51 @@ def make(
     quantization: str | None,
     spare: Path,
     cancellation: Cancellation = NEVER,
+    blanks: Blanks | None = None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Makes a graph of a float32 model, which it consumes, compares it with torch, and stores it.
 
-    A graph to compress is compared before its weights are rounded.
+    The model's weights may be `blanks`. A graph whose weights are rounded is compared before they are: itself where
+    that takes little memory, otherwise a small model of the same code. `done` is called with how many numbers of the
+    graph's weights are written.
 
     Raises:
         NotBatchable: OpenVINO cannot serve the model; that is recorded.
+        NotBlank: the graph cannot be made of blanks.
         Cancelled: by `cancellation`.
         OSError: the disk lacks space.
-        OpenVINOMissing: nncf is not installed.
     """
+    blanks = Blanks() if blanks is None else blanks
+    numbers = sum(tensor.numel() for tensor in model.parameters())
     try:
         graphs.check_kinds(model)
-        agreement.check_small(model, cancellation)
+        agreement.check_far(model, cancellation)
         shapes = tuple(shape for shape in probe(model) if shape is not None)
-        expected = tuple(agreement.torch_expects(model, cancellation))
+        with blanks.filled():
+            expected = tuple(agreement.torch_expects(model, cancellation))
         with computed("convert"):
-            graph = graphs.convert(model)
+            graph = graphs.convert(model, blanks)
         cancellation.check()
         windows = graphs.windows(model)
+        itself = quantization is not None and not (numbers > TRIED and agreement.check_small(model, cancellation))
         _unload(model)
-        if quantization is not None:
-            trial = OpenVINORunner(graph.clone(), windows, shapes, room_for(expected))
-            agreement.check(trial, expected)
-            trial.close()
-            del trial
-            release_freed()
-            graph = graphs.compress(graph, quantization)
+        with place.numbers_file(numbers, spare) as file:
+            if itself:
+                trial = graph.clone()
+                settle(trial, blanks, None, file)
+                runner = OpenVINORunner(trial, windows, shapes, room_for(expected))
+                agreement.check(runner, expected)
+                runner.close()
+                del trial, runner
+                release_freed()
+            settle(graph, blanks, quantization, file, done)
             cancellation.check()
-        about = {
-            "windows": {str(layer): width for layer, width in windows.items()},
-            "layers": [[*shape.keys, *shape.values] for shape in shapes],
-        }
-        place.keep(graph, about, as_tensors(expected), spare)
+            about = {
+                "windows": {str(layer): width for layer, width in windows.items()},
+                "layers": [[*shape.keys, *shape.values] for shape in shapes],
+            }
+            place.keep(graph, about, as_tensors(expected), spare)
     except NotBatchable as error:
         place.refuse(str(error))
         raise
@@ -141,4 +152,4 @@ def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> Graph:
     device = torch.device("cpu")
     shapes = tuple(LayerShape((a, b), (c, d), torch.float32, device) for a, b, c, d in about["layers"])
     windows = {int(layer): int(width) for layer, width in about["windows"].items()}
-    return Graph(path / "graph.xml", about["quantization"], shapes, windows, expected, own)
+    return Graph(path / "graph.xml", about["bytes"], about["quantization"], shapes, windows, expected, own)

@@ -6,7 +6,7 @@ The loader calls it, on its thread or in the process that converts. Must not kno
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 from ...cancellation import NEVER, Cancellation
 from ...engine.layers import NotBatchable
 from ...engine.openvino import encoder as encoders
+from ...engine.openvino.blanks import Blanks
+from ...engine.openvino.constants import settle
 from ...engine.openvino.encoder import Encoder, EncoderForm, Padding, Sample
 from ...engine.openvino.failures import computed
-from ...engine.openvino.graph import compress
 from ...engine.openvino.lazy_weights import Reserve
 from ...engine.openvino.runner import read_graph
 from ...host.memory import few_file_pages, release_freed
@@ -41,15 +42,11 @@ class EncoderGraph:
     """
 
     path: Path
+    weight_bytes: int
     quantization: str | None
     form: EncoderForm
     expected: tuple[Sample, ...]
     folder: Path | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the graph's weights."""
-        return self.path.with_suffix(".bin").stat().st_size
 
     def encoder(self, shell: Any, reserve: Reserve, cancellation: Cancellation = NEVER) -> Encoder:
         """Creates a tested encoder of the graph, and puts it behind `shell`, a model without weights.
@@ -83,37 +80,45 @@ def make(
     quantization: str | None,
     spare: Path,
     cancellation: Cancellation = NEVER,
+    blanks: Blanks | None = None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Makes a graph of a float32 model, compares it with torch, and stores it.
 
-    A graph to compress is compared before its weights are rounded.
+    The model's weights may be `blanks`. A graph whose weights are rounded is compared before they are. `done` is called
+    with how many numbers of the graph's weights are written.
 
     Raises:
         NotBatchable: OpenVINO cannot serve the model; that is recorded.
+        NotBlank: the graph cannot be made of blanks.
         Cancelled: by `cancellation`.
         OSError: the disk lacks space.
-        OpenVINOMissing: nncf is not installed.
     """
+    blanks = Blanks() if blanks is None else blanks
     padding = Padding(tokenizer.pad_token_id, tokenizer.padding_side == "left")
     try:
-        with computed("convert"):
+        with blanks.filled(), computed("convert"):
             form = encoders.find_form(model, tokenizer.model_input_names)
+        with computed("convert"):
             graph = encoders.convert(model, form)
-        with computed("compute"):
+        with place.numbers_file(sum(tensor.numel() for tensor in model.parameters()), spare) as file:
+            exact = graph if quantization is None else graph.clone()
+            settle(exact, blanks, None, file, done)
             some = partial(
                 encoders.samples, model, form, padding, maximum=max_positions(model), cancellation=cancellation
             )
-            expected = tuple(some(kept=True))
-            trial = Encoder(graph if quantization is None else graph.clone(), form)
-            encoders.check(trial, expected)
-            for sample in some(kept=False):
-                encoders.check(trial, [sample])
-        del trial
-        release_freed()
-        if quantization is not None:
-            graph = compress(graph, quantization)
-            cancellation.check()
-        place.keep(graph, _about(form), _tensors(expected), spare)
+            with computed("compute"), blanks.filled():
+                expected = tuple(some(kept=True))
+                trial = Encoder(exact, form)
+                encoders.check(trial, expected)
+                for sample in some(kept=False):
+                    encoders.check(trial, [sample])
+            del trial, exact
+            release_freed()
+            if quantization is not None:
+                settle(graph, blanks, quantization, file)
+                cancellation.check()
+            place.keep(graph, _about(form), _tensors(expected), spare)
     except NotBatchable as error:
         place.refuse(str(error))
         raise
@@ -151,4 +156,4 @@ def _read(path: Path, about: Mapping[str, Any], own: Path | None) -> EncoderGrap
         )
         for number in range(len(tensors) // len(form.inputs + form.outputs))
     )
-    return EncoderGraph(path / "graph.xml", about["quantization"], form, expected, own)
+    return EncoderGraph(path / "graph.xml", about["bytes"], about["quantization"], form, expected, own)

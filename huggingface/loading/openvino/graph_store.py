@@ -20,8 +20,10 @@ from filelock import FileLock, Timeout
 
 from ...cancellation import LOOK_AGAIN
 from ...engine.layers import NotBatchable
+from ...engine.openvino.constants import NumbersFile
 from ...engine.openvino.graph import constant_bytes
 from ...engine.openvino.library import openvino, versions
+from ...host.memory import few_file_pages
 from ..kept import KeptFolder, write_json
 
 T = TypeVar("T")
@@ -35,6 +37,9 @@ EXPECTED = "expected.safetensors"  # torch's results, beside the graph
 
 # Increase this whenever graphs of earlier versions of this project must not be used any more.
 _FORMAT = 3
+
+# Bytes on the disk for each number of a graph that is made: in the graph, and in the file that it is written from.
+_MAKING = {None: 8, "int8": 2, "int4": 1.5}
 
 _ROOM = 1.1  # times a graph's size that must be free on the disk before it is written
 
@@ -114,6 +119,25 @@ class GraphPlace(KeptFolder):
             if lock is not None:
                 lock.release()
 
+    @contextmanager
+    def numbers_file(self, numbers: int, spare: Path) -> Iterator[NumbersFile]:
+        """A file for the numbers of a graph of so many that is being made; in `spare` if the model's folder has no room
+        for it and for the graph."""
+        folder = spare / "numbers"
+        with suppress(OSError):
+            self._folder.mkdir(exist_ok=True)
+            _check_room(self._folder, int(numbers * _MAKING[self._quantization]))
+            unfinished = self._folder / f".{self._name}.numbers.tmp"
+            unfinished.mkdir()
+            folder = unfinished
+        folder.mkdir(exist_ok=True)
+        try:
+            path = folder / "numbers.bin"
+            with few_file_pages(path):
+                yield NumbersFile(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def keep(self, graph: Any, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], spare: Path) -> None:
         """Writes a graph, its description, and torch's results; into `spare` if they cannot be stored beside the model.
 
@@ -121,7 +145,7 @@ class GraphPlace(KeptFolder):
             OSError: there is no space there either.
         """
         size, _ = constant_bytes(graph)
-        about = {**about, "quantization": self._quantization}
+        about = {**about, "quantization": self._quantization, "bytes": size}
         try:
             _check_room(self._folder.parent, size)
             self.write(lambda folder: _save(graph, folder, about, tensors))
@@ -136,7 +160,7 @@ def _save(graph: Any, folder: Path, about: Mapping[str, Any], tensors: Mapping[s
 
     openvino().save_model(graph, os.fspath(folder / "graph.xml"), compress_to_fp16=False)
     save_file(dict(tensors), folder / EXPECTED)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     write_json(folder / "about.json", {**about, "sizes": sizes, "versions": versions()})
 
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ import transformers
 from ...cancellation import Cancellation
 from ...engine.layers import NotBatchable
 from ...engine.openvino import library
+from ...engine.openvino.blanks import Blanks, NotBlank
+from ...engine.openvino.constants import GROUP
 from ...engine.openvino.lazy_weights import Reserve
 from ...engine.torch.lora import Adapters
 from ...errors import ConversionFailed, FilesMissing, ModelUnsupported, public
@@ -35,8 +37,8 @@ from ...types import EngineOptions, Estimate, LoadOptions, Pending
 from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
 from ..lora import AttachedAdapters
-from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype
-from ..pretrained import BUILDING, read_model, read_tokenizer, watched
+from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype, weights_files
+from ..pretrained import BUILDING, read_blank, read_model, read_tokenizer, watched
 from ..shell import Shell, open_shell
 from ..torch import TorchCompute
 from . import decoder, encoder, subprocess
@@ -58,10 +60,8 @@ CONVERTED_HERE_ASIDE = 0
 # there.
 _NICE = 10
 
-_GROUP = 64  # numbers of an output that share a scale in OpenVINO's 4 bits
-
-# Bytes that the converting process takes besides the weights: torch, transformers and openvino.
-_CONVERTING = 600 * 10**6
+# Bytes that the converting process takes besides weights: torch, transformers, openvino, and a part of one weight.
+_CONVERTING = 430 * 10**6
 
 
 class OpenVINO:
@@ -77,11 +77,9 @@ class OpenVINO:
         """A kind of model, a setting, a missing package, or a record that the model has no graph."""
         if (reason := _rule_against(plan, adapters)) is not None:
             return unsuited(self.name, reason)
-        packages = ("openvino", "nncf") if plan.placement.quantization is not None else ("openvino",)
-        if lacking := " ".join(name for name in packages if not library.installed(name)):
-            message = "cannot be computed by OpenVINO, which is not installed: pip install"
-            error = ModelUnsupported(f"Model '{plan.record.model_id}' {message} {lacking}")
-            return Declined(f"not installed: {lacking}", error)
+        if not library.installed():
+            message = "cannot be computed by OpenVINO, which is not installed: pip install openvino"
+            return Declined("not installed: openvino", ModelUnsupported(f"Model '{plan.record.model_id}' {message}"))
         reason = _place(plan, options).refused
         return None if reason is None else unable(self.name, plan, reason)
 
@@ -144,9 +142,8 @@ class OpenVINO:
                 shell = open_shell(plan, options)  # refuses faulty files
                 if missing:
                     if file_bytes(plan, options) > CONVERTED_HERE:
-                        _check_conversion(
-                            sum(tensor.numel() for tensor in shell.model.parameters()), placement.quantization
-                        )
+                        numbers = sum(tensor.numel() for tensor in shell.model.parameters())
+                        _check_conversion(_converting_bytes(plan, options, numbers))
                     if load.make is None:
                         spare = self.convert(plan, options, load.settings, load.progress, aside=False)
                     else:
@@ -259,7 +256,7 @@ def _conversion_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
     except FilesMissing:  # they are not downloaded yet
         size = numbers * own_dtype(plan).itemsize
     small = plan.placement.backend == "openvino" and size <= CONVERTED_HERE
-    return 0 if small else _converting_bytes(numbers, plan.placement.quantization)
+    return 0 if small else _converting_bytes(plan, options, numbers)
 
 
 def _weigh(plan: Plan, model: Any) -> Weights:
@@ -271,7 +268,7 @@ def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
     """Bytes of the constants of a model's OpenVINO graph, and of the table that is also multiplied.
 
     A compressed matrix has a 16-bit scale and an 8-bit zero point per output; in 4 bits, a 16-bit scale per 64 numbers.
-    The first and the last matrix stay in 8 bits, as in `nncf.compress_weights`.
+    The first and the last matrix stay in 8 bits, as `constants` rounds them.
     """
     table = model.get_input_embeddings().weight
     outputs = model.get_output_embeddings()
@@ -282,24 +279,29 @@ def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
             return tensor.numel() * 4
         eight = tensor.numel() + 3 * tensor.shape[0]
         wide = tensor is table or tensor is last
-        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // _GROUP)
+        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // GROUP)
 
     return sum(map(size, model.parameters())), size(table) if last is not None and last is table else 0
 
 
-def _converting_bytes(numbers: int, quantization: str | None) -> int:
-    # Two thirds of the weights are merged into larger ones. A graph to compress is tested first, with its weights
-    # packed.
-    return int(numbers * 4 * (1.7 if quantization is None else 2.4)) + _CONVERTING
+def _converting_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
+    """Bytes that the process takes that makes the graph of a model with `numbers` parameters."""
+    quantization = plan.placement.quantization
+    whole = plan.gguf is not None
+    with suppress(FilesMissing):  # they are not downloaded yet
+        whole = whole or any(path.suffix != ".safetensors" for path in weights_files(plan, options))
+    tried = plan.head in encoder.HEADS or (quantization is not None and numbers <= decoder.TRIED)
+    scales = 2 * numbers // GROUP if quantization == "int4" else 0
+    return 4 * numbers * (whole + tried) + scales + _CONVERTING
 
 
-def _check_conversion(numbers: int, quantization: str | None) -> None:
-    """Checks that there is memory for another process that makes the graph of a model with `numbers` parameters.
+def _check_conversion(need: int) -> None:
+    """Checks that there is memory to make a graph, which takes `need` bytes.
 
     Raises:
         ConversionFailed: there is not.
     """
-    need, free = _converting_bytes(numbers, quantization), available_bytes()
+    free = available_bytes()
     if free is not None and free < need:
         raise ConversionFailed(f"its conversion takes about {need} bytes of memory, and {free} are free")
 
@@ -326,17 +328,30 @@ def convert(wanted: Wanted, progress: Progress) -> None:
     plan = look(wanted.record, options, folder, wanted.settings)
     exact = replace(plan, placement=replace(plan.placement, quantization=None))
     progress.begin("read", file_bytes(plan, options))
+    blanks = Blanks()
     with watched(progress):
-        model = read_model(exact, options, None)
-    progress.begin("convert")
+        model = read_blank(exact, options, blanks)
     try:
-        place, quantization = _place(plan, options), plan.placement.quantization
-        if plan.head in encoder.HEADS:
-            tokenizer = read_tokenizer(plan)
-            encoder.make(model, tokenizer, place, quantization, spare, progress.cancellation)
-        else:
-            decoder.make(model, place, quantization, spare, progress.cancellation)
+        if model is not None:
+            with suppress(NotBlank):
+                return _make(plan, options, spare, model, blanks, progress)
+        del model, blanks
+        if plan.gguf is None:
+            _check_conversion(4 * file_bytes(plan, options) // own_dtype(plan).itemsize)
+        with watched(progress):
+            model = read_model(exact, options, None)
+        _make(plan, options, spare, model, Blanks(), progress)
     except (NotBatchable, library.OpenVINOMissing) as error:
         raise ConversionFailed(str(error)) from error
     except OSError as error:
         raise ConversionFailed(f"its graph cannot be written: {public(error, folder)}") from error
+
+
+def _make(plan: Plan, options: LoadOptions, spare: Path, model: Any, blanks: Blanks, progress: Progress) -> None:
+    progress.begin("convert", 4 * sum(tensor.numel() for tensor in model.parameters()))
+    place, quantization = _place(plan, options), plan.placement.quantization
+    rest = (place, quantization, spare, progress.cancellation, blanks, lambda numbers: progress.advance(4 * numbers))
+    if plan.head in encoder.HEADS:
+        encoder.make(model, read_tokenizer(plan), *rest)
+    else:
+        decoder.make(model, *rest)
