@@ -24,7 +24,7 @@ THERE = {
     *("torch", "accelerate", "safetensors", "numpy", "psutil", "sentencepiece", "protobuf", "pandas", "tqdm"),
     *("scipy", "scikit-learn", "pyyaml", "requests", "packaging", "fsspec", "jinja2", "markupsafe", "typer"),
 }
-NOT_ON_A_GPU = {"openvino"}
+NOT_ON_A_GPU = {"openvino", "xllamacpp"}
 
 # Some of what each section has to check or measure.
 SECTIONS = {

@@ -85,8 +85,8 @@ class Blanks:
         Raises:
             NotBlank: it has NaN, or is a matrix of zeros.
         """
-        if not self._kept or self.has(numbers) or not np.issubdtype(numbers.dtype, np.floating):
-            return
+        if not self._mapped or self.has(numbers) or not np.issubdtype(numbers.dtype, np.floating):
+            return  # of a model that was read whole, numbers are merged only
         if np.isnan(numbers).any() or (sum(size > 1 for size in numbers.shape) > 1 and not numbers.any()):
             raise NotBlank(f"an array of {numbers.shape} was computed of weights that are not read")
 
