@@ -126,8 +126,8 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
     try:
         with gguf_reader.without_vocabulary():
             config = transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
-        if f"{header.values['general.architecture']}.vocab_size" not in header.values:
-            config.get_text_config().vocab_size = header.values.get("tokenizer.ggml.tokens")
+        if config.get_text_config().vocab_size == 0:  # counted from the vocabulary that is left out
+            config.get_text_config().vocab_size = header.values["tokenizer.ggml.tokens"]
         for key, name in _PASSED_OVER.get(config.model_type, {}).items():
             said = header.values.get(f"{header.values['general.architecture']}.{key}")
             setattr(config, name, getattr(config, name) if said is None else said)

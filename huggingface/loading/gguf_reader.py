@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 from gguf import GGUFReader, GGUFValueType
 
-_LONG = 4096  # entries up to which an array is read in any case: of numbers that layers differ in
+LONG = 4096  # entries up to which an array is read in any case: of numbers that layers differ in
 
 _reading = threading.local()
 
@@ -40,7 +40,7 @@ class _Reader(GGUFReader):
         is_plain = self.byte_order == "I" and sys.byteorder == "little"
         if is_plain and getattr(_reading, "short", False) and raw_type == GGUFValueType.ARRAY:
             kind, count = struct.unpack("<IQ", self.data[orig_offs : orig_offs + 12].tobytes())
-            if count > _LONG and (size := self._length(orig_offs + 12, kind, count)) is not None:
+            if count > LONG and (size := self._length(orig_offs + 12, kind, count)) is not None:
                 parts = [self.data[orig_offs : orig_offs + 4], self.data[orig_offs + 4 : orig_offs + 12]]
                 return 12 + size, parts, [], [GGUFValueType.ARRAY, GGUFValueType(kind)]
         found: tuple[int, list[Any], list[int], list[GGUFValueType]] = super()._get_field_parts(orig_offs, raw_type)

@@ -177,7 +177,7 @@ def _by_device(model: Any, tensors: Mapping[str, int], placement: Placement) -> 
     if mapping is None:
         return {placement.device: sum(tensors.values())}
     if isinstance(mapping, str):
-        from accelerate import infer_auto_device_map
+        from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
 
         mapping = infer_auto_device_map(model, no_split_module_classes=getattr(model, "_no_split_modules", None))
     sizes: dict[str, int] = {}

@@ -125,7 +125,7 @@ class ModelTable:
 
     @property
     def busy_deadline(self) -> float:
-        """When exclusive access that is asked for now stops waiting, a reading of `time.monotonic`."""
+        """The reading of `time.monotonic` at which a wait for exclusive access that begins now ends."""
         return time.monotonic() + self._busy_timeout
 
     @contextmanager

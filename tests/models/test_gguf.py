@@ -324,6 +324,19 @@ def test_a_name_in_capitals_is_that_of_a_gguf_file_everywhere(tmp_path: Path, st
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_size_of_a_vocabulary_that_is_left_out_is_known(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some architectures have no key for it: it is counted, and the model is read whole."""
+    monkeypatch.setattr(gguf_reader, "LONG", 4)
+    model, tokenizer = build(name)
+    write_gguf(tmp_path / FILE, model, tokenizer, FAMILIES[name])
+    loaded, _ = read(tmp_path)
+    assert loaded.config.vocab_size == model.config.vocab_size
+    assert torch.allclose(logits(loaded, tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+
+
 def test_a_damaged_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
     """A length that leads out of the file is a damaged file, not an error of this server."""
     data = bytearray((folder / FILE).read_bytes())

@@ -6,6 +6,7 @@ import ctypes
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from causal_models import LARGE, build, build_config
 from conftest import Server
 from gguf_files import ARCHITECTURES, write_gguf
 from tiny_tokenizers import TEXT
+from transformers import AutoModelForCausalLM
 
-from huggingface.cancellation import NEVER
+from huggingface.cancellation import NEVER, Cancellation
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.llama_cpp import agreement, library
 from huggingface.engine.llama_cpp.runner import LlamaRunner
 from huggingface.engine.slots import SlotTable
 from huggingface.engine.torch.runner import Piece
-from huggingface.errors import InvalidRequest, ModelUnsupported
+from huggingface.errors import Cancelled, InvalidRequest, ModelUnsupported, OutOfMemory
 from huggingface.loading import loader
 from huggingface.loading.kept import FOLDER
 from huggingface.loading.llama_cpp.reference import expected
@@ -185,6 +187,72 @@ def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(library.sys, "executable", shutil.which("false") or "/bin/false")
     with pytest.raises(library.FileUnusable, match="ends the process"):
         library.try_out(tmp_path / FILE)
+
+
+def test_no_memory_for_a_trial_says_nothing_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that the system kills is tried again by the next load."""
+    kill = folder / "kill"
+    kill.write_text("#!/bin/sh\nkill -9 $$\n")
+    kill.chmod(0o755)
+    monkeypatch.setattr(library.sys, "executable", str(kill))
+    with pytest.raises(OutOfMemory):
+        load(folder)
+    assert kept(folder) == []
+    monkeypatch.undo()
+    model = load(folder)
+    assert model.effective["backend"] == "llama.cpp"
+    model.close()
+
+
+def test_a_load_that_is_cancelled_gives_the_library_back_what_it_took(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a load ends after the file was mapped, the file is unmapped."""
+    closed: list[library.Model] = []
+    close = library.Model.close
+
+    def note(model: library.Model) -> None:
+        closed.append(model)
+        close(model)
+
+    def cancelled(*_: Any) -> None:
+        raise Cancelled("unloaded")
+
+    monkeypatch.setattr(library.Model, "close", note)
+    monkeypatch.setattr(agreement, "check", cancelled)
+    with pytest.raises(Cancelled):
+        load(folder)
+    assert len(closed) == 1
+
+
+def test_a_trial_ends_with_the_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that hangs does not hold up who unloads the model."""
+    hang = folder / "hang"
+    hang.write_text("#!/bin/sh\nexec sleep 1000\n")
+    hang.chmod(0o755)
+    monkeypatch.setattr(library.sys, "executable", str(hang))
+    cancellation = Cancellation()
+    cancellation.cancel()
+    with pytest.raises(Cancelled):
+        library.try_out(folder / FILE, cancellation.until)
+
+
+def test_other_threads_build_models_with_weights_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the reference is built without weights, another thread's modules have theirs."""
+    seen: list[bool] = []
+    from_config = AutoModelForCausalLM.from_config
+
+    def beside(*arguments: Any, **named: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            seen.append(other.submit(lambda: torch.nn.Linear(2, 2).weight.is_meta).result())
+        return from_config(*arguments, **named)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", beside)
+    plan = planned(folder)
+    sequences = agreement.sequences(plan.config, plan.config.vocab_size)
+    rows, _ = expected(plan, folder / FILE, sequences, NEVER)
+    assert seen == [False]
+    assert all(row.logits.isfinite().all() for row in rows)
 
 
 def test_a_library_of_another_version_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...cancellation import Cancellation
+from ...errors import OutOfMemory
 from ..borders import nearest, past
 from ..layers import NotBatchable
 from ..slots import SlotTable
@@ -50,6 +51,7 @@ def check(
 
     Raises:
         NotBatchable: they differ by more than rounding does, or are no numbers.
+        OutOfMemory: there is no memory for their cache.
         Cancelled: by `cancellation`.
     """
     together = compare(expected, runner)
@@ -65,7 +67,7 @@ def _alone(runner: LlamaRunner, row: Expected) -> torch.Tensor:
     table = SlotTable(runner.cache, room_for([row]))
     slot = table.take([], len(row.prompt) + len(row.tokens))
     if slot is None:
-        raise NotBatchable("there is no memory for its cache")
+        raise OutOfMemory("Not enough memory for the KV cache of a trial")
     try:
         logits = [runner.forward([Piece(slot, row.prompt, 0)])[0].clone()]
         for place, token in enumerate(row.tokens[:-1], len(row.prompt)):

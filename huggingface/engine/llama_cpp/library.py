@@ -15,7 +15,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -177,7 +178,8 @@ def find() -> Path | None:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         return None
-    return next(Path(found.submodule_search_locations[0]).glob("*.so"), None)
+    folder = Path(found.submodule_search_locations[0])
+    return next((path for path in folder.iterdir() if path.suffix in (".so", ".pyd")), None)
 
 
 @cache
@@ -225,6 +227,10 @@ class FileUnusable(Exception):
     """llama.cpp cannot read a file, or fails at computing it."""
 
 
+class NoMemory(Exception):
+    """There was no memory to try a file, which says nothing of the file."""
+
+
 BATCH = 512  # the most tokens computed together
 OUTPUTS = 32  # rows of logits of one call; more take memory of the vocabulary's size each
 
@@ -263,6 +269,7 @@ class Model:
         if not self._model:
             raise FileUnusable("llama.cpp cannot read its file")
         if lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model):
+            lib.llama_model_free(self._model)
             raise FileUnusable("its layers keep a state besides keys and values")
         self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
         self.windowed = int(lib.llama_model_n_swa(self._model)) > 0  # whether some layers see the last tokens only
@@ -319,6 +326,11 @@ class Model:
 
 
 _TRIED = 24  # tokens
+_NO_MEMORY = 3  # the exit status of a trial without memory
+_KILLED = 9  # the number of the signal
+
+_Ended = Callable[[float | None], tuple[bytes, bytes] | None]
+Until = Callable[[_Ended], tuple[bytes, bytes] | None]
 
 
 def _try_out(path: str) -> None:
@@ -326,7 +338,7 @@ def _try_out(path: str) -> None:
     model = Model(path)
     context = model.context(2, BATCH)
     if not context:
-        raise FileUnusable("there is no memory for its cache")
+        raise NoMemory
     work = [(index % model.vocabulary, index // 2, index % 2, True) for index in range(_TRIED)]
     for part in (work[: _TRIED - 2], work[_TRIED - 2 : _TRIED - 1], work[_TRIED - 1 :]):
         found = model.compute(context, part)
@@ -334,21 +346,39 @@ def _try_out(path: str) -> None:
             raise FileUnusable("its logits are not numbers")
 
 
-def try_out(path: Path) -> None:
+def try_out(path: Path, until: Until = lambda ended: ended(None)) -> None:
     """Computes a file in a process of its own, which may end of it.
+
+    `until` repeats a function, which waits for at most the seconds that it is given, until that returns something; the
+    process ends with an error of it.
 
     Raises:
         FileUnusable: llama.cpp cannot read or compute it.
+        NoMemory: the process got no memory, or was killed, as the system does where memory is short.
     """
     command = [sys.executable, __file__, os.fspath(path)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # it would start a debugger
-    tried = subprocess.run(  # noqa: S603 - this very interpreter, on this file
-        command, capture_output=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    tried = subprocess.Popen(  # noqa: S603 - this very interpreter, on this file
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
-    if tried.returncode:
-        lines = tried.stdout.decode("utf-8", "replace").strip().splitlines()
-        logger.info("llama.cpp fails: %s", tried.stderr.decode("utf-8", "replace")[-2000:])
-        raise FileUnusable(lines[-1] if lines else "llama.cpp ends the process in which it is tried")
+
+    def ended(seconds: float | None) -> tuple[bytes, bytes] | None:
+        with suppress(subprocess.TimeoutExpired):
+            return tried.communicate(timeout=seconds)
+        return None
+
+    with tried:
+        try:
+            written = until(ended)
+        except BaseException:
+            tried.kill()
+            raise
+    if tried.returncode in (_NO_MEMORY, -_KILLED):
+        raise NoMemory
+    if tried.returncode and written is not None:
+        lines, log = (text.decode("utf-8", "replace").strip() for text in written)
+        logger.info("llama.cpp fails: %s", log[-2000:])
+        raise FileUnusable(lines.splitlines()[-1] if lines else "llama.cpp ends the process in which it is tried")
 
 
 def _main() -> None:
@@ -357,6 +387,8 @@ def _main() -> None:
     except (FileUnusable, LibraryUnusable) as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(1)
+    except NoMemory:
+        sys.exit(_NO_MEMORY)
 
 
 if __name__ == "__main__":

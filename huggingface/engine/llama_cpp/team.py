@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_SHARE = 0.05  # of the time, at most, goes into trying
+_SHARE = 0.05  # of the time, at most, goes into trying each other number of threads
 _RESTING = 2.0  # seconds until a number of threads is tried again, at least
 _LATELY = 3  # steps: of these the fastest counts, as any step may be delayed by something else
 _TIMED = 31  # the most tokens of a step that is timed; a larger one takes what is best for a smaller one

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ...cancellation import NEVER, Cancellation
-from ...errors import Cancelled
+from ...errors import Cancelled, OutOfMemory
 from ..borders import beyond, nearest, small
 from ..layers import NotBatchable
 from ..slots import SMALLEST, SlotTable, Store
@@ -235,6 +235,9 @@ def compare(expected: Sequence[Expected], runner: Rows) -> list[torch.Tensor]:
     longest = max(SMALLEST, *(len(each.prompt) + _NEW for each in expected))
     needs = [longest, longest, 2 * longest]
     slots = [table.take([-1], need) for need in needs]
+    if any(slot is None for slot in slots):
+        table.forget()
+        raise OutOfMemory("Not enough memory for the KV cache of a trial")
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
 
     def compute(work: list[tuple[int, int]]) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,23 +112,24 @@ class LlamaCompute:
     def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
         """Serves in a batch; where llama.cpp gives other numbers, by torch, unless it was asked for by name."""
         reserve = Reserve(self.model, self._shell.read, memory.take_own, self._shell.weights)
-        runner = None
         try:
             wanted = self._findings.expected()
             if wanted is None:
-                library.try_out(self._file)
+                library.try_out(self._file, cancellation.until)
                 wanted = self._expect(memory, cancellation)
                 self._findings.keep(wanted)
             rows = self.model.get_input_embeddings().num_embeddings
             # Some processors get the weights in another layout, in memory of their own.
-            with few_file_pages(self._file):
+            with few_file_pages(self._file), ExitStack() as failed:
                 runner = LlamaRunner(self._file, rows, self._token_bytes, reserve)
+                failed.callback(runner.close)
                 agreement.check(runner, wanted.rows, wanted.columns, _close(self._plan), cancellation)
+                failed.pop_all()
             return Serving(self.backend, runner)
+        except library.NoMemory as error:
+            raise OutOfMemory(f"Not enough memory to try model '{self._plan.record.model_id}'") from error
         except (NotBatchable, library.FileUnusable) as error:
             logger.warning("a %s is not computed by llama.cpp: %s", type(self.model).__name__, error)
-            if runner is not None:
-                runner.close()
             self._findings.refuse(str(error))
             check_named(self._plan, unable(self.backend, self._plan, str(error)))
             forget_frames(error)

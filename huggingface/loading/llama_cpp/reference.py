@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from ...cancellation import Cancellation
@@ -81,8 +83,25 @@ def needed_bytes(model: Any) -> int:
 def _build(plan: Plan) -> Any:
     """The file's model, with buffers but without weights."""
     config = copy.deepcopy(plan.config)
-    with torch.no_grad(), init_empty_weights(include_buffers=False):
+    with torch.no_grad(), _without_weights():
         return auto_class(config, plan.head).from_config(config, dtype=torch.float32).eval()
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Gives the modules that this thread builds in the block parameters without numbers."""
+    thread = threading.get_ident()
+
+    def drop(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Layers:
