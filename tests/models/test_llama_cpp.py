@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from causal_models import LARGE, build, build_config
 from conftest import Server
 from gguf_files import ARCHITECTURES, write_gguf
 from tiny_tokenizers import TEXT
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from huggingface.cancellation import NEVER, Cancellation
 from huggingface.engine.layers import NotBatchable
@@ -27,6 +28,7 @@ from huggingface.engine.torch.runner import Piece
 from huggingface.errors import Cancelled, InvalidRequest, ModelUnsupported, OutOfMemory
 from huggingface.loading import loader
 from huggingface.loading.kept import FOLDER
+from huggingface.loading.llama_cpp.load import LlamaCpp
 from huggingface.loading.llama_cpp.reference import expected
 from huggingface.loading.plan import Plan, look
 from huggingface.loading.pretrained import read_model
@@ -235,6 +237,14 @@ def test_a_trial_ends_with_the_load(folder: Path, monkeypatch: pytest.MonkeyPatc
     cancellation.cancel()
     with pytest.raises(Cancelled):
         library.try_out(folder / FILE, cancellation.until)
+
+
+def test_a_model_without_heads_is_estimated(folder: Path) -> None:
+    """A recurrent model is only found out by the library: until then it has an estimate."""
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    assert not hasattr(config, "num_attention_heads")
+    told = LlamaCpp().estimate(replace(planned(folder), config=config), LoadOptions(folder.parent, device="cpu"), None)
+    assert told.weights > (folder / FILE).stat().st_size
 
 
 def test_other_threads_build_models_with_weights_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,4 +233,5 @@ def _close(plan: Plan) -> float:
 
 def _step_bytes(config: Any) -> int:
     """Bytes that the first context takes besides keys and values."""
-    return library.context_bytes(SMALLEST, config.num_attention_heads, config.vocab_size, config.hidden_size)
+    heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
+    return library.context_bytes(SMALLEST, heads, config.vocab_size, config.hidden_size)
