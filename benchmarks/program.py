@@ -7,6 +7,7 @@ stops what was started here.
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import tempfile
 import threading
@@ -37,8 +38,9 @@ class Program:
 
     def output(self) -> str:
         """What it wrote so far."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
+        # The program writes at the same position of the file as is read at here: it must not be moved.
+        length = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), length, 0).decode(errors="replace")
 
     def ended(self) -> bool:
         """Whether it is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +32,8 @@ class Served:
     def __init__(self, models: Path, device: str, **settings: str) -> None:
         """`settings` are the server's own, by their names in the environment without the prefix."""
         self._folder = tempfile.TemporaryDirectory()
-        self.port = _free_port()
         named = {
-            "port": str(self.port),
+            "port": "0",  # the system gives a free one: one chosen here could be another server's by then
             "registry": str(Path(self._folder.name) / "models.json"),
             "models_dir": str(models),
             "device": device,
@@ -47,13 +46,7 @@ class Served:
         own = {f"LOCAL_LLM_{name.upper()}": value for name, value in named.items()}
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
         self.program = Program([sys.executable, "app.py"], {**inherited, **offline, **own}, ROOT)
-        until = monotonic() + _START
-        while not self._listens():
-            if self.program.ended() or monotonic() > until:
-                said = self.program.output()[-2000:]
-                self.stop()
-                raise Failed(f"the server did not start: {said}")
-            sleep(0.1)
+        self.port = self._started()
 
     def __enter__(self) -> Served:
         return self
@@ -124,12 +117,20 @@ class Served:
             sleep(pause)
         return taken
 
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True
+    def _started(self) -> int:
+        """The port that the server says it is at.
+
+        Raises:
+            Failed: it did not start.
+        """
+        until = monotonic() + _START
+        while not (told := re.search(r"Local LLM is at http://\S+:(\d+)\s", self.program.output())):
+            if self.program.ended() or monotonic() > until:
+                said = self.program.output()[-2000:]
+                self.stop()
+                raise Failed(f"the server did not start: {said}")
+            sleep(0.1)
+        return int(told[1])
 
 
 def generation(model_id: str, prompt: str, **parameters: Any) -> dict[str, Any]:
@@ -158,9 +159,3 @@ def times_of(stream: Stream) -> Iterator[float]:
     for at, data in stream.events:
         if b'"text"' in data and b'"success"' not in data:
             yield at - stream.began
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

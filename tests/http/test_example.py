@@ -82,6 +82,6 @@ def test_the_tour_without_a_server_says_how_to_start_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = run(address)
+        done = run(address)  # while nobody else can take the port
     assert done.returncode == 1
     assert done.stderr.strip() == f"No server answers at {address}. Start one with: make run"
