@@ -177,8 +177,10 @@ def read_blank(plan: Plan, options: LoadOptions, blanks: Blanks) -> Any:
 
     Raises: as `loader.load`.
     """
+    if plan.gguf is not None:
+        return None
     paths = weights_files(plan, options)
-    if plan.gguf is not None or any(path.suffix != ".safetensors" for path in paths):
+    if any(path.suffix != ".safetensors" for path in paths):
         return None
     from safetensors import safe_open
 

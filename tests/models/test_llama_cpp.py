@@ -316,6 +316,17 @@ def test_what_only_the_models_modules_can_do_unpacks_it_for_a_while(folder: Path
     plain.close()
 
 
+def test_the_other_backends_unpack_it_by_name(folder: Path) -> None:
+    """In float32 both write the same texts, though the folder has no config but the file's."""
+    texts = []
+    for backend in ("torch", "openvino"):
+        model = load(folder, backend=backend)
+        assert model.effective["backend"] == backend
+        texts.append(ask(model, "The cat"))
+        model.close()
+    assert texts[0] == texts[1] != ""
+
+
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
