@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from huggingface.cancellation import NEVER, Cancellation
 from huggingface.engine.layers import NotBatchable
 from huggingface.engine.llama_cpp import agreement, library
 from huggingface.engine.llama_cpp.runner import LlamaRunner
-from huggingface.engine.slots import SlotTable
+from huggingface.engine.slots import Slot, SlotTable
 from huggingface.engine.torch.runner import Piece
 from huggingface.errors import Cancelled, InvalidRequest, ModelUnsupported, OutOfMemory
 from huggingface.loading import loader
@@ -382,6 +383,38 @@ def test_windows_are_those_of_the_model_in_every_bank(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, wanted[[100, 400]], rtol=1e-2, atol=1e-2)
     finally:
         runner.close()
+
+
+def test_rows_that_decode_have_numbers_that_follow_each_other(runner: LlamaRunner) -> None:
+    """However rows come and go: the library reads all weights once more at each gap. A row keeps what it holds."""
+    table, draws = SlotTable(runner.cache, 16384), random.Random(0)
+    texts = {index: [20 + draws.randrange(200) for _ in range(draws.randrange(3, 40))] for index in range(12)}
+    slots: dict[int, Slot] = {}
+
+    def begin(index: int) -> None:
+        slot = table.take([], 200)
+        assert slot is not None
+        runner.forward([Piece(slot, texts[index], 0)])
+        slot.tokens.extend(texts[index])
+        slots[index] = slot
+
+    for index in range(12):
+        begin(index)
+    for index in draws.sample(range(12), 9):
+        table.promote(slots[index])
+    for index in draws.sample(range(12), 5):
+        table.release(slots.pop(index), keep=index % 2 == 0)
+    decoding = {index: slot for index, slot in slots.items() if slot.decodes}
+    numbers = [runner.cache.number(slot.bank.key, slot.row) for slot in decoding.values()]
+    assert sorted(numbers) == list(range(len(numbers)))
+    assert len(numbers) > 2
+    order = draws.sample(sorted(decoding), len(decoding))
+    rows = runner.forward([Piece(decoding[index], [7], len(texts[index])) for index in order])
+    for index, row in zip(order, rows, strict=True):
+        other = table.take([], 200)
+        assert other is not None
+        torch.testing.assert_close(row, runner.forward([Piece(other, [*texts[index], 7], 0)])[0], rtol=1e-3, atol=1e-3)
+        table.release(other, keep=False)
 
 
 def test_no_memory_for_a_bank_is_no_bank(runner: LlamaRunner) -> None:

@@ -39,7 +39,7 @@ def test_all_threads_compute_where_nothing_else_runs(most: int) -> None:
     machine = Machine(most, alone)
     chosen = [machine.step(1) for _ in range(2000)]
     assert chosen[0] == most
-    assert chosen.count(most) > 0.9 * len(chosen)
+    assert len(chosen) - chosen.count(most) <= 3  # each other number once
 
 
 def test_one_thread_computes_beside_other_programs_and_all_do_afterwards() -> None:
@@ -56,6 +56,14 @@ def test_one_thread_computes_beside_other_programs_and_all_do_afterwards() -> No
     machine.cost = alone
     chosen = [machine.step(4) for _ in range(4000)]
     assert chosen[-100:].count(2) > 90
+
+
+def test_texts_that_grow_cost_few_tries() -> None:
+    """Steps take longer as texts grow, by any number of threads."""
+    machine = Machine(2, lambda tokens, threads: alone(tokens, threads) * (1 + machine.now))
+    chosen = [machine.step(1) for _ in range(500)]
+    assert machine.cost(1, 2) > 3 * alone(1, 2)
+    assert chosen.count(1) <= 12
 
 
 def test_long_prompts_take_what_is_best_for_a_few_tokens() -> None:

@@ -49,14 +49,17 @@ class CellCache:
         """A bank's context."""
         return self._banks[bank].context
 
-    def sequence(self, bank: int, row: int, start: int) -> tuple[int, int]:
-        """The number of a row's sequence, and how many of its first `start` tokens it holds: all, or none."""
-        number = self._banks[bank].sequences[row]
+    def number(self, bank: int, row: int) -> int:
+        """The number of a row's sequence."""
+        return self._banks[bank].sequences[row]
+
+    def hold(self, bank: int, number: int, start: int) -> int:
+        """Cuts a sequence after its first `start` tokens; returns how many of these it holds: all, or none."""
         if (bank, number) in self._lost:
             self._lost.discard((bank, number))
             start = 0
         self._cut(bank, number, start)
-        return number, start
+        return start
 
     def _cut(self, bank: int, number: int, start: int) -> None:
         self._lib.llama_memory_seq_rm(self._memory(bank), number, start, -1)
@@ -127,9 +130,23 @@ class CellCache:
             self._lost.add((bank, number))
 
     def swap(self, bank: int, one: int, other: int, tokens: int) -> None:  # noqa: ARG002 - the protocol's
-        """Exchanges two rows of a bank."""
+        """Exchanges two rows of a bank.
+
+        The library computes sequences together whose numbers follow each other; with a gap between them, it reads all
+        weights once more. So the rows themselves are exchanged, and decoding rows, which are a bank's first, have the
+        first numbers.
+        """
         numbers = self._banks[bank].sequences
-        numbers[one], numbers[other] = numbers[other], numbers[one]
+        if self._model.windowed:  # a row that is read out lacks what is behind a window
+            numbers[one], numbers[other] = numbers[other], numbers[one]
+            return
+        states, lost = [self._state(bank, number) for number in (one, other)], self._lost
+        self._lost = {each for each in lost if each not in ((bank, one), (bank, other))}
+        for source, target, state in ((one, other, states[0]), (other, one, states[1])):
+            if (bank, source) in lost:
+                self._lost.add((bank, target))
+            else:
+                self._set_state(bank, target, state)
 
     def clear(self, bank: int, row: int) -> None:
         """Drops a row's cells: a cell without a token is never read."""

@@ -153,7 +153,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_batch_init": (Batch, (c_int32, c_int32, c_int32)),
     "llama_batch_free": (None, (Batch,)),
     "llama_decode": (c_int32, (c_void_p, Batch)),
-    "llama_get_logits": (ctypes.POINTER(c_float), (c_void_p,)),
+    "llama_get_logits": (c_void_p, (c_void_p,)),
 }
 
 # Defaults of `llama.h` that show that each structure lies as it is described here: first, middle and last fields.
@@ -301,7 +301,7 @@ class Model:
     def compute(self, context: Any, work: Sequence[tuple[int, int, int, bool]], threads: int = 1) -> Any:
         """Computes at most `BATCH` tokens: each with its place in a sequence, and whether its logits are wanted.
 
-        Returns a pointer to the logits of the wanted ones, (wanted, vocabulary), valid until the next call.
+        Returns the logits of the wanted ones, (wanted, vocabulary) in one row, valid until the next call.
 
         Raises:
             FileUnusable: the library says that it failed.
@@ -315,7 +315,8 @@ class Model:
         self.lib.llama_set_n_threads(context, threads, threads)
         if status := self.lib.llama_decode(context, batch):
             raise FileUnusable(f"llama.cpp computes no step ({status})")
-        return self.lib.llama_get_logits(context)
+        count = sum(each[3] for each in work)
+        return (c_float * (count * self.vocabulary)).from_address(self.lib.llama_get_logits(context) if count else 0)
 
     def close(self) -> None:
         """Unmaps the file; its contexts must be freed before."""

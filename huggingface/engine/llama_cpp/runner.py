@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ..openvino.lazy_weights import Reserve
 from ..slots import Lengths
@@ -39,6 +40,7 @@ class LlamaRunner:
         self._model = library.Model(path)
         self._team = Team(torch.get_num_threads())
         self._vocabulary = vocabulary
+        self._known = min(self._model.vocabulary, vocabulary)  # a file may have fewer tokens, or more
         self._reserve = reserve
         self.cache = CellCache(self._model, token_bytes)
 
@@ -54,39 +56,43 @@ class LlamaRunner:
         banks: dict[int, list[int]] = defaultdict(list)
         for index, piece in enumerate(pieces):
             banks[piece.slot.bank.key].append(index)
-        last: dict[int, torch.Tensor] = {}
+        logits = torch.empty(len(pieces), self._vocabulary)
+        logits[:, self._known :] = float("-inf")
         for bank, indices in banks.items():
-            logits = self._compute(bank, [pieces[index] for index in indices])
-            rows = torch.split(logits, [len(pieces[index].kept) for index in indices])
-            for index, of_row in zip(indices, rows, strict=True):
-                last[index] = of_row[-1]
+            rows = self._compute(bank, [pieces[index] for index in indices])
+            for index, row in zip(indices, rows, strict=True):
+                logits[index, : self._known] = row[-1]
                 if pieces[index].every:
-                    every(index, of_row)
-        return torch.stack([last[index] for index in range(len(pieces))])
+                    every(index, pad(row, (0, self._vocabulary - self._known), value=float("-inf")))
+        return logits
 
-    def _compute(self, bank: int, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The logits of the wanted tokens of a bank's rows, (wanted, vocabulary)."""
+    def _compute(self, bank: int, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """The logits of each row's wanted tokens, (wanted, known), valid until the next call."""
         model, context = self._model, self.cache.context(bank)
+        numbers = [self.cache.number(bank, piece.slot.row) for piece in pieces]
+        # The library computes neighbours together if they come in their order.
+        order = sorted(range(len(pieces)), key=numbers.__getitem__)
         work: list[tuple[int, int, int, bool]] = []  # token, place, sequence, whether its logits are wanted
-        for piece in pieces:
-            number, held = self.cache.sequence(bank, piece.slot.row, piece.start)
+        for index in order:
+            piece, number = pieces[index], numbers[index]
+            held = self.cache.hold(bank, number, piece.start)
             tokens = [*piece.slot.tokens[held : piece.start], *piece.tokens]
             kept = {piece.start + place for place in piece.kept}
             work += [(token, place, number, place in kept) for place, token in enumerate(tokens, held)]
-        logits = torch.full((sum(wanted for *_, wanted in work), self._vocabulary), float("-inf"))
-        known, done, begin = min(model.vocabulary, self._vocabulary), 0, 0
+        found, begin = [], 0
         while begin < len(work):
             end, outputs = begin, 0
             while end < min(len(work), begin + library.BATCH) and outputs + work[end][3] <= library.OUTPUTS:
                 outputs += work[end][3]
                 end += 1
             with self._team.step(end - begin) as threads:
-                found = model.compute(context, work[begin:end], threads)
+                made = model.compute(context, work[begin:end], threads)
             if outputs:
-                made = np.ctypeslib.as_array(found, (outputs, model.vocabulary))
-                logits[done : done + outputs, :known] = torch.from_numpy(made)[:, :known]
-            begin, done = end, done + outputs
-        return logits
+                logits = torch.frombuffer(made, dtype=torch.float32).view(outputs, -1)[:, : self._known]
+                found.append(logits if end == len(work) else logits.clone())
+            begin = end
+        rows = torch.split(found[0] if len(found) == 1 else torch.cat(found), [len(pieces[at].kept) for at in order])
+        return [row for _, row in sorted(zip(order, rows, strict=True), key=itemgetter(0))]
 
     def restore_weights(self) -> None:
         """Loads the model's own weights, for use outside the batch.
