@@ -71,7 +71,7 @@ gpu: ## Prove the server on a GPU: exactness, memory, speed, in minutes (ARGS="-
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 clean: ## Remove the virtual environment and the caches (models and the registry stay)
-	rm -rf $(VENV) $(BENCH) $(CLIENTS) benchmarks/gpu/wheels benchmarks/gpu/.site tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(CLIENTS) benchmarks/gpu/wheels benchmarks/gpu/.site tests/clients/node_modules .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:

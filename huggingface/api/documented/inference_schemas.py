@@ -44,7 +44,7 @@ class GenerateBody(GenerationParameters):
 
     empties = frozenset({"stop"})
 
-    model_config = _example(prompt="What is the capital of France?", max_new_tokens=30)
+    model_config = _example(prompt="What is the capital of Japan?", max_new_tokens=30)
 
     model_id: str = Field(description=MODEL_ID_TEXT)
     prompt: str = optional("Input text. For a conversational model it is the user's turn of a new chat.")
