@@ -19,10 +19,25 @@ ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "qwen3": "qwen3", "phi3": "ph
 BLOCKS = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any, arch: str, *, quantize: str | None = None, **keys: Any) -> None:
-    """A model as a GGUF file, laid out as llama.cpp does; `keys` are more of them, or in the place of others."""
+def write_gguf(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    arch: str,
+    *,
+    quantize: str | None = None,
+    part: int = 0,
+    keys_apart: bool = False,
+    **keys: Any,
+) -> list[Path]:
+    """A model as a GGUF file, laid out as llama.cpp does; `keys` are more of them, or in the place of others.
+
+    It is split into parts of up to `part` tensors, where that is given; with `keys_apart` the first has none. Returns
+    the paths of the files.
+    """
     config = model.config
-    writer = gguf.GGUFWriter(path, arch)
+    before = set(path.parent.iterdir())
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=part, small_first_shard=keys_apart)
     writer.add_name("tiny")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = {f"{arch}.{key}": width for key in ("attention.key_length", "attention.value_length")}
@@ -53,6 +68,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, arch: str, *, quantize: s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return sorted(set(path.parent.iterdir()) - before)
 
 
 def _write_tokenizer(writer: Any, tokenizer: Any) -> None:

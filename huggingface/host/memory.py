@@ -69,8 +69,8 @@ def drop_pages(address: int, size: int) -> None:
 
 
 @contextmanager
-def few_file_pages(path: Path) -> Iterator[None]:
-    """Keeps few pages of a mapped file in memory while the block copies the file, and none afterwards.
+def few_file_pages(*paths: Path) -> Iterator[None]:
+    """Keeps few pages of mapped files in memory while the block copies them, and none afterwards.
 
     The system would drop them where memory is short, but counts them as this process's until then.
     """
@@ -78,7 +78,7 @@ def few_file_pages(path: Path) -> Iterator[None]:
 
     def drop() -> None:
         while not done.wait(_DROP_EVERY):
-            drop_file_pages(path)
+            drop_file_pages(*paths)
 
     thread = threading.Thread(target=drop, name="few-file-pages")
     thread.start()
@@ -87,16 +87,16 @@ def few_file_pages(path: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        drop_file_pages(path)
+        drop_file_pages(*paths)
 
 
-def drop_file_pages(path: Path) -> None:
-    """Drops from memory all pages of a file that is mapped read-only; a later read loads them again."""
-    wanted = str(path.resolve())
+def drop_file_pages(*paths: Path) -> None:
+    """Drops from memory all pages of files that are mapped read-only; a later read loads them again."""
+    wanted = {str(path.resolve()) for path in paths}
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
             addresses, *rest = line.split(None, 5)
-            if len(rest) == 5 and rest[4] == wanted and "w" not in rest[0]:
+            if len(rest) == 5 and rest[4] in wanted and "w" not in rest[0]:
                 start, _, end = addresses.partition("-")
                 drop_pages(int(start, 16), int(end, 16) - int(start, 16))
 

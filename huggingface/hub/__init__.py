@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import FilesMissing, FilesRefused, HubUnreachable
 from ..inspection import folder as files
+from ..inspection.gguf_parts import SUFFIX, part_names
 from ..inspection.headers import Tensor
 from ..inspection.hub_errors import hub_errors
 from ..progress import Progress
@@ -93,7 +94,8 @@ def fetch(
         allow_pickle: weights may be pickles.
         trusted: ids of repositories whose Python files may be downloaded.
         revision: a branch, a tag or a commit.
-        gguf_file: this one file holds the weights; other files, a config too, are fetched where they exist.
+        gguf_file: this file holds the weights, with the other parts of the file that it is a part of; other files, a
+            config too, are fetched where they exist.
         progress: counts all bytes; its cancellation cancels the download.
         offline: sends no packet.
         resolved: is called with the commit when it is known.
@@ -109,7 +111,7 @@ def fetch(
         return _model(repository, allow_pickle, trusted)
 
     key = gguf_file or "config.json"
-    if not _is_inside(key) or (gguf_file is not None and not gguf_file.lower().endswith(".gguf")):
+    if not _is_inside(key) or (gguf_file is not None and not gguf_file.lower().endswith(SUFFIX)):
         raise FilesRefused(f"Model '{model_id}': {gguf_file!r} is not the name of a GGUF file of its repository")
     return _fetch(model_id, revision, key, bring, progress, offline, resolved, claims)
 
@@ -238,13 +240,15 @@ def _model(repository: Repository, allow_pickle: bool, trusted: frozenset[str]) 
 
 
 def _gguf(repository: Repository, file: str) -> list[Path]:
-    """The path of the one file that holds the weights, and of the files that describe the model."""
-    if not repository.online:
-        repository.get(file)
+    """The paths of the file that holds the weights, or of its parts, and of the files that describe the model."""
+    parts = part_names(file)
+    missing = next((name for name in parts if not repository.has(name)), None)
+    if missing is not None:
+        repository.lack(missing)
     small = list(dict.fromkeys(["config.json", *_small_files(repository)]))
-    repository.expect([*small, file])
+    repository.expect([*small, *parts])
     paths = [path for name in small if (path := repository.find(name))]
-    return [repository.get(file), *paths]
+    return [*(repository.get(name) for name in parts), *paths]
 
 
 def _small_files(repository: Repository) -> list[str]:

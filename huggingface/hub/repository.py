@@ -224,12 +224,16 @@ class Repository:
         """
         path = self._fetch(name, force=True) if force else self.find(name)
         if path is None:
-            if not self.online:
-                self.fail()
-            raise FilesMissing(
-                f"Model '{self.model_id}': its repository on the Hub lacks {name}, so it cannot be loaded here"
-            )
+            self.lack(name)
         return path
+
+    def lack(self, name: str) -> NoReturn:
+        """Raises the error for a file that the repository lacks, or that the cache lacks while the Hub is not asked."""
+        if not self.online:
+            self.fail()
+        raise FilesMissing(
+            f"Model '{self.model_id}': its repository on the Hub lacks {name}, so it cannot be loaded here"
+        )
 
     def fail(self) -> NoReturn:
         """Raises the reason why the Hub cannot be asked."""

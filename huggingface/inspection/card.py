@@ -15,8 +15,7 @@ from ..errors import LoadError
 from ..registry.records import ModelRecord
 from ..types import LoadOptions
 from . import folder as files
-from .contents import gguf_head, template_files, tokenizer_config
-from .headers import HeaderDamaged
+from .contents import gguf_head, gguf_parts, template_files, tokenizer_config
 from .rules import templates_of
 from .sources import cached_place, folder_place
 
@@ -44,16 +43,14 @@ def read_card(record: ModelRecord, options: LoadOptions) -> Card:
         if place is None:
             return Card()
         if record.gguf_file is not None:
-            if record.gguf_file not in place.names:
-                return Card()
-            header = gguf_head(place, record.gguf_file)
+            header = gguf_head(place, gguf_parts(place, record.gguf_file)[0])
             template = header.values.get("tokenizer.chat_template")
             texts = (template,) if isinstance(template, str) else ()
             return Card(texts, keys=header.values, license=_license(place.folder))
         config = files.read_config(record.model_id, place.folder)
         templates = templates_of(tokenizer_config(place), template_files(place))
         return Card(tuple(templates), config, license=_license(place.folder))
-    except (LoadError, HeaderDamaged, OSError):
+    except (LoadError, OSError):
         return Card()
 
 

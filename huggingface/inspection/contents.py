@@ -8,16 +8,20 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import FilesCorrupt
+from ..errors import FilesCorrupt, FilesMissing
 from . import folder as files
-from .headers import GGUFHeader, Tensor, gguf_header, safetensors_header
+from .gguf_parts import first_names, part_names
+from .headers import GGUFHeader, HeaderDamaged, Tensor, gguf_header, safetensors_header
 from .sources import Place
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_HEADER = 16 << 20  # bytes of one header read from the Hub
 MAX_LOCAL_HEADER = 256 << 20
@@ -71,17 +75,54 @@ def has_tokenizer(place: Place) -> bool:
 
 
 def gguf_names(place: Place) -> list[str]:
-    """The names of the GGUF files, sorted."""
-    return sorted(name for name in place.names if name.lower().endswith(".gguf"))
+    """The names of the GGUF files, sorted; of one in several parts the first."""
+    return first_names(place.names)
+
+
+def gguf_parts(place: Place, name: str) -> list[str]:
+    """The names of all parts of the GGUF file that `name` is a part of, in order.
+
+    Raises:
+        FilesMissing: one is not among the files; the message names it.
+    """
+    parts = part_names(name)
+    missing = next((part for part in parts if part not in place.names), None) if place.listed else None
+    if missing is not None:
+        raise FilesMissing(f"Model '{place.model_id}': there is no {missing} among its files")
+    return parts
 
 
 def gguf_head(place: Place, name: str) -> GGUFHeader:
     """Reads the header of a GGUF file.
 
     Raises:
-        HeaderDamaged: it is not a GGUF file, or is cut short. OSError, and the Hub client's errors.
+        FilesCorrupt: it is not a GGUF file, or is cut short. OSError, and the Hub client's errors.
     """
-    return gguf_header(partial(place.read, name), maximum=_maximum(place))
+    try:
+        return gguf_header(partial(place.read, name), maximum=_maximum(place))
+    except HeaderDamaged as error:
+        raise gguf_damaged(place, name) from error
+
+
+def gguf_heads(place: Place, names: list[str]) -> dict[str, GGUFHeader]:
+    """Reads the headers of GGUF files.
+
+    Raises: as `gguf_head`.
+    """
+    return dict(zip(names, _each(place, partial(gguf_head, place), names), strict=True))
+
+
+def gguf_damaged(place: Place, name: str) -> FilesCorrupt:
+    """The error for a GGUF file that is damaged or incomplete."""
+    return FilesCorrupt(f"Model '{place.model_id}': {name} is damaged or incomplete; download it again")
+
+
+def _each(place: Place, read: Callable[[str], T], names: list[str]) -> list[T]:
+    """What `read` finds in each file; on the Hub it reads several at once."""
+    if place.source != "hub":
+        return [read(name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="preflight") as pool:
+        return list(pool.map(read, names))
 
 
 def _maximum(place: Place) -> int:
@@ -100,6 +141,12 @@ def weight_files(place: Place, config: dict[str, Any]) -> list[str]:
         return []
 
 
+def bytes_of(place: Place, names: list[str]) -> int | None:
+    """The size of these files together; None where there are none, or one's size is unknown."""
+    sizes = [size for name in names if (size := place.size(name)) is not None]
+    return sum(sizes) if names and len(sizes) == len(names) else None
+
+
 def tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
     """The tensors of all headers together; empty where one header cannot be read."""
 
@@ -109,11 +156,7 @@ def tensors(place: Place, names: list[str]) -> dict[str, Tensor]:
     if not names or not all(name.endswith(".safetensors") for name in names):
         return {}
     try:
-        if place.source == "hub":
-            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="preflight") as pool:
-                heads = list(pool.map(head, names))
-        else:
-            heads = [head(name) for name in names]
+        heads = _each(place, head, names)
     except Exception as error:  # noqa: BLE001 - the config's details stand without them
         logger.info("the headers of the weights of %s cannot be read: %s", place.model_id, error)
         return {}

@@ -24,6 +24,7 @@ from ..errors import (
     NotServed,
     no_panics,
 )
+from .gguf_parts import first_names
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -86,7 +87,7 @@ def read_config(model_id: str, folder: Path) -> dict[str, Any]:
             )
         if (folder / "model_index.json").is_file():
             raise diffusion(model_id)
-        if ggufs := sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf"):
+        if ggufs := first_names(path.name for path in folder.iterdir()):
             raise FilesMissing(
                 f"Model '{model_id}' has its weights as GGUF only; name one in gguf_file: {', '.join(ggufs[:10])}"
             )

@@ -149,7 +149,7 @@ def gguf_header(read: Read, *, maximum: int) -> GGUFHeader:
     stream = _Stream(read, maximum)
     values: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    ends: list[int | None] = [0]
+    ends: list[int | None] = []
     try:
         if stream.take(4) != b"GGUF":
             raise HeaderDamaged("not the mark of a GGUF file")
@@ -175,6 +175,8 @@ def gguf_header(read: Read, *, maximum: int) -> GGUFHeader:
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise HeaderDamaged("no alignment")
+    if not tensors:  # the first of several parts may hold keys only
+        return GGUFHeader(values, tensors, stream.position)
     known = [end for end in ends if end is not None]
     data = -(-stream.position // alignment) * alignment
     return GGUFHeader(values, tensors, data + max(known) if len(known) == len(ends) else None)

@@ -13,6 +13,7 @@ from ..errors import InvalidModelId, LoadError
 from ..registry.records import check_model_id
 from . import folder as files
 from .contents import MAX_LOCAL_HEADER
+from .gguf_parts import first_names, part_names
 from .headers import HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,10 @@ def _holds_model(model_id: str, folder: Path) -> bool:
         names = {path.name for path in folder.iterdir() if path.is_file()}
         if {"config.json", "adapter_config.json"} & names and _has_weights(model_id, folder, names):
             return True
-        return any(_is_whole_gguf(folder / name) for name in names if name.lower().endswith(".gguf"))
+        return any(
+            all(part in names and _is_whole_gguf(folder / part) for part in part_names(name))
+            for name in first_names(names)
+        )
     except (InvalidModelId, OSError):
         return False
 

@@ -22,6 +22,7 @@ from ..types import LoadOptions
 from . import folder as files
 from .card import Card, read_card
 from .contents import gguf_names
+from .gguf_parts import part_names
 from .listing import model_folders
 from .lora import WEIGHTS
 from .names import Names
@@ -246,7 +247,7 @@ class Preflight:
 
     def _is_whole(self, place: Place, gguf_file: str | None) -> bool:
         if gguf_file is not None:
-            return gguf_file in place.names
+            return all(name in place.names for name in part_names(gguf_file))
         try:
             files.check(place.model_id, place.folder, allow_pickle=self._options.allow_pickle)
         except (LoadError, OSError):

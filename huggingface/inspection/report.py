@@ -25,7 +25,7 @@ from ..tasks import Head
 from ..types import LoadOptions
 from . import contents, packages, rules
 from . import folder as files
-from .headers import HeaderDamaged
+from .gguf_parts import PartsDisagree, join
 from .heads import AUTO_CLASSES
 from .lora import CONFIG, WEIGHTS, check, check_config, check_factors, check_pickled, read_head
 from .names import Names
@@ -201,20 +201,18 @@ class Look:
                 details["parameters"] = rules.count_parameters(tensors, quantization, bits)
                 details["dtypes"] = rules.bytes_by_type(tensors.values())
         details["dtype"] = next(iter(details["dtypes"]), None)
-        sizes = [size for name in names if (size := place.size(name)) is not None]
-        details["weights_bytes"] = sum(sizes) if names and len(sizes) == len(names) else None
+        details["weights_bytes"] = contents.bytes_of(place, names)
 
     def _gguf(self, name: str) -> None:
-        """Fills in what a GGUF file says; it is the only source for its model."""
+        """Fills in what a GGUF file says, all of its parts if it has several; it is the only source for its model."""
         details, place, names = self.details, self._place, self._names
         model_id = place.model_id
-        damaged = FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
-        if place.listed and name not in place.names:
-            raise FilesMissing(f"Model '{model_id}': there is no {name} among its files")
+        parts = contents.gguf_parts(place, name)
+        heads = contents.gguf_heads(place, parts)
         try:
-            header = contents.gguf_head(place, name)
-        except HeaderDamaged as error:
-            raise damaged from error
+            header = join(heads)
+        except PartsDisagree as error:
+            raise FilesCorrupt(f"Model '{model_id}': {error}") from error
         kind = rules.text(header.values.get("general.architecture"))
         details["architecture"] = details["config_type"] = kind or None
         context = header.values.get(f"{kind}.context_length")
@@ -225,8 +223,8 @@ class Look:
         details["chat_template"] = bool(template)
         details["tools"] = rules.mentions_tools([template])
         files.check_templates(model_id, [template])
-        details["files"] = {"count": 1, "names": [name]}
-        details["weights_bytes"] = size = place.size(name)
+        details["files"] = {"count": len(parts), "names": parts}
+        details["weights_bytes"] = contents.bytes_of(place, parts)
         if header.tensors is not None:
             details["parameters"] = sum(tensor.count for tensor in header.tensors.values())
             details["dtypes"] = rules.bytes_by_type(header.tensors.values())
@@ -244,8 +242,10 @@ class Look:
             )
         if kind not in names.gguf_by_itself:
             details["missing_packages"] = packages.missing(["gguf"])
-        if header.end is not None and size is not None and size < header.end:
-            raise damaged
+        for part, found in heads.items():
+            size = place.size(part)
+            if found.end is not None and size is not None and size < found.end:
+                raise contents.gguf_damaged(place, part)
         if not details["known"]:
             raise ModelUnsupported(
                 f"Model '{model_id}': transformers {names.version} does not read GGUF files of the architecture "

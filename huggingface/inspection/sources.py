@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ..errors import FilesMissing, HubUnreachable, LoadError, public
+from .gguf_parts import SUFFIX
 from .hub_errors import hub_errors, is_absent
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def check_gguf_name(model_id: str, name: str) -> str:
     """
     parts = PurePosixPath(name).parts
     inside = parts and not re.search(r"[\\:\0]", name) and "/" not in parts and ".." not in parts
-    if not (inside and name.lower().endswith(".gguf")):
+    if not (inside and name.lower().endswith(SUFFIX)):
         raise FilesMissing(f"Model '{model_id}': '{public(ValueError(name))}' is no GGUF file of its repository")
     return name
 
@@ -256,8 +257,17 @@ class _Hub:
         return True
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Reads a range of a file."""
-        return self._get(name, (start, length), length)
+        """Reads a range of a file.
+
+        Raises:
+            FilesMissing: there is no such file. The Hub client's errors pass through.
+        """
+        try:
+            return self._get(name, (start, length), length)
+        except Exception as error:
+            if not is_absent(error):
+                raise
+            raise FilesMissing(f"Model '{self.model_id}': there is no {name} among its files") from error
 
     def _get(self, name: str, span: tuple[int, int] | None, maximum: int) -> bytes:
         """Reads a file or a range of it; closes the connection after `maximum` bytes, even if more would follow."""

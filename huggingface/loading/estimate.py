@@ -23,7 +23,7 @@ from ..engine.torch.cache import layer_shapes
 from ..errors import explained
 from ..types import Estimate, LoadOptions
 from .backend import Declined
-from .plan import Plan, auto_class, engine_options, file_marks, own_dtype, refusal
+from .plan import Plan, auto_class, engine_options, model_marks, own_dtype, refusal
 from .pretrained import BUILDING
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _known_shape(
         with BUILDING:
             return _shape(plan, weigh, dtype)
     findings, key = options.engine.findings, ("shape", backend, plan.folder)
-    made_of = (file_marks(plan.folder), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
+    made_of = (model_marks(plan), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
     known = findings.get(key)
     if known is None or known[0] != made_of:
         with BUILDING:  # of concurrent calls, one builds

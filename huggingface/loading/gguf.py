@@ -16,11 +16,11 @@ from typing import Any
 
 from ..errors import FilesCorrupt, FilesMissing, FilesRefused, LoadError, ModelUnsupported, explained, public
 from ..host.memory import ran_out_of_memory
+from ..inspection.gguf_parts import SUFFIX, PartsDisagree, join, part_names
 from ..inspection.headers import GGUFHeader, HeaderDamaged, gguf_header
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".gguf"
 _LONGEST_HEAD = 256 << 20  # bytes; the largest vocabularies take a tenth of it
 _POINTER = b"version https://git-lfs"  # the content of a Git LFS file that was not fetched
 
@@ -40,32 +40,55 @@ _UNKNOWN = re.compile(r"not supported|[Uu]nsupported|Cannot (?:make|build|rebuil
 # Without torch --------------------------------------------------------------------------------------------------------
 
 
-def locate(model_id: str, folder: Path, gguf_file: str) -> Path:
-    """The path of a file in a model's folder or below.
+def locate(model_id: str, folder: Path, gguf_file: str) -> list[Path]:
+    """The path of a file in a model's folder or below; of one in several parts the paths of all, in order.
 
     Raises:
         FilesRefused: the name leads out of the folder, or is not a GGUF file's.
-        FilesMissing: there is no such file.
+        FilesMissing: there is no such file, or a part is missing.
     """
     parts = PurePosixPath(gguf_file).parts
     inside = bool(parts) and not re.search(r"[\\:\0]", gguf_file) and parts[0] != "/" and ".." not in parts
-    if not inside or not gguf_file.lower().endswith(_SUFFIX):
+    if not inside or not gguf_file.lower().endswith(SUFFIX):
         raise FilesRefused(f"Model '{model_id}': {gguf_file!r} is not the name of a GGUF file in its folder")
-    path = folder / gguf_file
-    if not path.is_file():
-        raise FilesMissing(f"Model '{model_id}': its folder holds no {gguf_file}; put the file there")
-    return path
+    paths = []
+    for name in part_names(gguf_file):
+        paths.append(folder / name)
+        if not paths[-1].is_file():
+            raise FilesMissing(f"Model '{model_id}': its folder holds no {name}; put the file there")
+    return paths
 
 
 def check(model_id: str, folder: Path, gguf_file: str) -> GGUFHeader:
     """Checks that a GGUF file is complete: its mark, its header, and that every tensor ends before the file does.
 
+    Of a file in several parts each is checked, and that they are parts of one model. Returns the header of all.
+
     Raises:
         FilesMissing, FilesRefused: as `locate`.
-        FilesCorrupt: the file is damaged, incomplete, or a Git LFS pointer.
-        ModelUnsupported: the file is one of several parts, or holds tensors of an unknown type.
+        FilesCorrupt: the file is damaged, incomplete, a Git LFS pointer, or a part of another model.
+        ModelUnsupported: the file holds tensors of an unknown type.
     """
-    path = locate(model_id, folder, gguf_file)
+    paths = locate(model_id, folder, gguf_file)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    try:
+        header = join({name: _check_file(model_id, path, name) for name, path in zip(names, paths, strict=True)})
+    except PartsDisagree as error:
+        raise FilesCorrupt(f"Model '{model_id}': {error}") from error
+    tensors = header.tensors or {}
+    if unknown := sorted({tensor.type for tensor in tensors.values() if tensor.bytes is None}):
+        raise ModelUnsupported(
+            f"Model '{model_id}': {gguf_file} holds tensors of an unknown kind ({', '.join(unknown)})"
+        )
+    if not tensors:
+        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged or incomplete; download it again")
+    if not isinstance(header.values.get("general.architecture"), str):
+        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} does not name its model's architecture")
+    return header
+
+
+def _check_file(model_id: str, path: Path, name: str) -> GGUFHeader:
+    """The header of one file, which is complete as far as the types of its tensors are known."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -76,29 +99,16 @@ def check(model_id: str, folder: Path, gguf_file: str) -> GGUFHeader:
 
             if read(0, len(_POINTER)) == _POINTER:
                 raise FilesCorrupt(
-                    f"Model '{model_id}': {gguf_file} is only a Git LFS pointer, not the file itself; fetch it "
+                    f"Model '{model_id}': {name} is only a Git LFS pointer, not the file itself; fetch it "
                     "(git lfs pull)"
                 )
             header = gguf_header(read, maximum=min(size, _LONGEST_HEAD))
     except (HeaderDamaged, MemoryError, OverflowError) as error:
-        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged ({error}); download it again") from error
+        raise FilesCorrupt(f"Model '{model_id}': {name} is damaged ({error}); download it again") from error
     except OSError as error:
-        raise LoadError(f"Model '{model_id}': {gguf_file} cannot be read ({error.strerror})") from error
-    if header.tensors is None:
-        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged or incomplete; download it again")
-    if header.values.get("split.count") not in (None, 0, 1):
-        raise ModelUnsupported(
-            f"Model '{model_id}': {gguf_file} is one of several parts, which transformers does not read; merge them "
-            "into one file (llama-gguf-split --merge)"
-        )
-    if unknown := sorted({tensor.type for tensor in header.tensors.values() if tensor.bytes is None}):
-        raise ModelUnsupported(
-            f"Model '{model_id}': {gguf_file} holds tensors of an unknown kind ({', '.join(unknown)})"
-        )
-    if not header.tensors or header.end is None or header.end > size:
-        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} is damaged or incomplete; download it again")
-    if not isinstance(header.values.get("general.architecture"), str):
-        raise FilesCorrupt(f"Model '{model_id}': {gguf_file} does not name its model's architecture")
+        raise LoadError(f"Model '{model_id}': {name} cannot be read ({error.strerror})") from error
+    if header.tensors is None or (header.end is not None and header.end > size):
+        raise FilesCorrupt(f"Model '{model_id}': {name} is damaged or incomplete; download it again")
     return header
 
 
@@ -121,11 +131,13 @@ def read_config(model_id: str, folder: Path, gguf_file: str, header: GGUFHeader)
 
     from . import gguf_reader
 
-    path = locate(model_id, folder, gguf_file)
+    path = locate(model_id, folder, gguf_file)[0]
     gguf_reader.install()
     try:
         with gguf_reader.without_vocabulary():
-            config = transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                folder, gguf_file=part_names(gguf_file)[0], local_files_only=True
+            )
         if config.get_text_config().vocab_size == 0:  # counted from the vocabulary that is left out
             config.get_text_config().vocab_size = header.values["tokenizer.ggml.tokens"]
         for key, name in _PASSED_OVER.get(config.model_type, {}).items():
@@ -153,13 +165,15 @@ def read_tokenizer(model_id: str, folder: Path, gguf_file: str, header: GGUFHead
     """
     import transformers
 
-    path = locate(model_id, folder, gguf_file)
+    path = locate(model_id, folder, gguf_file)[0]
     if not header.values.get("tokenizer.ggml.tokens"):
         raise FilesMissing(
             f"Model '{model_id}': neither {gguf_file} nor its folder holds a tokenizer; put tokenizer.json there"
         )
     with explained(lambda error: _refusal(model_id, path, header, error, "its tokenizer")):
-        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, gguf_file=part_names(gguf_file)[0], local_files_only=True
+        )
 
 
 def read_model(
@@ -176,13 +190,13 @@ def read_model(
 
     from . import gguf_reader
 
-    path = locate(model_id, folder, gguf_file)
+    path = locate(model_id, folder, gguf_file)[0]
     gguf_reader.install()
     try:
         with gguf_reader.without_vocabulary():
             model, info = auto_class.from_pretrained(
                 folder,
-                gguf_file=gguf_file,
+                gguf_file=part_names(gguf_file)[0],
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),  # else it might fetch routines from the Hub
                 local_files_only=True,
@@ -238,10 +252,11 @@ def _note_scaling(model_id: str, config: Any, header: GGUFHeader, path: Path) ->
 def _divided(config: Any, rope: dict[str, Any], path: Path) -> bool:
     """Divides frequencies by the rule of Llama 3; returns whether that gives the numbers in the file's tensor."""
     import torch
-    from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    wanted = load_gguf_state_dict(GgufHeader.from_file(str(path)))["rope_freqs.weight"][...].float()
+    from . import gguf_reader
+
+    wanted = torch.from_numpy(gguf_reader.numbers(path, "rope_freqs.weight"))
     width = 2 * len(wanted)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
     rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

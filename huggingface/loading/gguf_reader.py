@@ -1,8 +1,9 @@
-"""gguf's reader of GGUF files, made quick where no vocabulary is wanted.
+"""gguf's reader of GGUF files, made quick where no vocabulary is wanted, and for files in several parts.
 
 transformers reads a file's keys by `gguf.GGUFReader` whenever it wants the config or the weights. The reader makes
 numpy views of each of the hundred thousand entries of a vocabulary, which takes seconds, and transformers asks for the
-table of tensors' names once a module, which takes seconds more. Imports gguf, so it is imported late.
+table of tensors' names once a module, which takes seconds more. It reads one file, so the tensors of other parts are
+added here. Imports gguf, so it is imported late.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from gguf import GGUFReader, GGUFValueType
+
+from ..inspection.gguf_parts import part_names
 
 LONG = 4096  # entries up to which an array is read in any case: of numbers that layers differ in
 
@@ -34,7 +39,14 @@ def without_vocabulary() -> Iterator[None]:
 
 
 class _Reader(GGUFReader):
-    """The reader, with that option."""
+    """The reader, with that option. The first of several parts has the tensors of all."""
+
+    def __init__(self, path: Any, mode: Any = "r") -> None:
+        super().__init__(path, mode)
+        first, *others = part_names(Path(path).name)
+        if first == Path(path).name:
+            for name in others:
+                self.tensors += GGUFReader(Path(path).with_name(name), mode).tensors
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         is_plain = self.byte_order == "I" and sys.byteorder == "little"
@@ -62,3 +74,11 @@ def install() -> None:
     """Makes transformers use this reader, and each table of tensors' names once."""
     if gguf.GGUFReader is not _Reader:
         vars(gguf).update(GGUFReader=_Reader, get_tensor_name_map=lru_cache(maxsize=8)(gguf.get_tensor_name_map))
+
+
+def numbers(path: Path, name: str) -> np.ndarray:
+    """A tensor of a file, or of its other parts, in float32; the file holds one of this name."""
+    with without_vocabulary():
+        tensors = _Reader(path).tensors
+    tensor = next(tensor for tensor in tensors if tensor.name == name)
+    return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)

@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,8 @@ _INSTALL = re.compile(r"pip install|(need|must|requires?) .{0,40}install|is not 
 
 
 _NEARLY = 0.95
+
+FileMarks = tuple[tuple[str, int, int], ...]
 
 _HEADS = Heads(vars(modeling_auto))
 
@@ -122,9 +125,7 @@ def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
 
 def file_bytes(plan: Plan, options: LoadOptions) -> int:
     """Bytes of the files that hold the weights."""
-    if plan.record.gguf_file is not None:
-        return (plan.folder / plan.record.gguf_file).stat().st_size
-    return sum(path.stat().st_size for path in weights_files(plan, options))
+    return sum(path.stat().st_size for path in gguf_paths(plan) or weights_files(plan, options))
 
 
 def has_16_bits(plan: Plan, options: LoadOptions) -> bool:
@@ -153,10 +154,26 @@ def weights_files(plan: Plan, options: LoadOptions) -> list[Path]:
     return files.weights_files(plan.record.model_id, plan.folder, allow_pickle=options.allow_pickle)
 
 
-def file_marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What identifies a folder's files: the name, size and modification time (ns) of each."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+def gguf_paths(plan: Plan) -> list[Path]:
+    """The GGUF file that holds the weights, or all of its parts, in order; none where other files do."""
+    gguf_file = plan.record.gguf_file
+    return [] if gguf_file is None else gguf_files.locate(plan.record.model_id, plan.folder, gguf_file)
+
+
+def model_marks(plan: Plan) -> FileMarks:
+    """What identifies a model's files; its GGUF file may lie in a folder below its own."""
+    return tuple(sorted({*file_marks(plan.folder), *marks_of(plan.folder, gguf_paths(plan))}))
+
+
+def file_marks(folder: Path) -> FileMarks:
+    """What identifies a folder's files."""
+    return marks_of(folder, sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def marks_of(folder: Path, paths: Iterable[Path]) -> FileMarks:
+    """What identifies files in a folder: the name, size and modification time (ns) of each."""
+    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in paths)
+    return tuple((name, about.st_size, about.st_mtime_ns) for name, about in found)
 
 
 def check_context(plan: Plan) -> None:

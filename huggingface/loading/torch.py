@@ -29,7 +29,7 @@ from .estimate import Weights, estimate
 from .lora import AttachedAdapters, attach
 from .narrow import NarrowLinear
 from .placement import Placement
-from .plan import Plan, file_bytes, file_marks, has_16_bits, own_dtype
+from .plan import Plan, file_bytes, file_marks, has_16_bits, model_marks, own_dtype
 from .pretrained import BUILDING, read_model, watched
 from .quantization import predicted_bytes, stored_bytes
 from .quantization import tensor_bytes as quantized_bytes
@@ -134,7 +134,8 @@ def tensor_bytes(model: Any) -> dict[str, int]:
 
 def _key(plan: Plan, options: LoadOptions, adapters: Mapping[str, Path]) -> tuple[Any, ...]:
     """Identifies these weights as they are loaded."""
-    marks = tuple((str(folder), file_marks(folder)) for folder in (plan.folder, *adapters.values()))
+    folders = {plan.folder: model_marks(plan)} | {folder: file_marks(folder) for folder in adapters.values()}
+    marks = tuple((str(folder), marks) for folder, marks in folders.items())
     wanted = (plan.head, str(plan.placement), plan.record.gguf_file, tuple(adapters))
     return (marks, *wanted, options.engine.kv_cache_bytes)
 

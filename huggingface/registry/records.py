@@ -76,9 +76,9 @@ class ModelRecord:
     """One registered model with the API's fields. `parameters` are the model's default parameters.
 
     The API shows the fields after `status` only where they are set. `revision` is a branch, tag or commit of the
-    repository. `gguf_file` is the file with the weights in the GGUF format. `adapters` maps the name by which a request
-    chooses a LoRA adapter to the adapter's model id. `keep_alive` is how many seconds the model stays in memory after
-    its last use, -1 for ever. `details` is preflight's report.
+    repository. `gguf_file` is the file with the weights in the GGUF format, or one of its parts. `adapters` maps the
+    name by which a request chooses a LoRA adapter to the adapter's model id. `keep_alive` is how many seconds the model
+    stays in memory after its last use, -1 for ever. `details` is preflight's report.
     """
 
     model_id: str

@@ -529,6 +529,35 @@ def test_a_gguf_file_is_the_weights_and_needs_no_config(place: Place, downloads:
             done(downloads.start(record("org/quantized", gguf_file=name)))
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_all_parts_of_a_gguf_file_are_fetched(listed: bool, place: Place, downloads: Downloads) -> None:
+    """Whichever part the record names; one that the repository lacks is named, and nothing is fetched then."""
+    repository = publish(place, "org/parts")
+    for path in repository.files().values():
+        path.unlink()
+    repository.api = repository.codes = listed
+    (repository.folder / "README.md").write_text("A model.")
+    (repository.folder / "Q8").mkdir()
+    names = [f"Q8/model-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    for name in names[:2]:
+        (repository.folder / name).write_bytes(name.encode() * 1000)
+    for name in names[:2]:
+        with pytest.raises(FilesMissing, match=f"lacks {names[2]}"):
+            done(downloads.start(record("org/parts", gguf_file=name)))
+    assert place.hub.downloads("org/parts") == []
+    (repository.folder / names[2]).write_bytes(names[2].encode() * 1000)
+    (repository.folder / "Q8/other-00001-of-00002.gguf").write_bytes(b"other")
+    folder = done(downloads.start(record("org/parts", gguf_file=names[1])))
+    for name in names:
+        assert (folder / name).read_bytes() == name.encode() * 1000
+        assert downloads.present(record("org/parts", gguf_file=name)) == folder
+    sent = {name for name in place.hub.downloads("org/parts") if name.endswith(".gguf")}
+    assert sent == {name.removeprefix("Q8/") for name in names}
+    (folder / names[0]).unlink()
+    with pytest.raises(FilesMissing, match="not \\(completely\\) on this machine"):
+        downloads.present(record("org/parts", gguf_file=names[2]))
+
+
 def test_of_an_adapter_that_is_not_here_only_the_head_is_fetched_to_estimate_it(
     place: Place, downloads: Downloads
 ) -> None:

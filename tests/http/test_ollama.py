@@ -17,7 +17,9 @@ import ollama
 import pytest
 import requests
 import written_models
+from causal_models import build
 from conftest import PATIENCE, Server, until
+from gguf_files import write_gguf
 from hub import Repository
 from hub_place import Place
 from safetensors.numpy import load_file, save_file
@@ -198,8 +200,8 @@ def test_a_tag_names_the_file_or_the_revision_that_a_model_is_registered_with() 
     assert not names.fits(quantized, "K_M")
     assert not names.fits(quantized, "Q8_0")
     assert names.fits(ModelRecord("org/name", "", "", revision="v2"), "v2")
-    files = ["a-Q4_0.gguf", "a-IQ4_0.gguf", "Q4_0.gguf", "a-Q4_0-00001-of-2.gguf"]
-    assert names.files_of("Q4_0", files) == ["a-Q4_0.gguf", "Q4_0.gguf"]
+    files = ["a-Q4_0.gguf", "a-IQ4_0.gguf", "Q4_0.gguf", "a-Q4_0-00001-of-2.gguf", "b-Q4_0-00001-of-00002.gguf"]
+    assert names.files_of("Q4_0", files) == ["a-Q4_0.gguf", "Q4_0.gguf", "b-Q4_0-00001-of-00002.gguf"]
 
 
 # Chats and prompts ----------------------------------------------------------------------------------------------------
@@ -871,6 +873,30 @@ def test_a_quantization_names_the_file_that_is_pulled(place: Place) -> None:
         client.delete("org/gguf")
         client.pull("hf.co/org/gguf")
         assert server.call("GET", "/models/org/gguf").json()["model"]["gguf_file"] == "little-Q4_K_M.gguf"
+
+
+def test_a_quantization_names_a_file_in_parts(place: Place) -> None:
+    """All of its parts are pulled, and the size is that of all."""
+    folder = place.publish("org/parts", "llama").folder
+    for path in folder.iterdir():
+        path.unlink()
+    model, tokenizer = build("llama")
+    write_gguf(folder / "little-Q8_0.gguf", model, tokenizer, "llama", quantize="Q8_0")
+    paths = write_gguf(folder / "little-Q4_K_M.gguf", model, tokenizer, "llama", quantize="Q4_0", part=11)
+    server = place.serve()
+    with ollama.Client(host=server.url) as client:
+        with pytest.raises(ollama.ResponseError, match=r"are little-Q4_K_M-00001-of-00002\.gguf, little-Q8_0\.gguf"):
+            client.pull("hf.co/org/parts:Q2_K")
+        client.pull("hf.co/org/parts:Q4_K_M")
+        assert server.call("GET", "/models/org/parts").json()["model"]["gguf_file"] == paths[0].name
+        [listed] = client.list().models
+        assert listed.size == sum(path.stat().st_size for path in paths)
+        shown = client.show("hf.co/org/parts:Q4_K_M")
+        assert shown.details is not None
+        assert (shown.details.format, shown.details.quantization_level) == ("gguf", "Q4_0")
+        assert shown.modelinfo is not None
+        assert shown.modelinfo["llama.context_length"] == 512
+        assert client.generate("org/parts", "The cat", options={"num_predict": 4}).response
 
 
 def test_a_client_that_leaves_ends_its_pull_and_the_next_goes_on(place: Place) -> None:

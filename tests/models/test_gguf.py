@@ -245,13 +245,6 @@ def test_an_architecture_that_is_not_known_is_refused_by_name(tmp_path: Path) ->
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_one_of_several_parts_is_refused(tmp_path: Path) -> None:
-    model, tokenizer = build("llama")
-    write_gguf(tmp_path / FILE, model, tokenizer, "llama", **{"split.count": 3})
-    with pytest.raises(ModelUnsupported, match="merge"):
-        gguf_files.check(MODEL, tmp_path, FILE)
-
-
 def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     model, _ = build("llama")
     write_gguf(tmp_path / FILE, model, None, "llama")

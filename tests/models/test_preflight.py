@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import gguf_files
 import numpy as np
 import pytest
 import tiny_models
+from causal_models import build
 from changed_models import copy, edit, load, sharded
 from conftest import PATIENCE, ROOT
 from embedding_models import build_embedding
@@ -681,6 +683,29 @@ def test_a_gguf_file_on_the_hub_is_read_from_its_head(
     last = max(int(span.rpartition("-")[2]) for _, span in ranges)
     assert last < path.stat().st_size / 2, "its weights stay where they are"
     assert looker.look("org/remote-gguf")["gguf_files"] == ["quants/model.gguf"]
+
+
+def test_a_gguf_file_in_parts_on_the_hub_is_read_from_their_heads(place: Place, looker: Looker) -> None:
+    """All files that the record needs are told, and the one that is missing."""
+    model, tokenizer = build("llama")
+    folder = place.hub.root / "org" / "remote-parts" / "quants"
+    folder.mkdir(parents=True)
+    (folder.parent / "README.md").write_text("A model.")
+    paths = gguf_files.write_gguf(folder / "model.gguf", model, tokenizer, "llama", part=11)
+    names = [f"quants/{path.name}" for path in paths]
+    assert len(names) == 2
+    for name in names:
+        details = looker.look("org/remote-parts", gguf_file=name)
+        assert details["problem"] is None
+        assert details["files"] == {"count": 2, "names": names}
+        assert details["weights_bytes"] == sum(path.stat().st_size for path in paths)
+        assert details["parameters"] == sum(each.numel() for each in model.parameters())
+        assert details["architecture"] == "llama"
+    assert looker.look("org/remote-parts")["gguf_files"] == names[:1]
+    paths[1].unlink()
+    assert f"there is no {names[1]} among its files" in looker.look("org/remote-parts", gguf_file=names[0])["problem"]
+    place.hub.repository("org/remote-parts").api = False
+    assert names[1] in looker.look("org/remote-parts", gguf_file=names[0])["problem"]
 
 
 def test_why_a_model_on_the_hub_cannot_be_looked_at_is_told(place: Place, looker: Looker) -> None:

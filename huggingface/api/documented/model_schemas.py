@@ -59,7 +59,9 @@ class Registered(Settings):
 
     revision: str | None = optional("A branch, tag or commit of the repository.", min_length=1, max_length=250)
     gguf_file: str | None = optional(
-        "The file of the repository or folder that holds the weights as GGUF.", min_length=1, max_length=500
+        "The file of the repository or folder that holds the weights as GGUF, or one of its parts.",
+        min_length=1,
+        max_length=500,
     )
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}$")], str] | None = optional(
         "LoRA adapters by the name that requests choose one by, each an id."

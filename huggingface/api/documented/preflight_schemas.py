@@ -53,7 +53,9 @@ class Details(BaseModel):
     adapters: dict[str, str | None] | None = Field(
         default=None, description="For each registered adapter, why it cannot be used, or null."
     )
-    gguf_files: list[str] | None = Field(default=None, description="Its GGUF files; absent if there are none.")
+    gguf_files: list[str] | None = Field(
+        default=None, description="Its GGUF files, of one in parts the first; absent if there are none."
+    )
     files: WeightFiles
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ...errors import ModelNotFound
+from ...inspection.gguf_parts import whole_name
 from ...registry.records import ModelRecord
 from ..requests.services import services
 
@@ -57,6 +58,6 @@ def fits(record: ModelRecord, tag: str) -> bool:
 
 
 def files_of(quantization: str, names: Iterable[str]) -> list[str]:
-    """The GGUF files whose names end in the name of a quantization (`…-Q4_K_M.gguf`)."""
+    """The GGUF files whose names, without that of a part, end in the name of a quantization (`…-Q4_K_M.gguf`)."""
     ending = re.compile(rf"(.*[-./])?{re.escape(quantization)}\.gguf", re.IGNORECASE)
-    return [name for name in names if ending.fullmatch(name)]
+    return [name for name in names if ending.fullmatch(whole_name(name))]

@@ -32,10 +32,9 @@ from ...model.parts import Serving
 from ...types import Estimate, LoadOptions
 from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
-from ..gguf import locate
 from ..kept import KeptFolder, write_json
 from ..lora import AttachedAdapters
-from ..plan import Plan, file_bytes
+from ..plan import Plan, file_bytes, gguf_paths, marks_of
 from ..shell import Shell, open_shell
 from ..torch import TorchCompute
 
@@ -94,7 +93,7 @@ class LlamaCompute:
         self.model = shell.model
         self.adapters: Adapters = AttachedAdapters("", shell.model, {})
         self._plan = plan
-        self._file = locate(plan.record.model_id, plan.folder, str(plan.record.gguf_file))
+        self._files = gguf_paths(plan)
         self._shell = shell
         self._token_bytes = token_bytes
         self._findings = _Findings(plan)
@@ -106,8 +105,8 @@ class LlamaCompute:
 
     @property
     def weights(self) -> Mapping[str, int]:
-        """Bytes of the file, which is mapped."""
-        return {"cpu": self._file.stat().st_size}
+        """Bytes of the file, or of its parts, which are mapped."""
+        return {"cpu": sum(path.stat().st_size for path in self._files)}
 
     def serve(self, memory: ModelMemory, cancellation: Cancellation) -> Serving:
         """Serves in a batch; where llama.cpp gives other numbers, by torch, unless it was asked for by name."""
@@ -115,13 +114,13 @@ class LlamaCompute:
         try:
             wanted = self._findings.expected()
             if wanted is None:
-                library.try_out(self._file, cancellation.until)
+                library.try_out(self._files[0], cancellation.until)
                 wanted = self._expect(memory, cancellation)
                 self._findings.keep(wanted)
             rows = self.model.get_input_embeddings().num_embeddings
             # Some processors get the weights in another layout, in memory of their own.
-            with few_file_pages(self._file), ExitStack() as failed:
-                runner = LlamaRunner(self._file, rows, self._token_bytes, reserve)
+            with few_file_pages(*self._files), ExitStack() as failed:
+                runner = LlamaRunner(self._files[0], rows, self._token_bytes, reserve)
                 failed.callback(runner.close)
                 agreement.check(runner, wanted.rows, wanted.columns, _close(self._plan), cancellation)
                 failed.pop_all()
@@ -156,7 +155,7 @@ class LlamaCompute:
         try:
             vocabulary = self.model.get_input_embeddings().num_embeddings
             sequences = agreement.sequences(self.model.config, vocabulary)
-            return _Wanted(*reference.expected(self._plan, self._file, sequences, cancellation))
+            return _Wanted(*reference.expected(self._plan, self._files[0], sequences, cancellation))
         except (NotBatchable, LocalLLMError, MemoryError):
             raise
         except Exception as error:
@@ -178,9 +177,8 @@ class _Findings(KeptFolder):
     """What is known of a GGUF file: the numbers of its unpacked model, or why llama.cpp does not compute it."""
 
     def __init__(self, plan: Plan) -> None:
-        name = str(plan.record.gguf_file)
-        about = (plan.folder / name).stat()
-        marks = (about.st_size, about.st_mtime_ns)
+        marks = marks_of(plan.folder, gguf_paths(plan))
+        name = marks[0][0]
         made_of = [_FORMAT, library.PINNED, transformers.__version__, torch.backends.cpu.get_cpu_capability(), marks]
         super().__init__(plan.folder, f"llama.cpp-{hashlib.sha256(name.encode()).hexdigest()[:8]}", made_of)
 

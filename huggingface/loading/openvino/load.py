@@ -37,7 +37,7 @@ from ...types import EngineOptions, Estimate, LoadOptions, Pending
 from ..backend import Declined, Load, Opened, check_named, unable, unsuited
 from ..estimate import Weights, estimate
 from ..lora import AttachedAdapters
-from ..plan import Plan, auto_class, file_bytes, file_marks, look, own_dtype, weights_files
+from ..plan import Plan, auto_class, file_bytes, look, model_marks, own_dtype, weights_files
 from ..pretrained import BUILDING, read_blank, read_model, read_tokenizer, watched
 from ..shell import Shell, open_shell
 from ..torch import TorchCompute
@@ -315,7 +315,7 @@ def _place(plan: Plan, options: LoadOptions) -> GraphPlace:
     """The place of the model's graph."""
     wanted = [plan.head, plan.record.gguf_file, plan.trusted, options.allow_pickle]
     form = "encoder" if plan.head in encoder.HEADS else ""
-    return GraphPlace(plan.folder, [file_marks(plan.folder), wanted], plan.placement.quantization, form)
+    return GraphPlace(plan.folder, [model_marks(plan), wanted], plan.placement.quantization, form)
 
 
 def convert(wanted: Wanted, progress: Progress) -> None:
