@@ -50,8 +50,9 @@ def write_gguf(
             found = config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
         if isinstance(found, int | float):
             values[f"{arch}.{key}"] = found
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in {**values, **keys}.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = kinds[type(value)]
         add(key, value)
     if tokenizer is not None:
         _write_tokenizer(writer, tokenizer)
@@ -87,7 +88,7 @@ def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
 
 
 def _write_tensor(writer: Any, name: str, values: np.ndarray, quantize: str | None) -> None:
-    if quantize is not None and values.ndim == 2 and not name.startswith("position"):
+    if quantize is not None and values.ndim == 2 and not name.startswith("position") and ".conv." not in name:
         kind = gguf.GGMLQuantizationType[quantize]
         packed = _blocks(values, quantize) if quantize in BLOCKS else gguf.quantize(values, kind)
         writer.add_tensor(name, packed, raw_dtype=kind)
@@ -96,7 +97,9 @@ def _write_tensor(writer: Any, name: str, values: np.ndarray, quantize: str | No
 
 
 def _as_llama_cpp(name: str, tensor: torch.Tensor, config: Any, arch: str) -> np.ndarray:
-    """Llama's queries and keys are interleaved, GPT-2's products lie the other way, Gemma's norms begin at one."""
+    """Llama's queries and keys are interleaved, GPT-2's products lie the other way, Gemma's norms begin at one, and
+    LFM2's convolutions have one dimension less.
+    """
     values = tensor.float().numpy()
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
     part = name.split(".")[-2]
@@ -105,6 +108,8 @@ def _as_llama_cpp(name: str, tensor: torch.Tensor, config: Any, arch: str) -> np
         values = values.reshape(heads[part], 2, rows, -1).swapaxes(1, 2).reshape(values.shape)
     if arch == "gpt2" and part in ("c_attn", "c_proj", "c_fc") and values.ndim == 2:
         values = values.T
+    if part == "conv":
+        values = values.squeeze(1)
     if arch.startswith("gemma") and part.endswith("norm"):
         values = values + 1
     return np.ascontiguousarray(values)

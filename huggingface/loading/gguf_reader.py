@@ -2,8 +2,8 @@
 
 transformers reads a file's keys by `gguf.GGUFReader` whenever it wants the config or the weights. The reader makes
 numpy views of each of the hundred thousand entries of a vocabulary, which takes seconds, and transformers asks for the
-table of tensors' names once a module, which takes seconds more. It reads one file, so the tensors of other parts are
-added here. Imports gguf, so it is imported late.
+table of tensors' names once a module, which takes seconds more. For some architectures it has a reader of its own. Both
+read one file, so the tensors of its other parts are added here. Imports gguf, so it is imported late.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,17 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from transformers.integrations import gguf as transformers_gguf
+from transformers.integrations.gguf.dequant import GGML_BLOCK
+from transformers.integrations.gguf.reader import (
+    GgufHeader,
+    LazyGgufTensor,
+    TensorInfo,
+    load_gguf_state_dict,
+    read_gguf_metadata,
+)
+from transformers.quantizers import quantizer_gguf
 
 from ..inspection.gguf_parts import part_names
 
@@ -43,10 +53,7 @@ class _Reader(GGUFReader):
 
     def __init__(self, path: Any, mode: Any = "r") -> None:
         super().__init__(path, mode)
-        first, *others = part_names(Path(path).name)
-        if first == Path(path).name:
-            for name in others:
-                self.tensors += GGUFReader(Path(path).with_name(name), mode).tensors
+        self.tensors += _tensors_of_others(Path(path))
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         is_plain = self.byte_order == "I" and sys.byteorder == "little"
@@ -70,10 +77,53 @@ class _Reader(GGUFReader):
         return None if of_numbers is None else count * of_numbers(0).itemsize
 
 
+def _tensors_of_others(path: Path) -> list[ReaderTensor]:
+    """The tensors in the other parts of the file whose first part is at `path`; none for a whole file."""
+    first, *others = part_names(path.name)
+    found: list[ReaderTensor] = []
+    for name in others if first == path.name else ():
+        found += GGUFReader(path.with_name(name)).tensors
+    return found
+
+
+class _Header(GgufHeader):  # type: ignore[misc]
+    """transformers' own header of a file, with the tensors of all parts."""
+
+    @classmethod
+    def from_file(cls, gguf_path: str) -> _Header:
+        header = GgufHeader.from_file(gguf_path)
+        infos = [
+            TensorInfo(each.name, tuple(each.shape.tolist()[::-1]), int(each.tensor_type), 0, each.n_bytes)
+            for each in _tensors_of_others(Path(gguf_path))
+        ]
+        return cls(header.path, header.architecture, (*header.tensors, *infos), header.data_start)
+
+
+def _load_tensors(header: GgufHeader) -> dict[str, LazyGgufTensor]:
+    """transformers' own tensors, of all parts: blocks as bytes, numbers in their shape."""
+    tensors: dict[str, LazyGgufTensor] = load_gguf_state_dict(GgufHeader.from_file(header.path))
+    shapes = {info.name: info.shape for info in header.tensors}
+    for each in _tensors_of_others(Path(header.path)):
+        kind, content = int(each.tensor_type), each.data.reshape(-1).view(np.uint8)
+        shape = each.data.shape if kind in GGML_BLOCK else shapes[each.name]
+        tensors[each.name] = LazyGgufTensor(content, kind, shape)
+    return tensors
+
+
+def _read_keys(gguf_path: str, string_arrays: Container[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A file's keys, and the names of the tensors of all parts."""
+    keys, names = read_gguf_metadata(gguf_path, string_arrays)
+    return keys, (*names, *(each.name for each in _tensors_of_others(Path(gguf_path))))
+
+
 def install() -> None:
-    """Makes transformers use this reader, and each table of tensors' names once."""
+    """Makes transformers use these readers, and each table of tensors' names once."""
     if gguf.GGUFReader is not _Reader:
         vars(gguf).update(GGUFReader=_Reader, get_tensor_name_map=lru_cache(maxsize=8)(gguf.get_tensor_name_map))
+        vars(transformers_gguf).update(read_gguf_metadata=_read_keys)
+        vars(quantizer_gguf).update(
+            GgufHeader=_Header, load_gguf_state_dict=_load_tensors, read_gguf_metadata=_read_keys
+        )
 
 
 def numbers(path: Path, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from causal_models import build
+from causal_models import build, build_config
 from conftest import Server
 from gguf_files import ARCHITECTURES, write_gguf
 from tiny_tokenizers import TEXT
@@ -204,6 +204,27 @@ def test_the_unpacked_model_is_that_of_the_whole_file(name: str, keys_apart: boo
             assert torch.equal(parts(torch.tensor([ids])).logits, wanted)
     counted = [gguf_files.parameters(gguf_files.check(MODEL, tmp_path, name)) for name in (WHOLE, f"below/{path.name}")]
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_transformers_newer_way_of_reading_gets_all_parts_too(quantize: str | None, tmp_path: Path) -> None:
+    """It reads some architectures by a reader of its own; what their config takes from tensors lies in any part."""
+    extra = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False}
+    model, tokenizer = build_config("Lfm2Config", {**extra, "intermediate_size": 64, "tie_word_embeddings": False})
+    keys = {"lfm2.attention.head_count_kv": [0, 2], "lfm2.shortconv.l_cache": model.config.conv_L_cache}
+    keys["lfm2.attention.layer_norm_rms_epsilon"] = model.config.norm_eps
+    write_gguf(tmp_path / WHOLE, model, tokenizer, "lfm2", quantize=quantize, **keys)
+    paths = write_gguf(tmp_path / WHOLE, model, tokenizer, "lfm2", quantize=quantize, part=7, keys_apart=True, **keys)
+    whole, words = read(tmp_path, WHOLE)
+    parts, _ = read(tmp_path, paths[1].name)
+    assert parts.config.to_dict() == whole.config.to_dict()
+    assert not parts.config.tie_word_embeddings
+    ids = torch.tensor([words(TEXT[:100])["input_ids"]])
+    with torch.inference_mode():
+        wanted = whole(ids).logits
+        assert torch.equal(parts(ids).logits, wanted)
+        if quantize is None:
+            torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_frequencies_of_llama_3_are_found_in_any_part(tmp_path: Path) -> None:
