@@ -210,7 +210,7 @@ def _tokenizer(fields: dict[str, Any]) -> str:
     kinds = fields["tokenizer.ggml.token_type"]
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return str(tokenizer.to_str(pretty=True))
+    return str(tokenizer.to_str())
 
 
 def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,8 @@ _BARS = ("Loading weights", "Converting and de-quantizing GGUF tensors...")
 # Where transformers looks for an adapter to attach by itself: only the record's adapters are wanted.
 _NOWHERE = "no-adapter-of-its-own"
 
+_GENERATION = "generation_config.json"
+
 # Modules whose weights may be kept, or rounded, as they are stored.
 _STORED = (nn.Linear, nn.Embedding, Conv1D)
 
@@ -249,6 +251,10 @@ def read_shell(plan: Plan, options: LoadOptions) -> Any:
         config = copy.deepcopy(plan.config)
         with torch.device("meta"), torch.no_grad():
             model = auto_class(config, plan.head).from_config(config, dtype=torch.float32).eval()
+        if model.can_generate() and (plan.folder / _GENERATION).is_file():
+            with explained(partial(_failure, plan)):
+                own = transformers.GenerationConfig.from_pretrained(plan.folder, _GENERATION, local_files_only=True)
+            model.generation_config = own
         return make_shell(model)
     return make_shell(read_model(plan, options, None, hollow=True))
 

@@ -32,7 +32,7 @@ from huggingface.loading.kept import FOLDER
 from huggingface.loading.llama_cpp.load import LlamaCpp
 from huggingface.loading.llama_cpp.reference import expected
 from huggingface.loading.plan import Plan, look
-from huggingface.loading.pretrained import read_model
+from huggingface.loading.pretrained import read_model, read_shell
 from huggingface.registry.records import LoadSettings, ModelRecord
 from huggingface.types import GenerationRequest, LoadOptions
 
@@ -218,7 +218,7 @@ def test_a_load_that_is_cancelled_gives_the_library_back_what_it_took(
         closed.append(model)
         close(model)
 
-    def cancelled(*_: Any) -> None:
+    def cancelled(*_: Any, **__: Any) -> None:
         raise Cancelled("unloaded")
 
     monkeypatch.setattr(library.Model, "close", note)
@@ -226,6 +226,13 @@ def test_a_load_that_is_cancelled_gives_the_library_back_what_it_took(
     with pytest.raises(Cancelled):
         load(folder)
     assert len(closed) == 1
+
+
+def test_the_folders_own_settings_of_generation_hold(folder: Path) -> None:
+    """As they do where the file is unpacked: which tokens end a text, above all."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    shell = read_shell(planned(folder), LoadOptions(folder.parent, device="cpu"))
+    assert shell.generation_config.eos_token_id == [2, 5]
 
 
 def test_a_trial_ends_with_the_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

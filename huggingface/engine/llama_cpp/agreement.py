@@ -26,7 +26,7 @@ from .runner import LlamaRunner
 CLOSE = 0.1
 CLOSE_WIDE = 0.01
 
-_LENGTHS = (64, 9, 23)  # tokens of the prompts
+_LENGTHS = (24, 6, 9)  # tokens of the prompts: each load computes them, so they are short
 _LONGEST = 1100  # the most tokens of a prompt that is made longer to go past a window
 _NEW = 3
 
@@ -43,9 +43,15 @@ def sequences(config: PreTrainedConfig, vocabulary: int) -> list[tuple[list[int]
 
 
 def check(
-    runner: LlamaRunner, expected: Sequence[Expected], columns: torch.Tensor, close: float, cancellation: Cancellation
+    runner: LlamaRunner,
+    expected: Sequence[Expected],
+    columns: torch.Tensor,
+    close: float,
+    cancellation: Cancellation,
+    *,
+    alone: bool = True,
 ) -> None:
-    """Compares the runner's logits, of rows in company and alone, with the unpacked model's.
+    """Compares the runner's logits, of rows in company and, with `alone`, by themselves, with the unpacked model's.
 
     `columns` are the tokens whose logits are `expected`. `close` is `CLOSE` or `CLOSE_WIDE`.
 
@@ -58,7 +64,8 @@ def check(
     cancellation.check()
     for row, found in zip(expected, together, strict=True):
         _check_close(found[:, columns], row.logits, close, "the unpacked model's")
-        _check_close(_alone(runner, row), found, close, "those of rows in company")
+        if alone:
+            _check_close(_alone(runner, row), found, close, "those of rows in company")
         cancellation.check()
 
 

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,18 +113,18 @@ class LlamaCompute:
         """Serves in a batch; where llama.cpp gives other numbers, by torch, unless it was asked for by name."""
         reserve = Reserve(self.model, self._shell.read, memory.take_own, self._shell.weights)
         try:
-            wanted = self._findings.expected()
-            if wanted is None:
-                library.try_out(self._files[0], cancellation.until)
-                wanted = self._expect(memory, cancellation)
-                self._findings.keep(wanted)
+            known = self._findings.expected()
+            wanted = known or self._try(memory, cancellation)
             rows = self.model.get_input_embeddings().num_embeddings
             # Some processors get the weights in another layout, in memory of their own.
             with few_file_pages(*self._files), ExitStack() as failed:
                 runner = LlamaRunner(self._files[0], rows, self._token_bytes, reserve)
                 failed.callback(runner.close)
-                agreement.check(runner, wanted.rows, wanted.columns, _close(self._plan), cancellation)
+                close = _close(self._plan)
+                agreement.check(runner, wanted.rows, wanted.columns, close, cancellation, alone=known is None)
                 failed.pop_all()
+            if known is None:
+                self._findings.keep(wanted)
             return Serving(self.backend, runner)
         except library.NoMemory as error:
             raise OutOfMemory(f"Not enough memory to try model '{self._plan.record.model_id}'") from error
@@ -139,6 +140,19 @@ class LlamaCompute:
         compute = TorchCompute(self._plan.head, self.model)
         memory.set_weights(compute.weights)
         return replace(compute.serve(memory, cancellation), declined=declined)
+
+    def _try(self, memory: ModelMemory, cancellation: Cancellation) -> _Wanted:
+        """What the unpacked model computes, while llama.cpp computes the file in a process of its own.
+
+        Raises:
+            FileUnusable, NoMemory: as `library.try_out`.
+            NotBatchable, OutOfMemory: as `_expect`.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="try") as beside:
+            tried = beside.submit(library.try_out, self._files[0], cancellation.until)
+            wanted = self._expect(memory, cancellation)
+            tried.result()
+        return wanted
 
     def _expect(self, memory: ModelMemory, cancellation: Cancellation) -> _Wanted:
         """What the unpacked model computes.
