@@ -37,6 +37,7 @@ class Blanks:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, tuple[torch.Tensor, ...]]] = {}  # by address
         self._mapped: set[int] = set()  # the addresses of tensors in files
+        self._seen: dict[int, torch.Tensor] = {}  # of those that multiplied: their inputs' squares, summed by input
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -95,6 +96,20 @@ class Blanks:
         kept = self._kept.get(tensor.data_ptr())
         return None if kept is None or kept[0].shape != tensor.shape else kept[1]
 
+    def note(self, parts: Sequence[torch.Tensor], inputs: torch.Tensor) -> None:
+        """Notes what weights are multiplied with: (…, inputs)."""
+        squares = inputs.detach().flatten(0, -2).square().sum(0)
+        for part in parts:
+            if part.data_ptr() in self._mapped:
+                self._seen[part.data_ptr()] = self._seen.get(part.data_ptr(), 0) + squares
+
+    def seen(self, parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """How large the inputs of products with these weights were inside `filled`: the sum of their squares, for each.
+
+        None if there was no product, or the weights lie in no file. All parts multiply the same inputs.
+        """
+        return self._seen.get(parts[0].data_ptr())
+
     def filled(self) -> TorchFunctionMode:
         """A context in which torch computes with the numbers in place of the blanks, on this thread."""
         return _Filled(self)
@@ -119,6 +134,7 @@ class _Filled(TorchFunctionMode):
             parts = self._parts(args[1])
             if parts is not None and func is torch.nn.functional.linear:
                 product = _multiplied(args[0], parts, *args[2:], **named)
+                self._blanks.note(parts, args[0])
                 self._blanks.drop(parts)
                 return product
             if parts is not None and len(parts) == 1 and len(args) <= 3 and named.get("max_norm") is None:

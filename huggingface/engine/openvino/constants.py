@@ -1,9 +1,9 @@
 """Gives a graph's weights their numbers, one weight at a time: in float32, or rounded to 8 or 4 bits.
 
-The numbers go into a file, which the graph's constants are mapped from, so memory holds a part of one weight. Rounding
-is that of nncf's `compress_weights` without data (https://github.com/openvinotoolkit/nncf): 8 bits have a scale and a
-zero point per output, 4 bits a scale per 64 numbers, and the first and the last matrix stay in 8 bits. Must not know
-models.
+The numbers go into a file, which the graph's constants are mapped from, so memory holds a part of one weight. 8 bits
+have a scale and a zero point per output, as nncf's `compress_weights` rounds (https://github.com/openvinotoolkit/nncf).
+4 bits have them per 32 numbers, and lose the least for inputs as large as those that the weight multiplied; the first
+and the last matrix, and those of an attention's values, stay in 8 bits. Must not know models.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 
 from ...host.memory import release_freed
 from .blanks import Blanks, rows
+from .fuse import value_products
 from .library import openvino
 
-GROUP = 64  # numbers of an output that share a scale in 4 bits
-_SMALLEST_GROUP = 32  # where 64 does not divide them; a weight that this does not divide has 8 bits
+GROUP = 32  # numbers of an output that share a scale in 4 bits; a weight that this does not divide has 8 bits
+_SHARES = (1, 0.9, 0.8)  # of a group's span, which 4 bits may hold
+_UNSEEN = 0.1  # how large each input is at least, as a share of their mean: those seen are few
 
 _EPSILON = torch.finfo(torch.float32).eps  # the smallest scale
 
@@ -95,7 +97,10 @@ def settle(
             continue
         parts = blanks.parts(numbers)
         shape = tuple(numbers.shape)
-        made = _widened(parts, shape, file) if rounding is None else _rounded(parts, shape, rounding, file)
+        if rounding is None:
+            made = _widened(parts, shape, file)
+        else:
+            made = _rounded(parts, shape, rounding, blanks.seen(parts), file)
         for reader in list(node.output(0).get_target_inputs()):
             reader.replace_source_output(made.output(0))
         blanks.drop(parts)
@@ -108,6 +113,7 @@ def _roundings(graph: Any, bits: int) -> dict[str, _Rounding]:
     """How each weight is rounded, by the name of its constant: by the first operation that reads it."""
     found: dict[str, _Rounding] = {}
     products: list[str] = []
+    values = value_products(graph) if bits == 4 else set()
     last = None
     for node in graph.get_ordered_ops():
         for port, value in enumerate(node.input_values()):
@@ -118,7 +124,7 @@ def _roundings(graph: Any, bits: int) -> dict[str, _Rounding]:
             last = None if name in found else name
             if last is not None:
                 found[name] = _Rounding(8, outputs)
-                if node.get_type_name() == "MatMul":
+                if node.get_type_name() == "MatMul" and node.get_friendly_name() not in values:
                     products.append(name)
     if bits == 4:
         for name in products if last is None else products[:-1]:
@@ -149,8 +155,17 @@ def _widened(parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], file: Numb
     return file.constant(numbers, openvino().Type.f32, shape)
 
 
-def _rounded(parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], rounding: _Rounding, file: NumbersFile) -> Any:
-    """A weight that is rounded; its 16-bit scales and the sums that unpack it are nodes of the graph."""
+def _rounded(
+    parts: tuple[torch.Tensor, ...],
+    shape: tuple[int, ...],
+    rounding: _Rounding,
+    seen: torch.Tensor | None,
+    file: NumbersFile,
+) -> Any:
+    """A weight that is rounded; its 16-bit scales, its zero points and the sums that unpack it are nodes of the graph.
+
+    `seen` is how large the inputs were that the weight multiplied, see `Blanks.seen`; None counts all alike.
+    """
     from openvino import opset13 as ops
 
     types = openvino().Type
@@ -160,24 +175,29 @@ def _rounded(parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], rounding: 
     whole = (*shape[:cut], shape[cut] // group, group, *shape[cut + 1 :]) if group else shape
     alone = tuple(1 if each in ((cut + 1,) if group else summed) else size for each, size in enumerate(whole))
     scales, zeros = torch.empty(alone, dtype=torch.half), torch.empty(alone, dtype=torch.uint8)
+    weights = None
+    if group and seen is not None and len(seen) == shape[cut] and bool(seen.isfinite().all()) and bool(seen.any()):
+        weights = (seen / seen.mean() + _UNSEEN).reshape(-1, group, *(1,) * (len(shape) - cut - 1))
 
     def packed() -> Iterable[Any]:
         start = 0
         for some in rows(parts) if 0 in rounding.outputs else [torch.cat([part.float() for part in parts])]:
             if group:
-                numbers, scale = _four(some.reshape(-1, *whole[1:]), cut + 1)
+                numbers, scale, zero = _four(some.reshape(-1, *whole[1:]), cut + 1, weights)
+                numbers = _in_pairs(numbers)
             else:
-                numbers, scale, zeros[start : start + len(some)] = _eight(some, summed)
+                numbers, scale, zero = _eight(some, summed)
             scales[start : start + len(scale)] = scale
-            start += len(some)
+            zeros[start : start + len(scale)] = zero
+            start += len(scale)
             yield numbers.numpy()
 
-    count = math.prod(shape) // (2 if group else 1)
-    kept = file.constant(file.keep(packed(), np.uint8, count), types.i4 if group else types.u8, whole)
-    unpacked = ops.convert(kept, types.f16)
-    if not group:
-        unpacked = ops.subtract(unpacked, ops.convert(_constant(zeros.numpy()), types.f16))
-    scaled = ops.multiply(unpacked, _constant(scales.numpy()))
+    kind, count = types.u4 if group else types.u8, math.prod(shape) // (2 if group else 1)
+    codes = file.constant(file.keep(packed(), np.uint8, count), kind, whole)
+    kept = (_in_pairs(zeros) if group else zeros.flatten()).numpy()
+    zero = file.constant(file.keep([kept], np.uint8, len(kept)), kind, alone)
+    scale = file.constant(file.keep([scales.numpy()], np.float16, scales.numel()), types.f16, alone)
+    scaled = ops.multiply(ops.subtract(ops.convert(codes, types.f16), ops.convert(zero, types.f16)), scale)
     if group:
         scaled = ops.reshape(scaled, ops.constant(np.array(shape, np.int64)), special_zero=False)
     return ops.convert(scaled, types.f32)
@@ -185,10 +205,7 @@ def _rounded(parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], rounding: 
 
 def _group(numbers: int) -> int:
     """How many of an output's numbers share a scale; 0 if no group fits."""
-    if numbers % GROUP == 0:
-        return GROUP
-    largest = numbers & -numbers  # the largest power of two that divides them
-    return largest if largest >= _SMALLEST_GROUP else 0
+    return GROUP if numbers % GROUP == 0 else 0
 
 
 def _eight(weight: torch.Tensor, summed: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,15 +216,34 @@ def _eight(weight: torch.Tensor, summed: tuple[int, ...]) -> tuple[torch.Tensor,
     return ((weight / scale).add_(zero).round_().clamp_(0, 255).byte(), scale, zero.byte())
 
 
-def _four(weight: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight in 4 bits, two in a byte, and its scales: the largest number of a group, of either sign, is -8."""
-    least, most = weight.amin(summed, keepdim=True).abs(), weight.amax(summed, keepdim=True)
-    scale = torch.where(least >= most, least, -most) / 8
-    scale = torch.where(scale.abs() < _EPSILON, _EPSILON, scale)
-    levels = (weight / scale).round_().clamp_(-8, 7).to(torch.int8).view(torch.uint8).flatten()
-    return (levels[::2] & 15) | (levels[1::2] << 4), scale
+def _four(
+    weight: torch.Tensor, summed: int, seen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight in codes of 4 bits, its scales and its zero points, which have one number where `weight` has its sums.
+
+    The codes span a group's numbers, or a share of that span; the scale is that of least squares for the codes, and the
+    share the one that leaves the least, each number counted by the square of its inputs, which were `seen`: that is the
+    error that a group adds to its output if inputs are unrelated. As `make_qx_quants` of llama.cpp.
+    """
+    least, most = weight.amin(summed, keepdim=True).clamp(max=0), weight.amax(summed, keepdim=True).clamp(min=0)
+    step = (most - least).div_(15).clamp_(min=_EPSILON)
+    zero = least.div_(step).neg_().round_()
+    best: list[torch.Tensor] = []
+    for share in _SHARES:
+        codes = torch.addcmul(zero, weight, 1 / (share * step)).round_().clamp_(0, 15).sub_(zero)
+        counted = codes if seen is None else codes * seen
+        product = (counted * weight).sum(summed, keepdim=True)
+        scale = product / (counted * codes).sum(summed, keepdim=True).clamp(min=_EPSILON)
+        found = [codes, scale, product * scale]  # the last is what the squares of the differences lack
+        better = found[-1] > best[-1] if best else None
+        best = (
+            found if better is None else [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+        )
+    codes, scale, _ = best
+    return codes.add_(zero).byte(), scale, zero.byte()
 
 
-def _constant(numbers: Any) -> Any:
-    """A constant that shares this memory."""
-    return openvino().op.Constant(numbers, shared_memory=True)
+def _in_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Numbers of 4 bits, two in a byte; the last byte of an odd number of them has one."""
+    pairs = torch.nn.functional.pad(codes.flatten(), (0, codes.numel() % 2)).view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)

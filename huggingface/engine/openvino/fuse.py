@@ -7,7 +7,7 @@ rounded, its rows are rounded for each product again. Must not know models.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,21 @@ import numpy as np
 from .blanks import Blanks
 from .library import openvino
 
+# Operations between a product and the values of an attention that leave each number as it is, or shift or scale it.
+_KEEPING = frozenset(
+    {"Add", "Broadcast", "Concat", "Convert", "Multiply", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
 
-def merge_products(graph: Any, blanks: Blanks) -> int:
+
+def merge_products(graph: Any, blanks: Blanks, apart: Collection[str] = ()) -> int:
     """Merges the products in a graph that read the same rows, in place; returns the number of merged groups.
 
-    Their weights are constants, (outputs, inputs), and so are their biases, if any. The merged weights are blanks.
+    Their weights are constants, (outputs, inputs), and so are their biases, if any. The merged weights are blanks. The
+    products named `apart` stay as they are.
     """
     groups = defaultdict(list)
     for node in graph.get_ordered_ops():
-        if _is_product(node):
+        if _is_product(node) and node.get_friendly_name() not in apart:
             source = node.input_value(0)
             groups[source.get_node().get_friendly_name(), source.get_index()].append(node)
     merged = 0
@@ -35,6 +41,27 @@ def merge_products(graph: Any, blanks: Blanks) -> int:
     if merged:
         graph.validate_nodes_and_infer_types()
     return merged
+
+
+def value_products(graph: Any) -> set[str]:
+    """The names of the products that give an attention its values, and nothing else."""
+    return {
+        product.get_friendly_name()
+        for node in graph.get_ops()
+        if node.get_type_name() == "ScaledDotProductAttention"
+        for product in _products(node.input_value(2).get_node())
+    }
+
+
+def _products(node: Any) -> Iterator[Any]:
+    """The products whose numbers a node has, however it orders them."""
+    kind = node.get_type_name()
+    if kind == "MatMul":
+        yield node
+    elif kind in _KEEPING:
+        several = kind in ("Add", "Concat", "Multiply")
+        for value in node.input_values() if several else [node.input_value(0)]:
+            yield from _products(value.get_node())
 
 
 def _is_product(node: Any) -> bool:

@@ -19,7 +19,7 @@ from ...modeling.rotary import changing
 from ..layers import LayerKinds, NotBatchable, layer_kinds, probe
 from ..torch.cache import LayerShape
 from .blanks import Blanks
-from .fuse import merge_products
+from .fuse import merge_products, value_products
 from .library import offline_transformations, openvino
 
 # The index of the paged attention's input that says how many tokens back it sees; 0 for all of them.
@@ -105,10 +105,11 @@ def check_rotary(config: Any) -> None:
         raise NotBatchable(f"its rotary embeddings ({', '.join(kinds)}) change with the length of the text")
 
 
-def convert(model: PreTrainedModel, blanks: Blanks) -> Any:
+def convert(model: PreTrainedModel, blanks: Blanks, quantization: str | None = None) -> Any:
     """Converts the model to a stateful graph, float32; constants that are not merged are the model's own memory.
 
-    Its weights may be `blanks`, and merged ones are: `constants.settle` gives them their numbers.
+    Its weights may be `blanks`, and merged ones are: `constants.settle` gives them their numbers, and rounds them.
+    Merged ones are those that it rounds alike.
 
     Raises:
         NotBatchable: the model keeps something other than keys and values in each layer, or takes no positions.
@@ -141,7 +142,7 @@ def convert(model: PreTrainedModel, blanks: Blanks) -> Any:
     )
     _begin_empty(graph)
     graph.validate_nodes_and_infer_types()
-    merge_products(graph, blanks)
+    merge_products(graph, blanks, value_products(graph) if quantization == "int4" else ())
     return graph
 
 

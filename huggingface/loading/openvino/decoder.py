@@ -109,7 +109,7 @@ def make(
         with blanks.filled():
             expected = tuple(agreement.torch_expects(model, cancellation))
         with computed("convert"):
-            graph = graphs.convert(model, blanks)
+            graph = graphs.convert(model, blanks, quantization)
         cancellation.check()
         windows = graphs.windows(model)
         itself = quantization is not None and not (numbers > TRIED and agreement.check_small(model, cancellation))

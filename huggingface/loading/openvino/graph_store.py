@@ -36,7 +36,7 @@ Read = Callable[[Path, Mapping[str, Any], Path | None], T]
 EXPECTED = "expected.safetensors"  # torch's results, beside the graph
 
 # Increase this whenever graphs of earlier versions of this project must not be used any more.
-_FORMAT = 3
+_FORMAT = 4
 
 # Bytes on the disk for each number of a graph that is made: in the graph, and in the file that it is written from.
 _MAKING = {None: 8, "int8": 2, "int4": 1.5}

@@ -267,21 +267,39 @@ def _weigh(plan: Plan, model: Any) -> Weights:
 def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
     """Bytes of the constants of a model's OpenVINO graph, and of the table that is also multiplied.
 
-    A compressed matrix has a 16-bit scale and an 8-bit zero point per output; in 4 bits, a 16-bit scale per 64 numbers.
-    The first and the last matrix stay in 8 bits, as `constants` rounds them.
+    A compressed matrix has a 16-bit scale and an 8-bit zero point per output; in 4 bits, a 16-bit scale and a 4-bit
+    zero point per 32 numbers. The first and the last matrix, and those of an attention's values, stay in 8 bits, as
+    `constants` rounds them.
     """
     table = model.get_input_embeddings().weight
     outputs = model.get_output_embeddings()
     last = None if outputs is None else outputs.weight
+    values = _value_weights(model)
 
     def size(tensor: torch.Tensor) -> int:
         if quantization is None or tensor.dim() < 2:
             return tensor.numel() * 4
         eight = tensor.numel() + 3 * tensor.shape[0]
-        wide = tensor is table or tensor is last
-        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 2 * (tensor.numel() // GROUP)
+        wide = tensor is table or tensor is last or id(tensor) in values
+        wide = wide or tensor.shape[-1] % GROUP != 0
+        return eight if quantization == "int8" or wide else tensor.numel() // 2 + 5 * (tensor.numel() // GROUP) // 2
 
     return sum(map(size, model.parameters())), size(table) if last is not None and last is table else 0
+
+
+def _value_weights(model: Any) -> set[int]:
+    """The `id` of one weight a layer that has the shape of an attention's weights for values.
+
+    Those for keys have it too: where only one weight a layer has it, values are computed together with other numbers.
+    """
+    config = model.config.get_text_config()
+    layers, heads, width = (
+        getattr(config, name, None) or 0 for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    each = getattr(config, "head_dim", None) or (width // heads if heads else 0)
+    shape = ((getattr(config, "num_key_value_heads", None) or heads) * each, width)
+    alike = [tensor for tensor in model.parameters() if tuple(tensor.shape) == shape]
+    return {id(tensor) for tensor in alike[:layers]} if len(alike) >= 2 * layers else set()
 
 
 def _converting_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
@@ -291,8 +309,7 @@ def _converting_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
     with suppress(FilesMissing):  # they are not downloaded yet
         whole = whole or any(path.suffix != ".safetensors" for path in weights_files(plan, options))
     tried = plan.head in encoder.HEADS or (quantization is not None and numbers <= decoder.TRIED)
-    scales = 2 * numbers // GROUP if quantization == "int4" else 0
-    return 4 * numbers * (whole + tried) + scales + _CONVERTING
+    return 4 * numbers * (whole + tried) + _CONVERTING
 
 
 def _check_conversion(need: int) -> None:
