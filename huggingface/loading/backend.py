@@ -132,6 +132,8 @@ def choose(
             return answer
         check_named(plan, answer)
         declined = answer
+    if declined is not None and declined.error is not None:
+        raise declined.error
     raise ModelUnsupported(
         f"Model '{plan.record.model_id}' cannot be computed by any of {', '.join(backend.name for backend in backends)}"
     )

@@ -50,7 +50,7 @@ def estimate(
     Raises: as `loader.load`.
     """
     dtype, placement = plan.placement.dtype or own_dtype(plan), plan.placement
-    weights, token_bytes, numbers = _known_shape(plan, options, backend, weigh, dtype)
+    weights, token_bytes, numbers = _known_shape(plan, options, backend, weigh, placement.kv_dtype or dtype)
     kv_bytes = engine_options(plan, options).kv_cache_bytes
     kv_cache = first_bank(kv_bytes // token_bytes) * token_bytes if token_bytes else 0
     here = weights.devices.get(placement.device, 0) + weights.copies + kv_cache
@@ -72,7 +72,7 @@ def estimate(
 
 
 def _known_shape(
-    plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], dtype: torch.dtype
+    plan: Plan, options: LoadOptions, backend: str, weigh: Callable[[Any], Weights], kv_dtype: torch.dtype
 ) -> tuple[Weights, int, int]:
     """`_shape`, computed once for the same files and settings.
 
@@ -80,7 +80,7 @@ def _known_shape(
     """
     if plan.placement.device_map is not None:  # accelerate places the layers by the memory that is free now
         with BUILDING:
-            return _shape(plan, weigh, dtype)
+            return _shape(plan, weigh, kv_dtype)
     findings, key = options.engine.findings, ("shape", backend, plan.folder)
     made_of = (model_marks(plan), plan.head, plan.record.gguf_file, plan.trusted, str(plan.placement))
     known = findings.get(key)
@@ -88,12 +88,12 @@ def _known_shape(
         with BUILDING:  # of concurrent calls, one builds
             known = findings.get(key)
             if known is None or known[0] != made_of:
-                known = findings[key] = (made_of, _shape(plan, weigh, dtype))
+                known = findings[key] = (made_of, _shape(plan, weigh, kv_dtype))
     shape: tuple[Weights, int, int] = known[1]
     return shape
 
 
-def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> tuple[Weights, int, int]:
+def _shape(plan: Plan, weigh: Callable[[Any], Weights], kv_dtype: torch.dtype) -> tuple[Weights, int, int]:
     """The bytes of the model's weights and of one token's keys and values, and the number of parameters.
 
     They come from a model on torch's meta device. One thread at a time (`BUILDING`).
@@ -103,7 +103,7 @@ def _shape(plan: Plan, weigh: Callable[[Any], Weights], dtype: torch.dtype) -> t
     with explained(lambda error: refusal(plan.record.model_id, plan.folder, error, "its config.json")):
         with torch.device("meta"), torch.no_grad(), _bounded():
             model = built.from_config(config, trust_remote_code=plan.trusted)
-        token_bytes = _token_bytes(model, dtype) if plan.head == "causal-lm" else 0
+        token_bytes = _token_bytes(model, kv_dtype) if plan.head == "causal-lm" else 0
         return weigh(model), token_bytes, sum(tensor.numel() for tensor in model.parameters())
 
 

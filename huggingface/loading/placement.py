@@ -35,7 +35,8 @@ _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 class Placement:
     """Where and how a model is placed. `device` is where its inputs go; `dtype` is None for the weights' own.
 
-    `stored`: weights of 16 bits stay as they are in their files, and are computed with in `dtype`, which is float32.
+    `kv_dtype` is the type of keys and values, None for `dtype`. `stored`: weights of 16 bits stay as they are in their
+    files, and are computed with in `dtype`, which is float32.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Placement:
     attention: str | None
     compiles: bool
     backend: str
+    kv_dtype: torch.dtype | None
     max_context: int | None
     slots: int | None
     stored: bool = False
@@ -86,11 +88,10 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
     stored = named == STORED
     if stored and (device != "cpu" or settings.device_map is not None or settings.quantization or settings.compile):
         raise InvalidRequest(f"dtype '{STORED}' is for a CPU, without quantization and compile", "dtype")
-    if named not in ("auto", STORED, *_DTYPES):
-        raise InvalidRequest(
-            f"Invalid value for field 'dtype': '{named}' is not one of auto, {', '.join(_DTYPES)}", "dtype"
-        )
-    dtype = torch.float32 if stored or (named == "auto" and device == "cpu") else _DTYPES.get(named)
+    if stored or (named == "auto" and device == "cpu"):
+        dtype: torch.dtype | None = torch.float32
+    else:
+        dtype = None if named == "auto" else _known_dtype("dtype", named, "auto")
     return Placement(
         device,
         dtype,
@@ -99,10 +100,18 @@ def place(settings: LoadSettings, options: LoadOptions) -> Placement:
         attention,
         bool(settings.compile),
         _backend(settings, options),
+        None if settings.kv_cache_dtype is None else _known_dtype("kv_cache_dtype", settings.kv_cache_dtype),
         settings.max_context,
         settings.slots,
         stored,
     )
+
+
+def _known_dtype(field: str, name: str, *others: str) -> torch.dtype:
+    if name not in _DTYPES:
+        names = ", ".join((*others, *_DTYPES))
+        raise InvalidRequest(f"Invalid value for field '{field}': '{name}' is not one of {names}", field)
+    return _DTYPES[name]
 
 
 def _backend(settings: LoadSettings, options: LoadOptions) -> str:

@@ -118,6 +118,7 @@ def effective(plan: Plan, model: Any, options: LoadOptions) -> dict[str, Any]:
         "quantization": placement.quantization,
         "attn_implementation": model.config.get_text_config()._attn_implementation,
         "compile": placement.compiles,
+        "kv_cache_dtype": str(placement.kv_dtype or model.dtype).removeprefix("torch."),
         "max_context": placement.max_context,
         "slots": engine_options(plan, options).max_batch,
     }

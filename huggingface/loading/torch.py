@@ -37,6 +37,22 @@ from .quantization import tensor_bytes as quantized_bytes
 logger = logging.getLogger(__name__)
 
 
+def check_cache(plan: Plan) -> None:
+    """Refuses keys and values of another type than the model's.
+
+    Raises:
+        InvalidRequest: the settings ask for such.
+    """
+    dtype = plan.placement.dtype or own_dtype(plan)
+    if plan.placement.kv_dtype not in (None, dtype):
+        own = str(dtype).removeprefix("torch.")
+        raise InvalidRequest(
+            f"Invalid value for field 'kv_cache_dtype': torch computes model '{plan.record.model_id}', with keys and "
+            f"values in {own} like the rest",
+            "kv_cache_dtype",
+        )
+
+
 class Torch:
     """torch as a `Backend`."""
 
@@ -47,7 +63,11 @@ class Torch:
         return True
 
     def why_not(self, plan: Plan, options: LoadOptions, adapters: Mapping[str, Any]) -> Declined | None:  # noqa: ARG002 - the protocol's
-        """None: torch computes any model."""
+        """Keys and values of another type than the model's; otherwise torch computes any model."""
+        try:
+            check_cache(plan)
+        except InvalidRequest as error:
+            return Declined(str(error), error)
         return None
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate:

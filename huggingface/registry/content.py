@@ -67,6 +67,7 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "attn_implementation": _or_null(_is_text, "a string"),
     "compile": _or_null(lambda value: isinstance(value, bool), "true or false"),
     "backend": _or_null(_is_text, "a string"),
+    "kv_cache_dtype": _or_null(_is_text, "a string"),
     "max_context": _or_null(_is_count, "a whole number above 0"),
     "slots": _or_null(_is_count, "a whole number above 0"),
     "details": _or_null(_is_object, "an object"),

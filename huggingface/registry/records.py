@@ -48,8 +48,8 @@ class LoadSettings:
     `device` is `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; `device_map` is accelerate's: a name, or a device for each
     module; `dtype` is `auto`, `STORED` or a torch dtype's name; `quantization` is a scheme of
     `loading/quantization.py`.
-    `backend` computes the model: a name of `BACKENDS`, or `auto`. `max_context` is the most tokens of one sequence,
-    `slots` the most sequences in one batch.
+    `backend` computes the model: a name of `BACKENDS`, or `auto`. `kv_cache_dtype` is the name of the torch dtype of
+    keys and values, `max_context` the most tokens of one sequence, `slots` the most sequences in one batch.
     """
 
     device: str | None = None
@@ -59,6 +59,7 @@ class LoadSettings:
     attn_implementation: str | None = None
     compile: bool | None = None
     backend: str | None = None
+    kv_cache_dtype: str | None = None
     max_context: int | None = None
     slots: int | None = None
 
@@ -102,6 +103,7 @@ class ModelRecord:
     attn_implementation: str | None = None
     compile: bool | None = None
     backend: str | None = None
+    kv_cache_dtype: str | None = None
     max_context: int | None = None
     slots: int | None = None
     details: Mapping[str, Any] | None = None

@@ -179,6 +179,7 @@ def test_a_load_says_what_was_loaded_and_where(api: Server, backend: str) -> Non
             "compile": False,
             "backend": backend,
             "engine": backend,  # its old name
+            "kv_cache_dtype": "float32",
             "max_context": None,
             "slots": 64,
         },

@@ -262,10 +262,6 @@ def test_without_the_package_torch_computes(place: Callable[[str], Path], monkey
     assert loaded.effective["backend"] == "torch"
     assert loaded.backend_reason == "not installed: openvino"
     loaded.close()
-    loaded = load(folder, quantization="int4")
-    assert loaded.effective["backend"] == "torch"
-    assert loaded.backend_reason == "in 4 bits torch loses less"
-    loaded.close()
     with pytest.raises(Exception, match="pip install openvino"):
         load(folder, backend="openvino")
 

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 PACKAGE = "xllamacpp"
 PINNED = f"{PACKAGE}==2026.10.11549"
 
-_F32 = 0  # ggml's number of the type
+_F32, _F16 = 0, 1  # ggml's numbers of the types
 _MMAP = 1  # llama_load_mode: the file is mapped
-_NO_FLASH = 0  # llama_flash_attn_type: disabled
+_NO_FLASH, _FLASH = 0, 1  # llama_flash_attn_type
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 _ERROR = 4  # ggml's log level
 
@@ -238,13 +238,15 @@ _SCORES = 128 * 2**20  # bytes of attention scores up to which tokens are comput
 _FIXED = 8 * 2**20  # bytes of a context besides
 
 
-def context_bytes(capacity: int, heads: int, vocabulary: int, width: int) -> int:
+def context_bytes(capacity: int, heads: int, vocabulary: int, width: int, *, half: bool) -> int:
     """About the bytes of a context besides keys and values: attention scores, logits, and a layer's values.
 
-    `capacity` is the most tokens of a sequence, `width` that of the model.
+    `capacity` is the most tokens of a sequence, `width` that of the model. With `half`, keys and values are float16,
+    and no scores are kept.
     """
-    together = _together(capacity, heads)
-    return 4 * heads * capacity * together + 8 * OUTPUTS * vocabulary + 32 * together * width + _FIXED
+    together = BATCH if half else _together(capacity, heads)
+    scores = 0 if half else 4 * heads * capacity * together
+    return scores + 8 * OUTPUTS * vocabulary + 32 * together * width + _FIXED
 
 
 def _together(capacity: int, heads: int) -> int:
@@ -255,8 +257,8 @@ def _together(capacity: int, heads: int) -> int:
 class Model:
     """A GGUF file in llama.cpp's hands. One thread at a time."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Maps the file.
+    def __init__(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
+        """Maps the file. With `half`, keys and values are float16.
 
         Raises:
             FileUnusable: llama.cpp cannot read it, or keeps more of a text than keys and values.
@@ -265,6 +267,7 @@ class Model:
         self.lib = lib = library()
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        self._half = half
         self._model = lib.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise FileUnusable("llama.cpp cannot read its file")
@@ -278,25 +281,23 @@ class Model:
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
 
     def context(self, sequences: int, capacity: int) -> Any:
-        """A KV cache in float32 of so many sequences of at most `capacity` tokens; None if there is no memory for it.
+        """A KV cache of so many sequences of at most `capacity` tokens; None if there is no memory for it.
 
-        llama.cpp's flash attention rounds keys and values to 16 bits, so attention is computed without it.
+        llama.cpp's flash attention rounds keys and values to 16 bits, so those in float32 are computed without it.
         """
         parameters = self.lib.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = sequences * capacity, sequences
-        parameters.n_batch, parameters.n_ubatch = BATCH, self._together(capacity)
+        parameters.n_batch = BATCH
+        parameters.n_ubatch = BATCH if self._half else _together(capacity, self._heads)
         parameters.n_outputs_max = parameters.n_outputs_max_per_seq = max(OUTPUTS, sequences)
-        parameters.type_k = parameters.type_v = _F32
-        parameters.flash_attn_type = _NO_FLASH
+        parameters.type_k = parameters.type_v = _F16 if self._half else _F32
+        parameters.flash_attn_type = _FLASH if self._half else _NO_FLASH
         parameters.swa_full = True
         return self.lib.llama_init_from_model(self._model, parameters)
 
     def context_bytes(self, capacity: int) -> int:
         """About the bytes that a context takes besides keys and values; see the function."""
-        return context_bytes(capacity, self._heads, self.vocabulary, self._width)
-
-    def _together(self, capacity: int) -> int:
-        return _together(capacity, self._heads)
+        return context_bytes(capacity, self._heads, self.vocabulary, self._width, half=self._half)
 
     def compute(self, context: Any, work: Sequence[tuple[int, int, int, bool]], threads: int = 1) -> Any:
         """Computes at most `BATCH` tokens: each with its place in a sequence, and whether its logits are wanted.
@@ -327,6 +328,7 @@ class Model:
 
 
 _TRIED = 24  # tokens
+_HALF = "half"
 _NO_MEMORY = 3  # the exit status of a trial without memory
 _KILLED = 9  # the number of the signal
 
@@ -334,9 +336,9 @@ _Ended = Callable[[float | None], tuple[bytes, bytes] | None]
 Until = Callable[[_Ended], tuple[bytes, bytes] | None]
 
 
-def _try_out(path: str) -> None:
+def _try_out(path: str, *, half: bool) -> None:
     """Computes two sequences of a file, in a batch and step by step."""
-    model = Model(path)
+    model = Model(path, half=half)
     context = model.context(2, BATCH)
     if not context:
         raise NoMemory
@@ -347,8 +349,8 @@ def _try_out(path: str) -> None:
             raise FileUnusable("its logits are not numbers")
 
 
-def try_out(path: Path, until: Until = lambda ended: ended(None)) -> None:
-    """Computes a file in a process of its own, which may end of it.
+def try_out(path: Path, until: Until = lambda ended: ended(None), *, half: bool = False) -> None:
+    """Computes a file in a process of its own, which may end of it. With `half`, keys and values are float16.
 
     `until` repeats a function, which waits for at most the seconds that it is given, until that returns something; the
     process ends with an error of it.
@@ -357,7 +359,7 @@ def try_out(path: Path, until: Until = lambda ended: ended(None)) -> None:
         FileUnusable: llama.cpp cannot read or compute it.
         NoMemory: the process got no memory, or was killed, as the system does where memory is short.
     """
-    command = [sys.executable, __file__, os.fspath(path)]
+    command = [sys.executable, __file__, os.fspath(path), *([_HALF] if half else [])]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # it would start a debugger
     tried = subprocess.Popen(  # noqa: S603 - this very interpreter, on this file
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -384,7 +386,7 @@ def try_out(path: Path, until: Until = lambda ended: ended(None)) -> None:
 
 def _main() -> None:
     try:
-        _try_out(sys.argv[1])
+        _try_out(sys.argv[1], half=_HALF in sys.argv[2:])
     except (FileUnusable, LibraryUnusable) as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(1)

@@ -28,16 +28,19 @@ class LlamaRunner:
     lengths = Lengths()
     copied_bytes = 0
 
-    def __init__(self, path: Path, vocabulary: int, token_bytes: int, reserve: Reserve | None = None) -> None:
+    def __init__(
+        self, path: Path, vocabulary: int, token_bytes: int, reserve: Reserve | None = None, *, half: bool = False
+    ) -> None:
         """`vocabulary` is the number of the model's rows, `token_bytes` what one token's keys and values take.
 
-        `reserve` has the weights for what only the model's own modules can do.
+        With `half`, keys and values are float16, else float32. `reserve` has the weights for what only the model's own
+        modules can do.
 
         Raises:
             FileUnusable: llama.cpp cannot read or compute the file.
             LibraryUnusable: the library is missing, or of another version.
         """
-        self._model = library.Model(path)
+        self._model = library.Model(path, half=half)
         self._team = Team(torch.get_num_threads())
         self._vocabulary = vocabulary
         self._known = min(self._model.vocabulary, vocabulary)  # a file may have fewer tokens, or more

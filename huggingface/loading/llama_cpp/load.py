@@ -37,7 +37,7 @@ from ..kept import KeptFolder, write_json
 from ..lora import AttachedAdapters
 from ..plan import Plan, file_bytes, gguf_paths, marks_of
 from ..shell import Shell, open_shell
-from ..torch import TorchCompute
+from ..torch import TorchCompute, check_cache
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class LlamaCpp:
         return None if reason is None else unable(self.name, plan, reason)
 
     def estimate(self, plan: Plan, options: LoadOptions, before: Declined | None) -> Estimate:
-        """The file, which is mapped, what a step takes, and the KV cache in float32."""
-        size = file_bytes(plan, options) + _step_bytes(plan.config.get_text_config())
+        """The file, which is mapped, what a step takes, and the KV cache."""
+        size = file_bytes(plan, options) + _step_bytes(plan)
         return estimate(plan, options, self.name, lambda _: Weights(size, {plan.placement.device: size}), before)
 
     def convert(self, *_: object, aside: bool) -> None:
@@ -118,7 +118,7 @@ class LlamaCompute:
             rows = self.model.get_input_embeddings().num_embeddings
             # Some processors get the weights in another layout, in memory of their own.
             with few_file_pages(*self._files), ExitStack() as failed:
-                runner = LlamaRunner(self._files[0], rows, self._token_bytes, reserve)
+                runner = LlamaRunner(self._files[0], rows, self._token_bytes, reserve, half=_half(self._plan))
                 failed.callback(runner.close)
                 close = _close(self._plan)
                 agreement.check(runner, wanted.rows, wanted.columns, close, cancellation, alone=known is None)
@@ -132,6 +132,7 @@ class LlamaCompute:
             logger.warning("a %s is not computed by llama.cpp: %s", type(self.model).__name__, error)
             self._findings.refuse(str(error))
             check_named(self._plan, unable(self.backend, self._plan, str(error)))
+            check_cache(self._plan)
             forget_frames(error)
             declined = str(error)
         memory.set_weights({})
@@ -149,7 +150,7 @@ class LlamaCompute:
             NotBatchable, OutOfMemory: as `_expect`.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="try") as beside:
-            tried = beside.submit(library.try_out, self._files[0], cancellation.until)
+            tried = beside.submit(library.try_out, self._files[0], cancellation.until, half=_half(self._plan))
             wanted = self._expect(memory, cancellation)
             tried.result()
         return wanted
@@ -194,7 +195,8 @@ class _Findings(KeptFolder):
         marks = marks_of(plan.folder, gguf_paths(plan))
         name = marks[0][0]
         made_of = [_FORMAT, library.PINNED, transformers.__version__, torch.backends.cpu.get_cpu_capability(), marks]
-        super().__init__(plan.folder, f"llama.cpp-{hashlib.sha256(name.encode()).hexdigest()[:8]}", made_of)
+        called = hashlib.sha256(f"{name}{'/half' if _half(plan) else ''}".encode()).hexdigest()[:8]
+        super().__init__(plan.folder, f"llama.cpp-{called}", made_of)
 
     def expected(self) -> _Wanted | None:
         """The unpacked model's numbers, if they are stored."""
@@ -229,6 +231,7 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
         (plan.head != "causal-lm", "it does not continue texts"),
         (placement.device != "cpu" or placement.device_map is not None, "it is not on the CPU alone"),
         (placement.dtype is not torch.float32, "it rounds as the file does, and dtype says otherwise"),
+        (placement.kv_dtype not in (None, torch.float32, torch.float16), "its keys and values are float32 or float16"),
         (placement.quantization is not None, "the file is quantized already"),
         (bool(adapters), "it has adapters"),
         (placement.attention is not None, "attn_implementation is for torch"),
@@ -243,7 +246,13 @@ def _close(plan: Plan) -> float:
     return agreement.CLOSE_WIDE if kinds <= _WIDE else agreement.CLOSE
 
 
-def _step_bytes(config: Any) -> int:
+def _half(plan: Plan) -> bool:
+    """Whether keys and values are float16."""
+    return plan.placement.kv_dtype is torch.float16
+
+
+def _step_bytes(plan: Plan) -> int:
     """Bytes that the first context takes besides keys and values."""
+    config = plan.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
-    return library.context_bytes(SMALLEST, heads, config.vocab_size, config.hidden_size)
+    return library.context_bytes(SMALLEST, heads, config.vocab_size, config.hidden_size, half=_half(plan))

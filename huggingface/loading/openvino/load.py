@@ -228,11 +228,14 @@ def _rule_against(plan: Plan, adapters: Mapping[str, Any]) -> str | None:
             (placement.dtype or own_dtype(plan)) is not torch.float32,
             "OpenVINO computes in float32 here, and dtype says otherwise",
         ),
+        (
+            placement.kv_dtype not in (None, torch.float32),
+            "its keys and values are float32",
+        ),
         (placement.stored, "OpenVINO widens weights of 16 bits"),
         (bool(adapters), "it has adapters"),
         (placement.attention is not None, "attn_implementation is for torch"),
         (placement.compiles, "compile is for torch"),
-        (placement.quantization == "int4" and placement.backend == "auto", "in 4 bits torch loses less"),
     )
     return next((reason for applies, reason in rules if applies), None)
 
