@@ -941,6 +941,7 @@ def test_settings_of_a_load_are_in_effect_until_the_unload_and_shown(start_serve
     given = {
         "slots": 3,
         "weights_dtype": None,
+        "kv_cache_dtype": "bfloat16",
         "quantization": None,
         "compile": False,
         "device": "cpu",
@@ -982,6 +983,8 @@ def test_a_record_that_changes_how_its_model_is_loaded_has_it_loaded_anew(start_
         ({"attn_implementation": "somebody/kernels"}, "attn_implementation"),
         ({"attn_implementation": "flex_attention"}, "attn_implementation"),  # on a CPU
         ({"quantization": "int1"}, "quantization"),
+        ({"kv_cache_dtype": "int3"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "float16"}, "kv_cache_dtype"),  # llama.cpp's
         ({"device_map": "everywhere"}, "device_map"),
         ({"device_map": {"": "cuda:7"}}, "device_map"),
         ({"device_map": {"": "disk"}}, "device_map"),
