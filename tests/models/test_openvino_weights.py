@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, STARTER
 from openvino import opset13 as ops
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from huggingface.engine.openvino import agreement, graph
 from huggingface.engine.openvino.blanks import Blanks, NotBlank
@@ -247,6 +247,22 @@ def test_weights_that_stay_in_their_files_give_the_numbers_of_float32(
     loaded = loader.load(RECORD, options, folder, settings=EXACT)
     assert loaded.effective["backend"] == "openvino"
     loaded.close()
+
+
+def test_a_model_whose_layers_differ_is_estimated_in_every_form(tmp_path: Path) -> None:
+    """As Gemma 4, whose config does not tell one width for all of its heads."""
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    shape |= {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    AutoModelForCausalLM.from_config(Gemma4TextConfig(**shape)).save_pretrained(tmp_path)
+    record, options = ModelRecord("tiny/gemma4", "Gemma", "text-generation"), LoadOptions(tmp_path.parent, "cpu")
+    sizes = []
+    for form in (None, "int8", "int4"):
+        told = loader.estimate(record, options, tmp_path, LoadSettings(backend="openvino", quantization=form))
+        assert told.backend == "openvino"
+        sizes.append(told.weights)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
 
 
 def test_numbers_that_a_trace_computes_of_blanks_are_found_out() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -277,7 +278,7 @@ def _graph_bytes(model: Any, quantization: str | None) -> tuple[int, int]:
     table = model.get_input_embeddings().weight
     outputs = model.get_output_embeddings()
     last = None if outputs is None else outputs.weight
-    values = _value_weights(model)
+    values = _value_weights(model) if quantization == "int4" else set()
 
     def size(tensor: torch.Tensor) -> int:
         if quantization is None or tensor.dim() < 2:
@@ -296,13 +297,23 @@ def _value_weights(model: Any) -> set[int]:
     Those for keys have it too: where only one weight a layer has it, values are computed together with other numbers.
     """
     config = model.config.get_text_config()
-    layers, heads, width = (
-        getattr(config, name, None) or 0 for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
-    each = getattr(config, "head_dim", None) or (width // heads if heads else 0)
-    shape = ((getattr(config, "num_key_value_heads", None) or heads) * each, width)
-    alike = [tensor for tensor in model.parameters() if tuple(tensor.shape) == shape]
-    return {id(tensor) for tensor in alike[:layers]} if len(alike) >= 2 * layers else set()
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * getattr(config, "num_hidden_layers", 0)
+    values: set[int] = set()
+    for shape, count in Counter(map(_value_shape, layers)).items():
+        alike = [tensor for tensor in model.parameters() if tuple(tensor.shape) == shape]
+        values |= {id(tensor) for tensor in alike[:count]} if len(alike) >= 2 * count else set()
+    return values
+
+
+def _value_shape(layer: Any) -> tuple[int, int]:
+    """The shape of a layer's weights for the values of its attention, by its config."""
+
+    def number(name: str, otherwise: int = 0) -> int:
+        value = getattr(layer, name, None)
+        return value if isinstance(value, int) else otherwise
+
+    heads, width = number("num_attention_heads"), number("hidden_size")
+    return number("num_key_value_heads", heads) * number("head_dim", width // heads if heads else 0), width
 
 
 def _converting_bytes(plan: Plan, options: LoadOptions, numbers: int) -> int:
