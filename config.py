@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     backend: Literal["auto", Backend] = Field(
         "auto",
         validation_alias=AliasChoices("LOCAL_LLM_BACKEND", "LOCAL_LLM_ENGINE"),  # the latter is its old name
-        description="The backend: `auto` (OpenVINO on a CPU, where it gives torch's numbers, and torch until "
-        "its graph is made), `torch`, `openvino`.",
+        description="The backend: `auto` (on a CPU llama.cpp for GGUF files, and OpenVINO where it gives torch's "
+        "numbers, with torch until its graph is made; else torch), `torch`, `openvino`, `llama.cpp`.",
     )
     threads: int = Field(128, ge=1, le=4096, description="Requests served at once.")
     connection_limit: int = Field(

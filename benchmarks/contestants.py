@@ -410,7 +410,7 @@ class LlamaCpp(_Completions):
         source = FOLDER / GGUF_FILE
         if not made.is_file() or made.stat().st_mtime < source.stat().st_mtime:
             unfinished = made.with_suffix(".tmp")
-            # The file's 4-bit weights are unpacked to float32, as in the converted starter, and rounded anew.
+            # Of the file's 4-bit weights float32 is made first, as in the converted starter; that is rounded.
             program = [str(self._program("llama-quantize")), "--allow-requantize", str(source), str(unfinished)]
             done = subprocess.run([*program, self.weights], capture_output=True)
             if done.returncode:

@@ -9,7 +9,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+from huggingface.loading import gguf as loading
 
 # The families of `causal_models` that transformers and llama.cpp read from such files, and their architectures.
 ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "qwen3": "qwen3", "phi3": "phi3"}
@@ -70,6 +73,19 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return sorted(set(path.parent.iterdir()) - before)
+
+
+def read(folder: Path, gguf_file: str = "model.gguf") -> tuple[Any, Any]:
+    """The unpacked model of a file and its tokenizer, as the server reads them."""
+    model_id = "tiny/gguf"
+    header = loading.check(model_id, folder, gguf_file)
+    config = loading.read_config(model_id, folder, gguf_file, header)
+    tokenizer = loading.read_tokenizer(model_id, folder, gguf_file, header)
+    kind = transformers.AutoModelForCausalLM
+    model, info = loading.read_model(model_id, folder, gguf_file, header, kind, config, dtype=torch.float32)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model, tokenizer
 
 
 def _write_tokenizer(writer: Any, tokenizer: Any) -> None:

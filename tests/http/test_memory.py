@@ -462,6 +462,9 @@ def test_an_estimate_over_http_says_whether_it_fits_and_who_would_go(sized: Path
     refused = server.call("GET", "/models/sized/a/estimate?dtype=int3")
     assert refused.status_code == 400
     assert "dtype" in refused.json()["error"]
+    refused = server.call("GET", "/models/sized/a/estimate?kv_cache_dtype=float16")  # llama.cpp's
+    assert refused.status_code == 400
+    assert "kv_cache_dtype" in refused.json()["error"]
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers_before_anything_is_read(

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from causal_models import build
-from gguf_files import write_gguf
+from gguf_files import read, write_gguf
 from lora_models import Served, reference, save_adapter
 from tiny_tokenizers import TEXT
 
@@ -31,18 +31,6 @@ MODEL = "tiny/gguf"
 FILE = "model.gguf"
 STARTER = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-
-
-def read(folder: Path, gguf_file: str = FILE) -> tuple[Any, Any]:
-    """The model and its tokenizer, as the server reads them."""
-    header = gguf_files.check(MODEL, folder, gguf_file)
-    config = gguf_files.read_config(MODEL, folder, gguf_file, header)
-    tokenizer = gguf_files.read_tokenizer(MODEL, folder, gguf_file, header)
-    kind = transformers.AutoModelForCausalLM
-    model, info = gguf_files.read_model(MODEL, folder, gguf_file, header, kind, config, dtype=torch.float32)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    return model, tokenizer
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:

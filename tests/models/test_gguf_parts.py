@@ -14,7 +14,7 @@ import torch
 import transformers
 from causal_models import build, build_config
 from conftest import Server
-from gguf_files import ARCHITECTURES, write_gguf
+from gguf_files import ARCHITECTURES, read, write_gguf
 from tiny_tokenizers import TEXT
 
 from huggingface.cancellation import NEVER
@@ -145,18 +145,6 @@ def split(made: tuple[Path, Path, list[str]], tmp_path: Path) -> tuple[Path, lis
     for name in names:
         (folder / name).write_bytes((source / name).read_bytes())
     return folder, names
-
-
-def read(folder: Path, gguf_file: str) -> tuple[Any, Any]:
-    """The unpacked model and its tokenizer, as the server reads them."""
-    found = gguf_files.check(MODEL, folder, gguf_file)
-    config = gguf_files.read_config(MODEL, folder, gguf_file, found)
-    tokenizer = gguf_files.read_tokenizer(MODEL, folder, gguf_file, found)
-    kind = transformers.AutoModelForCausalLM
-    model, info = gguf_files.read_model(MODEL, folder, gguf_file, found, kind, config, dtype=torch.float32)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    return model, tokenizer
 
 
 def record(gguf_file: str) -> ModelRecord:

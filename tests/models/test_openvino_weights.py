@@ -47,7 +47,7 @@ from huggingface.loading.openvino import decoder, load
 from huggingface.loading.openvino.subprocess import Wanted
 from huggingface.progress import Progress
 from huggingface.registry.records import LoadSettings, ModelRecord
-from huggingface.types import GenerationRequest, LoadOptions
+from huggingface.types import LoadOptions
 
 def own():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]

@@ -48,7 +48,8 @@ class Settings(Strict):
     )
     backend: Literal["auto", Backend] | None = renamed(
         "backend",
-        "The backend. `auto`: OpenVINO on a CPU, where it gives torch's numbers for this model, else torch.",
+        "The backend. `auto`: on a CPU llama.cpp for a GGUF file, and OpenVINO where it gives torch's numbers for this "
+        "model; else torch.",
     )
     kv_cache_dtype: Literal["float32", "float16", "bfloat16"] | None = optional(
         "Type of the keys and values of earlier tokens. `dtype` is the default; llama.cpp has `float16` too, which is "
@@ -150,6 +151,7 @@ class EstimateQuery(Fields):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = optional("As in a load.")
     quantization: str | None = optional("As in a load.")
     backend: Literal["auto", Backend] | None = renamed("backend", "As in a load.")
+    kv_cache_dtype: Literal["float32", "float16", "bfloat16"] | None = optional("As in a load.")
     slots: int | None = optional("As in a load.", ge=1, le=1024)
 
 

@@ -115,38 +115,52 @@ class CellCache:
 
     def _state(self, bank: int, number: int) -> bytes:
         """A sequence's keys and values, without the count of the context's sequences and of the others' cells."""
-        context = self._banks[bank].context
-        size = self._lib.llama_state_seq_get_size(context, number)
-        state = ctypes.create_string_buffer(size)
-        self._lib.llama_state_seq_get_data(context, state, size, number)
-        others = len(self._banks[bank].sequences) - 1
-        return state.raw[:_HEAD] + state.raw[_HEAD + 4 * (1 + number) : size - 4 * (others - number)]
+        whole, others = self._read(bank, number).raw, len(self._banks[bank].sequences) - 1
+        return whole[:_HEAD] + whole[_HEAD + 4 * (1 + number) : len(whole) - 4 * (others - number)]
 
     def _set_state(self, bank: int, number: int, state: bytes) -> None:
-        """Replaces a sequence's keys and values, or has them computed again where the library does not take them."""
-        context, rows = self._banks[bank].context, len(self._banks[bank].sequences)
-        whole = state[:_HEAD] + struct.pack("<I", rows) + state[_HEAD:] + bytes(4 * (rows - 1))
-        if not self._lib.llama_state_seq_set_data(context, whole, len(whole), number):
+        """Replaces a sequence's keys and values by those of a sequence of any context."""
+        rows = len(self._banks[bank].sequences)
+        self._write(bank, number, state[:_HEAD] + struct.pack("<I", rows) + state[_HEAD:] + bytes(4 * (rows - 1)))
+
+    def _read(self, bank: int, number: int) -> ctypes.Array[ctypes.c_char]:
+        """A sequence's state, as the library gives it; it fits any sequence of the same context."""
+        state = ctypes.create_string_buffer(self._size(bank, number))
+        self._lib.llama_state_seq_get_data(self._banks[bank].context, state, len(state), number)
+        return state
+
+    def _write(self, bank: int, number: int, state: bytes | ctypes.Array[ctypes.c_char]) -> None:
+        """Replaces a sequence's state, or has it computed again where the library does not take it."""
+        if not self._lib.llama_state_seq_set_data(self._banks[bank].context, state, len(state), number):
             self._lost.add((bank, number))
+
+    def _size(self, bank: int, number: int) -> int:
+        """Bytes of a sequence's state."""
+        return int(self._lib.llama_state_seq_get_size(self._banks[bank].context, number))
 
     def swap(self, bank: int, one: int, other: int, tokens: int) -> None:  # noqa: ARG002 - the protocol's
         """Exchanges two rows of a bank.
 
         The library computes sequences together whose numbers follow each other; with a gap between them, it reads all
         weights once more. So the rows themselves are exchanged, and decoding rows, which are a bank's first, have the
-        first numbers.
+        first numbers. Where there is no memory to hold both for a moment, or a row that is read out lacks what is
+        behind a window, their numbers are exchanged.
         """
         numbers = self._banks[bank].sequences
-        if self._model.windowed:  # a row that is read out lacks what is behind a window
-            numbers[one], numbers[other] = numbers[other], numbers[one]
+        first, second = numbers[one], numbers[other]
+        size = self._size(bank, first) + self._size(bank, second)
+        if self._model.windowed or not self.take("cpu", size):
+            numbers[one], numbers[other] = second, first
             return
-        states, lost = [self._state(bank, number) for number in (one, other)], self._lost
-        self._lost = {each for each in lost if each not in ((bank, one), (bank, other))}
-        for source, target, state in ((one, other, states[0]), (other, one, states[1])):
+        lost = {(bank, each) for each in (first, second)} & self._lost
+        states = self._read(bank, first), self._read(bank, second)
+        self._lost -= lost
+        for source, target, state in ((first, second, states[0]), (second, first, states[1])):
             if (bank, source) in lost:
                 self._lost.add((bank, target))
             else:
-                self._set_state(bank, target, state)
+                self._write(bank, target, state)
+        self.take("cpu", -size)
 
     def clear(self, bank: int, row: int) -> None:
         """Drops a row's cells: a cell without a token is never read."""
