@@ -52,8 +52,8 @@ class Settings(Strict):
         "model; else torch.",
     )
     kv_cache_dtype: Literal["float32", "float16", "bfloat16"] | None = optional(
-        "Type of the keys and values of earlier tokens. `dtype` is the default; llama.cpp has `float16` too, which is "
-        "faster, takes half the memory, and rounds."
+        "Type of the keys and values of earlier tokens. `dtype` is the default; llama.cpp has `float16` too, which "
+        "takes half the memory, is faster for several callers, and rounds."
     )
     max_context: int | None = optional("The most tokens of one sequence.", ge=1)
     slots: int | None = optional("The most sequences in one batch.", ge=1, le=1024)
